@@ -1,0 +1,169 @@
+"""The one door to torch.distributed: gather, reduce-scatter and all-reduce along a group of mesh axes, and a recorder.
+
+    all_gather(x, dim)       concatenate the shards of every rank along `dim`, in rank order
+    reduce_scatter(x, dim)   sum over the ranks, each keeping its shard along `dim`      (the conjugate of all_gather)
+    all_reduce(x)            sum over the ranks, each keeping all of it                  (in place)
+
+Each has a `start_` form that issues the collective and returns a `Pending`; `wait()` gives the result. A group of None
+(an axis of size 1) costs nothing: the argument comes back.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tessera.mesh import Group
+
+# torch 2.13 renamed them; 2.11 has only the old names.
+_all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+@dataclass(frozen=True)
+class Record:
+    """One collective as it was handed to torch.distributed.
+
+    `bytes` is the size of the whole tensor: what a gather returns, what a reduce-scatter or all-reduce takes.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    ranks: int
+    bytes: int
+
+    @property
+    def axis(self) -> str:
+        """The axes as one name, for tables and logs."""
+        return "·".join(self.axes)
+
+    @property
+    def received(self) -> int:
+        """Bytes each rank receives when the collective runs as a ring: an all-reduce passes every shard twice."""
+        passes = 2 if self.kind == "all_reduce" else 1
+        return passes * self.bytes * (self.ranks - 1) // self.ranks
+
+
+@dataclass
+class Recorder:
+    """Counts, while active (`with Recorder() as recorder:`), every collective that goes through this door.
+
+    `leave_out` is the place in the list of one collective that is not performed, each rank going on with what it has
+    alone: a test that still passes then does not test it.
+    """
+
+    leave_out: int | None = None
+    records: list[Record] = field(default_factory=list)
+    events: list[tuple[str, Any]] = field(default_factory=list)
+
+    def __enter__(self) -> "Recorder":
+        _active.append(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        _active.remove(self)
+
+    def bytes_by_axis(self) -> dict[str, int]:
+        """Bytes handed over (see `Record.bytes`), summed by axis."""
+        total: dict[str, int] = {}
+        for record in self.records:
+            total[record.axis] = total.get(record.axis, 0) + record.bytes
+        return total
+
+
+# A plain list, not a context variable: on GPUs autograd runs backward, and its collectives, in threads of its own.
+_active: list[Recorder] = []
+
+
+class Pending:
+    """A collective on its way: `wait()` blocks until it is done and returns the result."""
+
+    def __init__(self, result: Tensor, work: Any = None, record: Record | None = None) -> None:
+        self._result, self._work, self._record = result, work, record
+
+    def wait(self) -> Tensor:
+        if self._work is not None:
+            self._work.wait()
+            for recorder in _active:
+                recorder.events.append(("wait", self._record))
+            self._work = None
+        return self._result
+
+
+def _issue(kind: str, group: Group, whole: Tensor, result: Tensor, call: Callable[[], Any]) -> Pending:
+    """Record the collective and perform it, unless a recorder asks to leave it out."""
+    record = Record(kind, group.axes, group.size, whole.numel() * whole.element_size())
+    performed = True
+    for recorder in _active:
+        performed &= recorder.leave_out != len(recorder.records)
+        recorder.records.append(record)
+        recorder.events.append(("issue", record))
+    return Pending(result, call() if performed else None, record)
+
+
+def _dim_first(x: Tensor, dim: int) -> Tensor:
+    return x.movedim(dim, 0).contiguous()
+
+
+def start_all_gather(x: Tensor, dim: int, group: Group | None) -> Pending:
+    """Issue `all_gather`; shards are equal, the result is `group.size` times as long along `dim`."""
+    if group is None:
+        return Pending(x)
+    shard = _dim_first(x.detach(), dim)
+    whole = shard.new_empty(group.size * shard.shape[0], *shard.shape[1:])
+    if any(r.leave_out is not None for r in _active):  # so that a collective left out yields the same wrong value each time
+        whole.zero_()
+    return _issue(
+        "all_gather",
+        group,
+        whole,
+        whole.movedim(0, dim),
+        lambda: _all_gather(whole, shard, group=group.process_group, async_op=True),
+    )
+
+
+def start_reduce_scatter(x: Tensor, dim: int, group: Group | None) -> Pending:
+    """Issue `reduce_scatter`; the length along `dim` divides by `group.size`."""
+    if group is None:
+        return Pending(x)
+    whole = _dim_first(x.detach(), dim)
+    if whole.shape[0] % group.size:
+        raise ValueError(f"dim {dim} of {tuple(x.shape)} does not divide by the {group.size} ranks along {group.axes}")
+    shard = torch.empty_like(whole[: whole.shape[0] // group.size])
+    if any(r.leave_out is not None for r in _active):
+        shard.copy_(whole.chunk(group.size)[group.rank])
+    return _issue(
+        "reduce_scatter",
+        group,
+        whole,
+        shard.movedim(0, dim),
+        lambda: _reduce_scatter(shard, whole, group=group.process_group, async_op=True),
+    )
+
+
+def start_all_reduce(x: Tensor, group: Group | None) -> Pending:
+    """Issue `all_reduce`, in place when `x` is contiguous: hand over a tensor nobody else reads."""
+    if group is None:
+        return Pending(x)
+    whole = x.detach().contiguous()
+    return _issue(
+        "all_reduce", group, whole, whole, lambda: dist.all_reduce(whole, group=group.process_group, async_op=True)
+    )
+
+
+def all_gather(x: Tensor, dim: int, group: Group | None) -> Tensor:
+    """Concatenate the shards of every rank of `group` along `dim`, in rank order."""
+    return start_all_gather(x, dim, group).wait()
+
+
+def reduce_scatter(x: Tensor, dim: int, group: Group | None) -> Tensor:
+    """Sum over the ranks of `group`, each keeping its shard along `dim`."""
+    return start_reduce_scatter(x, dim, group).wait()
+
+
+def all_reduce(x: Tensor, group: Group | None) -> Tensor:
+    """Sum over the ranks of `group`, in place when `x` is contiguous."""
+    return start_all_reduce(x, group).wait()

@@ -1,0 +1,40 @@
+"""The one place that knows kinds of devices: which one a rank uses, its backend, its dtype, its memory."""
+
+import os
+
+import torch
+
+
+def local_device() -> torch.device:
+    """The device of this process: its GPU when there is one for it, the CPU otherwise."""
+    if torch.cuda.is_available():
+        index = int(os.environ.get("LOCAL_RANK", "0"))
+        torch.cuda.set_device(index)
+        return torch.device("cuda", index)
+    return torch.device("cpu")
+
+
+def backend(device: torch.device) -> str:
+    """The torch.distributed backend that serves tensors of `device` (and CPU tensors beside them)."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 products run on `device` without emulation worth avoiding (on CPUs: never chosen by itself)."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak bytes allocated on a GPU so far; on CPU the peak resident set of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def describe(device: torch.device) -> str:
+    """A name for logs and result files."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu, {torch.get_num_threads()} threads a rank"

@@ -1,0 +1,113 @@
+"""Mesh: named axes over the ranks, and the process group of any set of them.
+
+    pp · replicate · shard · ring · ulysses · inner · depth · row · col          outermost first
+
+The busiest axis is innermost, so that its ranks lie inside a node. Axes of size 1 do not exist for torch: they are no
+dimension of the DeviceMesh, have no process group, and every collective along them returns its argument.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+DATA_AXES = ("replicate", "shard")
+SEQUENCE_AXES = ("ring", "ulysses")
+MODEL_AXES = ("inner", "depth", "row", "col")
+AXES = ("pp", *DATA_AXES, *SEQUENCE_AXES, *MODEL_AXES)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The ranks that differ from this one only along `axes`, in mesh order; `rank` is this one's place among them."""
+
+    axes: tuple[str, ...]
+    size: int
+    rank: int
+    process_group: ProcessGroup
+
+
+class Mesh:
+    """Ranks arranged along named axes.
+
+    `sizes` gives the size of each axis (those left out are 1); their product must be the world size, and
+    torch.distributed must be initialised if it is above 1. `rank` defaults to this process's own.
+    """
+
+    def __init__(
+        self, sizes: Mapping[str, int] | None = None, device: torch.device | str = "cpu", rank: int | None = None
+    ) -> None:
+        sizes = dict(sizes or {})
+        unknown = set(sizes) - set(AXES)
+        if unknown:
+            raise ValueError(f"unknown mesh axes {sorted(unknown)}; the axes are {', '.join(AXES)}")
+        self.sizes = {axis: sizes.get(axis, 1) for axis in AXES}
+        self.device = torch.device(device)
+        self.world = math.prod(self.sizes.values())
+        initialised = dist.is_available() and dist.is_initialized()
+        if rank is None and self.world != (dist.get_world_size() if initialised else 1):
+            running = dist.get_world_size() if initialised else 1
+            raise ValueError(f"a mesh {self} has {self.world} ranks, but {running} are running")
+        self.rank = rank if rank is not None else (dist.get_rank() if initialised else 0)
+        self.coordinates: dict[str, int] = {}
+        rest = self.rank
+        for axis in reversed(AXES):
+            rest, self.coordinates[axis] = divmod(rest, self.sizes[axis])
+        self._groups: dict[tuple[str, ...], Group] = {}
+
+    def __str__(self) -> str:
+        return " × ".join(f"{axis} {size}" for axis, size in self.sizes.items() if size > 1) or "one process"
+
+    def present(self, axes: Iterable[str]) -> tuple[str, ...]:
+        """Those of `axes` whose size is above 1, in mesh order."""
+        wanted = set(axes)
+        return tuple(axis for axis in AXES if axis in wanted and self.sizes[axis] > 1)
+
+    def size(self, axes: Iterable[str]) -> int:
+        """How many ranks lie along `axes` together."""
+        return math.prod(self.sizes[axis] for axis in axes)
+
+    def index(self, axes: Iterable[str]) -> int:
+        """This rank's place along `axes` together, the first of them major."""
+        place = 0
+        for axis in axes:
+            place = place * self.sizes[axis] + self.coordinates[axis]
+        return place
+
+    def group(self, axes: Iterable[str]) -> Group | None:
+        """The process group along `axes`, made when first asked for; None when it would be this rank alone.
+
+        Making one is collective: every rank asks for the same groups in the same order, because all run one program.
+        """
+        present = self.present(axes)
+        if not present:
+            return None
+        if present not in self._groups:
+            process_group = self._new_process_group(present)
+            self._groups[present] = Group(present, self.size(present), self.index(present), process_group)
+        return self._groups[present]
+
+    def _new_process_group(self, present: tuple[str, ...]) -> ProcessGroup:
+        if len(present) == 1 and self.device_mesh is not None and present[0] in MODEL_AXES:
+            return self.device_mesh.get_group(present[0])
+        ranks = torch.arange(self.world).reshape(tuple(self.sizes.values()))
+        dims = [AXES.index(axis) for axis in present]
+        rows = ranks.movedim(dims, tuple(range(-len(dims), 0))).reshape(-1, self.size(present)).tolist()
+        mine, _ = dist.new_subgroups_by_enumeration(rows)
+        return mine
+
+    @cached_property
+    def device_mesh(self) -> DeviceMesh | None:
+        """The DeviceMesh of the model axes above size 1, on which parameters are DTensors; None for one process."""
+        present = self.present(MODEL_AXES)
+        if not present:
+            return None
+        if self.present(AXES) != present:
+            raise NotImplementedError(f"{self}: data, sequence and pipeline axes are not built yet")
+        ranks = torch.arange(self.world).reshape([self.sizes[axis] for axis in present])
+        return DeviceMesh(self.device.type, ranks, mesh_dim_names=present)

@@ -1,0 +1,115 @@
+"""Self-attention on the hidden stream: heads cut over `col`, whole sequences on each rank.
+
+q, k and v are one product of the residual stream; `attend` is the one door to the kernels. Grouped queries (Ainslie et al.
+2023): with kv heads that do not divide by `col`, k and v are still computed cut, then gathered along features over `col`,
+and each rank takes the heads that its queries read; the backward sums their gradients back into the shards.
+
+Shape suffixes: B sequences of this rank, S positions, H heads of this rank, D head dimension, T = B·S.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tessera.layout import check_chain
+from tessera.mesh import Mesh
+from tessera.nn.dropout import keep_mask
+from tessera.nn.linear import ColumnParallelLinear, RowParallelLinear, parallel_linear
+from tessera.nn.moves import gather_then_reduce_scatter
+from tessera.nn.parameter import Init, Parallel
+from tessera.nn.rope import rotate
+from tessera.nn.tokens import Tokens
+
+
+def attend(q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, *, causal: bool) -> Tensor:
+    """softmax(q kᵀ / √D) v, causal or not; k and v may have fewer heads, each read by an equal run of query heads."""
+    grouped = q_BHSD.shape[1] != k_BHSD.shape[1]
+    return F.scaled_dot_product_attention(q_BHSD, k_BHSD, v_BHSD, is_causal=causal, enable_gqa=grouped)
+
+
+def attend_with_dropout(q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, keep: Tensor, p: float, *, causal: bool) -> Tensor:
+    """The same with attention probabilities dropped where `keep` [B, H, S, S] is False: no fused kernel takes a mask of ours."""
+    repeat = q_BHSD.shape[1] // k_BHSD.shape[1]
+    k_BHSD, v_BHSD = (x.repeat_interleave(repeat, 1) for x in (k_BHSD, v_BHSD))
+    scores = q_BHSD @ k_BHSD.transpose(-1, -2) / math.sqrt(q_BHSD.shape[-1])
+    if causal:
+        scores = scores.masked_fill(torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1), -torch.inf)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    probabilities = scores.softmax(-1, dtype=wide).to(scores.dtype)
+    return (probabilities * keep.to(scores.dtype).div_(1 - p)) @ v_BHSD
+
+
+def kv_heads_of(query_heads: range, num_heads: int, num_kv_heads: int) -> list[int]:
+    """The kv heads to hold for these query heads: each once if all are read equally often in a row, else one a query."""
+    read = [head * num_kv_heads // num_heads for head in query_heads]
+    once = list(dict.fromkeys(read))
+    return once if read == [h for h in once for _ in range(len(read) // len(once))] else read
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: residual stream → residual stream."""
+
+    def __init__(
+        self,
+        features: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        parallel: Parallel,
+        *,
+        name: str,
+        causal: bool = True,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        dropout: float = 0.0,
+        init: Init = Init(std=0.02),
+        out_init: Init = Init(std=0.02),
+    ) -> None:
+        super().__init__()
+        self.name, self.parallel, self.causal, self.dropout = name, parallel, causal, dropout
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.q = ColumnParallelLinear(features, num_heads * head_dim, parallel, bias=qkv_bias, init=init)
+        self.k = ColumnParallelLinear(features, num_kv_heads * head_dim, parallel, bias=qkv_bias, init=init)
+        self.v = ColumnParallelLinear(features, num_kv_heads * head_dim, parallel, bias=qkv_bias, init=init)
+        self.out = RowParallelLinear(num_heads * head_dim, features, parallel, bias=out_bias, init=out_init)
+        check_chain("q, k, v", self.q.output, "attention out", self.out.input)
+        self.input, self.output = self.q.input, self.out.output
+
+    def _heads(self, mesh: Mesh) -> range:
+        local = self.num_heads // mesh.sizes["col"]
+        return range(mesh.coordinates["col"] * local, (mesh.coordinates["col"] + 1) * local)
+
+    def _key_value_heads(self, k: Tensor, v: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """k and v [T, local kv features] → [B, S, H, D] each, with the heads that this rank's queries read."""
+        mesh = self.parallel.mesh
+        if self.num_kv_heads % mesh.sizes["col"] == 0:
+            return k.view(*shape, -1, self.head_dim), v.view(*shape, -1, self.head_dim)
+        both = gather_then_reduce_scatter(torch.stack([k, v]), 2, mesh.group(("col",)))
+        heads = kv_heads_of(self._heads(mesh), self.num_heads, self.num_kv_heads)
+        index = torch.tensor(heads, device=k.device)
+        k, v = both.view(2, *shape, self.num_kv_heads, self.head_dim).index_select(3, index)
+        return k, v
+
+    def forward(self, x_TF: Tensor, tokens: Tokens, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """x_TF in the residual layout; `rope` the table of `rope_table`, or None for positions learned elsewhere."""
+        q, k, v = parallel_linear([self.q, self.k, self.v], x_TF)
+        shape = (q.shape[0] // tokens.sequence, tokens.sequence)
+        q = q.view(*shape, -1, self.head_dim)
+        k, v = self._key_value_heads(k, v, shape)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        if self.dropout and tokens.dropout is not None:
+            out = attend_with_dropout(q, k, v, self._keep(tokens, tokens.dropout), self.dropout, causal=self.causal)
+        else:
+            out = attend(q, k, v, causal=self.causal)
+        return self.out(out.transpose(1, 2).reshape(shape[0] * shape[1], -1))
+
+    def _keep(self, tokens: Tokens, key: int) -> Tensor:
+        """The mask [B, H, S, S] of probabilities kept: rows are (global token), columns (global head, key position)."""
+        heads = torch.tensor(list(self._heads(self.parallel.mesh)), device=tokens.device)
+        columns = (heads.unsqueeze(-1) << 32) + torch.arange(tokens.sequence, device=tokens.device)
+        mask = keep_mask(tokens.rows(tokens.hidden), columns.flatten(), self.dropout, key, f"{self.name}.probabilities")
+        return mask.view(-1, tokens.sequence, len(heads), tokens.sequence).transpose(1, 2)

@@ -1,0 +1,75 @@
+"""The parallel linear layer: one class, two standard names, products in common.
+
+    name                   from → to             weight [out, in]                 Megatron's words (col only)
+    ColumnParallelLinear   residual → hidden     [out: col][in: inner, row]       gather X, no move of Y
+    RowParallelLinear      hidden → residual     [out: inner, row][in: col]       no move of X, reduce Y, then the bias
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from tessera.layout import Layout, LinearPlan, column_parallel, row_parallel
+from tessera.nn.moves import cut
+from tessera.nn.parameter import Init, Parallel, ParallelModule, ParameterSpec
+from tessera.product import Roles, distributed_product
+
+
+class ParallelLinear(ParallelModule):
+    """Y = X Wᵀ + b, the product cut as `plan` says. `in_features` and `out_features` are global sizes."""
+
+    def __init__(
+        self, in_features: int, out_features: int, plan: LinearPlan, parallel: Parallel, *, bias: bool, init: Init
+    ) -> None:
+        super().__init__(parallel)
+        self.in_features, self.out_features, self.plan = in_features, out_features, plan
+        self.input, self.output = plan.input, plan.output
+        self.declare("weight", ParameterSpec((out_features, in_features), plan.weight_cuts, plan.input, init))
+        if bias:
+            self.declare("bias", ParameterSpec((out_features,), plan.bias_cuts, plan.output, Init()))
+
+    def forward(self, x: Tensor, *, uncut: bool = False) -> Tensor:
+        """x: this rank's part [T_local, in_local] in the `input` layout, or with `uncut` the whole [T, in] on every rank.
+
+        Returns this rank's part of Y in the `output` layout.
+        """
+        return parallel_linear([self], x, uncut=uncut)[0]
+
+
+class ColumnParallelLinear(ParallelLinear):
+    """Residual stream → hidden stream: outputs cut over `col` (q, k, v, gate, up, head)."""
+
+    def __init__(
+        self, in_features: int, out_features: int, parallel: Parallel, *, bias: bool = False, init: Init = Init(std=0.02)
+    ) -> None:
+        super().__init__(in_features, out_features, column_parallel(parallel.residual), parallel, bias=bias, init=init)
+
+
+class RowParallelLinear(ParallelLinear):
+    """Hidden stream → residual stream: inputs cut over `col` (attention out, down). The bias is added once."""
+
+    def __init__(
+        self, in_features: int, out_features: int, parallel: Parallel, *, bias: bool = False, init: Init = Init(std=0.02)
+    ) -> None:
+        super().__init__(in_features, out_features, row_parallel(parallel.residual), parallel, bias=bias, init=init)
+
+
+def parallel_linear(layers: Sequence[ParallelLinear], x: Tensor, *, uncut: bool = False) -> tuple[Tensor, ...]:
+    """Apply layers that read the same x as one product: one gather of x, one reduction of its gradient."""
+    plan, parallel = layers[0].plan, layers[0].parallel
+    roles = plan.roles(parallel.mesh)
+    if uncut:
+        x, roles = _cut_for(plan, x, roles, parallel)
+    weights = [layer.local("weight") for layer in layers]
+    biases = [layer.local("bias") if "bias" in layer.specs else None for layer in layers]
+    return distributed_product(x, weights, biases, roles, keep=parallel.keep_gathered)
+
+
+def _cut_for(plan: LinearPlan, x: Tensor, roles: Roles, parallel: Parallel) -> tuple[Tensor, Roles]:
+    """Cut a whole X over the axes of T and K only: along the axes of N every rank needs all of it anyway."""
+    needed = Layout(
+        tokens=tuple(a for a in plan.input.tokens if a != plan.outputs_axis),
+        features=tuple(a for a in plan.input.features if a != plan.outputs_axis),
+    )
+    return cut(x, needed, parallel.mesh), replace(roles, x_dim=None)

@@ -1,0 +1,119 @@
+"""The vocabulary-parallel cross entropy fused with the head: full logits never exist, nor do their gradients.
+
+Each rank computes the logits of its part of the vocabulary, chunk of tokens by chunk; the ranks of `col` exchange, per
+token, their local log-sum-exp, the target's logit where it lies with them and, with label smoothing, the sum of their
+logits. From these every rank forms the gradients at once, in the forward, and keeps only dX and dW.
+
+    L = lse(z) − (1 − ε) z_target − ε/V Σ z          dz = softmax(z) − (1 − ε) onehot(target) − ε/V
+
+V is the global vocabulary. Loss and gradients are divided by `denominator`, the count of valid targets in the whole
+optimizer step, so that sums over micro-batches and ranks are means over tokens.
+"""
+
+import torch
+from torch import Tensor
+
+from tessera.collectives import all_gather, reduce_scatter
+from tessera.product import Roles, start_reduce, start_unshard
+
+# mypy: disable-error-code="no-untyped-def"
+
+IGNORE = -100
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TK: Tensor, w_VK: Tensor, bias_V: Tensor | None, targets_T: Tensor, head: "Head"):
+        roles = head.roles
+        gathering = start_unshard(x_TK, roles.x_dim, roles.outputs)
+        W = start_unshard(w_VK, roles.w_dim, roles.tokens).wait()
+        X = gathering.wait()
+        wide = torch.promote_types(X.dtype, torch.float32)
+        loss = torch.zeros((), dtype=wide, device=X.device)
+        dX = torch.empty_like(X)
+        # the first chunk writes, the others add: most often there is one
+        dW: Tensor | None = None
+        db = None if bias_V is None else torch.zeros_like(bias_V, dtype=wide)
+        inner = roles.inputs.size if roles.inputs else 1
+        for first in range(0, X.shape[0], head.chunk_tokens * inner):
+            part = slice(first, min(first + head.chunk_tokens * inner, X.shape[0]))
+            z = X[part] @ W.T if bias_V is None or roles.inputs else torch.addmm(bias_V, X[part], W.T)
+            z = reduce_scatter(z, 0, roles.inputs)
+            targets = _own_part(targets_T[part], roles)
+            if bias_V is not None and roles.inputs:
+                z = z + bias_V
+            chunk_loss, dz = _loss_and_logit_gradient(z.to(wide), targets, head)
+            loss += chunk_loss
+            if db is not None:
+                db += dz.sum(0)
+            dz = all_gather(dz.to(X.dtype), 0, roles.inputs)
+            torch.mm(dz, W, out=dX[part])
+            dW = dz.T @ X[part] if dW is None else dW.addmm_(dz.T, X[part])
+        assert dW is not None
+        reducing = start_reduce(dX, roles.x_dim, roles.outputs)
+        dW = reduce_scatter(dW, roles.w_dim, roles.tokens)
+        ctx.has_bias = db is not None
+        ctx.save_for_backward(reducing.wait(), dW, *([db.to(bias_V.dtype)] if db is not None else []))
+        return loss
+
+    @staticmethod
+    def backward(ctx, d_loss: Tensor):
+        dX, dW, *db = ctx.saved_tensors
+        scaled = [g * d_loss.to(g.dtype) for g in (dX, dW, *db)]
+        return scaled[0], scaled[1], scaled[2] if ctx.has_bias else None, None, None
+
+
+def _own_part(targets: Tensor, roles: Roles) -> Tensor:
+    """The targets of the tokens this rank keeps after the logits are reduced over the `inputs` axes."""
+    return targets if roles.inputs is None else targets.chunk(roles.inputs.size)[roles.inputs.rank]
+
+
+class Head:
+    """What the loss needs besides tensors: roles of the head's product, its vocabulary, and the loss's constants."""
+
+    def __init__(
+        self,
+        roles: Roles,
+        vocabulary: slice,
+        vocab_size: int,
+        denominator: float,
+        label_smoothing: float = 0.0,
+        chunk_tokens: int = 1024,
+    ) -> None:
+        self.roles, self.vocabulary, self.vocab_size = roles, vocabulary, vocab_size
+        self.denominator, self.label_smoothing, self.chunk_tokens = denominator, label_smoothing, chunk_tokens
+
+
+def _loss_and_logit_gradient(z_TV: Tensor, targets_T: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+    """The loss summed over these tokens, and dz in place of z; z are this rank's logits, in float32 or wider."""
+    here = (targets_T >= head.vocabulary.start) & (targets_T < head.vocabulary.stop)
+    column = torch.where(here, targets_T - head.vocabulary.start, 0).unsqueeze(-1)
+    smoothing = head.label_smoothing
+    if z_TV.shape[1] == 0:  # more ranks than vocabulary shards
+        target_z = z_TV.new_zeros(z_TV.shape[0])
+    else:
+        target_z = torch.where(here, z_TV.gather(1, column).squeeze(-1), 0)
+    statistics = [z_TV.logsumexp(-1), target_z] + ([z_TV.sum(-1)] if smoothing else [])
+    everyone = all_gather(torch.stack(statistics).unsqueeze(0), 0, head.roles.outputs)
+    lse = everyone[:, 0].logsumexp(0)
+    sums = everyone[:, 1:].sum(0)
+    valid = targets_T != IGNORE
+    scale = valid.to(z_TV.dtype) / head.denominator
+    losses = lse - (1 - smoothing) * sums[0]
+    if smoothing:
+        losses = losses - smoothing / head.vocab_size * sums[1]
+    dz = z_TV.sub_(lse.unsqueeze(-1)).exp_()
+    if smoothing:
+        dz.sub_(smoothing / head.vocab_size)
+    if z_TV.shape[1]:
+        dz.scatter_add_(1, column, here.to(dz.dtype).mul_(smoothing - 1).unsqueeze(-1))
+    return torch.where(valid, losses, 0).mul(scale).sum(), dz.mul_(scale.unsqueeze(-1))
+
+
+def linear_cross_entropy(x_TK: Tensor, w_VK: Tensor, bias_V: Tensor | None, targets_T: Tensor, head: Head) -> Tensor:
+    """Σ over this rank's tokens of the cross entropy of softmax(X Wᵀ + b) with `targets_T`, over `head.denominator`.
+
+    x_TK lies in the residual layout, w_VK as a column-parallel weight; targets_T are the global ids of the tokens of
+    this rank's (depth·row) part, −100 ignored. The result is alike on the ranks of `col`.
+    """
+    return _LinearCrossEntropy.apply(x_TK, w_VK, bias_V, targets_T, head)

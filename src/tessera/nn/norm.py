@@ -1,0 +1,103 @@
+"""RMSNorm (Zhang & Sennrich 2019) and LayerNorm (Ba et al. 2016) over features that may be cut.
+
+Statistics are kept in promote_types(dtype, float32). Where axes cut the features, the statistics of each token are one
+all-reduce over them, forward and backward; cut tokens need none. Gains and biases are cut like the features, and their
+gradients summed over the token axes by the gradient rule.
+"""
+
+import torch
+from torch import Tensor
+
+from tessera.collectives import all_reduce
+from tessera.layout import Layout
+from tessera.mesh import Group
+from tessera.nn.parameter import Init, Parallel, ParallelModule, ParameterSpec
+
+# mypy: disable-error-code="no-untyped-def"
+
+
+def _statistics(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class _RMSNorm(torch.autograd.Function):
+    """y = g · x / sqrt(mean(x²) + eps).    dx = r · (g·dy − x̂ · mean(x̂ · g·dy)),  x̂ = r·x"""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gain: Tensor, eps: float, features: int, group: Group | None) -> Tensor:
+        wide = _statistics(x)
+        squares = all_reduce(torch.linalg.vecdot(wide, wide).unsqueeze(-1), group)
+        scale = torch.rsqrt(squares / features + eps)
+        ctx.save_for_backward(x, gain, scale)
+        ctx.features, ctx.group = features, group
+        return (wide * scale).to(x.dtype).mul_(gain)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        x, gain, scale = ctx.saved_tensors
+        x_hat = _statistics(x) * scale
+        dy_wide = _statistics(dy)
+        d_gain = torch.einsum("tf,tf->f", dy_wide, x_hat).to(gain.dtype)
+        dx_hat = dy_wide * gain
+        dots = all_reduce(torch.linalg.vecdot(dx_hat, x_hat).unsqueeze(-1), ctx.group)
+        dx = dx_hat.sub_(x_hat.mul_(dots / ctx.features)).mul_(scale)
+        return dx.to(x.dtype), d_gain, None, None, None
+
+
+class _LayerNorm(torch.autograd.Function):
+    """y = g · (x − mean) / sqrt(var + eps) + b.    dx = r · (g·dy − mean(g·dy) − x̂ · mean(x̂ · g·dy))"""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gain: Tensor, bias: Tensor, eps: float, features: int, group: Group | None) -> Tensor:
+        wide = _statistics(x)
+        mean = all_reduce(wide.sum(-1, keepdim=True), group) / features
+        centred = wide - mean
+        squares = all_reduce(torch.linalg.vecdot(centred, centred).unsqueeze(-1), group)
+        scale = torch.rsqrt(squares / features + eps)
+        ctx.save_for_backward(x, gain, mean, scale)
+        ctx.features, ctx.group = features, group
+        return torch.addcmul(bias, centred.mul_(scale).to(x.dtype), gain)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        x, gain, mean, scale = ctx.saved_tensors
+        x_hat = (_statistics(x) - mean).mul_(scale)
+        dy_wide = _statistics(dy)
+        d_gain = torch.einsum("tf,tf->f", dy_wide, x_hat).to(gain.dtype)
+        d_bias = dy_wide.sum(0).to(gain.dtype)
+        dx_hat = dy_wide * gain
+        sums = torch.stack([dx_hat.sum(-1), torch.linalg.vecdot(dx_hat, x_hat)])
+        mean_d, mean_dots = (all_reduce(sums, ctx.group) / ctx.features).unsqueeze(-1)
+        dx = dx_hat.sub_(mean_d).sub_(x_hat.mul_(mean_dots)).mul_(scale)
+        return dx.to(x.dtype), d_gain, d_bias, None, None, None
+
+
+class Norm(ParallelModule):
+    """What both norms share: a gain over the features of the stream `layout`; x and y are [T_local, F_local] in it."""
+
+    def __init__(self, features: int, layout: Layout, parallel: Parallel, eps: float) -> None:
+        super().__init__(parallel)
+        self.features, self.eps = features, eps
+        self.input = self.output = layout
+        self.declare("weight", ParameterSpec((features,), (layout.features,), layout, Init(value=1.0)))
+
+    def _group(self) -> Group | None:
+        return self.parallel.mesh.group(self.input.features)
+
+
+class RMSNorm(Norm):
+    """x / rms(x) · gain."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _RMSNorm.apply(x, self.local("weight"), self.eps, self.features, self._group())
+
+
+class LayerNorm(Norm):
+    """(x − mean) / std · gain + bias."""
+
+    def __init__(self, features: int, layout: Layout, parallel: Parallel, eps: float) -> None:
+        super().__init__(features, layout, parallel, eps)
+        self.declare("bias", ParameterSpec((features,), (layout.features,), layout, Init()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _LayerNorm.apply(x, self.local("weight"), self.local("bias"), self.eps, self.features, self._group())

@@ -1,0 +1,72 @@
+"""Rotary positions (Su et al. 2021, eq. 34), in Hugging Face's half-split form, with Llama 3's frequency scaling."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# mypy: disable-error-code="no-untyped-def"
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """`theta` is the base of the frequencies. `factor` above 1 switches on Llama 3's scaling: wavelengths longer than
+    original_max_positions / low_freq_factor are stretched by it, shorter than / high_freq_factor left, between blended."""
+
+    theta: float = 10000.0
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+
+def rope_frequencies(head_dim: int, config: RopeConfig) -> Tensor:
+    """The head_dim / 2 angular frequencies in float32, radians a position."""
+    inverse = 1.0 / (config.theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
+    if config.factor == 1.0:
+        return inverse
+    wavelength = 2 * math.pi / inverse
+    low = config.original_max_positions / config.low_freq_factor
+    high = config.original_max_positions / config.high_freq_factor
+    blend = (config.original_max_positions / wavelength - config.low_freq_factor) / (
+        config.high_freq_factor - config.low_freq_factor
+    )
+    blended = (1 - blend) * inverse / config.factor + blend * inverse
+    scaled = torch.where(wavelength > low, inverse / config.factor, inverse)
+    return torch.where((wavelength <= low) & (wavelength >= high), blended, scaled)
+
+
+def rope_table(length: int, head_dim: int, config: RopeConfig, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin [length, head_dim / 2] of every position's angles, in `dtype`."""
+    angles = torch.outer(torch.arange(length, dtype=torch.float32), rope_frequencies(head_dim, config)).to(device)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+class _Rotate(torch.autograd.Function):
+    """(x1, x2) → (x1 cos − x2 sin, x2 cos + x1 sin); the backward turns the other way."""
+
+    @staticmethod
+    def forward(ctx, x_BSHD: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_SD, sin_SD)
+        return _turn(x_BSHD, cos_SD, sin_SD)
+
+    @staticmethod
+    def backward(ctx, dy_BSHD: Tensor):
+        cos_SD, sin_SD = ctx.saved_tensors
+        return _turn(dy_BSHD, cos_SD, -sin_SD), None, None
+
+
+def _turn(x_BSHD: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
+    half = x_BSHD.shape[-1] // 2
+    cos, sin = cos_SD.unsqueeze(1), sin_SD.unsqueeze(1)
+    first, second = x_BSHD[..., :half], x_BSHD[..., half:]
+    y = torch.empty(x_BSHD.shape, dtype=x_BSHD.dtype, device=x_BSHD.device)
+    torch.mul(first, cos, out=y[..., :half]).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=y[..., half:]).addcmul_(first, sin)
+    return y
+
+
+def rotate(x_BSHD: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn the heads x [B, S, heads, head_dim] by the angles of their positions 0 … S−1."""
+    return _Rotate.apply(x_BSHD, *table)

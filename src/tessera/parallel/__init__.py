@@ -1,0 +1,1 @@
+"""What surrounds the layers: sums and norms of gradients across the mesh."""

@@ -1,0 +1,172 @@
+"""The distributed matrix product, `gather` schedule: every tensor-parallel geometry is a choice of `Roles`.
+
+    Y[T, N] = X[T, K] · W[N, K]ᵀ            T tokens, K inputs, N outputs (W as torch stores it)
+
+Every mesh axis has one role: it cuts T, N or K. The operand that lacks the cut dimension moves along that axis.
+Local shapes, with t, n, k the number of ranks that cut each dimension:
+
+    stored      x_TK [T/(t·n), K/k]     w_NK [N/n, K/(k·t)]     y_TN [T/(t·k), N/n]      (or w_NK [N/(n·t), K/k])
+    multiplied  X    [T/t,     K/k]     W    [N/n, K/k]         Y    [T/t,     N/n]
+
+                 axis cuts T              axis cuts N               axis cuts K
+    forward      gather W                 gather X                  scatter-sum Y
+    backward     scatter-sum dW           scatter-sum dX            gather dY (once, for dX and dW)
+
+X and Y may instead be stored whole along their axis (no sequence parallelism): then X moves only in the backward and
+Y only in the forward, each as one all-reduce. Several weights that share X make one product: one gather of X, one
+reduction of dX. The backward hides what it can: X travels during the dX product, dX during the dW product.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tessera.collectives import Pending, start_all_gather, start_all_reduce, start_reduce_scatter
+from tessera.mesh import Group, Mesh
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The group of axes that cuts each dimension of one product (None: nothing cuts it), and how operands are stored.
+
+    `x_dim` is the dim of X over which the `outputs` axes store it: 0 tokens, 1 features, None whole on every rank.
+    `y_dim` is the same for Y and the `inputs` axes. `w_dim` is the dim of W over which the `tokens` axes store it: the
+    one that `inner` cuts, so that nested shards stay contiguous (1 in a column-parallel layer, 0 in a row-parallel one).
+    """
+
+    tokens: Group | None = None
+    outputs: Group | None = None
+    inputs: Group | None = None
+    x_dim: int | None = 0
+    w_dim: int = 1
+    y_dim: int | None = 0
+
+
+def start_unshard(x: Tensor, dim: int | None, group: Group | None) -> Pending:
+    """Bring together a tensor stored cut along `dim`; nothing to do for one stored whole."""
+    return Pending(x) if dim is None else start_all_gather(x, dim, group)
+
+
+def start_reduce(x: Tensor, dim: int | None, group: Group | None) -> Pending:
+    """Sum partial results, each rank keeping its shard along `dim`, or all of it when `dim` is None."""
+    return start_all_reduce(x, group) if dim is None else start_reduce_scatter(x, dim, group)
+
+
+class Together:
+    """Several tensors moved as one collective: joined along a dim that is not cut, split again on arrival."""
+
+    def __init__(self, move, tensors: Sequence[Tensor], dim: int | None, join: int, group: Group | None) -> None:  # type: ignore[no-untyped-def]
+        self.parts, self.join = list(tensors), join
+        one = len(self.parts) == 1 or group is None
+        joined = None if one else torch.cat(self.parts, join)
+        self.pending = [move(x, dim, group) for x in (self.parts if joined is None else [joined])]
+
+    def wait(self) -> list[Tensor]:
+        arrived = [pending.wait() for pending in self.pending]
+        if len(arrived) == len(self.parts):
+            return arrived
+        return list(arrived[0].split([part.shape[self.join] for part in self.parts], self.join))
+
+
+class DistributedProduct(torch.autograd.Function):
+    """Y_i = X · W_iᵀ + b_i for one or more weights; `operands` are the weights, then as many biases (or None)."""
+
+    @staticmethod
+    def forward(ctx, x_TK: Tensor, roles: Roles, keep: bool, *operands: Tensor | None):  # type: ignore[no-untyped-def]
+        half = len(operands) // 2
+        weights, biases = [w for w in operands[:half] if w is not None], operands[half:]
+        gathering_x = start_unshard(x_TK, roles.x_dim, roles.outputs)
+        W = Together(start_unshard, weights, roles.w_dim, 1 - roles.w_dim, roles.tokens).wait()
+        X = gathering_x.wait()
+        if roles.inputs is None:  # nothing to reduce: the bias joins the product
+            Y = [X @ w.T if b is None else torch.addmm(b, X, w.T) for w, b in zip(W, biases, strict=True)]
+        else:
+            join = 1 if roles.y_dim in (0, None) else 0
+            Y = Together(start_reduce, [X @ w.T for w in W], roles.y_dim, join, roles.inputs).wait()
+            Y = [y if b is None else y + b for y, b in zip(Y, biases, strict=True)]  # once, after the sum over ranks
+        ctx.roles, ctx.keep, ctx.has_bias = roles, keep, [b is not None for b in biases]
+        ctx.save_for_backward(X if keep else x_TK, *(W if keep else weights))
+        return tuple(Y)
+
+    @staticmethod
+    def backward(ctx, *dy_TN: Tensor):  # type: ignore[no-untyped-def]
+        (x, *weights), roles, keep = ctx.saved_tensors, ctx.roles, ctx.keep
+        needs_x, needs_w = ctx.needs_input_grad[0], any(ctx.needs_input_grad[3:])
+        join = 1 if roles.y_dim in (0, None) else 0
+        dY = Together(start_unshard, dy_TN, roles.y_dim, join, roles.inputs).wait()
+        gathering_x = Pending(x) if keep or not needs_w else start_unshard(x, roles.x_dim, roles.outputs)
+        dX = dW = None
+        if needs_x:
+            W = weights
+            if not keep:
+                W = Together(start_unshard, weights, roles.w_dim, 1 - roles.w_dim, roles.tokens).wait()
+            dX = dY[0] @ W[0]
+            for dy, w in zip(dY[1:], W[1:], strict=True):
+                dX.addmm_(dy, w)
+            reducing_dx = start_reduce(dX, roles.x_dim, roles.outputs)
+        if needs_w:
+            X = gathering_x.wait()
+            partial = [dy.T @ X for dy in dY]
+            dW = Together(start_reduce_scatter, partial, roles.w_dim, 1 - roles.w_dim, roles.tokens)
+        db = [dy.sum(0) if has else None for dy, has in zip(dy_TN, ctx.has_bias, strict=True)]
+        dX = reducing_dx.wait() if needs_x else None
+        return dX, None, None, *(dW.wait() if dW else [None] * len(weights)), *db
+
+
+def distributed_product(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], roles: Roles, *, keep: bool = False
+) -> tuple[Tensor, ...]:
+    """Y_i = X · W_iᵀ + b_i on local shards (shapes above), differentiable; one Y for each weight.
+
+    `keep` saves the gathered X and W for the backward instead of their shards: fewer words, more memory.
+    """
+    return DistributedProduct.apply(x, roles, keep, *weights, *biases)
+
+
+def matmul(
+    x: Tensor,
+    w: Tensor,
+    mesh: Mesh,
+    *,
+    tokens: str | Iterable[str] = (),
+    outputs: str | Iterable[str] = (),
+    inputs: str | Iterable[str] = (),
+    x_dim: int | None = 0,
+    w_dim: int = 1,
+    y_dim: int | None = 0,
+    keep: bool = False,
+) -> Tensor:
+    """One distributed product `Y[T, N] = X[T, K] · W[N, K]ᵀ` on its own, differentiable.
+
+    `tokens`, `outputs`, `inputs` name the mesh axes that cut T, N and K; `x`, `w` and the result are this rank's shards,
+    stored as the table at the top of this module says. Any floating dtype, the same for both. Raises ValueError when an
+    axis has two roles or the local shapes do not fit each other.
+    """
+    axes = [(a,) if isinstance(a, str) else tuple(a) for a in (tokens, outputs, inputs)]
+    named = [axis for group in axes for axis in group]
+    if len(set(named)) != len(named):
+        raise ValueError(f"an axis has one role in a product; given tokens={axes[0]}, outputs={axes[1]}, inputs={axes[2]}")
+    t, n, k = (mesh.group(a) for a in axes)
+    roles = Roles(t, n, k, x_dim, w_dim, y_dim)
+    x_inputs = x.shape[1] * (n.size if n and x_dim == 1 else 1)
+    w_inputs = w.shape[1] * (t.size if t and w_dim == 1 else 1)
+    if x_inputs != w_inputs:
+        raise ValueError(f"x {tuple(x.shape)} and w {tuple(w.shape)} do not multiply: {x_inputs} inputs against {w_inputs}")
+    return distributed_product(x, [w], [None], roles, keep=keep)[0]
+
+
+def received_words(T: int, N: int, K: int, t: int, n: int, k: int, *, roles: Roles | None = None, keep: bool = False) -> dict[str, int]:
+    """Words each rank receives in one product, forward and backward together, by role of the axis: the closed form.
+
+    T, N, K are the global sizes and t, n, k the ranks that cut each (architecture: the one rule). Moved along the T axes:
+    W; along N: X; along K: Y. Gathering again in the backward (`keep` false) moves X and W once more.
+    """
+    roles = roles or Roles()
+    P = t * n * k
+    again = 0 if keep else 1
+    w_words = (2 + again) * (t - 1) * N * K // P
+    x_words = (2 if roles.x_dim is None else 2 + again) * (n - 1) * T * K // P
+    y_words = 2 * (k - 1) * T * N // P
+    return {"tokens": w_words, "outputs": x_words, "inputs": y_words}

@@ -1,0 +1,90 @@
+"""A pool of worker processes, one rank each, that lives as long as the test session: a multi-rank test costs milliseconds.
+
+`pool(4).run(function, *arguments)` calls a module-level function on every rank and returns the results in rank order. An
+error on any rank fails the test with that rank's traceback, and the pool is started afresh.
+"""
+
+import datetime
+import multiprocessing
+import multiprocessing.connection
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+PRELOAD = ["torch", "torch.distributed", "torch.distributed.tensor", "numpy"]
+GROUP_TIMEOUT = datetime.timedelta(seconds=60)
+
+
+def _serve(rank: int, world: int, store: str, connection: Any) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=GROUP_TIMEOUT
+    )
+    while (job := connection.recv()) is not None:
+        function, arguments = job
+        try:
+            connection.send((True, function(*arguments)))
+        except BaseException:
+            connection.send((False, traceback.format_exc()))
+    dist.destroy_process_group()
+
+
+class Pool:
+    """`world` ranks that wait for jobs."""
+
+    def __init__(self, world: int) -> None:
+        self.world = world
+        self._start()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
+        store = tempfile.mktemp(prefix="tessera-store-")
+        self.connections, self.processes = [], []
+        for rank in range(self.world):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, self.world, store, theirs), daemon=True)
+            process.start()
+            theirs.close()  # so that a dead worker reads as end of file
+            self.connections.append(ours)
+            self.processes.append(process)
+
+    def run(self, function: Callable[..., Any], *arguments: Any, deadline: float = 120) -> list[Any]:
+        """Results of `function(*arguments)` on every rank, in rank order."""
+        for connection in self.connections:
+            connection.send((function, arguments))
+        answers: list[tuple[bool, Any]] = [(False, "no answer (waiting for another rank?)")] * self.world
+        waiting = {connection: rank for rank, connection in enumerate(self.connections)}
+        end, failed = time.monotonic() + deadline, False
+        while waiting and time.monotonic() < end:
+            for connection in multiprocessing.connection.wait(list(waiting), timeout=max(0.0, end - time.monotonic())):
+                rank = waiting.pop(connection)  # type: ignore[arg-type]
+                try:
+                    answers[rank] = connection.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    self.processes[rank].join(1)
+                    answers[rank] = (False, f"the worker died with exit code {self.processes[rank].exitcode}")
+                if not answers[rank][0] and not failed:  # the others may be waiting for this rank: a short grace
+                    failed, end = True, min(end, time.monotonic() + 1)
+        if not all(ok for ok, _ in answers):
+            self.close()
+            self._start()
+            raise AssertionError("\n".join(f"[rank {r}] {text}" for r, (ok, text) in enumerate(answers) if not ok))
+        return [answer for _, answer in answers]
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+@cache
+def pool(world: int) -> Pool:
+    """The session's pool of `world` ranks."""
+    return Pool(world)
