@@ -86,28 +86,29 @@ class Head:
 
 def _loss_and_logit_gradient(z_TV: Tensor, targets_T: Tensor, head: Head) -> tuple[Tensor, Tensor]:
     """The loss summed over these tokens, and dz in place of z; z are this rank's logits, in float32 or wider."""
+    smoothing, V = head.label_smoothing, head.vocab_size
     here = (targets_T >= head.vocabulary.start) & (targets_T < head.vocabulary.stop)
     column = torch.where(here, targets_T - head.vocabulary.start, 0).unsqueeze(-1)
-    smoothing = head.label_smoothing
-    if z_TV.shape[1] == 0:  # more ranks than vocabulary shards
-        target_z = z_TV.new_zeros(z_TV.shape[0])
-    else:
-        target_z = torch.where(here, z_TV.gather(1, column).squeeze(-1), 0)
-    statistics = [z_TV.logsumexp(-1), target_z] + ([z_TV.sum(-1)] if smoothing else [])
-    everyone = all_gather(torch.stack(statistics).unsqueeze(0), 0, head.roles.outputs)
-    lse = everyone[:, 0].logsumexp(0)
-    sums = everyone[:, 1:].sum(0)
+    target_z = torch.where(here, z_TV.gather(1, column).squeeze(-1), 0)
+    sums = [z_TV.sum(-1)] if smoothing else []
+    highest = z_TV.amax(-1, keepdim=True)
+    exponentials = z_TV.sub_(highest).exp_()  # in place of the logits, and later the gradients in place of them
+    local_lse = exponentials.sum(-1).log_().add_(highest.squeeze(-1))
+
+    mine = torch.stack([local_lse, target_z, *sums])
+    everyone = all_gather(mine.unsqueeze(0), 0, head.roles.outputs)
+    lse, target_z = everyone[:, 0].logsumexp(0), everyone[:, 1].sum(0)
+    losses = lse - (1 - smoothing) * target_z
+    if smoothing:
+        losses = losses - smoothing / V * everyone[:, 2].sum(0)
+
     valid = targets_T != IGNORE
-    scale = valid.to(z_TV.dtype) / head.denominator
-    losses = lse - (1 - smoothing) * sums[0]
+    scale = (valid.to(lse.dtype) / head.denominator).unsqueeze(-1)
+    dz = exponentials.mul_((highest - lse.unsqueeze(-1)).exp_().mul_(scale))
     if smoothing:
-        losses = losses - smoothing / head.vocab_size * sums[1]
-    dz = z_TV.sub_(lse.unsqueeze(-1)).exp_()
-    if smoothing:
-        dz.sub_(smoothing / head.vocab_size)
-    if z_TV.shape[1]:
-        dz.scatter_add_(1, column, here.to(dz.dtype).mul_(smoothing - 1).unsqueeze(-1))
-    return torch.where(valid, losses, 0).mul(scale).sum(), dz.mul_(scale.unsqueeze(-1))
+        dz.sub_(smoothing / V * scale)
+    dz.scatter_add_(1, column, here.unsqueeze(-1) * scale * (smoothing - 1))
+    return torch.where(valid, losses, 0).sum() / head.denominator, dz
 
 
 def linear_cross_entropy(x_TK: Tensor, w_VK: Tensor, bias_V: Tensor | None, targets_T: Tensor, head: Head) -> Tensor:
