@@ -114,7 +114,9 @@ def start_all_gather(x: Tensor, dim: int, group: Group | None) -> Pending:
         return Pending(x)
     shard = _dim_first(x.detach(), dim)
     whole = shard.new_empty(group.size * shard.shape[0], *shard.shape[1:])
-    if any(r.leave_out is not None for r in _active):  # so that a collective left out yields the same wrong value each time
+    if any(
+        r.leave_out is not None for r in _active
+    ):  # so that a collective left out yields the same wrong value each time
         whole.zero_()
     return _issue(
         "all_gather",
@@ -144,13 +146,17 @@ def start_reduce_scatter(x: Tensor, dim: int, group: Group | None) -> Pending:
     )
 
 
-def start_all_reduce(x: Tensor, group: Group | None) -> Pending:
+def start_all_reduce(x: Tensor, group: Group | None, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Pending:
     """Issue `all_reduce`, in place when `x` is contiguous: hand over a tensor nobody else reads."""
     if group is None:
         return Pending(x)
     whole = x.detach().contiguous()
     return _issue(
-        "all_reduce", group, whole, whole, lambda: dist.all_reduce(whole, group=group.process_group, async_op=True)
+        "all_reduce",
+        group,
+        whole,
+        whole,
+        lambda: dist.all_reduce(whole, op, group=group.process_group, async_op=True),
     )
 
 
@@ -167,3 +173,8 @@ def reduce_scatter(x: Tensor, dim: int, group: Group | None) -> Tensor:
 def all_reduce(x: Tensor, group: Group | None) -> Tensor:
     """Sum over the ranks of `group`, in place when `x` is contiguous."""
     return start_all_reduce(x, group).wait()
+
+
+def largest(x: Tensor, group: Group | None) -> Tensor:
+    """The elementwise maximum over the ranks of `group`, in place when `x` is contiguous."""
+    return start_all_reduce(x, group, dist.ReduceOp.MAX).wait()

@@ -19,6 +19,12 @@ def backend(device: torch.device) -> str:
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
+def prepare(device: torch.device, *, tf32: bool) -> None:
+    """Settings of this process that training wants on `device`; call once, before the first tensor."""
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+
+
 def has_bf16(device: torch.device) -> bool:
     """Whether bfloat16 products run on `device` without emulation worth avoiding (on CPUs: never chosen by itself)."""
     return device.type == "cuda" and torch.cuda.is_bf16_supported()

@@ -100,7 +100,12 @@ GEOMETRIES: dict[str, Callable[[int], dict[str, int]]] = {
 def mesh_sizes(mode: str, size: int) -> dict[str, int]:
     """The model axes of geometry `mode` at `size` ranks."""
     if mode not in GEOMETRIES:
-        raise UserError("tensor_parallel_mode", mode, "is not a geometry of this version", f"there are: {', '.join(GEOMETRIES)}")
+        raise UserError(
+            "tensor_parallel_mode",
+            mode,
+            "is not a geometry of this version",
+            f"there are: {', '.join(GEOMETRIES)}",
+        )
     return GEOMETRIES[mode](size)
 
 
@@ -120,16 +125,23 @@ def _fitting_sizes(size: int, fits: Callable[[int], bool]) -> str:
 def check_sizes(mode: str, size: int, dimensions: dict[str, int]) -> None:
     """Raise UserError, before any process starts, when a cut dimension does not divide by its axes.
 
-    `dimensions` names the model's: hidden_size, num_attention_heads, kv_features, intermediate_size (the vocabulary
+    `dimensions` names the model's: hidden_size, num_attention_heads, kv_features, intermediate_size, vocab_size (which
     may be uneven). The message gives the tensor sizes that fit the model and the model sizes that fit the tensor size.
     """
     axes = {"inner": 1, "depth": 1, "row": 1, "col": 1} | mesh_sizes(mode, size)
     col, features = axes["col"], math.prod(axes[a] for a in ("inner", "row"))
-    needs = {"hidden_size": features, "num_attention_heads": col, "kv_features": col, "intermediate_size": col}
+    needs = {
+        "hidden_size": features,
+        "num_attention_heads": col,
+        "kv_features": col,
+        "intermediate_size": col,
+    }
 
     def fits(other: int) -> bool:
         ways = {"inner": 1, "depth": 1, "row": 1, "col": 1} | mesh_sizes(mode, other)
-        return all(dimensions[k] % (ways["col"] if k != "hidden_size" else ways["inner"] * ways["row"]) == 0 for k in needs)
+        return all(
+            dimensions[k] % (ways["col"] if k != "hidden_size" else ways["inner"] * ways["row"]) == 0 for k in needs
+        )
 
     for key, divisor in needs.items():
         value = dimensions[key]
@@ -142,3 +154,6 @@ def check_sizes(mode: str, size: int, dimensions: dict[str, int]) -> None:
                 f"tensor_parallel_size: {_fitting_sizes(size, fits)} fits this model; "
                 f"or a model with {name} {nearest_multiples(value, divisor)}",
             )
+    vocabulary = dimensions["vocab_size"]
+    if -(-vocabulary // col) * (col - 1) >= vocabulary:  # shards are as long as torch.chunk's: the last may be empty
+        raise UserError("tensor_parallel_size", size, f"leaves ranks without a row of the vocabulary of {vocabulary}")

@@ -40,7 +40,10 @@ class Mesh:
     """
 
     def __init__(
-        self, sizes: Mapping[str, int] | None = None, device: torch.device | str = "cpu", rank: int | None = None
+        self,
+        sizes: Mapping[str, int] | None = None,
+        device: torch.device | str = "cpu",
+        rank: int | None = None,
     ) -> None:
         sizes = dict(sizes or {})
         unknown = set(sizes) - set(AXES)

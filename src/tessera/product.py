@@ -17,7 +17,7 @@ Y only in the forward, each as one all-reduce. Several weights that share X make
 reduction of dX. The backward hides what it can: X travels during the dX product, dX during the dW product.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,11 +29,11 @@ from tessera.mesh import Group, Mesh
 
 @dataclass(frozen=True)
 class Roles:
-    """The group of axes that cuts each dimension of one product (None: nothing cuts it), and how operands are stored.
+    """The group of axes that cuts each dimension of one product (None: none does), and how operands are stored.
 
     `x_dim` is the dim of X over which the `outputs` axes store it: 0 tokens, 1 features, None whole on every rank.
     `y_dim` is the same for Y and the `inputs` axes. `w_dim` is the dim of W over which the `tokens` axes store it: the
-    one that `inner` cuts, so that nested shards stay contiguous (1 in a column-parallel layer, 0 in a row-parallel one).
+    one that `inner` cuts, so that nested shards stay contiguous (1 in a column-parallel layer, 0 in a row one).
     """
 
     tokens: Group | None = None
@@ -54,10 +54,13 @@ def start_reduce(x: Tensor, dim: int | None, group: Group | None) -> Pending:
     return start_all_reduce(x, group) if dim is None else start_reduce_scatter(x, dim, group)
 
 
+Move = Callable[[Tensor, int | None, Group | None], Pending]
+
+
 class Together:
     """Several tensors moved as one collective: joined along a dim that is not cut, split again on arrival."""
 
-    def __init__(self, move, tensors: Sequence[Tensor], dim: int | None, join: int, group: Group | None) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, move: Move, tensors: Sequence[Tensor], dim: int | None, join: int, group: Group | None) -> None:
         self.parts, self.join = list(tensors), join
         one = len(self.parts) == 1 or group is None
         joined = None if one else torch.cat(self.parts, join)
@@ -109,7 +112,7 @@ class DistributedProduct(torch.autograd.Function):
         if needs_w:
             X = gathering_x.wait()
             partial = [dy.T @ X for dy in dY]
-            dW = Together(start_reduce_scatter, partial, roles.w_dim, 1 - roles.w_dim, roles.tokens)
+            dW = Together(start_reduce, partial, roles.w_dim, 1 - roles.w_dim, roles.tokens)
         db = [dy.sum(0) if has else None for dy, has in zip(dy_TN, ctx.has_bias, strict=True)]
         dX = reducing_dx.wait() if needs_x else None
         return dX, None, None, *(dW.wait() if dW else [None] * len(weights)), *db
@@ -140,28 +143,34 @@ def matmul(
 ) -> Tensor:
     """One distributed product `Y[T, N] = X[T, K] · W[N, K]ᵀ` on its own, differentiable.
 
-    `tokens`, `outputs`, `inputs` name the mesh axes that cut T, N and K; `x`, `w` and the result are this rank's shards,
+    `tokens`, `outputs`, `inputs` name the axes that cut T, N and K; `x`, `w` and the result are this rank's shards,
     stored as the table at the top of this module says. Any floating dtype, the same for both. Raises ValueError when an
     axis has two roles or the local shapes do not fit each other.
     """
     axes = [(a,) if isinstance(a, str) else tuple(a) for a in (tokens, outputs, inputs)]
     named = [axis for group in axes for axis in group]
     if len(set(named)) != len(named):
-        raise ValueError(f"an axis has one role in a product; given tokens={axes[0]}, outputs={axes[1]}, inputs={axes[2]}")
+        raise ValueError(
+            f"an axis has one role in a product; given tokens={axes[0]}, outputs={axes[1]}, inputs={axes[2]}"
+        )
     t, n, k = (mesh.group(a) for a in axes)
     roles = Roles(t, n, k, x_dim, w_dim, y_dim)
     x_inputs = x.shape[1] * (n.size if n and x_dim == 1 else 1)
     w_inputs = w.shape[1] * (t.size if t and w_dim == 1 else 1)
     if x_inputs != w_inputs:
-        raise ValueError(f"x {tuple(x.shape)} and w {tuple(w.shape)} do not multiply: {x_inputs} inputs against {w_inputs}")
+        raise ValueError(
+            f"x {tuple(x.shape)} and w {tuple(w.shape)} do not multiply: {x_inputs} inputs against {w_inputs}"
+        )
     return distributed_product(x, [w], [None], roles, keep=keep)[0]
 
 
-def received_words(T: int, N: int, K: int, t: int, n: int, k: int, *, roles: Roles | None = None, keep: bool = False) -> dict[str, int]:
+def received_words(
+    T: int, N: int, K: int, t: int, n: int, k: int, *, roles: Roles | None = None, keep: bool = False
+) -> dict[str, int]:
     """Words each rank receives in one product, forward and backward together, by role of the axis: the closed form.
 
-    T, N, K are the global sizes and t, n, k the ranks that cut each (architecture: the one rule). Moved along the T axes:
-    W; along N: X; along K: Y. Gathering again in the backward (`keep` false) moves X and W once more.
+    T, N, K are the global sizes and t, n, k the ranks that cut each (architecture: the one rule). Along the T
+    axes W moves, along N X, along K Y. Gathering again in the backward (`keep` false) moves X and W once more.
     """
     roles = roles or Roles()
     P = t * n * k

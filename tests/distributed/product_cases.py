@@ -1,9 +1,9 @@
 """Runs on every rank of a pool: one product, against the dense one that every rank computes for itself."""
 
 import torch
-from support.compare import error
 from torch import Tensor
 
+from support.compare import error
 from tessera.collectives import Recorder
 from tessera.mesh import Mesh
 from tessera.product import Roles, distributed_product, received_words

@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+
 from distributed.product_cases import backward_order, product_errors, public_matmul
 from support.pool import pool
 
@@ -30,7 +31,9 @@ def name(value):
 @pytest.mark.parametrize("stored", STORED, ids=lambda s: "x{} w{} y{}".format(*s))
 def test_product_equals_dense_and_words_equal_formula(sizes, stored):
     for keep, biased, count in [(False, False, 1), (True, True, 1), (False, True, 3)]:
-        for worst, counted, closed, *_ in pool(world(sizes)).run(product_errors, sizes, *stored, keep, biased, count, None):
+        for worst, counted, closed, *_ in pool(world(sizes)).run(
+            product_errors, sizes, *stored, keep, biased, count, None
+        ):
             assert worst <= 1e-12, (keep, biased, count)
             assert counted == closed, (keep, biased, count)
 

@@ -1,7 +1,7 @@
-"""A pool of worker processes, one rank each, that lives as long as the test session: a multi-rank test costs milliseconds.
+"""A pool of worker processes, one rank each, that lives as long as the test session: a test costs milliseconds.
 
-`pool(4).run(function, *arguments)` calls a module-level function on every rank and returns the results in rank order. An
-error on any rank fails the test with that rank's traceback, and the pool is started afresh.
+`pool(4).run(function, *arguments)` calls a module-level function on every rank and returns the results in rank order.
+An error on any rank fails the test with that rank's traceback, and the pool is started afresh.
 """
 
 import datetime

@@ -1,8 +1,8 @@
 """Self-attention on the hidden stream: heads cut over `col`, whole sequences on each rank.
 
-q, k and v are one product of the residual stream; `attend` is the one door to the kernels. Grouped queries (Ainslie et al.
-2023): with kv heads that do not divide by `col`, k and v are still computed cut, then gathered along features over `col`,
-and each rank takes the heads that its queries read; the backward sums their gradients back into the shards.
+q, k and v are one product of the residual stream; `attend` is the one door to the kernels. Grouped queries (Ainslie et
+al. 2023): with kv heads that do not divide by `col`, k and v are still computed cut, then gathered along features over
+`col`, and each rank takes the heads that its queries read; the backward sums their gradients back into the shards.
 
 Shape suffixes: B sequences of this rank, S positions, H heads of this rank, D head dimension, T = B·S.
 """
@@ -29,8 +29,10 @@ def attend(q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, *, causal: bool) -> T
     return F.scaled_dot_product_attention(q_BHSD, k_BHSD, v_BHSD, is_causal=causal, enable_gqa=grouped)
 
 
-def attend_with_dropout(q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, keep: Tensor, p: float, *, causal: bool) -> Tensor:
-    """The same with attention probabilities dropped where `keep` [B, H, S, S] is False: no fused kernel takes a mask of ours."""
+def attend_with_dropout(
+    q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, keep: Tensor, p: float, *, causal: bool
+) -> Tensor:
+    """The same with probabilities dropped where `keep` [B, H, S, S] is False: no fused kernel takes a mask of ours."""
     repeat = q_BHSD.shape[1] // k_BHSD.shape[1]
     k_BHSD, v_BHSD = (x.repeat_interleave(repeat, 1) for x in (k_BHSD, v_BHSD))
     scores = q_BHSD @ k_BHSD.transpose(-1, -2) / math.sqrt(q_BHSD.shape[-1])
@@ -42,7 +44,7 @@ def attend_with_dropout(q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, keep: Te
 
 
 def kv_heads_of(query_heads: range, num_heads: int, num_kv_heads: int) -> list[int]:
-    """The kv heads to hold for these query heads: each once if all are read equally often in a row, else one a query."""
+    """The kv heads these query heads need: each once if all are read equally often in a row, else one a query."""
     read = [head * num_kv_heads // num_heads for head in query_heads]
     once = list(dict.fromkeys(read))
     return once if read == [h for h in once for _ in range(len(read) // len(once))] else read

@@ -4,12 +4,14 @@ Each element hashes its global indices with a key, so that every layout drops th
 drops them again, and no generator has a state to save.
 """
 
-import torch
 from torch import Tensor
 
 from tessera.nn.parameter import hash_seed
 
-_MIX1, _MIX2 = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15  # the multipliers of splitmix64's finaliser, as signed 64-bit
+_MIX1, _MIX2 = (
+    -0x40A7B892E31B1A47,
+    -0x6B2FB644ECCEEE15,
+)  # the multipliers of splitmix64's finaliser, as signed 64-bit
 
 
 def _mix(z: Tensor) -> Tensor:

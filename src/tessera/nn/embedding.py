@@ -1,8 +1,9 @@
 """Vocabulary-parallel embedding and learned positions.
 
-The embedding is a product with a one-hot X whose move is free: roles T = row, K = col (the vocabulary), N = inner. Each
-rank looks up the tokens that lie in its part of the vocabulary, zero elsewhere, and the parts are summed over `col` into
-the residual stream. The vocabulary may be uneven. Its weight lies as the head's does, so that a tied head is the same shard.
+The embedding is a product with a one-hot X whose move is free: roles T = row, K = col (the vocabulary), N = inner.
+Each rank looks up the tokens that lie in its part of the vocabulary, zero elsewhere, and the parts are summed over
+`col` into the residual stream. The vocabulary may be uneven. The weight lies as the head's does: a tied head is the
+same shard.
 """
 
 import torch
@@ -22,7 +23,10 @@ class VocabParallelEmbedding(ParallelModule):
         as_head = column_parallel(parallel.residual)
         self.output = parallel.residual
         # acts on the hidden stream's one-hot rows; its vocabulary takes the place of the hidden features
-        self.declare("weight", ParameterSpec((vocab_size, features), as_head.weight_cuts, row_parallel(parallel.residual).input, init))
+        self.declare(
+            "weight",
+            ParameterSpec((vocab_size, features), as_head.weight_cuts, row_parallel(parallel.residual).input, init),
+        )
         self.vocabulary = self.specs["weight"].local_slices(parallel.mesh)[0]
 
     def forward(self, ids_T: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """The parallel linear layer: one class, two standard names, products in common.
 
-    name                   from → to             weight [out, in]                 Megatron's words (col only)
-    ColumnParallelLinear   residual → hidden     [out: col][in: inner, row]       gather X, no move of Y
-    RowParallelLinear      hidden → residual     [out: inner, row][in: col]       no move of X, reduce Y, then the bias
+name                   from → to             weight [out, in]                 Megatron's words (col only)
+ColumnParallelLinear   residual → hidden     [out: col][in: inner, row]       gather X, no move of Y
+RowParallelLinear      hidden → residual     [out: inner, row][in: col]       no move of X, reduce Y, then the bias
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,14 @@ class ParallelLinear(ParallelModule):
     """Y = X Wᵀ + b, the product cut as `plan` says. `in_features` and `out_features` are global sizes."""
 
     def __init__(
-        self, in_features: int, out_features: int, plan: LinearPlan, parallel: Parallel, *, bias: bool, init: Init
+        self,
+        in_features: int,
+        out_features: int,
+        plan: LinearPlan,
+        parallel: Parallel,
+        *,
+        bias: bool,
+        init: Init,
     ) -> None:
         super().__init__(parallel)
         self.in_features, self.out_features, self.plan = in_features, out_features, plan
@@ -30,7 +37,7 @@ class ParallelLinear(ParallelModule):
             self.declare("bias", ParameterSpec((out_features,), plan.bias_cuts, plan.output, Init()))
 
     def forward(self, x: Tensor, *, uncut: bool = False) -> Tensor:
-        """x: this rank's part [T_local, in_local] in the `input` layout, or with `uncut` the whole [T, in] on every rank.
+        """x: this rank's part [T_local, in_local] in the `input` layout, or with `uncut` all of it, [T, in], on every rank.
 
         Returns this rank's part of Y in the `output` layout.
         """
@@ -41,7 +48,13 @@ class ColumnParallelLinear(ParallelLinear):
     """Residual stream → hidden stream: outputs cut over `col` (q, k, v, gate, up, head)."""
 
     def __init__(
-        self, in_features: int, out_features: int, parallel: Parallel, *, bias: bool = False, init: Init = Init(std=0.02)
+        self,
+        in_features: int,
+        out_features: int,
+        parallel: Parallel,
+        *,
+        bias: bool = False,
+        init: Init = Init(std=0.02),
     ) -> None:
         super().__init__(in_features, out_features, column_parallel(parallel.residual), parallel, bias=bias, init=init)
 
@@ -50,7 +63,13 @@ class RowParallelLinear(ParallelLinear):
     """Hidden stream → residual stream: inputs cut over `col` (attention out, down). The bias is added once."""
 
     def __init__(
-        self, in_features: int, out_features: int, parallel: Parallel, *, bias: bool = False, init: Init = Init(std=0.02)
+        self,
+        in_features: int,
+        out_features: int,
+        parallel: Parallel,
+        *,
+        bias: bool = False,
+        init: Init = Init(std=0.02),
     ) -> None:
         super().__init__(in_features, out_features, row_parallel(parallel.residual), parallel, bias=bias, init=init)
 

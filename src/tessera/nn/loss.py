@@ -30,9 +30,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         X = gathering.wait()
         wide = torch.promote_types(X.dtype, torch.float32)
         loss = torch.zeros((), dtype=wide, device=X.device)
-        dX = torch.empty_like(X)
-        # the first chunk writes, the others add: most often there is one
-        dW: Tensor | None = None
+        training = any(ctx.needs_input_grad)
+        dX = torch.empty_like(X) if training else None
+        dW: Tensor | None = None  # the first chunk writes, the others add: most often there is one
         db = None if bias_V is None else torch.zeros_like(bias_V, dtype=wide)
         inner = roles.inputs.size if roles.inputs else 1
         for first in range(0, X.shape[0], head.chunk_tokens * inner):
@@ -44,16 +44,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 z = z + bias_V
             chunk_loss, dz = _loss_and_logit_gradient(z.to(wide), targets, head)
             loss += chunk_loss
+            if dX is None:
+                continue
             if db is not None:
                 db += dz.sum(0)
             dz = all_gather(dz.to(X.dtype), 0, roles.inputs)
             torch.mm(dz, W, out=dX[part])
             dW = dz.T @ X[part] if dW is None else dW.addmm_(dz.T, X[part])
-        assert dW is not None
+        if dX is None or dW is None:
+            return loss
         reducing = start_reduce(dX, roles.x_dim, roles.outputs)
         dW = reduce_scatter(dW, roles.w_dim, roles.tokens)
         ctx.has_bias = db is not None
-        ctx.save_for_backward(reducing.wait(), dW, *([db.to(bias_V.dtype)] if db is not None else []))
+        ctx.save_for_backward(reducing.wait(), dW, *([] if db is None else [db.to(X.dtype)]))
         return loss
 
     @staticmethod

@@ -82,6 +82,8 @@ def cut(x: Tensor, layout: Layout, mesh: Mesh) -> Tensor:
             group = mesh.group((axis,))
             if group is not None:
                 if x.shape[dim] % group.size:
-                    raise ValueError(f"dim {dim} of {tuple(x.shape)} does not divide by the {group.size} ranks of {axis}")
+                    raise ValueError(
+                        f"dim {dim} of {tuple(x.shape)} does not divide by the {group.size} ranks of {axis}"
+                    )
                 x = _SplitThenGather.apply(x, dim, group)
     return x

@@ -108,7 +108,9 @@ class ParallelModule(nn.Module):
         return local(getattr(self, name)).to(self.parallel.compute)
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{n} {list(s.shape)} → {list(to_local(self._parameters[n]).shape)}" for n, s in self.specs.items())
+        return ", ".join(
+            f"{n} {list(s.shape)} → {list(to_local(self._parameters[n]).shape)}" for n, s in self.specs.items()
+        )
 
 
 class _Local(torch.autograd.Function):

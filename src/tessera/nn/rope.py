@@ -12,7 +12,9 @@ from torch import Tensor
 @dataclass(frozen=True)
 class RopeConfig:
     """`theta` is the base of the frequencies. `factor` above 1 switches on Llama 3's scaling: wavelengths longer than
-    original_max_positions / low_freq_factor are stretched by it, shorter than / high_freq_factor left, between blended."""
+    original_max_positions / low_freq_factor are stretched by it, those shorter than original_max_positions /
+    high_freq_factor are left, and between them the two are blended.
+    """
 
     theta: float = 10000.0
     factor: float = 1.0
@@ -37,7 +39,9 @@ def rope_frequencies(head_dim: int, config: RopeConfig) -> Tensor:
     return torch.where((wavelength <= low) & (wavelength >= high), blended, scaled)
 
 
-def rope_table(length: int, head_dim: int, config: RopeConfig, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def rope_table(
+    length: int, head_dim: int, config: RopeConfig, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """cos and sin [length, head_dim / 2] of every position's angles, in `dtype`."""
     angles = torch.outer(torch.arange(length, dtype=torch.float32), rope_frequencies(head_dim, config)).to(device)
     return angles.cos().to(dtype), angles.sin().to(dtype)

@@ -22,11 +22,13 @@ class Tokens:
 
     @classmethod
     def of(cls, input_ids: Tensor, residual: Layout, mesh: Mesh, dropout: int | None = None) -> "Tokens":
-        """Place the tokens of `input_ids` [B, S]. Raises ValueError when they do not divide by the axes that cut them."""
+        """Place the tokens of `input_ids` [B, S]. Raises ValueError when they do not divide by their axes."""
         B, S = input_ids.shape
         whole_sequences = mesh.size(HIDDEN.tokens)
         if B % whole_sequences:
-            raise ValueError(f"a batch of {B} sequences does not divide by the {whole_sequences} ranks along {HIDDEN.tokens}")
+            raise ValueError(
+                f"a batch of {B} sequences does not divide by the {whole_sequences} ranks along {HIDDEN.tokens}"
+            )
         return cls(B, S, _part(B * S, residual, mesh), _part(B * S, HIDDEN, mesh), input_ids.device, dropout)
 
     def positions(self, part: slice) -> Tensor:
@@ -47,6 +49,6 @@ def _part(total: int, layout: Layout, mesh: Mesh) -> slice:
 
 
 def length_multiple(batch: int, residual: Layout, mesh: Mesh) -> int:
-    """The number that sequence lengths must be a multiple of, so that `batch` sequences divide over the residual stream."""
+    """What sequence lengths must be a multiple of, so that `batch` sequences divide over the residual stream."""
     ranks = mesh.size(residual.tokens)
     return next(m for m in range(1, ranks + 1) if batch * m % ranks == 0)

@@ -17,7 +17,7 @@ from tessera.nn.parameter import named_specs, to_local
 
 @torch.no_grad()
 def sum_replicated_gradients(model: nn.Module, mesh: Mesh) -> None:
-    """Complete the gradients of parameters that some axis cuts only the activation of. Call once a step, before the norm."""
+    """Complete the gradients of parameters smaller than their activation's cut. Call once a step, before the norm."""
     buckets: dict[tuple[tuple[str, ...], torch.dtype], list[Tensor]] = {}
     for _, parameter, spec in named_specs(model):
         axes = mesh.present(spec.summed_axes)

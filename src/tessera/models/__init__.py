@@ -1,0 +1,1 @@
+"""Models: one decoder for every family, configured from a Hugging Face config.json."""

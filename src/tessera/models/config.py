@@ -1,0 +1,49 @@
+"""What one decoder needs to know of a model; families.py reads it from a Hugging Face config.json."""
+
+from dataclasses import dataclass
+
+from tessera.nn.rope import RopeConfig
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes are global. `norm`: "rms" or "layer"; `activation`: "silu" (with `gated`), "gelu" or "gelu_tanh" (without).
+
+    Positions are rotary when `rope` is given, else a learned table of `max_positions`. Dropouts are probabilities.
+    """
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_size: int
+    max_positions: int
+    norm: str = "rms"
+    norm_eps: float = 1e-6
+    activation: str = "silu"
+    gated: bool = True
+    rope: RopeConfig | None = None
+    qkv_bias: bool = False
+    attention_out_bias: bool = False
+    mlp_bias: bool = False
+    head_bias: bool = False
+    tied: bool = False
+    causal: bool = True
+    embedding_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    residual_dropout: float = 0.0
+    initializer_range: float = 0.02
+
+    @property
+    def dimensions(self) -> dict[str, int]:
+        """The sizes that mesh axes cut, by the names users know; see `layout.check_sizes`."""
+        return {
+            "hidden_size": self.hidden_size,
+            "num_attention_heads": self.num_heads,
+            "kv_features": self.num_kv_heads * self.head_dim,
+            "intermediate_size": self.ffn_size,
+            "vocab_size": self.vocab_size,
+        }

@@ -1,0 +1,196 @@
+"""The decoder: one model for every family, free of distribution; its layers know where their parts lie.
+
+embedding (+ positions) → dropout → [ norm → attention → dropout → + · norm → MLP → dropout → + ] × L → norm → loss
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tessera.collectives import all_gather
+from tessera.layout import Layout, check_chain, column_parallel
+from tessera.models.config import ModelConfig
+from tessera.nn.attention import Attention
+from tessera.nn.dropout import dropout
+from tessera.nn.embedding import LearnedPositions, VocabParallelEmbedding
+from tessera.nn.loss import Head, linear_cross_entropy
+from tessera.nn.mlp import MLP
+from tessera.nn.norm import LayerNorm, Norm, RMSNorm
+from tessera.nn.parameter import Init, Parallel, ParallelModule, ParameterSpec, initialize
+from tessera.nn.rope import rope_table
+from tessera.nn.tokens import Tokens
+from tessera.product import distributed_product
+
+
+def _norm(config: ModelConfig, parallel: Parallel) -> Norm:
+    kind = {"rms": RMSNorm, "layer": LayerNorm}[config.norm]
+    return kind(config.hidden_size, parallel.residual, parallel, config.norm_eps)
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, parallel: Parallel, index: int) -> None:
+        super().__init__()
+        self.name, self.p = f"layers.{index}", config.residual_dropout
+        init = Init(std=config.initializer_range)
+        # projections into the residual stream start smaller, by the number of them (GPT-2, Radford et al. 2019, 2.3)
+        out_init = (
+            Init(std=config.initializer_range / (2 * config.num_layers) ** 0.5) if config.norm == "layer" else init
+        )
+        self.attention_norm = _norm(config, parallel)
+        self.attention = Attention(
+            config.hidden_size,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            parallel,
+            name=f"{self.name}.attention",
+            causal=config.causal,
+            qkv_bias=config.qkv_bias,
+            out_bias=config.attention_out_bias,
+            dropout=config.attention_dropout,
+            init=init,
+            out_init=out_init,
+        )
+        self.mlp_norm = _norm(config, parallel)
+        self.mlp = MLP(
+            config.hidden_size,
+            config.ffn_size,
+            parallel,
+            activation=config.activation,
+            gated=config.gated,
+            bias=config.mlp_bias,
+            init=init,
+            out_init=out_init,
+        )
+        check_chain("attention_norm", self.attention_norm.output, "attention", self.attention.input)
+        check_chain("attention", self.attention.output, "mlp_norm", self.mlp_norm.input)
+        check_chain("mlp_norm", self.mlp_norm.output, "mlp", self.mlp.input)
+
+    def forward(self, x_TF: Tensor, tokens: Tokens, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+        """x_TF and the result lie in the residual layout."""
+        attended = self.attention(self.attention_norm(x_TF), tokens, rope)
+        x_TF = x_TF + drop(attended, tokens, self.p, self.attention_norm, f"{self.name}.attention")
+        fed = self.mlp(self.mlp_norm(x_TF))
+        return x_TF + drop(fed, tokens, self.p, self.mlp_norm, f"{self.name}.mlp")
+
+
+def drop(x_TF: Tensor, tokens: Tokens, p: float, stream: Norm, layer: str) -> Tensor:
+    """Dropout of the residual stream in training; `stream` is the norm whose features x has."""
+    if not p or tokens.dropout is None:
+        return x_TF
+    features = stream.specs["weight"].local_slices(stream.parallel.mesh)[0]
+    columns = torch.arange(features.start, features.stop, device=x_TF.device)
+    return dropout(x_TF, tokens.rows(tokens.residual), columns, p, tokens.dropout, layer)
+
+
+class OutputHead(ParallelModule):
+    """The head's own parameters: none of a tied weight, which is the embedding's shard."""
+
+    def __init__(self, config: ModelConfig, parallel: Parallel) -> None:
+        super().__init__(parallel)
+        self.plan = column_parallel(parallel.residual)
+        self.input = self.plan.input
+        if not config.tied:
+            shape = (config.vocab_size, config.hidden_size)
+            init = Init(std=config.initializer_range)
+            self.declare("weight", ParameterSpec(shape, self.plan.weight_cuts, self.plan.input, init))
+        if config.head_bias:
+            self.declare("bias", ParameterSpec((config.vocab_size,), self.plan.bias_cuts, self.plan.output, Init()))
+
+
+class Decoder(nn.Module):
+    """A language model of `config` on the mesh of `parallel`; its parameters are empty until `initialize` or a load."""
+
+    def __init__(self, config: ModelConfig, parallel: Parallel, *, gradient_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.config, self.parallel, self.gradient_checkpointing = config, parallel, gradient_checkpointing
+        init = Init(std=config.initializer_range)
+        self.embedding = VocabParallelEmbedding(config.vocab_size, config.hidden_size, parallel, init=init)
+        self.positions = None
+        if config.rope is None:
+            self.positions = LearnedPositions(config.max_positions, config.hidden_size, parallel, init=init)
+        self.layers = nn.ModuleList(DecoderLayer(config, parallel, i) for i in range(config.num_layers))
+        self.norm = _norm(config, parallel)
+        self.head = OutputHead(config, parallel)
+        check_chain("embedding", self.embedding.output, "the layers", self.norm.input)
+        check_chain("norm", self.norm.output, "head", self.head.input)
+
+    @property
+    def residual(self) -> Layout:
+        return self.parallel.residual
+
+    def initialize(self, seed: int) -> None:
+        """Random weights from (seed, parameter name, global index), the same on every mesh."""
+        initialize(self, self.parallel.mesh, seed)
+
+    def hidden_states(self, input_ids: Tensor, dropout_key: int | None = None) -> Tensor:
+        """The normed residual stream of `input_ids` [B, S] (the same on every model rank), in the residual layout."""
+        mesh, compute = self.parallel.mesh, self.parallel.compute
+        tokens = Tokens.of(input_ids, self.residual, mesh, dropout_key)
+        x = self.embedding(self._looked_up(input_ids))
+        if self.positions is not None:
+            x = x + self.positions(tokens.positions(tokens.residual))
+        x = drop(x, tokens, self.config.embedding_dropout, self.norm, "embedding")
+        rope = None
+        if self.config.rope is not None:
+            rope = rope_table(tokens.sequence, self.config.head_dim, self.config.rope, compute, x.device)
+        for layer in self.layers:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                # masks come from indices, not from a generator: there is no RNG state to preserve
+                x = checkpoint(layer, x, tokens, rope, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x, tokens, rope)
+        return self.norm(x)
+
+    def _looked_up(self, ids: Tensor) -> Tensor:
+        """The ids of this rank's (depth · row) part, flat: what the embedding looks up and the loss is taken over."""
+        mesh = self.parallel.mesh
+        axes = ("depth", "row")
+        return ids.reshape(-1).chunk(mesh.size(axes))[mesh.index(axes)]
+
+    def _head_weight(self) -> Tensor:
+        return (self.embedding if self.config.tied else self.head).local("weight")
+
+    def _head_bias(self) -> Tensor | None:
+        return self.head.local("bias") if self.config.head_bias else None
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        targets: Tensor,
+        denominator: float,
+        *,
+        dropout_key: int | None = None,
+        label_smoothing: float = 0.0,
+    ) -> Tensor:
+        """The summed cross entropy over this rank's tokens divided by `denominator`.
+
+        input_ids and targets are int64 [B, S] (targets already shifted, −100 ignored), the same on every model rank;
+        `dropout_key` switches dropout on (see nn/dropout.py).
+        """
+        x = self.hidden_states(input_ids, dropout_key)
+        head = Head(
+            self.head.plan.roles(self.parallel.mesh),
+            self.embedding.vocabulary,
+            self.config.vocab_size,
+            denominator,
+            label_smoothing,
+        )
+        return linear_cross_entropy(x, self._head_weight(), self._head_bias(), self._looked_up(targets), head)
+
+    @torch.no_grad()
+    def logits(self, input_ids: Tensor) -> Tensor:
+        """Full logits [B, S, V] on every rank, for sampling and tests. Needs inner = depth = row = 1."""
+        mesh = self.parallel.mesh
+        x = self.hidden_states(input_ids)
+        roles = self.head.plan.roles(mesh)
+        (local,) = distributed_product(x, [self._head_weight()], [self._head_bias()], roles)
+        col = mesh.group(("col",))
+        if col is not None:  # uneven vocabularies are padded to gather, then trimmed
+            longest = -(-self.config.vocab_size // col.size)
+            padded = torch.nn.functional.pad(local, (0, longest - local.shape[1]))
+            # chunks are full but for the last ones, so what is padding lies at the end
+            local = all_gather(padded, 1, col)[:, : self.config.vocab_size]
+        return local.reshape(*input_ids.shape, -1)

@@ -1,0 +1,160 @@
+"""Checkpoints: model and optimizer sharded by torch's DCP, everything else in one JSON file; whole or not there.
+
+    output_dir/checkpoint-N/    .metadata, __R_0.distcp     what DCP writes: every tensor, each rank its shards
+                                state.json                  step, data position, seed, tokens; written last
+
+A checkpoint is written as `.checkpoint-N.part` and renamed when every rank has finished: a folder with the final name
+is whole. The learning rate, the order of samples and dropout masks are functions of (config, seed, step): the step and
+the seed are the schedule's, the data's and the generators' whole state.
+"""
+
+import io
+import json
+import pickle
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+
+from tessera.errors import UserError
+
+STATE = "state.json"
+FORMAT = 1
+
+
+def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Every tensor of the run by name: parameters, and the optimizer's state of each (zeros before its first step)."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        tensors[f"model/{name}"] = parameter.detach()
+        state = optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter.detach())
+            state["exp_avg_sq"] = torch.zeros_like(parameter.detach())
+        tensors |= {f"optimizer/{name}/{key}": value for key, value in state.items()}
+    return tensors
+
+
+def save(
+    output_dir: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    keep: int | None,
+) -> Path:
+    """Write `checkpoint-{state["step"]}` and return it; collective. Keeps the newest `keep` checkpoints (None: all)."""
+    final = output_dir / f"checkpoint-{state['step']}"
+    part = output_dir / f".{final.name}.part"
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    if first:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    _barrier()
+    writer = dcp.FileSystemWriter(part, sync_files=True)
+    dcp.save(_tensors(model, optimizer), storage_writer=writer, no_dist=not dist.is_initialized())
+    if first:
+        (part / STATE).write_text(json.dumps({"format": FORMAT, **state}, indent=1) + "\n")
+        shutil.rmtree(final, ignore_errors=True)
+        part.rename(final)
+        for old in whole_checkpoints(output_dir)[:-keep] if keep else []:
+            shutil.rmtree(old)
+    _barrier()
+    return final
+
+
+def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Read a checkpoint of any layout into `model` and `optimizer`; collective. Returns what `save` was given as state.
+
+    Raises UserError when the folder is not a whole checkpoint of this model.
+    """
+    state = read_state(folder)
+    try:
+        dcp.load(_tensors(model, optimizer), storage_reader=_Reader(folder), no_dist=not dist.is_initialized())
+    except (CheckpointException, ValueError, KeyError, pickle.UnpicklingError) as error:
+        causes = getattr(error, "failures", {})
+        reason = "; ".join(str(e[0] if isinstance(e, tuple) else e) for e in causes.values()) or str(error)
+        raise UserError("resume_from_checkpoint", folder, f"cannot be read: {reason}") from error
+    return state
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The JSON part of a checkpoint. Raises UserError when it is missing or of another format."""
+    try:
+        state = json.loads((folder / STATE).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            "resume_from_checkpoint",
+            folder,
+            f"is not a whole checkpoint: {STATE}: {error}",
+            _whole_ones(folder.parent),
+        ) from error
+    if state.get("format") != FORMAT:
+        raise UserError(
+            "resume_from_checkpoint", folder, f"has format {state.get('format')}, this version reads {FORMAT}"
+        )
+    return dict(state)
+
+
+def whole_checkpoints(output_dir: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    found = [
+        (int(m[1]), p) for p in output_dir.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))
+    ]
+    return [path for _, path in sorted(found) if (path / STATE).is_file() and (path / ".metadata").is_file()]
+
+
+def _whole_ones(output_dir: Path) -> str:
+    names = [path.name for path in whole_checkpoints(output_dir)]
+    return f"whole checkpoints there: {', '.join(names)}" if names else "there is no whole checkpoint beside it"
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+_METADATA_NAMES = {
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorStorageMetadata",
+        "ChunkStorageMetadata",
+        "TensorProperties",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
+    "pathlib": {"Path", "PosixPath", "WindowsPath"},
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """DCP's metadata is a pickle: only the plain classes it consists of may be named in it."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name in _METADATA_NAMES.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f".metadata names {module}.{name}, which no checkpoint needs")
+
+
+class _Reader(dcp.FileSystemReader):
+    """torch's reader with the restricted unpickler; tensors are read with weights_only already."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        content = (Path(self.path) / ".metadata").read_bytes()
+        metadata = _Unpickler(io.BytesIO(content)).load()
+        if not isinstance(metadata, Metadata):
+            raise pickle.UnpicklingError(".metadata does not hold checkpoint metadata")
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata

@@ -1,0 +1,93 @@
+"""One optimizer step: forward and backward of every micro-batch, gradient sums, norm, clipping, update.
+
+The same step serves training, verification and benchmarks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tessera.layout import HIDDEN
+from tessera.models.decoder import Decoder
+from tessera.nn.dropout import dropout_key
+from tessera.parallel.gradients import clip_gradients, first_copy, gradient_norm, sum_replicated_gradients
+
+
+class MicroBatch(Protocol):
+    """input_ids and targets int64 [B, S], targets shifted and −100 where ignored; `valid` counts the others."""
+
+    @property
+    def input_ids(self) -> Tensor: ...
+    @property
+    def targets(self) -> Tensor: ...
+    @property
+    def valid(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """loss: mean over the step's valid tokens; grad_norm: before clipping; stop: whether a rank asked to stop."""
+
+    loss: float
+    grad_norm: float
+    tokens: int
+    stop: bool
+
+    @property
+    def finite(self) -> bool:
+        return self.loss - self.loss == 0 and self.grad_norm - self.grad_norm == 0
+
+
+class Step:
+    """Optimizer steps of `model`; `max_grad_norm` 0: no clipping; `label_smoothing` as in torch's cross entropy."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        optimizer: torch.optim.Optimizer,
+        *,
+        max_grad_norm: float = 0.0,
+        label_smoothing: float = 0.0,
+        seed: int = 42,
+    ) -> None:
+        self.model, self.optimizer = model, optimizer
+        self.max_grad_norm, self.label_smoothing, self.seed = max_grad_norm, label_smoothing, seed
+        self.mesh = model.parallel.mesh
+
+    def gradients(self, batches: Sequence[MicroBatch], step: int) -> Tensor:
+        """Accumulate the gradients of all micro-batches, complete their sums; returns this rank's part of the loss."""
+        denominator = float(max(1, sum(batch.valid for batch in batches)))
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = []
+        for index, batch in enumerate(batches):
+            loss = self.model(
+                batch.input_ids.to(self.mesh.device),
+                batch.targets.to(self.mesh.device),
+                denominator,
+                dropout_key=dropout_key(self.seed, step, index),
+                label_smoothing=self.label_smoothing,
+            )
+            loss.backward()
+            losses.append(loss.detach())
+        sum_replicated_gradients(self.model, self.mesh)
+        return torch.stack(losses).sum()
+
+    def __call__(
+        self, batches: Sequence[MicroBatch], step: int, learning_rate: float, *, stop: bool = False
+    ) -> StepResult:
+        """One whole step; with a loss or gradient that is not finite the weights stay as they are."""
+        loss = self.gradients(batches, step)
+        own_part = loss if first_copy(self.mesh, HIDDEN.tokens) else torch.zeros_like(loss)
+        numbers = gradient_norm(self.model, self.mesh, own_part, loss.new_tensor(float(stop)))
+        norm_value, loss_value, stopping = torch.stack(numbers).tolist()
+        result = StepResult(loss_value, norm_value, sum(batch.valid for batch in batches), stopping > 0)
+        if result.finite:
+            if self.max_grad_norm:
+                clip_gradients(self.model, norm_value, self.max_grad_norm)
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+            self.optimizer.step()
+        return result

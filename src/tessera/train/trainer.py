@@ -1,0 +1,288 @@
+"""Training from a config: builds the run on every rank, steps, logs, evaluates, saves, and hands out the model."""
+
+import math
+import os
+import shutil
+import signal
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from tessera import device as devices
+from tessera.collectives import Recorder, all_reduce, largest
+from tessera.data.loader import Loader
+from tessera.data.rows import open_rows
+from tessera.errors import RunFailed
+from tessera.layout import HIDDEN, mesh_sizes, residual_layout
+from tessera.mesh import MODEL_AXES, Mesh
+from tessera.models.decoder import Decoder
+from tessera.models.hub import export, load_weights
+from tessera.nn.parameter import Parallel
+from tessera.nn.tokens import length_multiple
+from tessera.parallel.gradients import first_copy
+from tessera.train import checkpoint
+from tessera.train.log import Log, Stopwatch
+from tessera.train.optimizer import build_optimizer, learning_rate
+from tessera.train.preflight import Run, prepare_data, resolve
+from tessera.train.step import Step, StepResult
+
+if TYPE_CHECKING:
+    from tessera.config.schema import TrainConfig
+    from tessera.data.prepare import Prepared
+
+
+@dataclass
+class Progress:
+    """What a checkpoint remembers beside tensors: steps done, targets trained on, and the seed they were drawn with."""
+
+    step: int = 0
+    tokens: int = 0
+
+
+class StopRequest:
+    """SIGINT and SIGTERM only raise a flag: the ranks agree on it at the end of a step, save, and exit."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        try:
+            self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not the main thread: nobody signals us here
+            self._before = {}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: object) -> None:
+        self.asked = True
+
+
+def train(config: "TrainConfig") -> None:
+    """Run `config` on this rank: under torch's launcher one of many, else alone. Raises UserError or RunFailed."""
+    device = devices.local_device()
+    devices.prepare(device, tf32=config.tf32)
+    started = "RANK" in os.environ and not dist.is_initialized()
+    if started:
+        timeout = timedelta(minutes=config.group_timeout_minutes)
+        dist.init_process_group(devices.backend(device), timeout=timeout)
+    try:
+        with StopRequest() as stop:
+            Trainer(config, device).run(stop)
+    finally:
+        if started:
+            dist.destroy_process_group()
+
+
+class Trainer:
+    """One rank of a run."""
+
+    def __init__(self, config: "TrainConfig", device: torch.device) -> None:
+        self.config = config
+        self.mesh = Mesh(mesh_sizes(config.tensor_parallel_mode, config.tensor_parallel_size), device)
+        self.first = self.mesh.rank == 0
+        self.output = Path(config.output_dir)
+        self.resolved: Run = resolve(config)
+        self.prepared: Prepared = self._prepare()
+        residual = residual_layout(config.sequence_parallel)
+        bf16 = devices.has_bf16(device) if config.bf16 == "auto" else config.bf16
+        parallel = Parallel(self.mesh, residual, compute=torch.bfloat16 if bf16 else torch.float32, seed=config.seed)
+        self.model = Decoder(self.resolved.model, parallel, gradient_checkpointing=config.gradient_checkpointing)
+        self.optimizer = build_optimizer(
+            self.model,
+            config.optimizer,
+            (config.adam_beta1, config.adam_beta2),
+            config.adam_epsilon,
+            config.weight_decay,
+        )
+        self.step = Step(
+            self.model,
+            self.optimizer,
+            max_grad_norm=config.max_grad_norm,
+            label_smoothing=config.label_smoothing_factor,
+            seed=config.seed,
+        )
+        self.loader = self._loader("train", shuffle=config.shuffle)
+        self.total_steps = config.max_steps or self.loader.steps_for(config.num_epochs)
+        if config.max_steps is None:
+            self.loader.last_sample = math.ceil(config.num_epochs * self.loader.samples_per_epoch)
+        self.warmup = config.warmup_steps
+        if self.warmup is None:
+            self.warmup = math.ceil(config.warmup_ratio * self.total_steps)
+        self.progress = self._start()
+
+    def _prepare(self) -> "Prepared":
+        """Rank 0 prepares the data (most often it finds it done), the others open what it wrote."""
+        if self.first:
+            prepared = prepare_data(self.config, self.resolved)
+        if self.mesh.world > 1:
+            dist.barrier()
+        return prepared if self.first else prepare_data(self.config, self.resolved)
+
+    def _loader(self, split: str, *, shuffle: bool) -> Loader:
+        config = self.config
+        multiple = length_multiple(config.micro_batch_size, residual_layout(config.sequence_parallel), self.mesh)
+        return Loader(
+            open_rows(self.prepared.folder, split),  # type: ignore[arg-type]
+            config.micro_batch_size,
+            config.gradient_accumulation_steps,
+            config.seed,
+            shuffle,
+            multiple,
+        )
+
+    def _start(self) -> Progress:
+        """Weights from the checkpoint to resume, from the model's safetensors, or random."""
+        if self.resolved.resume is not None:
+            state = checkpoint.load(self.resolved.resume, self.model, self.optimizer)
+            self._check_resumed(state)
+            return Progress(state["step"], state["tokens"])
+        if self.config.random_init:
+            self.model.initialize(self.config.seed)
+        else:
+            load_weights(self.model, self.resolved.folder)
+        return Progress()
+
+    def _check_resumed(self, state: dict[str, Any]) -> None:
+        """Say, by key, what changes the course of a resumed run."""
+        now = self._course()
+        for key, value in state["course"].items():
+            if now.get(key) != value and self.first:
+                print(f"resuming with {key}: {now.get(key)}, the checkpoint was made with {value}", flush=True)
+
+    def _course(self) -> dict[str, Any]:
+        """The settings on which the order of samples and the learning rate depend."""
+        config = self.config
+        return {
+            "seed": config.seed,
+            "shuffle": config.shuffle,
+            "samples_per_step": self.loader.samples_per_step,
+            "data": self.prepared.manifest.key,
+            "steps": self.total_steps,
+            "learning_rate": config.learning_rate,
+            "lr_scheduler": config.lr_scheduler,
+            "warmup_steps": self.warmup,
+        }
+
+    def run(self, stop: StopRequest) -> None:
+        """Train to the last step or until asked to stop; then hand out the model, or leave a checkpoint."""
+        config = self.config
+        if self.first:
+            self._write_config()
+        log = Log(self.output, self.total_steps, self.progress.step, config.logging_steps, self.first)
+        try:
+            self._say_start(log)
+            if self._steps(log, stop):
+                self._finish(log)
+        finally:
+            log.close()
+
+    def _steps(self, log: Log, stop: StopRequest) -> bool:
+        """Every remaining step; False when stopped before the last one."""
+        config, watch = self.config, Stopwatch()
+        while self.progress.step < self.total_steps:
+            index = self.progress.step
+            rate = learning_rate(index, config.learning_rate, config.lr_scheduler, self.warmup or 0, self.total_steps)
+            with Recorder() as recorder:
+                result = self.step(self.loader.step_batches(index), index, rate, stop=stop.asked)
+            if not result.finite:
+                raise self._diverged(index + 1, result)
+            self.progress.step += 1
+            self.progress.tokens += result.tokens
+            record = self._record(result, rate, watch.lap(), recorder)
+            step, done = self.progress.step, self.progress.step == self.total_steps
+            if self.prepared.manifest.eval_rows and (done or config.eval_steps and step % config.eval_steps == 0):
+                record["eval_loss"] = self._evaluate()
+            log.step(record)
+            if config.save_steps and step % config.save_steps == 0 or result.stop and not done:
+                folder = self._save()
+                if result.stop and not done:
+                    log.say(f"stopped after step {step}; saved {folder}")
+                    return False
+            watch.lap()
+        return True
+
+    def _record(self, result: StepResult, rate: float, seconds: float, recorder: Recorder) -> dict[str, Any]:
+        """The line of metrics.jsonl. Memory is a maximum over ranks, taken on logging steps only."""
+        step = self.progress.step
+        if step % self.config.logging_steps == 0 or step == 1:
+            own = torch.tensor(float(devices.peak_memory_bytes(self.mesh.device)), device=self.mesh.device)
+            self._memory = largest(own, self.mesh.group(MODEL_AXES)).item() / 2**30
+        return {
+            "step": step,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "learning_rate": rate,
+            "epoch": round(step * self.loader.samples_per_step / self.loader.samples_per_epoch, 6),
+            "tokens": self.progress.tokens,
+            "tokens_per_second": result.tokens / seconds,
+            "step_seconds": seconds,
+            "memory_gib": self._memory,
+            "communicated_bytes": recorder.bytes_by_axis(),
+        }
+
+    @torch.no_grad()
+    def _evaluate(self) -> float:
+        """The mean loss over the held-out rows."""
+        batches = self._loader("eval", shuffle=False).eval_batches()
+        total, valid = torch.zeros((), dtype=torch.float64, device=self.mesh.device), 0
+        for batch in batches:
+            ids, targets = batch.input_ids.to(self.mesh.device), batch.targets.to(self.mesh.device)
+            total += self.model(ids, targets, 1.0)
+            valid += batch.valid
+        if not first_copy(self.mesh, HIDDEN.tokens):
+            total.zero_()
+        return all_reduce(total, self.mesh.group(MODEL_AXES)).item() / max(1, valid)
+
+    def _save(self) -> Path:
+        state = {"step": self.progress.step, "tokens": self.progress.tokens, "course": self._course()}
+        return checkpoint.save(self.output, self.model, self.optimizer, state, self.config.save_total_limit)
+
+    def _finish(self, log: Log) -> None:
+        export(self.model, self.output, self.resolved.folder)
+        tokenizer = self.prepared.tokenizer_folder
+        if self.first and tokenizer is not None and tokenizer != self.resolved.folder:
+            for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+                if (tokenizer / file).is_file():
+                    shutil.copyfile(tokenizer / file, self.output / file)
+        if self.mesh.world > 1:
+            dist.barrier()  # no rank leaves before the folder is whole
+        log.say(f"model written to {self.output}")
+
+    def _diverged(self, step: int, result: StepResult) -> RunFailed:
+        """The run's end at a loss or gradient that is not finite, with what usually causes it."""
+        config = self.config
+        kept = checkpoint.whole_checkpoints(self.output)
+        return RunFailed(
+            f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}; the weights were not updated\n"
+            f"  likely causes: a learning rate too high (learning_rate: {config.learning_rate}), too short a warm-up "
+            f"({self.warmup} steps), no clipping (max_grad_norm: {config.max_grad_norm}), or precision "
+            f"(bf16: {config.bf16}, computing in {str(self.model.parallel.compute).removeprefix('torch.')})\n"
+            f"  last good checkpoint: {kept[-1] if kept else 'none was saved (save_steps)'}"
+        )
+
+    def _write_config(self) -> None:
+        from tessera.config.load import dump_config
+
+        self.output.mkdir(parents=True, exist_ok=True)
+        (self.output / "resolved_config.yaml").write_text(dump_config(self.config))
+
+    def _say_start(self, log: Log) -> None:
+        parameters = sum(p.numel() for p in self.model.parameters())
+        compute = str(self.model.parallel.compute).removeprefix("torch.")
+        log.say(
+            f"{self.resolved.model.family}, {parameters:,} parameters, on {self.mesh} "
+            f"({devices.describe(self.mesh.device)}), computing in {compute}"
+        )
+        begun = f"from {self.resolved.resume}" if self.resolved.resume else "from the start"
+        log.say(
+            f"{self.total_steps} steps of {self.loader.samples_per_step} rows, {begun}; "
+            f"{self.warmup} steps of warm-up, {self.config.lr_scheduler}"
+        )

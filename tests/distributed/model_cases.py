@@ -1,0 +1,154 @@
+"""Runs on every rank of a pool: a whole model on a mesh against the same model in one process, in float64."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from support.compare import worst
+from tessera.collectives import Recorder
+from tessera.layout import residual_layout
+from tessera.mesh import Mesh
+from tessera.models.config import ModelConfig
+from tessera.models.decoder import Decoder
+from tessera.nn.parameter import Parallel
+from tessera.nn.rope import RopeConfig
+from tessera.train.optimizer import build_optimizer
+from tessera.train.step import Step
+
+LLAMA = ModelConfig(
+    family="llama",
+    vocab_size=509,
+    hidden_size=64,
+    num_layers=2,
+    num_heads=8,
+    num_kv_heads=2,
+    head_dim=8,
+    ffn_size=96,
+    max_positions=64,
+    rope=RopeConfig(factor=8.0, original_max_positions=16),
+    initializer_range=0.1,
+)
+GPT2 = ModelConfig(
+    family="gpt2",
+    vocab_size=509,
+    hidden_size=64,
+    num_layers=2,
+    num_heads=8,
+    num_kv_heads=8,
+    head_dim=8,
+    ffn_size=96,
+    max_positions=64,
+    norm="layer",
+    norm_eps=1e-5,
+    activation="gelu_tanh",
+    gated=False,
+    qkv_bias=True,
+    attention_out_bias=True,
+    mlp_bias=True,
+    head_bias=True,
+    embedding_dropout=0.1,
+    attention_dropout=0.1,
+    residual_dropout=0.1,
+    initializer_range=0.1,
+)
+MODELS = {
+    "llama": LLAMA,
+    "llama tied": replace(LLAMA, tied=True),
+    "llama kv4": replace(LLAMA, num_kv_heads=4, qkv_bias=True),
+    "gpt2": GPT2,
+    "gpt2 tied": replace(GPT2, tied=True, head_bias=False),
+    "gpt2 not causal": replace(GPT2, causal=False, attention_dropout=0.0),
+}
+
+
+@dataclass
+class Batch:
+    input_ids: Tensor
+    targets: Tensor
+
+    @property
+    def valid(self) -> int:
+        return int((self.targets != -100).sum())
+
+
+def batches(config: ModelConfig, count: int, seed: int = 3, size: int = 4, length: int = 12) -> list[Batch]:
+    """Random token ids; a quarter of the targets ignored, among them the whole last sequence of each micro-batch."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for _ in range(count):
+        ids = torch.randint(0, config.vocab_size, (size, length), generator=generator)
+        targets = ids.roll(-1, 1)
+        targets[torch.rand(size, length, generator=generator) < 0.1] = -100
+        targets[-1] = -100
+        made.append(Batch(ids, targets))
+    return made
+
+
+def full(tensor: Any) -> Tensor:
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def build(config: ModelConfig, mesh: Mesh, sequence_parallel: bool = True, **options: Any) -> Decoder:
+    checkpointing = options.pop("gradient_checkpointing", False)
+    dtype = options.pop("dtype", torch.float64)
+    options.setdefault("compute", dtype)
+    parallel = Parallel(mesh, residual_layout(sequence_parallel), dtype=dtype, **options)
+    model = Decoder(config, parallel, gradient_checkpointing=checkpointing)
+    model.initialize(seed=5)
+    return model
+
+
+def train(model: Decoder, steps: int, smoothing: float = 0.0, dropout_seed: int = 11) -> dict[str, Any]:
+    """Losses, norms, the first step's gradients and the last weights, whole."""
+    optimizer = build_optimizer(model, "adamw_torch_fused", (0.9, 0.95), 1e-6, 0.1)
+    step = Step(model, optimizer, max_grad_norm=0.5, label_smoothing=smoothing, seed=dropout_seed)
+    results, gradients = [], {}
+    for index in range(steps):
+        results.append(step(batches(model.config, 2, seed=index), index, 1e-2))
+        if index == 0:  # the update has scaled them by the clipping, alike everywhere
+            gradients = {n: full(p.grad) for n, p in model.named_parameters()}
+    weights = {n: full(p) for n, p in model.named_parameters()}
+    return {
+        "loss": [r.loss for r in results],
+        "norm": [r.grad_norm for r in results],
+        "gradients": gradients,
+        "weights": weights,
+    }
+
+
+def reference(config: ModelConfig, steps: int, smoothing: float = 0.0) -> dict[str, Any]:
+    return train(build(config, Mesh(rank=0)), steps, smoothing)
+
+
+def model_errors(name, sizes, sequence_parallel, steps=2, smoothing=0.0, leave_out=None, options=None):
+    """The worst relative difference of loss, norm, gradients and weights from one process; which collectives ran."""
+    config = MODELS[name]
+    want = reference(config, steps, smoothing)
+    with Recorder(leave_out) as recorder:
+        got = train(build(config, Mesh(sizes), sequence_parallel, **(options or {})), steps, smoothing)
+    relative = {
+        key: max(abs(a - b) / abs(b) for a, b in zip(got[key], want[key], strict=True)) for key in ("loss", "norm")
+    }
+    relative["gradients"], worst_gradient = worst(got["gradients"], want["gradients"])
+    relative["weights"], _ = worst(got["weights"], want["weights"])
+    return relative, worst_gradient, [r.kind for r in recorder.records]
+
+
+def initial_weights(name, sizes):
+    """Whether every initial weight is bit for bit the one of a single process."""
+    config = MODELS[name]
+    one = dict(build(config, Mesh(rank=0)).named_parameters())
+    return all(torch.equal(full(p), one[n].detach()) for n, p in build(config, Mesh(sizes)).named_parameters())
+
+
+def step_records(name, sizes, sequence_parallel, micro_batches=1, keep=False):
+    """The collectives of one optimizer step of float32 training."""
+    model = build(MODELS[name], Mesh(sizes), sequence_parallel, dtype=torch.float32, keep_gathered=keep)
+    step = Step(model, build_optimizer(model, "adamw_torch_fused", (0.9, 0.95), 1e-8, 0.0), max_grad_norm=1.0)
+    with Recorder() as recorder:
+        step(batches(model.config, micro_batches), 0, 1e-3)
+    return recorder.records
