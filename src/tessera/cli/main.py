@@ -1,0 +1,105 @@
+"""The command line. Each command imports what it needs when it is called, so that `--help` stays quick."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tessera import __version__
+from tessera.errors import RunFailed, UserError
+
+app = typer.Typer(
+    name="tessera",
+    help="Train Transformer language models with tensor parallelism.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"tessera {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="The YAML file of the run.", metavar="CONFIG")],
+    num_processes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes to start; without it the product of the sizes in the file."),
+    ] = None,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Same as --set max_steps=N.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Replace a key of the file (repeatable)."),
+    ] = None,
+) -> None:
+    """Train the model of a YAML file; starts its own ranks, or runs as one under torchrun."""
+    from tessera.cli.train import train
+
+    train(config, num_processes, max_steps, overrides or [])
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Where the run goes.")] = Path("outputs/demo"),
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps; without it the usual number.")] = None,
+) -> None:
+    """Train a small Llama at tensor size 2 on Python's standard library and check it against one process."""
+    from tessera.cli.demo import demo
+
+    demo(output, steps)
+
+
+@app.command()
+def demo_memory(
+    ranks: Annotated[str, typer.Option(help="Rank counts to compare, with commas between.")] = "1,2,4",
+    causal: Annotated[bool, typer.Option("--causal", help="Predict the next token instead of the same one.")] = False,
+) -> None:
+    """Measure the memory that tensor parallelism saves, and that the loss does not depend on it."""
+    from tessera.cli.demo_memory import demo_memory
+
+    demo_memory(ranks, causal)
+
+
+@app.command()
+def config_schema() -> None:
+    """Print the JSON Schema of the YAML file, for editors."""
+    import json
+
+    from tessera.config.load import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+
+def main() -> None:
+    """Run a command. A mistake of the user ends with its message and code 2, a failed run with code 1."""
+    try:
+        app()
+    except UserError as error:
+        _complain(str(error))
+        raise SystemExit(2) from None
+    except RunFailed as error:
+        _complain(str(error))
+        raise SystemExit(error.exit_code) from None
+
+
+def _complain(message: str) -> None:
+    from rich.console import Console
+
+    first, _, rest = message.partition("\n")
+    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
+    console.print(first, style="bold red")
+    if rest:
+        console.print(rest)

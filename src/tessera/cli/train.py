@@ -1,0 +1,12 @@
+"""`tessera train CONFIG`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tessera.train.launch import launch
+
+
+def train(config: Path, num_processes: int | None, max_steps: int | None, overrides: Sequence[str]) -> None:
+    """Train the run described by the YAML file `config`; see `launch`."""
+    steps = [] if max_steps is None else [f"max_steps={max_steps}"]
+    launch(config, [*overrides, *steps], num_processes)

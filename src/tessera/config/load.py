@@ -1,0 +1,264 @@
+"""From a YAML file and `key=value` overrides to a checked `TrainConfig`, and back to YAML.
+
+The reader has `yaml.safe_load` semantics with two differences: `2e-5` is a number, and a key given twice is
+an error. Relative paths stay as given: they count from the current folder, as in axolotl.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import ValidationError
+
+from tessera.config import compat
+from tessera.config.schema import DatasetConfig, Section, TokenizerConfig, TrainConfig
+from tessera.errors import UserError
+
+_SECTIONS: dict[str, type[Section]] = {"datasets": DatasetConfig, "tokenizer": TokenizerConfig}
+
+
+class ConfigError(UserError):
+    """Several mistakes in one configuration; `problems` holds each."""
+
+    def __init__(self, source: str, problems: list[UserError]) -> None:
+        self.problems = problems
+        listed = "\n".join(str(problem) for problem in problems)
+        super().__init__(source, f"{len(problems)} problems", listed.replace("\n", "\n  "))
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[TrainConfig, list[str]]:
+    """The configuration in the YAML file `path` with `overrides` ("key=value", the value YAML) on top of it.
+
+    Also returns one line for each key that is accepted without effect. Raises `UserError`, with every problem
+    of the file in one message.
+    """
+    values = read_yaml(path)
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key.strip():
+            raise UserError("--set", override, "is not key=value", "for example --set learning_rate=1e-4")
+        values[key.strip()] = _parse(text, f"--set {override}")
+    return make_config(values, str(path))
+
+
+def make_config(values: Mapping[Any, Any], source: str = "config") -> tuple[TrainConfig, list[str]]:
+    """The configuration of plain `values`, which errors call `source`; otherwise like `load_config`."""
+    problems: list[UserError] = []
+    notes: list[str] = []
+    kept = _settle_other_tools(values, compat.NOT_DONE, "", problems, notes)
+    if isinstance(kept.get("datasets"), list):
+        kept["datasets"] = [
+            _settle_other_tools(row, compat.NOT_DONE_IN_DATASETS, f"datasets[{i}].", problems, notes)
+            if isinstance(row, dict)
+            else row
+            for i, row in enumerate(kept["datasets"])
+        ]
+    try:
+        config = TrainConfig.model_validate(kept)
+    except ValidationError as error:
+        problems += _problems(error)
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise ConfigError(source, problems)
+    return config, notes
+
+
+def dump_config(config: TrainConfig) -> str:
+    """`config` as YAML, every key resolved; `load_config` of it gives the same configuration."""
+    values = config.model_dump()
+    if config.warmup_steps is not None or config.lr_scheduler == "constant":
+        del values["warmup_ratio"]  # does not count
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of the YAML file, for editors: our keys, and those of other tools that pass."""
+    schema = TrainConfig.model_json_schema()
+    for key, why in compat.NO_EFFECT.items():
+        schema["properties"][key] = {"description": f"No effect: {why}."}
+    for key, later in compat.NOT_DONE.items():
+        schema["properties"][key] = {
+            "description": f"Not done yet: {later.meaning}.",
+            "enum": list(later.neutral),
+        }
+    return schema
+
+
+# ---- YAML
+
+
+class _Loader(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and key.value in lines and key.value != "<<":
+                raise UserError(
+                    key.value,
+                    None,
+                    f"given twice, in lines {lines[key.value]} and {line}",
+                    "keep one of them",
+                )
+            lines[str(key.value)] = line
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(  # PyYAML itself wants a point and a sign: 2.0e-5
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def read_yaml(path: str | Path) -> dict[Any, Any]:
+    """The mapping in the YAML file `path`. Raises `UserError` for a file that is missing or not a mapping."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError("config file", path, "does not exist", _nearest_files(Path(path))) from None
+    except IsADirectoryError:
+        raise UserError("config file", path, "is a folder", "give the YAML file inside it") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError("config file", path, f"cannot be read: {error}") from None
+    values = _parse(text, str(path))
+    if not isinstance(values, dict):
+        found = "empty" if values is None else f"a {type(values).__name__}"
+        raise UserError("config file", path, f"is {found}, not keys with values", "for example base_model: ./my-llama")
+    return values
+
+
+def _parse(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise UserError(source, None, f"is not YAML: {where}{getattr(error, 'problem', error)}") from None
+
+
+def _nearest_files(path: Path) -> str:
+    folder = path.parent
+    names = [p.name for p in folder.iterdir() if p.suffix in (".yaml", ".yml")] if folder.is_dir() else []
+    return _nearest(path.name, names) or (f"in that folder: {', '.join(sorted(names)[:5])}" if names else "")
+
+
+# ---- Problems
+
+
+def _settle_other_tools(
+    values: Mapping[Any, Any],
+    not_done: Mapping[str, compat.NotDone],
+    prefix: str,
+    problems: list[UserError],
+    notes: list[str],
+) -> dict[str, Any]:
+    """The values without the keys that only other tools know; what is to be said about those is appended."""
+    kept: dict[str, Any] = {}
+    for key, value in ((str(key), value) for key, value in values.items()):
+        name, shown = prefix + key, _shown(value)
+        plain = re.sub(r"\[\d+\]", "", name)
+        if key in not_done:
+            if not compat.asks_for_nothing(value, not_done[key]):
+                reason = f"is known, but not done yet: {not_done[key].meaning}"
+                problems.append(UserError(name, shown, reason, "leave it out"))
+        elif isinstance(value, str) and value in compat.NOT_DONE_VALUES.get(plain, ()):
+            problems.append(UserError(name, shown, "is known, but not done yet", _choices(plain)))
+        elif not prefix and key in compat.SPELLED_HERE:
+            ours = compat.SPELLED_HERE[key]
+            problems.append(UserError(name, shown, f"is called {ours} here", f"write {ours}: {shown}"))
+            kept.setdefault(ours, value)
+        elif not prefix and key in compat.NO_EFFECT:
+            others = [p for p in value if p not in compat.PLUGINS_WITHOUT_EFFECT] if key == "plugins" and value else []
+            problems += [UserError(key, plugin, "this plugin is not done", "leave it out") for plugin in others]
+            if value:
+                notes.append(f"{key}: {shown} has no effect: {compat.NO_EFFECT[key]}")
+        else:
+            kept[key] = value
+    return kept
+
+
+_WANTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "finite",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "list_type": "a list",
+    "too_short": "a list of at least {min_length}",
+    "string_too_short": "at least {min_length} character",
+    "model_type": "keys with values",
+    "literal_error": "one of {expected}",
+    "greater_than": "above {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "below {lt}",
+    "less_than_equal": "at most {le}",
+}
+
+
+def _problems(error: ValidationError) -> list[UserError]:
+    """One `UserError` for each key that pydantic found fault with."""
+    found: dict[str, list[Any]] = {}
+    for detail in error.errors(include_url=False):
+        found.setdefault(_name(detail["loc"]), []).append(detail)
+    return [_problem(name, details) for name, details in found.items()]
+
+
+def _problem(name: str, details: list[Any]) -> UserError:
+    """`details` has one entry, or one for each type that a key may have."""
+    first, context = details[0], details[0].get("ctx", {})
+    if isinstance(context.get("error"), UserError):  # raised by a check over several keys
+        return context["error"]
+    top, _, inner = re.sub(r"\[\d+\]", "", name).partition(".")
+    keys = (_SECTIONS[top] if inner else TrainConfig).model_fields
+    meaning = keys[inner or top].description or "" if (inner or top) in keys else ""
+    if first["type"] == "missing":
+        return UserError(name, None, "is required", meaning)
+    shown = _shown(first["input"])
+    if first["type"] == "extra_forbidden":
+        others = [] if inner else [*compat.NO_EFFECT, *compat.NOT_DONE]
+        hint = _nearest(inner or top, keys) or _nearest(inner or top, others) or f"known: {', '.join(keys)}"
+        return UserError(name, shown, "is not a known key", hint)
+    wanted = [
+        _WANTED[d["type"]].format(**d.get("ctx", {})) if d["type"] in _WANTED else d["msg"]
+        for d in details
+        if d is first or d["type"] != "int_type"  # "a number" has said it
+    ]
+    if first["type"] == "literal_error":
+        meaning = _nearest(shown, re.findall(r"'([^']*)'", context["expected"])) or meaning
+    return UserError(name, shown, f"must be {' or '.join(dict.fromkeys(wanted))}", meaning)
+
+
+def _name(loc: tuple[int | str, ...]) -> str:
+    """The key as a user would write it: `datasets[0].path`. The types that a key may have are left out."""
+    if loc[:1] == ("datasets",):
+        return "datasets" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc[1:])
+    return f"tokenizer.{loc[2]}" if loc[:1] == ("tokenizer",) and len(loc) > 2 else str(loc[0] if loc else "config")
+
+
+def _choices(name: str) -> str:
+    """What a key with a closed set of values takes, as a hint."""
+    top, _, inner = name.partition(".")
+    choices = _literals((_SECTIONS[top] if inner else TrainConfig).model_fields[inner or top].annotation)
+    return f"done: {', '.join(choices)}" if choices else "leave it out"
+
+
+def _literals(annotation: Any) -> list[str]:
+    if get_origin(annotation) is Literal:
+        return [_shown(choice) for choice in get_args(annotation)]
+    return [choice for inner in get_args(annotation) for choice in _literals(inner)]
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=2, cutoff=0.6)
+    return f"nearest: {' or '.join(close)}" if close else ""
+
+
+def _shown(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,206 @@
+"""The configuration: every key with its meaning, unit, range and default, in one table.
+
+Relative paths (base_model, datasets, tokenizer, output_dir) count from the current folder. Anything that does
+not fit raises a `UserError` naming the key. `compat.py` has the keys of other tools, `load.py` reads YAML.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from tessera.errors import UserError
+
+LocalPath = Annotated[str, Field(min_length=1), BeforeValidator(lambda v: _expand_home(v))]
+
+
+def _expand_home(value: object) -> object:
+    return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~") else value
+
+
+def _yaml_no(value: object) -> object:
+    return "no" if value is False else value  # YAML reads a bare `no` as false
+
+
+class Section(BaseModel):
+    """Settings that refuse unknown keys, do not turn one type into another, and never change."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class DatasetConfig(Section):
+    """One source of training rows."""
+
+    path: LocalPath = Field(description="A text file, a folder of text files, or a JSONL file (one row a line).")
+    type: Literal["completion", "alpaca"] | None = Field(
+        None,
+        description="completion: text; alpaca: instruction, input, output. Unset: told from the first row, "
+        "where `input_ids` means already tokenized.",
+    )
+    field: str = Field("text", min_length=1, description="The JSONL field that holds a row's text.")
+    split: Literal["train"] = Field("train", description="Local files have the one split, train.")
+
+
+class TokenizerConfig(Section):
+    """A tokenizer trained on the data before the run starts, saved in output_dir."""
+
+    train: Literal["bpe"] = Field(description="The kind of tokenizer: byte-level byte-pair encoding.")
+    vocab_size: int = Field(ge=257, description="Entries of the vocabulary: 256 bytes, one end mark, merges.")
+
+
+def _kind_of_tokenizer(value: object) -> str:
+    return "path" if isinstance(value, str) else "train"
+
+
+TokenizerChoice = Annotated[
+    Annotated[LocalPath, Tag("path")] | Annotated[TokenizerConfig, Tag("train")],
+    Discriminator(_kind_of_tokenizer),
+]
+
+
+class TrainConfig(Section):
+    """One training run."""
+
+    # What is trained on what
+    base_model: LocalPath = Field(
+        description="A local folder with config.json and safetensors, or a hub name found in the local cache."
+    )
+    random_init: bool = Field(
+        False, description="Start from config.json alone with random weights instead of loading safetensors."
+    )
+    tokenizer: TokenizerChoice | None = Field(
+        None,
+        description="A folder with a tokenizer, or {train: bpe, vocab_size: N} to train one on the data. "
+        "Unset: the tokenizer of base_model.",
+    )
+    datasets: list[DatasetConfig] = Field(min_length=1, description="The sources of rows, joined in this order.")
+    output_dir: LocalPath = Field(
+        "./outputs",
+        description="Gets metrics.jsonl, resolved_config.yaml, checkpoint-N folders and the final model.",
+    )
+
+    # Rows
+    sequence_len: int = Field(2048, ge=1, description="The longest row, in tokens; text is cut into such windows.")
+    excess_length_strategy: Literal["drop", "truncate", "raise"] = Field(
+        "drop", description="What happens to a row longer than sequence_len; how many is reported."
+    )
+    train_on_inputs: bool = Field(
+        False, description="Count prompt tokens in the loss too, in rows made of a prompt and an answer."
+    )
+    val_set_size: float | int = Field(
+        0, ge=0, description="Rows held out for evaluation: a fraction below 1, or a whole number of rows."
+    )
+    shuffle: bool = Field(True, description="Draw rows in random order; false feeds them in file order.")
+    seed: int = Field(42, ge=0, description="Seeds weights, the order of rows, the held-out split and dropout.")
+
+    # Length of the run and size of a step
+    micro_batch_size: int = Field(1, ge=1, description="Rows in one forward and backward of a model replica.")
+    gradient_accumulation_steps: int = Field(
+        1, ge=1, description="Micro batches whose gradients are summed before one optimizer step."
+    )
+    num_epochs: float = Field(1, gt=0, description="Passes over the data; max_steps, when given, decides instead.")
+    max_steps: int | None = Field(None, ge=1, description="Optimizer steps of the run. Unset: from num_epochs.")
+
+    # Optimizer
+    optimizer: Literal["adamw_torch_fused", "adamw_torch"] = Field(
+        "adamw_torch_fused", description="torch.optim.AdamW with its fused kernel, or without."
+    )
+    learning_rate: float = Field(2e-5, ge=0, description="The highest learning rate, reached after warm-up.")
+    lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field(
+        "cosine", description="The course of the learning rate after warm-up, to zero for cosine and linear."
+    )
+    warmup_steps: int | None = Field(
+        None,
+        ge=0,
+        description="Optimizer steps over which the learning rate rises. Unset: from warmup_ratio.",
+    )
+    warmup_ratio: float = Field(0.03, ge=0, le=1, description="Share of the steps that are warm-up, rounded up.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of AdamW's mean of gradients.")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="Decay of AdamW's mean of squared gradients.")
+    adam_epsilon: float = Field(1e-8, ge=0, description="Added to AdamW's denominator.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled decay, applied to every parameter.")
+    max_grad_norm: float = Field(
+        1.0, ge=0, description="Gradients are scaled down to this global norm; 0 never scales."
+    )
+    label_smoothing_factor: float = Field(
+        0.0, ge=0, lt=1, description="Share of the target spread evenly over the whole vocabulary."
+    )
+
+    # Numbers and memory
+    bf16: Literal["auto", True, False] = Field(
+        "auto", description="Compute in bfloat16 over float32 parameters; auto: where the device has it."
+    )
+    tf32: bool = Field(False, description="Let float32 products on CUDA use the TF32 tensor cores.")
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute each block in the backward instead of keeping its activations."
+    )
+
+    # Layout
+    tensor_parallel_size: int = Field(1, ge=1, description="Devices over which each layer is cut.")
+    tensor_parallel_mode: Literal["1d"] = Field("1d", description="The geometry of that cut.")
+    sequence_parallel: bool = Field(
+        True, description="Cut the residual stream over tokens on the tensor axis instead of repeating it."
+    )
+    group_timeout_minutes: float = Field(
+        10, gt=0, description="Minutes a collective may wait for a rank before the run ends with an error."
+    )
+
+    # Log, evaluation, checkpoints
+    logging_steps: int = Field(1, ge=1, description="Optimizer steps between two lines on the terminal.")
+    eval_steps: int | None = Field(
+        None, ge=1, description="Optimizer steps between evaluations. Unset: once, at the end."
+    )
+    save_strategy: Annotated[Literal["no", "steps"], BeforeValidator(_yaml_no)] = Field(
+        "steps", description="no: no checkpoints along the way, save_steps is not allowed then."
+    )
+    save_steps: int | None = Field(
+        None, ge=1, description="Optimizer steps between checkpoints. Unset: none along the way."
+    )
+    save_total_limit: int | None = Field(None, ge=1, description="Checkpoints kept, the newest ones. Unset: all.")
+    resume_from_checkpoint: LocalPath | bool | None = Field(
+        None, description="A checkpoint-N folder to go on from; true: the newest whole one in output_dir."
+    )
+    auto_resume_from_checkpoints: bool = Field(
+        False, description="Go on from the newest whole checkpoint in output_dir if there is one."
+    )
+
+    @property
+    def world_size(self) -> int:
+        """Processes that the sizes given make."""
+        return self.tensor_parallel_size
+
+    @model_validator(mode="after")
+    def _keys_agree(self) -> "TrainConfig":
+        given = self.model_fields_set
+        if {"warmup_steps", "warmup_ratio"} <= given and self.warmup_steps is not None:
+            raise UserError("warmup_ratio", self.warmup_ratio, "warmup_steps is given too", "give one of the two")
+        warmup = self.warmup_steps or ("warmup_ratio" in given and self.warmup_ratio)
+        if self.lr_scheduler == "constant" and warmup:
+            raise UserError(
+                "lr_scheduler",
+                self.lr_scheduler,
+                "has no warm-up, but warm-up is given",
+                "use lr_scheduler: constant_with_warmup, or leave the warm-up out",
+            )
+        if self.save_strategy == "no" and self.save_steps is not None:
+            raise UserError("save_steps", self.save_steps, "save_strategy is no", "leave one of the two out")
+        if isinstance(self.val_set_size, float) and self.val_set_size >= 1:
+            raise UserError(
+                "val_set_size",
+                self.val_set_size,
+                "neither a fraction below 1 nor a whole number of rows",
+                f"for rows, write {round(self.val_set_size)}",
+            )
+        if self.eval_steps is not None and not self.val_set_size:
+            raise UserError(
+                "eval_steps",
+                self.eval_steps,
+                "no rows are held out for evaluation",
+                "set val_set_size, for example 0.05",
+            )
+        return self
+
+
+def defaults_taken(config: TrainConfig) -> dict[str, Any]:
+    """The keys that the user did not give, with the values that hold."""
+    return {key: getattr(config, key) for key in type(config).model_fields if key not in config.model_fields_set}

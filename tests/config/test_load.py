@@ -1,0 +1,248 @@
+"""The YAML file in, a checked `TrainConfig` out; every mistake is named."""
+
+from pathlib import Path
+
+import pytest
+
+from tessera.config import compat
+from tessera.config.load import ConfigError, dump_config, json_schema, load_config, make_config
+from tessera.config.schema import DatasetConfig, TokenizerConfig, TrainConfig
+from tessera.errors import UserError
+
+MINIMAL = {"base_model": "./my-llama", "datasets": [{"path": "a.jsonl"}]}
+
+
+def config_of(**keys: object) -> TrainConfig:
+    return make_config({**MINIMAL, **keys})[0]
+
+
+def problem_of(**keys: object) -> UserError:
+    with pytest.raises(UserError) as caught:
+        make_config({**MINIMAL, **keys})
+    return caught.value
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_defaults_are_those_that_users_know():
+    config = config_of()
+    assert (config.sequence_len, config.micro_batch_size, config.gradient_accumulation_steps) == (2048, 1, 1)
+    assert (config.num_epochs, config.max_steps, config.learning_rate) == (1, None, 2e-5)
+    assert (config.optimizer, config.lr_scheduler) == ("adamw_torch_fused", "cosine")
+    assert (config.adam_beta1, config.adam_beta2, config.adam_epsilon) == (0.9, 0.999, 1e-8)
+    assert (config.warmup_ratio, config.weight_decay, config.max_grad_norm) == (0.03, 0.0, 1.0)
+    assert (config.bf16, config.seed, config.shuffle, config.sequence_parallel) == ("auto", 42, True, True)
+    assert (config.output_dir, config.excess_length_strategy) == ("./outputs", "drop")
+    assert config.world_size == 1
+
+
+def test_every_key_has_its_meaning():
+    for section in (TrainConfig, DatasetConfig, TokenizerConfig):
+        for key, field in section.model_fields.items():
+            assert field.description and field.description.endswith("."), key
+
+
+def test_numbers_with_an_exponent_are_numbers(tmp_path):
+    keys = "learning_rate: 2e-5\nweight_decay: 1E-1\nadam_epsilon: 1.5e-9\n"
+    text = "base_model: m\ndatasets: [{path: a}]\n" + keys
+    config, _ = load_config(write(tmp_path, text))
+    assert (config.learning_rate, config.weight_decay, config.adam_epsilon) == (2e-5, 0.1, 1.5e-9)
+
+
+def test_a_key_given_twice_is_refused_with_its_lines(tmp_path):
+    text = "base_model: m\nseed: 1\ndatasets: [{path: a}]\nseed: 2\n"
+    with pytest.raises(UserError, match="lines 2 and 4") as caught:
+        load_config(write(tmp_path, text))
+    assert caught.value.key == "seed"
+
+
+def test_merge_keys_are_not_duplicates(tmp_path):
+    text = "base_model: m\ndatasets:\n  - &first {path: a, field: t}\n  - {<<: *first, path: b}\n"
+    config, _ = load_config(write(tmp_path, text))
+    assert [(d.path, d.field) for d in config.datasets] == [("a", "t"), ("b", "t")]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("a: [1", "is not YAML: line"),
+        ("", "is empty"),
+        ("- a\n", "is a list"),
+        ("base_model: !!python/object/apply:os.getcwd []\n", "is not YAML"),
+    ],
+)
+def test_files_that_hold_no_config(tmp_path, text, reason):
+    with pytest.raises(UserError, match=reason):
+        load_config(write(tmp_path, text))
+
+
+def test_a_missing_file_names_the_nearest(tmp_path):
+    path = write(tmp_path, "a: 1")
+    with pytest.raises(UserError, match="nearest: run.yaml"):
+        load_config(path.with_name("rum.yaml"))
+    with pytest.raises(UserError, match="is a folder"):
+        load_config(tmp_path)
+
+
+def test_overrides_are_yaml_and_win(tmp_path):
+    path = write(tmp_path, "base_model: m\ndatasets: [{path: a}]\nmax_steps: 3\n")
+    config, _ = load_config(
+        path,
+        ["max_steps=7", "learning_rate=1e-3", "tokenizer={train: bpe, vocab_size: 300}", "seed=1", "seed=2"],
+    )
+    assert (config.max_steps, config.learning_rate, config.seed) == (7, 1e-3, 2)
+    assert config.tokenizer == TokenizerConfig(train="bpe", vocab_size=300)
+    for wrong in ("max_steps", "=3"):
+        with pytest.raises(UserError, match="is not key=value"):
+            load_config(path, [wrong])
+
+
+@pytest.mark.parametrize(
+    ("keys", "name", "said"),
+    [
+        ({"learning_rte": 1e-4}, "learning_rte", "nearest: learning_rate"),
+        ({"datasets": [{"path": "a", "feild": "t"}]}, "datasets[0].feild", "nearest: field"),
+        ({"tokenizer": {"train": "bpe", "vocab_size": 300, "kind": 1}}, "tokenizer.kind", "known: train"),
+        ({"tokenizer": {"train": "bpe", "vocab_size": 100}}, "tokenizer.vocab_size", "at least 257"),
+        ({"micro_batch_size": 0}, "micro_batch_size", "at least 1"),
+        ({"micro_batch_size": "8"}, "micro_batch_size", "a whole number"),
+        ({"sequence_len": True}, "sequence_len", "a whole number"),
+        ({"max_steps": 1000.0}, "max_steps", "a whole number"),
+        ({"learning_rate": "fast"}, "learning_rate", "a number"),
+        ({"learning_rate": float("nan")}, "learning_rate", "finite"),
+        ({"adam_beta2": 1.0}, "adam_beta2", "below 1"),
+        ({"val_set_size": 1.5}, "val_set_size", "for rows, write 2"),
+        ({"val_set_size": -1}, "val_set_size", "at least 0"),
+        ({"bf16": "maybe"}, "bf16", "one of 'auto', True or False"),
+        ({"lr_scheduler": "cosin"}, "lr_scheduler", "nearest: cosine"),
+        ({"excess_length_strategy": "cut"}, "excess_length_strategy", "'drop', 'truncate' or 'raise'"),
+        ({"datasets": []}, "datasets", "at least 1"),
+        ({"datasets": ["a"]}, "datasets[0]", "keys with values"),
+        ({"base_model": ""}, "base_model", "at least 1 character"),
+        ({"warmup_steps": 3, "warmup_ratio": 0.1}, "warmup_ratio", "one of the two"),
+        ({"lr_scheduler": "constant", "warmup_steps": 3}, "lr_scheduler", "constant_with_warmup"),
+        ({"save_strategy": "no", "save_steps": 3}, "save_steps", "save_strategy is no"),
+        ({"eval_steps": 3}, "eval_steps", "val_set_size"),
+    ],
+)  # fmt: skip
+def test_values_that_do_not_fit(keys, name, said):
+    problem = problem_of(**keys)
+    assert problem.key == name
+    assert said in str(problem)
+
+
+def test_missing_keys_are_named():
+    with pytest.raises(UserError, match="base_model\n.*is required"):
+        make_config({"datasets": [{"path": "a"}]})
+
+
+def test_every_problem_is_told_at_once():
+    problem = problem_of(learning_rte=1, micro_batch_size=0, fp16=True)
+    assert isinstance(problem, ConfigError)
+    assert {p.key for p in problem.problems} == {"learning_rte", "micro_batch_size", "fp16"}
+    assert all(p.key in str(problem) for p in problem.problems)
+
+
+def test_an_unquoted_no_is_the_strategy_no(tmp_path):
+    config, _ = load_config(write(tmp_path, "base_model: m\ndatasets: [{path: a}]\nsave_strategy: no\n"))
+    assert config.save_strategy == "no"
+
+
+def test_home_is_expanded_and_other_paths_are_kept():
+    config = config_of(output_dir="~/runs", base_model="./m")
+    assert config.output_dir == str(Path("~/runs").expanduser())
+    assert config.base_model == "./m"
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"warmup_steps": 5, "val_set_size": 0.1, "eval_steps": 2},
+        {"lr_scheduler": "constant", "tokenizer": {"train": "bpe", "vocab_size": 512}},
+        {"save_strategy": "no", "resume_from_checkpoint": True, "learning_rate": 3e-7},
+    ],
+)
+def test_a_dumped_config_loads_to_the_same(tmp_path, keys):
+    config = config_of(**keys)
+    assert load_config(write(tmp_path, dump_config(config)))[0] == config
+
+
+# ---- Keys of other tools
+
+
+@pytest.mark.parametrize("key", sorted(compat.NOT_DONE))
+def test_keys_not_done_say_so_unless_they_ask_for_nothing(key):
+    problem = problem_of(**{key: "something else"})
+    assert problem.key == key
+    assert "known, but not done yet" in str(problem)
+    for neutral in compat.NOT_DONE[key].neutral:
+        assert config_of(**{key: neutral}) == config_of()
+
+
+def test_true_is_not_taken_for_the_size_one():
+    assert "not done yet" in str(problem_of(dp_shard_size=True))
+    assert "not done yet" in str(problem_of(cosine_min_lr_ratio=False))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [(k, v) for k, values in compat.NOT_DONE_VALUES.items() for v in values if "." not in k]
+)
+def test_values_not_done_say_so(key, value):
+    problem = problem_of(**{key: value})
+    assert problem.key == key
+    assert "known, but not done yet" in str(problem)
+
+
+def test_keys_and_values_not_done_inside_datasets():
+    problem = problem_of(datasets=[{"path": "a", "type": "chat_template", "shards": 2}])
+    assert isinstance(problem, ConfigError)
+    assert {p.key for p in problem.problems} == {"datasets[0].type", "datasets[0].shards"}
+    assert "completion, alpaca" in str(problem)
+
+
+@pytest.mark.parametrize("key", sorted(compat.NO_EFFECT.keys() - {"plugins"}))
+def test_keys_without_effect_are_explained(key):
+    config, notes = make_config({**MINIMAL, key: "x"})
+    assert config == config_of()
+    assert notes == [f"{key}: x has no effect: {compat.NO_EFFECT[key]}"]
+    assert make_config({**MINIMAL, key: None})[1] == []
+
+
+def test_only_the_plugin_whose_work_is_done_passes():
+    known = compat.PLUGINS_WITHOUT_EFFECT[0]
+    _, notes = make_config({**MINIMAL, "plugins": [known]})
+    assert "fused vocabulary-parallel loss" in notes[0]
+    assert "liger" in str(problem_of(plugins=[known, "liger"]))
+
+
+@pytest.mark.parametrize(("theirs", "ours"), sorted(compat.SPELLED_HERE.items()))
+def test_other_spellings_name_ours(theirs, ours):
+    assert ours in TrainConfig.model_fields
+    given = {k: v for k, v in MINIMAL.items() if k != ours}
+    with pytest.raises(UserError, match=f"is called {ours} here"):
+        make_config({**given, theirs: "x"})
+
+
+def test_the_tables_do_not_overlap():
+    tables = [
+        set(TrainConfig.model_fields),
+        set(compat.NOT_DONE),
+        set(compat.NO_EFFECT),
+        set(compat.SPELLED_HERE),
+    ]
+    assert sum(map(len, tables)) == len(set.union(*tables))
+    assert not set(compat.NOT_DONE_IN_DATASETS) & set(DatasetConfig.model_fields)
+
+
+def test_the_json_schema_knows_what_the_loader_lets_through():
+    schema = json_schema()
+    assert schema["additionalProperties"] is False
+    assert set(schema["required"]) == {"base_model", "datasets"}
+    assert schema["properties"]["micro_batch_size"]["minimum"] == 1
+    assert schema["properties"]["dp_shard_size"]["enum"] == [None, 1]
+    assert "kernel" in schema["properties"]["flash_attention"]["description"]
