@@ -63,7 +63,7 @@ class TrainConfig(Section):
 
     # What is trained on what
     base_model: LocalPath = Field(
-        description="A local folder with config.json and safetensors, or a hub name found in the local cache."
+        description="A local folder with config.json and safetensors, or a model on the hub, which is downloaded."
     )
     random_init: bool = Field(
         False, description="Start from config.json alone with random weights instead of loading safetensors."

@@ -37,7 +37,7 @@ class ParallelLinear(ParallelModule):
             self.declare("bias", ParameterSpec((out_features,), plan.bias_cuts, plan.output, Init()))
 
     def forward(self, x: Tensor, *, uncut: bool = False) -> Tensor:
-        """x: this rank's part [T_local, in_local] in the `input` layout, or with `uncut` all of it, [T, in], on every rank.
+        """x: this rank's part [T_local, in_local] in the `input` layout; with `uncut` all of it, [T, in], on each rank.
 
         Returns this rank's part of Y in the `output` layout.
         """

@@ -2,7 +2,6 @@
 
 import math
 import os
-import shutil
 import signal
 from dataclasses import dataclass
 from datetime import timedelta
@@ -246,12 +245,7 @@ class Trainer:
         return checkpoint.save(self.output, self.model, self.optimizer, state, self.config.save_total_limit)
 
     def _finish(self, log: Log) -> None:
-        export(self.model, self.output, self.resolved.folder)
-        tokenizer = self.prepared.tokenizer_folder
-        if self.first and tokenizer is not None and tokenizer != self.resolved.folder:
-            for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-                if (tokenizer / file).is_file():
-                    shutil.copyfile(tokenizer / file, self.output / file)
+        export(self.model, self.output, self.resolved.folder, tokenizer=self.prepared.tokenizer_folder)
         if self.mesh.world > 1:
             dist.barrier()  # no rank leaves before the folder is whole
         log.say(f"model written to {self.output}")

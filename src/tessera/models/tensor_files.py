@@ -1,0 +1,131 @@
+"""The safetensors files of a folder: which tensors lie where, read from their headers alone and checked.
+
+A file is 8 bytes (the header's length, little-endian), the header (JSON: name → dtype, shape, data_offsets),
+then the bytes of the tensors without gaps. A model is one file `model.safetensors`, or several that the
+`weight_map` of `model.safetensors.index.json` names.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tessera.errors import UserError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+LARGEST_HEADER = 100_000_000
+"""Bytes; the safetensors library reads no larger one either."""
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+"""The dtypes that weights are read from, by safetensors' names."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One stored tensor: its file, safetensors dtype and shape."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def find_tensors(folder: Path) -> dict[str, Entry]:
+    """Every tensor of the model in `folder`, by its stored name.
+
+    UserError, naming the file and the tensor: no weights there or only pickled ones, a shard is missing, a
+    file is not safetensors, is truncated or corrupt, or lacks a tensor that the index places in it.
+    """
+    if (folder / SINGLE).is_file():
+        return _read_header(folder / SINGLE)
+    if not (folder / INDEX).is_file():
+        raise _no_weights(folder)
+    weight_map = _read_index(folder / INDEX)
+    headers = {name: _read_header(folder / name) for name in sorted(set(weight_map.values()))}
+    for tensor, name in weight_map.items():
+        if tensor not in headers[name]:
+            raise broken(folder / name, f"lacks the tensor {tensor}, which {INDEX} places there")
+    return {tensor: headers[name][tensor] for tensor, name in weight_map.items()}
+
+
+def broken(file: Path, reason: str, hint: str = "") -> UserError:
+    return UserError("base_model", file, reason, hint)
+
+
+def _no_weights(folder: Path) -> UserError:
+    pickled = sorted(path.name for path in folder.glob("*.bin")) if folder.is_dir() else []
+    hint = "random_init: true starts from config.json alone"
+    if pickled:
+        reason = f"has pickled weights only ({pickled[0]}), which can run code: safetensors are needed"
+        return broken(folder, reason, f"save the model with safe_serialization=True of transformers, or {hint}")
+    return broken(folder, f"has no weights: neither {SINGLE} nor {INDEX}", hint)
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
+        plain = all(isinstance(name, str) and Path(name).name == name for name in weight_map.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise broken(index, f"cannot be read as an index of safetensors: {error!r}") from error
+    if not plain:
+        raise broken(index, "names files outside its own folder")
+    return weight_map
+
+
+def _read_header(file: Path) -> dict[str, Entry]:
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = stream.read(length) if size >= 8 and length <= min(LARGEST_HEADER, size - 8) else None
+    except FileNotFoundError as error:
+        raise broken(file, f"is missing, though {INDEX} names it") from error
+    except OSError as error:
+        raise broken(file, f"cannot be read: {error.strerror}") from error
+    if header is None:
+        raise broken(
+            file,
+            f"is not a safetensors file, or is cut off in its header ({size} bytes)",
+            _pointer_hint(file),
+        )
+    try:
+        entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+    except (ValueError, AttributeError) as error:
+        raise broken(file, f"its header cannot be parsed: {error}") from error
+    _check_offsets(file, entries, size - 8 - length)
+    return {name: Entry(file, entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
+
+
+def _pointer_hint(file: Path) -> str:
+    with file.open("rb") as stream:
+        is_pointer = stream.read(20).startswith(b"version https://git")
+    return "it is a Git LFS pointer: `git lfs pull` fetches the file itself" if is_pointer else ""
+
+
+def _check_offsets(file: Path, entries: dict[str, Any], available: int) -> None:
+    """Raise UserError unless the tensors cover the file's `available` bytes exactly, one after the other."""
+    for name, entry in entries.items():
+        if not _well_formed(entry):
+            raise broken(file, f"its header cannot be parsed: the entry of tensor {name} is {entry!r:.100}")
+    position = 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = entry["data_offsets"]
+        if end > available:
+            reason = f"is truncated: tensor {name} ends at byte {end} of the data, the file at byte {available}"
+            raise broken(file, reason, "fetch or copy the file again")
+        item = ITEM_BYTES.get(entry["dtype"])
+        if begin != position or end < begin or (item and end - begin != item * math.prod(entry["shape"])):
+            given = f"{entry['dtype']} {entry['shape']} at bytes {begin} to {end}"
+            raise broken(file, f"is corrupt: tensor {name} ({given}) does not fit between its neighbours")
+        position = end
+    if position != available:
+        raise broken(file, f"is corrupt: its tensors take {position} bytes, but {available} follow the header")
+
+
+def _well_formed(entry: object) -> bool:
+    if not isinstance(entry, dict):
+        return False
+    shape, offsets = entry.get("shape"), entry.get("data_offsets")
+    if not (isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2):
+        return False
+    return isinstance(entry.get("dtype"), str) and all(type(n) is int and n >= 0 for n in [*shape, *offsets])
