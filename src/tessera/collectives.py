@@ -8,6 +8,7 @@ Each has a `start_` form that issues the collective and returns a `Pending`; `wa
 (an axis of size 1) costs nothing: the argument comes back.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,6 +73,14 @@ class Recorder:
         for record in self.records:
             total[record.axis] = total.get(record.axis, 0) + record.bytes
         return total
+
+    def table(self) -> list[dict[str, Any]]:
+        """Calls and bytes by axis and kind."""
+        counts = Counter((r.axis, r.kind) for r in self.records)
+        handed: Counter[tuple[str, str]] = Counter()
+        for record in self.records:
+            handed[record.axis, record.kind] += record.bytes
+        return [{"axis": a, "kind": k, "calls": n, "bytes": handed[a, k]} for (a, k), n in sorted(counts.items())]
 
 
 # A plain list, not a context variable: on GPUs autograd runs backward, and its collectives, in threads of its own.

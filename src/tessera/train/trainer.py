@@ -1,5 +1,6 @@
 """Training from a config: builds the run on every rank, steps, logs, evaluates, saves, and hands out the model."""
 
+import json
 import math
 import os
 import signal
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from tessera import device as devices
-from tessera.collectives import Recorder, all_reduce, largest
+from tessera.collectives import Recorder, all_gather, all_reduce, largest
 from tessera.data.loader import Loader
 from tessera.data.rows import open_rows
 from tessera.errors import RunFailed
@@ -22,6 +23,7 @@ from tessera.models.decoder import Decoder
 from tessera.models.hub import export, load_weights
 from tessera.nn.parameter import Parallel
 from tessera.nn.tokens import length_multiple
+from tessera.observe.memory import parameter_elements
 from tessera.parallel.gradients import first_copy
 from tessera.train import checkpoint
 from tessera.train.log import Log, Stopwatch
@@ -116,6 +118,7 @@ class Trainer:
         if self.warmup is None:
             self.warmup = math.ceil(config.warmup_ratio * self.total_steps)
         self.progress = self._start()
+        self.collectives: list[dict[str, Any]] = []
 
     def _prepare(self) -> "Prepared":
         """Rank 0 prepares the data (most often it finds it done), the others open what it wrote."""
@@ -196,6 +199,7 @@ class Trainer:
             self.progress.step += 1
             self.progress.tokens += result.tokens
             record = self._record(result, rate, watch.lap(), recorder)
+            self.collectives = recorder.table()
             step, done = self.progress.step, self.progress.step == self.total_steps
             if self.prepared.manifest.eval_rows and (done or config.eval_steps and step % config.eval_steps == 0):
                 record["eval_loss"] = self._evaluate()
@@ -246,9 +250,22 @@ class Trainer:
 
     def _finish(self, log: Log) -> None:
         export(self.model, self.output, self.resolved.folder, tokenizer=self.prepared.tokenizer_folder)
+        self._summarise()
         if self.mesh.world > 1:
             dist.barrier()  # no rank leaves before the folder is whole
         log.say(f"model written to {self.output}")
+
+    def _summarise(self) -> None:
+        """Write summary.json: what each rank held, and the collectives of a step."""
+        own = [parameter_elements(self.model), devices.peak_memory_bytes(self.mesh.device)]
+        held = all_gather(torch.tensor([own], device=self.mesh.device), 0, self.mesh.group(MODEL_AXES)).tolist()
+        summary = {
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "ranks": [{"parameters": count, "peak_memory_bytes": peak} for count, peak in held],
+            "collectives": self.collectives,
+        }
+        if self.first:
+            (self.output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 
     def _diverged(self, step: int, result: StepResult) -> RunFailed:
         """The run's end at a loss or gradient that is not finite, with what usually causes it."""

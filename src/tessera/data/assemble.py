@@ -1,0 +1,133 @@
+"""Documents into the rows that are trained on: cut into windows, or ended and fitted one by one."""
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from tessera.data.rows import IGNORED, Ids, Place, Row
+from tessera.data.sources import DatasetSettings, Document, SourceFile, read_token_rows
+from tessera.data.tokenizer import TextTokenizer
+from tessera.errors import UserError
+
+
+class TokenizerSettings(Protocol):
+    """`tokenizer: {train: bpe, vocab_size: N}`."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+
+class DataSettings(Protocol):
+    """The keys of the config that this room reads."""
+
+    @property
+    def base_model(self) -> str: ...
+    @property
+    def datasets(self) -> Sequence[DatasetSettings]: ...
+    @property
+    def tokenizer(self) -> str | Path | TokenizerSettings | None: ...
+    @property
+    def sequence_len(self) -> int: ...
+    @property
+    def excess_length_strategy(self) -> str: ...
+    @property
+    def train_on_inputs(self) -> bool: ...
+    @property
+    def val_set_size(self) -> int | float: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def output_dir(self) -> str: ...
+
+
+Member = tuple[SourceFile, list[Document]]
+"""A file with its documents (none: it is tokenized, and read as rows)."""
+
+
+def assemble_rows(
+    config: DataSettings, members: Sequence[Member], tokenizer: TextTokenizer | None, counts: Counter[str]
+) -> list[Row]:
+    """The rows of all files in their order; neighbouring text files are one stream, cut into windows.
+
+    `counts` gets the numbers of rows dropped, truncated, left out and masked inside, under the names of the
+    manifest. `tokenizer` may be None when every file is tokenized. UserError: no row is left.
+    """
+    rows: list[Row] = []
+    for is_text, group in groupby(members, key=lambda member: member[0].kind == "text"):
+        if is_text:
+            documents = [document for _, found in group for document in found]
+            rows += _fit(config, _windows(documents, tokenizer, config.sequence_len), counts)
+            continue
+        for file, documents in group:
+            if file.kind == "tokenized":
+                rows += _fit(config, read_token_rows(file), counts, keep_dull=True)
+            else:
+                new = _document_rows(documents, tokenizer, config.train_on_inputs)
+                rows += _fit(config, new, counts)
+    if not rows:
+        long, dull = counts["dropped_rows"], counts["dull_rows"]
+        reason = f"no row is left: {long:,} are longer than sequence_len {config.sequence_len}, {dull:,} too short"
+        hint = "a larger sequence_len, or excess_length_strategy: truncate; a row needs two tokens"
+        raise UserError("datasets", ", ".join(str(file.path) for file, _ in members[:3]), reason, hint)
+    return rows
+
+
+def _windows(documents: list[Document], tokenizer: TextTokenizer | None, length: int) -> list[Row]:
+    """The documents behind one another, end-of-sequence tokens between them, in rows of `length` tokens."""
+    assert tokenizer is not None
+    end = np.array([tokenizer.eos_id], np.int32)
+    pieces: list[Ids] = []
+    for ids in tokenizer.encode([document.text for document in documents]):
+        pieces += [ids, end]
+    stream = np.concatenate(pieces[:-1])
+    place = documents[0].place if len(documents) == 1 else Place(documents[0].place.path.parent)
+    return [Row(stream[start : start + length], place) for start in range(0, len(stream), length)]
+
+
+def _document_rows(documents: list[Document], tokenizer: TextTokenizer | None, train_on_inputs: bool) -> list[Row]:
+    """A row a document: prompt, text, end of sequence.
+
+    Prompt and text are tokenized apart: the prompt's tokens are then those that generation starts from.
+    """
+    assert tokenizer is not None
+    end = np.array([tokenizer.eos_id], np.int32)
+    if not any(document.prompt for document in documents):
+        texts = tokenizer.encode([document.text for document in documents])
+        return [Row(np.concatenate([ids, end]), d.place) for d, ids in zip(documents, texts, strict=True)]
+    prompts = tokenizer.encode([document.prompt for document in documents])
+    texts = tokenizer.encode([document.text for document in documents], special=False)
+    rows = []
+    for document, prompt, text in zip(documents, prompts, texts, strict=True):
+        labels = None if train_on_inputs else np.concatenate([np.full_like(prompt, IGNORED), text, end])
+        rows.append(Row(np.concatenate([prompt, text, end]), document.place, labels))
+    return rows
+
+
+def _fit(config: DataSettings, rows: list[Row], counts: Counter[str], keep_dull: bool = False) -> list[Row]:
+    """Drop, cut or refuse rows longer than `sequence_len`, and leave out dull ones, which have no target.
+
+    Tokenized rows keep the dull ones: whoever made them may count on their number and order.
+    """
+    limit, strategy = config.sequence_len, config.excess_length_strategy
+    too_long = [row for row in rows if len(row.tokens) > limit]
+    if too_long and strategy == "raise":
+        longest = max(len(row.tokens) for row in too_long)
+        reason = f"{len(too_long):,} rows exceed sequence_len {limit}; the first: {too_long[0].place}"
+        hint = f"sequence_len: {longest} holds the longest; or excess_length_strategy: drop, or truncate"
+        raise UserError("excess_length_strategy", strategy, reason, hint)
+    if strategy == "truncate":
+        kept = [row.cut(limit) for row in rows]
+        counts["truncated_rows"] += len(too_long)
+    else:
+        kept = [row for row in rows if len(row.tokens) <= limit]
+        counts["dropped_rows"] += len(too_long)
+    if not keep_dull:
+        bright = [row for row in kept if row.targets()]
+        counts["dull_rows"] += len(kept) - len(bright)
+        kept = bright
+    counts["inner_masked"] += sum(row.inner_masked for row in kept)
+    return kept

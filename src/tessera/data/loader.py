@@ -1,0 +1,120 @@
+"""The micro-batches of an optimizer step, a pure function of the step: no state to save, so resume is exact.
+
+Samples form one endless stream, epoch after epoch, each in an order drawn from (seed, epoch). With M rows in
+a micro-batch, D data ranks and A accumulation steps, step s takes the G = M·D·A samples from s·G on:
+micro-batch a of rank r the M samples from s·G + (a·D + r)·M on. So D does not change the order.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tessera.data.rows import EPOCH_ORDER, IGNORED, Rows, shuffled
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`input_ids` and `targets`, int64 [B, S]; targets[b, t] is the label of token t+1, or -100 for none.
+
+    `valid` is the number of targets that are not -100, in this batch alone.
+    """
+
+    input_ids: Tensor
+    targets: Tensor
+    valid: int
+
+
+class Loader:
+    """Micro-batches of `rows` for data rank `data_rank` of `data_ranks`.
+
+    S is the longest row of a micro-batch over all data ranks, rounded up to a multiple of `length_multiple`:
+    the same on every rank. The stream ends before sample `last_sample` (None: never): from there on come
+    padding rows of `pad_id` without any target, in the shape that the samples there would have had.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        micro_batch_size: int,
+        accumulation: int,
+        seed: int,
+        shuffle: bool,
+        length_multiple: int,
+        pad_id: int = 0,
+        data_rank: int = 0,
+        data_ranks: int = 1,
+        last_sample: int | None = None,
+    ) -> None:
+        if not len(rows):
+            raise ValueError("there are no rows to load")
+        if not 0 <= data_rank < data_ranks:
+            raise ValueError(f"data_rank {data_rank} is none of {data_ranks} ranks")
+        self.rows, self.micro_batch_size, self.accumulation = rows, micro_batch_size, accumulation
+        self.length_multiple, self.pad_id, self.last_sample = length_multiple, pad_id, last_sample
+        self.data_rank, self.data_ranks = data_rank, data_ranks
+        self._seed, self._shuffle = seed, shuffle
+        self._order = lru_cache(maxsize=2)(self._draw_order)  # a step touches at most a few epochs
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """The number of rows."""
+        return len(self.rows)
+
+    @property
+    def samples_per_step(self) -> int:
+        """G: the samples of one optimizer step, over all data ranks."""
+        return self.micro_batch_size * self.accumulation * self.data_ranks
+
+    def steps_for(self, num_epochs: float) -> int:
+        """The optimizer steps that see all of `num_epochs` epochs; the last one may go beyond them."""
+        return math.ceil(num_epochs * self.samples_per_epoch / self.samples_per_step)
+
+    def step_batches(self, step: int) -> list[Batch]:
+        """The micro-batches of optimizer step `step` (from 0), one for each accumulation step."""
+        whole = self.micro_batch_size * self.data_ranks
+        first = step * self.samples_per_step
+        return [self._batch(range(first + a * whole, first + (a + 1) * whole)) for a in range(self.accumulation)]
+
+    def eval_batches(self) -> Iterator[Batch]:
+        """Every row once, in file order whatever `shuffle` says; padding rows fill up the last batch."""
+        whole = self.micro_batch_size * self.data_ranks
+        for first in range(0, len(self.rows), whole):
+            present = range(first, min(first + whole, len(self.rows)))
+            indices: list[int | None] = [*present, *[None] * (whole - len(present))]
+            yield self._assemble(indices, self._padded_length(present))
+
+    def _batch(self, samples: range) -> Batch:
+        indices = [self._row_of(sample) for sample in samples]
+        end = samples.stop if self.last_sample is None else self.last_sample
+        present = [index if sample < end else None for sample, index in zip(samples, indices, strict=True)]
+        return self._assemble(present, self._padded_length(indices))
+
+    def _row_of(self, sample: int) -> int:
+        epoch, position = divmod(sample, len(self.rows))
+        return int(self._order(epoch)[position]) if self._shuffle else position
+
+    def _draw_order(self, epoch: int) -> NDArray[np.int64]:
+        return shuffled(len(self.rows), EPOCH_ORDER, self._seed, epoch)
+
+    def _padded_length(self, indices: Iterable[int]) -> int:
+        longest = max(self.rows.length(index) for index in indices)
+        return -(-longest // self.length_multiple) * self.length_multiple
+
+    def _assemble(self, indices: Sequence[int | None], length: int) -> Batch:
+        """This rank's share of the rows `indices` (None: a padding row), as tensors of `length` tokens."""
+        mine = indices[self.data_rank * self.micro_batch_size :][: self.micro_batch_size]
+        input_ids = np.full((len(mine), length), self.pad_id, np.int64)
+        targets = np.full((len(mine), length), IGNORED, np.int64)
+        for at, index in enumerate(mine):
+            if index is not None:
+                tokens, labels = self.rows[index]
+                input_ids[at, : len(tokens)] = tokens
+                targets[at, : len(labels) - 1] = labels[1:]
+        valid = int(np.count_nonzero(targets != IGNORED))
+        return Batch(torch.from_numpy(input_ids), torch.from_numpy(targets), valid)

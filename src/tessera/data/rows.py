@@ -1,0 +1,135 @@
+"""Rows of tokens: in memory while they are prepared, memory-mapped while they are trained on.
+
+A split is a folder: `tokens.npy` (int32, all rows behind one another), `offsets.npy` (int64, row i is
+tokens[offsets[i]:offsets[i+1]]) and, only when labels differ from tokens, `labels.npy` (int32, like tokens).
+Labels are unshifted: labels[t] is the token at t, or IGNORED where nothing is to be learnt.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+IGNORED = -100
+"""The label that no loss is taken over, as in Hugging Face and torch."""
+
+HELD_OUT, EPOCH_ORDER = 1, 2
+"""First numbers of the seeds of `shuffled`, which keep the two uses of one seed apart."""
+
+Ids = NDArray[np.int32]
+Split = Literal["train", "eval"]
+
+
+class Place(NamedTuple):
+    """Where a row comes from, for messages: a file, and the line in it (None: the whole file)."""
+
+    path: Path
+    line: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.path}" if self.line is None else f"{self.path}, line {self.line}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row in memory. `labels` is None where they equal the tokens.
+
+    `inner_masked`: its attention mask hid a token before one it did not hide, which attention here will see.
+    """
+
+    tokens: Ids
+    place: Place
+    labels: Ids | None = None
+    inner_masked: bool = False
+
+    def targets(self) -> int:
+        """The number of tokens that this row teaches: its labels, the first aside, that are not ignored."""
+        if self.labels is None:
+            return max(0, len(self.tokens) - 1)
+        return int(np.count_nonzero(self.labels[1:] != IGNORED))
+
+    def largest(self) -> int:
+        """The largest id among tokens and labels."""
+        return int(max(self.tokens.max(), IGNORED if self.labels is None else self.labels.max()))
+
+    def cut(self, length: int) -> "Row":
+        """The row without what lies beyond `length` tokens."""
+        labels = None if self.labels is None else self.labels[:length]
+        return replace(self, tokens=self.tokens[:length], labels=labels)
+
+
+class Rows:
+    """A split on disk: `rows[i]` is (input_ids, labels), both int32 of one length, views of mapped files."""
+
+    def __init__(self, tokens: Ids, labels: Ids | None, offsets: NDArray[np.int64]) -> None:
+        self._tokens, self._labels, self._offsets = tokens, labels, offsets
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, index: int) -> tuple[Ids, Ids]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        span = slice(self._offsets[index], self._offsets[index + 1])
+        tokens = self._tokens[span]
+        return tokens, tokens if self._labels is None else self._labels[span]
+
+    def length(self, index: int) -> int:
+        """The number of tokens in row `index`."""
+        return int(self._offsets[index + 1] - self._offsets[index])
+
+
+def write_rows(folder: Path, rows: Sequence[Row]) -> None:
+    """Write one split (at least one row) into the new folder `folder`."""
+    folder.mkdir()
+    offsets = np.cumsum([0, *(len(row.tokens) for row in rows)], dtype=np.int64)
+    tokens = np.concatenate([row.tokens for row in rows])
+    labels = np.concatenate([row.tokens if row.labels is None else row.labels for row in rows])
+    np.save(folder / "tokens.npy", tokens)
+    np.save(folder / "offsets.npy", offsets)
+    if not np.array_equal(labels, tokens):
+        np.save(folder / "labels.npy", labels)
+
+
+def open_rows(folder: Path, split: Split) -> Rows:
+    """Map the rows that `prepare` wrote into `folder`. FileNotFoundError where the split has no rows."""
+
+    def load(name: str) -> NDArray:
+        return np.load(folder / split / name, mmap_mode="r", allow_pickle=False)
+
+    has_labels = (folder / split / "labels.npy").exists()
+    return Rows(load("tokens.npy"), load("labels.npy") if has_labels else None, load("offsets.npy"))
+
+
+def shuffled(count: int, *seed: int) -> NDArray[np.int64]:
+    """The numbers 0 .. count-1 in an order drawn from `seed`.
+
+    They are sorted by the raw output of a PCG64, which numpy promises to keep the same in every version (it
+    does not for `permutation`): a run resumed after an upgrade sees its rows in the same order.
+    """
+    draws = np.random.PCG64(np.random.SeedSequence(seed)).random_raw(count)
+    return np.argsort(draws, kind="stable")
+
+
+def unigram_entropy(train: Rows, held_out: Rows, vocab_size: int) -> float:
+    """Nats per target that a model knowing only token frequencies loses on held-out rows.
+
+    The cross entropy, over the targets of `held_out`, of the distribution of the targets of `train` with
+    add-one smoothing: p(v) = (count(v) + 1) / (total + vocab_size), so that unseen tokens have a finite cost.
+    With the training rows as `held_out` it is, but for the smoothing, the entropy of that distribution.
+    """
+    counts = _target_counts(train, vocab_size)
+    log_p = np.log(counts + 1) - np.log(counts.sum() + vocab_size)
+    seen = _target_counts(held_out, vocab_size)
+    return float(-(seen * log_p).sum() / seen.sum())
+
+
+def _target_counts(rows: Rows, vocab_size: int) -> NDArray[np.int64]:
+    counts = np.zeros(vocab_size, np.int64)
+    for index in range(len(rows)):
+        targets = rows[index][1][1:]
+        counts += np.bincount(targets[targets != IGNORED], minlength=vocab_size)
+    return counts

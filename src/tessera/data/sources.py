@@ -1,0 +1,227 @@
+"""Finds and reads the files of `datasets`: text files become documents, token files become rows.
+
+| file                                                | kind      | becomes                                  |
+|-----------------------------------------------------|-----------|------------------------------------------|
+| any other than those below                          | text      | a document; all are cut into windows     |
+| .jsonl with `text` (or `field`); `type: completion` | lines     | a document a line, each a row of its own |
+| .jsonl with `instruction`, `output`; `type: alpaca` | alpaca    | a document a line, its prompt apart      |
+| .jsonl with `input_ids`                             | tokenized | rows as they are                         |
+
+Without a `type` a .jsonl file is recognised by the keys of its first row. Every mistake is a UserError that
+names the file, and the line where there is one.
+"""
+
+import codecs
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from tessera.data.rows import IGNORED, Ids, Place, Row
+from tessera.errors import UserError
+
+Kind = Literal["text", "lines", "alpaca", "tokenized"]
+
+
+class DatasetSettings(Protocol):
+    """One entry of `datasets`; `field` is the key of a JSONL row that holds its text."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def type(self) -> str | None: ...
+    @property
+    def field(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file with its content (a byte order mark left out); `field` as in the entry that named it."""
+
+    path: Path
+    content: bytes
+    kind: Kind
+    field: str
+
+
+@dataclass(frozen=True)
+class Document:
+    """Text to learn, behind a `prompt` that is only read (or learnt too, with `train_on_inputs`)."""
+
+    place: Place
+    text: str
+    prompt: str = ""
+
+
+def read_files(datasets: Sequence[DatasetSettings]) -> list[SourceFile]:
+    """Every file of every entry, in the order of the config; those of a folder (at any depth) sorted by path.
+
+    Hidden and empty files of a folder are passed over. UserError: no entry, no such path, no text in it.
+    """
+    if not datasets:
+        raise UserError("datasets", [], "no data set is given", "datasets: [{path: ...}] names one")
+    files = []
+    for entry in datasets:
+        contents = {path: _read(path) for path in _find(Path(entry.path))}
+        found = [
+            SourceFile(path, content, _kind(path, content, entry), entry.field)
+            for path, content in contents.items()
+            if content.strip()
+        ]
+        if not found:
+            raise UserError("datasets", entry.path, "holds no text: the file or folder is empty")
+        files += found
+    return files
+
+
+def _find(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        hint = "give the path of a local text file, a folder of them, or a .jsonl file"
+        raise UserError("datasets", path, "no such file or folder", hint)
+    inside = [file for file in path.rglob("*") if file.is_file()]
+    return sorted(file for file in inside if not any(p.startswith(".") for p in file.relative_to(path).parts))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    except OSError as error:
+        raise UserError("datasets", path, f"cannot be read: {error.strerror}") from error
+
+
+def _kind(path: Path, content: bytes, entry: DatasetSettings) -> Kind:
+    jsonl = path.suffix == ".jsonl"
+    if entry.type == "alpaca":
+        return "alpaca"
+    if entry.type == "completion":
+        return "lines" if jsonl else "text"
+    if entry.type is not None:
+        hint = "completion, alpaca, or no type at all"
+        raise UserError("datasets.type", entry.type, f"unknown, for {path}", hint)
+    if jsonl:
+        return _recognise(path, content, entry.field)
+    if path.suffix in (".json", ".csv") and path == Path(entry.path):
+        hint = "write it as .jsonl, or say `type: completion` to read it raw"
+        raise UserError("datasets", path, "is not text", hint)
+    return "text"
+
+
+def _recognise(path: Path, content: bytes, field: str) -> Kind:
+    _, row = next(_json_lines(path, content))
+    if "input_ids" in row:
+        return "tokenized"
+    if field in row:
+        return "lines"
+    if "instruction" in row and "output" in row:
+        return "alpaca"
+    keys = ", ".join(map(str, row)) or "none"
+    hint = f"a row has `input_ids`, `{field}` (see `field`), or `instruction` and `output`"
+    raise UserError("datasets", path, f"no known kind of row: the keys of the first are {keys}", hint)
+
+
+def read_documents(file: SourceFile) -> list[Document]:
+    """The documents of a file of text, lines or alpaca rows."""
+    if file.kind == "text":
+        try:
+            return [Document(Place(file.path), file.content.decode("utf-8"))]
+        except UnicodeDecodeError as error:
+            reason = f"is not UTF-8 text: byte {error.start} is 0x{file.content[error.start]:02x}"
+            raise UserError("datasets", file.path, reason) from error
+    read = _alpaca if file.kind == "alpaca" else _line
+    return [read(row, place, file.field) for place, row in _json_lines(file.path, file.content)]
+
+
+def read_token_rows(file: SourceFile) -> list[Row]:
+    """The rows of a tokenized file as they are: `input_ids`, optional `labels` (unshifted), `attention_mask`.
+
+    Masked positions become ignored labels.
+    """
+    return [_token_row(row, place) for place, row in _json_lines(file.path, file.content)]
+
+
+def _json_lines(path: Path, content: bytes) -> Iterator[tuple[Place, dict[str, Any]]]:
+    """Place and object of every line that is not blank. `content` has at least one."""
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        place = Place(path, number)
+        try:
+            row = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise UserError("datasets", place, f"not valid JSON: {error}", "one JSON object per line") from error
+        if not isinstance(row, dict):
+            raise UserError("datasets", place, "not a JSON object", "one JSON object per line")
+        yield place, row
+
+
+def _string(row: dict[str, Any], key: str, place: Place) -> str:
+    value = row.get(key)
+    if not isinstance(value, str):
+        found = f"the row has {', '.join(row) or 'no key'}" if key not in row else f"it is {type(value).__name__}"
+        raise UserError("datasets", place, f"`{key}` must be a string; {found}", "`field` names the key of the text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which is no character
+        raise UserError("datasets", place, f"`{key}` is not valid Unicode: {error}") from error
+    return value
+
+
+def _line(row: dict[str, Any], place: Place, field: str) -> Document:
+    return Document(place, _string(row, field, place))
+
+
+def _alpaca(row: dict[str, Any], place: Place, field: str) -> Document:
+    instruction, output = _string(row, "instruction", place), _string(row, "output", place)
+    given = _string(row, "input", place) if row.get("input") is not None else ""
+    return Document(place, output, prompt=alpaca_prompt(instruction, given))
+
+
+def alpaca_prompt(instruction: str, given: str = "") -> str:
+    """The Alpaca prompt up to where the response begins; `given` is the row's `input`."""
+    task = "Below is an instruction that describes a task"
+    if given:
+        task += ", paired with an input that provides further context"
+    close = "Write a response that appropriately completes the request."
+    section = f"### Input:\n{given}\n\n" if given else ""
+    return f"{task}. {close}\n\n### Instruction:\n{instruction}\n\n{section}### Response:\n"
+
+
+def _token_row(row: dict[str, Any], place: Place) -> Row:
+    tokens = _integers(row, "input_ids", place)
+    if (tokens < 0).any():
+        raise UserError("datasets", place, f"`input_ids` holds the negative token {tokens.min()}")
+    labels = None
+    if row.get("labels") is not None:
+        labels = _integers(row, "labels", place, length=len(tokens))
+        wrong = labels[(labels < 0) & (labels != IGNORED)]
+        if wrong.size:
+            raise UserError("datasets", place, f"`labels` holds {wrong[0]}", f"token ids, or {IGNORED} to ignore")
+    inner_masked = False
+    if row.get("attention_mask") is not None:
+        mask = _integers(row, "attention_mask", place, length=len(tokens))
+        if not np.isin(mask, (0, 1)).all():
+            raise UserError("datasets", place, "`attention_mask` must hold 0 and 1 alone")
+        labels = np.where(mask == 1, tokens if labels is None else labels, np.int32(IGNORED))
+        inner_masked = bool((np.diff(mask) > 0).any())
+    return Row(tokens, place, labels, inner_masked)
+
+
+def _integers(row: dict[str, Any], key: str, place: Place, length: int | None = None) -> Ids:
+    problem = f"`{key}` must be a list of integers"
+    value = row.get(key)
+    try:
+        array = np.asarray(value) if isinstance(value, list) else None
+    except ValueError:  # lists of unequal lengths inside
+        array = None
+    if array is None or array.ndim != 1 or array.size == 0 or array.dtype.kind not in "ib":
+        raise UserError("datasets", place, f"{problem}, at least one")
+    if length is not None and len(array) != length:
+        raise UserError("datasets", place, f"`{key}` has {len(array)} entries, `input_ids` has {length}")
+    if array.max() > np.iinfo(np.int32).max or array.min() < np.iinfo(np.int32).min:
+        raise UserError("datasets", place, f"{problem} of 32 bits")
+    return array.astype(np.int32)

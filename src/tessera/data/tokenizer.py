@@ -1,0 +1,132 @@
+"""Text to token ids, with a tokenizer.json: that of the model, or one trained on the data."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from tessera.data.rows import Ids
+from tessera.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+SMALLEST_BPE = 257
+"""Every byte and the end of text: with them any text can be written."""
+
+BATCH = 1024
+"""Texts tokenized at a time: enough for every thread, while the library's own records stay few."""
+
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """A tokenizer, the id of its end-of-sequence token, its folder (None: trained here, not saved yet)."""
+
+    backend: Tokenizer
+    eos_id: int
+    folder: Path | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of ids, added tokens included."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, texts: Sequence[str], special: bool = True) -> list[Ids]:
+        """Ids (int32) of each text, without an end-of-sequence token at the end.
+
+        With `special` the tokenizer opens a text as it does for its model (a Llama's begin of text).
+        """
+        ids: list[Ids] = []
+        for start in range(0, len(texts), BATCH):
+            batch = self.backend.encode_batch_fast(list(texts[start : start + BATCH]), add_special_tokens=special)
+            ids += [np.asarray(encoding.ids, np.int32) for encoding in batch]
+        return [row[:-1] if row.size and row[-1] == self.eos_id else row for row in ids]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`, special tokens left out."""
+        return self.backend.decode(list(ids))
+
+    def digest(self) -> str:
+        """Changes whenever the tokenizer gives other ids, or lies elsewhere."""
+        return blake2b(f"{self.folder} {self.eos_id} {self.backend.to_str()}".encode(), digest_size=16).hexdigest()
+
+
+def load_tokenizer(path: Path, key: str) -> TextTokenizer:
+    """The tokenizer of a model folder, or of a tokenizer.json; `key` is the config key that named it.
+
+    The end-of-sequence token is that of tokenizer_config.json, special_tokens_map.json, or config.json's
+    eos_token_id, the first that has one. UserError: no such file, not a tokenizer, no end-of-sequence token.
+    """
+    file = path if path.is_file() else path / "tokenizer.json"
+    if not file.is_file():
+        hint = "tokenizer: {train: bpe, vocab_size: N} trains one on the data; `tokenizer: folder` names another"
+        raise UserError(key, path, "no tokenizer.json there", hint)
+    try:
+        backend = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing narrower
+        raise UserError(key, file, f"cannot be read as a tokenizer: {error}") from error
+    backend.no_truncation()
+    backend.no_padding()
+    eos_id = _find_eos(backend, file.parent)
+    if eos_id is None:
+        hint = "give `eos_token` in tokenizer_config.json, or `eos_token_id` in config.json"
+        raise UserError(key, file.parent, "the tokenizer has no end-of-sequence token", hint)
+    return TextTokenizer(backend, eos_id, file.parent.resolve())
+
+
+def _find_eos(backend: Tokenizer, folder: Path) -> int | None:
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        token = _read_json(folder / name).get("eos_token")
+        text = token.get("content") if isinstance(token, dict) else token
+        if isinstance(text, str) and (eos_id := backend.token_to_id(text)) is not None:
+            return eos_id
+    eos = _read_json(folder / "config.json").get("eos_token_id")
+    first = eos[0] if isinstance(eos, list) and eos else eos
+    return first if isinstance(first, int) else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError("tokenizer", path, f"cannot be read as JSON: {error}") from error
+    return content if isinstance(content, dict) else {}
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
+    """A byte-level BPE of at most `vocab_size` ids (fewer where the text has no more pairs to merge).
+
+    Any text comes back exactly: the alphabet has all bytes, nothing is normalised. Id 0 is `<|endoftext|>`.
+    """
+    if vocab_size < SMALLEST_BPE:
+        reason = "too small: every byte and the end of text need an id"
+        raise UserError("tokenizer.vocab_size", vocab_size, reason, f"at least {SMALLEST_BPE}")
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    end = backend.token_to_id(END_OF_TEXT)
+    assert end is not None
+    return TextTokenizer(backend, end)
+
+
+def save_tokenizer(tokenizer: TextTokenizer, folder: Path) -> None:
+    """Write tokenizer.json and tokenizer_config.json into `folder`, for transformers' `AutoTokenizer`."""
+    tokenizer.backend.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": tokenizer.backend.id_to_token(tokenizer.eos_id),
+        "clean_up_tokenization_spaces": False,  # it would join " ." and " 's" when it decodes
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")

@@ -1,0 +1,151 @@
+"""Files are found, recognised and read; every mistake names its file and line."""
+
+import json
+
+import numpy as np
+import pytest
+from tests.data.helpers import entry
+
+from tessera.data.sources import alpaca_prompt, read_documents, read_files, read_token_rows
+from tessera.errors import UserError
+
+
+def test_a_folder_is_read_in_sorted_order_without_hidden_and_empty_files(write):
+    for name, text in {
+        "b.txt": "B",
+        "a/z.md": "AZ",
+        "a/b.py": "AB",
+        ".git/x": "no",
+        "e.txt": "",
+        "c": "C",
+    }.items():
+        folder = write(f"d/{name}", text).parent
+    files = read_files([entry(folder)])
+    assert [file.content for file in files] == [b"AB", b"AZ", b"B", b"C"]
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "kind"),
+    [
+        ("a.txt", {"input_ids": [1]}, "text"),
+        ("a.jsonl", {"input_ids": [1, 2], "text": "x"}, "tokenized"),
+        ("a.jsonl", {"text": "x"}, "lines"),
+        ("a.jsonl", {"instruction": "x", "output": "y"}, "alpaca"),
+    ],
+)
+def test_kind_of_an_untyped_file(write, name, row, kind):
+    assert [file.kind for file in read_files([entry(write(name, [row]))])] == [kind]
+
+
+def test_type_decides_before_the_keys(write):
+    row = {"input_ids": [1], "text": "x", "body": "b", "instruction": "i", "output": "o"}
+    jsonl, text = write("a.jsonl", [row]), write("a.json", [row])
+    files = read_files([entry(jsonl, "completion", "body"), entry(text, "completion"), entry(text, "alpaca")])
+    assert [file.kind for file in files] == ["lines", "text", "alpaca"]
+    assert [d.text for d in read_documents(files[0])] == ["b"]
+
+
+def test_text_comes_back_exactly(write):
+    text = "a\r\nb\u2028c\ttab \n\n"
+    (file,) = read_files([entry(write("a.txt", b"\xef\xbb\xbf" + text.encode()))])
+    assert read_documents(file)[0].text == text
+    (file,) = read_files([entry(write("a.jsonl", b"\xef\xbb\xbf\r\n" + json.dumps({"text": text}).encode()))])
+    assert read_documents(file)[0].text == text
+
+
+GOOD = {"text": "fine"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.txt", "", "empty"),
+        ("a.txt", b"ab\xff", "not UTF-8 text: byte 2 is 0xff"),
+        ("a.json", "[]", "not text"),
+        ("a.jsonl", "\n \n", "empty"),
+        ("a.jsonl", '{"text": "a"}\n\n{"text": \n', "line 3\n  not valid JSON"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}', "line 2\n  not valid JSON"),
+        ("a.jsonl", '{"text": "a"}\n["text"]', "line 2\n  not a JSON object"),
+        ("a.jsonl", "[" * 100_000, "line 1\n  not valid JSON"),
+        ("a.jsonl", [{"txt": "a", "id": 1}], "keys of the first are txt, id"),
+        ("a.jsonl", [{}], "keys of the first are none"),
+        ("a.jsonl", [GOOD, {"txt": "a"}], "line 2\n  `text` must be a string; the row has txt"),
+        ("a.jsonl", [GOOD, {"text": 1}], "line 2\n  `text` must be a string; it is int"),
+        ("a.jsonl", [GOOD, {"text": "\ud800"}], "line 2\n  `text` is not valid Unicode"),
+        ("a.jsonl", [{"instruction": "x", "output": None}], "line 1\n  `output` must be a string"),
+        ("a.jsonl", [{"instruction": "x", "output": "", "input": 3}], "line 1\n  `input` must be a string"),
+        (
+            "a.jsonl",
+            [{"input_ids": [1]}, {"input_ids": []}],
+            "line 2\n  `input_ids` must be a list of integers",
+        ),
+        ("a.jsonl", [{"input_ids": [1.0, 2]}], "line 1\n  `input_ids` must be a list of integers"),
+        ("a.jsonl", [{"input_ids": [[1], [2, 3]]}], "`input_ids` must be a list of integers"),
+        ("a.jsonl", [{"input_ids": "12"}], "`input_ids` must be a list of integers"),
+        ("a.jsonl", [{"input_ids": [2**31]}], "`input_ids` must be a list of integers of 32 bits"),
+        ("a.jsonl", [{"input_ids": [2**70]}], "`input_ids` must be a list of integers"),
+        ("a.jsonl", [{"input_ids": [3, -1]}], "negative token -1"),
+        ("a.jsonl", [{"input_ids": [3, 1], "labels": [1]}], "`labels` has 1 entries, `input_ids` has 2"),
+        ("a.jsonl", [{"input_ids": [3, 1], "labels": [1, -5]}], "`labels` holds -5"),
+        ("a.jsonl", [{"input_ids": [3, 1], "attention_mask": [1, 2]}], "must hold 0 and 1"),
+    ],
+)
+def test_bad_files_are_named(write, name, content, says):
+    path = write(name, content)
+    with pytest.raises(UserError) as error:
+        for file in read_files([entry(path)]):
+            read_token_rows(file) if file.kind == "tokenized" else read_documents(file)
+    assert str(path) in str(error.value)
+    assert says in str(error.value)
+
+
+def test_missing_paths_and_unknown_types_are_named(tmp_path, write):
+    with pytest.raises(UserError, match="no such file or folder") as error:
+        read_files([entry(tmp_path / "nowhere.txt")])
+    assert "nowhere.txt" in str(error.value)
+    with pytest.raises(UserError, match="holds no text"):
+        read_files([entry(write("d/empty.txt", "").parent)])
+    with pytest.raises(UserError, match="no data set is given"):
+        read_files([])
+    with pytest.raises(UserError, match="datasets.type: chat"):
+        read_files([entry(write("a.jsonl", [GOOD]), "chat")])
+
+
+def test_token_rows_stay_as_they_are(write):
+    rows = [
+        {"input_ids": [5, 6, 7]},
+        {"input_ids": [5, 6, 7], "labels": [-100, 6, 9]},
+        {"input_ids": [5, 6, 7], "attention_mask": [1, 1, 0]},
+        {"input_ids": [5, 6, 7], "attention_mask": [False, True, True], "labels": [5, -100, 7]},
+        {"input_ids": [5, 6, 7], "attention_mask": None, "labels": None},
+    ]
+    (file,) = read_files([entry(write("a.jsonl", rows))])
+    read = read_token_rows(file)
+    assert all(row.tokens.dtype == np.int32 and row.tokens.tolist() == [5, 6, 7] for row in read)
+    labels = [row.labels.tolist() if row.labels is not None else None for row in read]
+    assert labels == [None, [-100, 6, 9], [5, 6, -100], [-100, -100, 7], None]
+    assert [row.inner_masked for row in read] == [False, False, False, True, False]
+    assert [row.targets() for row in read] == [2, 2, 1, 1, 2]
+    assert str(read[3].place) == f"{file.path}, line 4"
+
+
+def test_alpaca_prompts(write):
+    rows = [
+        {"instruction": "Add.", "input": "1 2", "output": "3"},
+        {"instruction": "Sing.", "input": "", "output": "la"},
+        {"instruction": "Sing.", "output": "la"},
+    ]
+    (file,) = read_files([entry(write("a.jsonl", rows), "alpaca")])
+    with_input, empty_input, without = read_documents(file)
+    assert with_input.prompt == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n"
+    )
+    assert with_input.text == "3"
+    assert empty_input.prompt == without.prompt == alpaca_prompt("Sing.")
+    assert without.prompt == (
+        "Below is an instruction that describes a task. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nSing.\n\n### Response:\n"
+    )
