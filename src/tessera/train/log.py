@@ -1,6 +1,7 @@
 """What a run says: metrics.jsonl, one JSON object a step, and on a terminal a progress bar or plain lines."""
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -39,7 +40,7 @@ class Log:
         """The lines of an earlier part of this run: steps after its checkpoint will be done again."""
         if first_step == 0 or not path.exists():
             return []
-        return [line for line in path.read_text().splitlines(True) if json.loads(line)["step"] <= first_step]
+        return [line for line in path.read_text().splitlines(True) if _step_of(line) <= first_step]
 
     def step(self, record: dict[str, Any]) -> None:
         """Record one optimizer step, and show it if its number is a multiple of `every`."""
@@ -68,6 +69,14 @@ class Log:
             if self._bar is not None:
                 self._bar.stop()
             self._file.close()
+
+
+def _step_of(line: str) -> float:
+    """The step that a line is about; none for what a killed run left unfinished."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 class Stopwatch:

@@ -116,7 +116,9 @@ class Trainer:
             self.loader.last_sample = math.ceil(config.num_epochs * self.loader.samples_per_epoch)
         self.warmup = config.warmup_steps
         if self.warmup is None:
-            self.warmup = math.ceil(config.warmup_ratio * self.total_steps)
+            ratio = 0.0 if config.lr_scheduler == "constant" else config.warmup_ratio
+            self.warmup = math.ceil(ratio * self.total_steps)
+        self._memory: float | None = None
         self.progress = self._start()
         self.collectives: list[dict[str, Any]] = []
 
@@ -214,8 +216,10 @@ class Trainer:
 
     def _record(self, result: StepResult, rate: float, seconds: float, recorder: Recorder) -> dict[str, Any]:
         """The line of metrics.jsonl. Memory is a maximum over ranks, taken on logging steps only."""
-        step = self.progress.step
-        if step % self.config.logging_steps == 0 or step == 1:
+        step, seen = self.progress.step, self.progress.step * self.loader.samples_per_step
+        if self.loader.last_sample is not None:
+            seen = min(seen, self.loader.last_sample)
+        if step % self.config.logging_steps == 0 or self._memory is None:
             own = torch.tensor(float(devices.peak_memory_bytes(self.mesh.device)), device=self.mesh.device)
             self._memory = largest(own, self.mesh.group(MODEL_AXES)).item() / 2**30
         return {
@@ -223,7 +227,7 @@ class Trainer:
             "loss": result.loss,
             "grad_norm": result.grad_norm,
             "learning_rate": rate,
-            "epoch": round(step * self.loader.samples_per_step / self.loader.samples_per_epoch, 6),
+            "epoch": round(seen / self.loader.samples_per_epoch, 6),
             "tokens": self.progress.tokens,
             "tokens_per_second": result.tokens / seconds,
             "step_seconds": seconds,
