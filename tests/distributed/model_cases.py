@@ -145,10 +145,12 @@ def initial_weights(name, sizes):
     return all(torch.equal(full(p), one[n].detach()) for n, p in build(config, Mesh(sizes)).named_parameters())
 
 
-def step_records(name, sizes, sequence_parallel, micro_batches=1, keep=False):
-    """The collectives of one optimizer step of float32 training."""
-    model = build(MODELS[name], Mesh(sizes), sequence_parallel, dtype=torch.float32, keep_gathered=keep)
-    step = Step(model, build_optimizer(model, "adamw_torch_fused", (0.9, 0.95), 1e-8, 0.0), max_grad_norm=1.0)
+def model_step_counts(config, sizes, shape, size, length):
+    """Calls and bytes by kind of one optimizer step in float32, as the recorder counts them."""
+    options = {"keep_gathered": shape.keep_gathered, "gradient_checkpointing": shape.recompute}
+    model = build(config, Mesh(sizes), shape.sequence_parallel, dtype=torch.float32, **options)
+    optimizer = build_optimizer(model, "adamw_torch_fused", (0.9, 0.95), 1e-8, 0.0)
+    step = Step(model, optimizer, max_grad_norm=1.0, label_smoothing=0.1 if shape.label_smoothing else 0.0)
     with Recorder() as recorder:
-        step(batches(model.config, micro_batches), 0, 1e-3)
-    return recorder.records
+        step(batches(config, shape.micro_batches, size=size, length=length), 0, 1e-3)
+    return {row["kind"]: (row["calls"], row["bytes"]) for row in recorder.table()}

@@ -83,6 +83,14 @@ def config_schema() -> None:
     typer.echo(json.dumps(json_schema(), indent=2))
 
 
+@app.command()
+def config_keys() -> None:
+    """Print every key of the YAML file with its default and meaning, as a Markdown table."""
+    from tessera.config.schema import keys_table
+
+    typer.echo(keys_table())
+
+
 def main() -> None:
     """Run a command. A mistake of the user ends with its message and code 2, a failed run with code 1."""
     try:

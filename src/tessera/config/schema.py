@@ -204,3 +204,17 @@ class TrainConfig(Section):
 def defaults_taken(config: TrainConfig) -> dict[str, Any]:
     """The keys that the user did not give, with the values that hold."""
     return {key: getattr(config, key) for key in type(config).model_fields if key not in config.model_fields_set}
+
+
+def keys_table() -> str:
+    """Every key with its default and meaning, as a Markdown table."""
+    lines = ["| key | default | meaning |", "|---|---|---|"]
+    for name, field in TrainConfig.model_fields.items():
+        default = "required" if field.is_required() else f"`{_as_yaml(field.default)}`"
+        lines.append(f"| `{name}` | {default} | {field.description} |")
+    return "\n".join(lines)
+
+
+def _as_yaml(value: object) -> str:
+    words = {None: "unset", True: "true", False: "false"}
+    return words[value] if value is None or isinstance(value, bool) else str(value)

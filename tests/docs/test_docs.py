@@ -1,0 +1,85 @@
+"""The documents are run: Python blocks, YAML blocks, commands; figures are what their scripts draw; tables are generated."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"(?:<!-- torchrun: (\d+) -->\n)?```(\w+)\n(.*?)```", re.DOTALL)
+
+
+def blocks(language: str) -> list:
+    found = []
+    for document in DOCUMENTS:
+        for number, match in enumerate(BLOCK.finditer(document.read_text()), 1):
+            if match[2] == language:
+                found.append(pytest.param(match[1], match[3], id=f"{document.name}-{number}"))
+    return found
+
+
+@pytest.mark.parametrize("ranks, code", blocks("python"))
+def test_python_runs(ranks, code, tmp_path):
+    script = tmp_path / "block.py"
+    script.write_text(code)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks] if ranks else []
+    run = subprocess.run([sys.executable, *torchrun, str(script)], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("_, text", blocks("yaml"))
+def test_yaml_is_a_config(_, text, tmp_path):
+    from tessera.config.load import load_config
+
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    config, _notes = load_config(file)
+    assert set(yaml.safe_load(text)) <= set(type(config).model_fields)
+
+
+@pytest.mark.parametrize("_, text", blocks("bash"))
+def test_commands_exist(_, text):
+    """Every command is a make target, or a tessera command with options that it has."""
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for line in text.splitlines():
+        words = shlex.split(line, comments=True)
+        while words and "=" in words[0]:
+            words = words[1:]
+        if words and words[0] == "make":
+            assert set(words[1:]) <= targets, line
+        elif words and words[0].endswith("tessera"):
+            help_text = tessera_help(words[1])
+            for option in (w.partition("=")[0] for w in words[2:] if w.startswith("--")):
+                assert option in help_text, f"{option} of: {line}"
+
+
+def tessera_help(command: str) -> str:
+    environment = {"NO_COLOR": "1", "COLUMNS": "200", "PATH": "/usr/bin:/bin"}
+    run = subprocess.run(
+        [sys.executable, "-m", "tessera", command, "--help"], capture_output=True, text=True, env=environment
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_links_lead_somewhere():
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_paths_in_backquotes_exist():
+    for document in DOCUMENTS:
+        for path in re.findall(r"`((?:src|tests|docs|benchmarks)/[\w./-]+)`", document.read_text()):
+            assert (ROOT / path).exists(), f"{document.name}: {path}"
+
+
+def test_the_table_of_keys_is_the_schema():
+    from tessera.config.schema import keys_table
+
+    assert keys_table() in (ROOT / "docs" / "training.md").read_text(), "regenerate it: tessera config-keys"
