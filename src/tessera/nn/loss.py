@@ -55,15 +55,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             return loss
         reducing = start_reduce(dX, roles.x_dim, roles.outputs)
         dW = reduce_scatter(dW, roles.w_dim, roles.tokens)
-        ctx.has_bias = db is not None
+        ctx.handed_out = False  # so that they are scaled in place
         ctx.save_for_backward(reducing.wait(), dW, *([] if db is None else [db.to(X.dtype)]))
         return loss
 
     @staticmethod
     def backward(ctx, d_loss: Tensor):
-        dX, dW, *db = ctx.saved_tensors
-        scaled = [g * d_loss.to(g.dtype) for g in (dX, dW, *db)]
-        return scaled[0], scaled[1], scaled[2] if ctx.has_bias else None, None, None
+        if ctx.handed_out:
+            raise RuntimeError("the gradients of this loss were formed once, in its forward, and are handed out once")
+        ctx.handed_out = True
+        dX, dW, *db = (gradient.mul_(d_loss) for gradient in ctx.saved_tensors)
+        return dX, dW, db[0] if db else None, None, None
 
 
 def _own_part(targets: Tensor, roles: Roles) -> Tensor:

@@ -10,6 +10,7 @@ the seed are the schedule's, the data's and the generators' whole state.
 
 import io
 import json
+import os
 import pickle
 import re
 import shutil
@@ -55,17 +56,23 @@ def save(
     part = output_dir / f".{final.name}.part"
     first = not dist.is_initialized() or dist.get_rank() == 0
     if first:
-        shutil.rmtree(part, ignore_errors=True)
+        for unfinished in output_dir.glob(".checkpoint-*.part"):  # of a killed run
+            shutil.rmtree(unfinished)
         part.mkdir(parents=True)
     _barrier()
     writer = dcp.FileSystemWriter(part, sync_files=True)
     dcp.save(_tensors(model, optimizer), storage_writer=writer, no_dist=not dist.is_initialized())
     if first:
-        (part / STATE).write_text(json.dumps({"format": FORMAT, **state}, indent=1) + "\n")
+        with (part / STATE).open("w") as file:
+            file.write(json.dumps({"format": FORMAT, **state}, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         shutil.rmtree(final, ignore_errors=True)
         part.rename(final)
-        for old in whole_checkpoints(output_dir)[:-keep] if keep else []:
-            shutil.rmtree(old)
+        if keep:  # this one always, even beside those with higher numbers that a run gone back leaves behind
+            others = [path for path in whole_checkpoints(output_dir) if path != final]
+            for old in others[: max(0, len(others) - keep + 1)]:
+                shutil.rmtree(old)
     _barrier()
     return final
 
@@ -75,10 +82,11 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
     Raises UserError when the folder is not a whole checkpoint of this model.
     """
-    state = read_state(folder)
+    state, tensors = read_state(folder), _tensors(model, optimizer)
+    _check_model(folder, tensors)
     try:
-        dcp.load(_tensors(model, optimizer), storage_reader=_Reader(folder), no_dist=not dist.is_initialized())
-    except (CheckpointException, ValueError, KeyError, pickle.UnpicklingError) as error:
+        dcp.load(tensors, storage_reader=_Reader(folder), no_dist=not dist.is_initialized())
+    except (CheckpointException, ValueError, KeyError) as error:
         causes = getattr(error, "failures", {})
         reason = "; ".join(str(e[0] if isinstance(e, tuple) else e) for e in causes.values()) or str(error)
         raise UserError("resume_from_checkpoint", folder, f"cannot be read: {reason}") from error
@@ -86,21 +94,42 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The JSON part of a checkpoint. Raises UserError when it is missing or of another format."""
+    """The JSON part of a checkpoint. Raises UserError when that is of another format or any file is not whole."""
     try:
         state = json.loads((folder / STATE).read_text())
     except (OSError, ValueError) as error:
-        raise UserError(
-            "resume_from_checkpoint",
-            folder,
-            f"is not a whole checkpoint: {STATE}: {error}",
-            _whole_ones(folder.parent),
-        ) from error
+        raise _not_whole(folder, f"{STATE}: {error}") from error
     if state.get("format") != FORMAT:
         raise UserError(
             "resume_from_checkpoint", folder, f"has format {state.get('format')}, this version reads {FORMAT}"
         )
+    _check_files(folder)
     return dict(state)
+
+
+def _check_files(folder: Path) -> None:
+    """Raise UserError unless every file that .metadata counts on lies in `folder`, as long as it says."""
+    ends: dict[str, int] = {}
+    for entry in _read_metadata(folder).storage_data.values():
+        ends[entry.relative_path] = max(ends.get(entry.relative_path, 0), entry.offset + entry.length)
+    for name, end in sorted(ends.items()):
+        if Path(name).name != name or not (folder / name).is_file():
+            raise _not_whole(folder, f"{name} is missing")
+        size = (folder / name).stat().st_size
+        if size < end:
+            raise _not_whole(folder, f"{name} is truncated, it has {size} of {end} bytes")
+
+
+def _check_model(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Raise UserError unless the checkpoint holds just these tensors, of these shapes."""
+    stored = _read_metadata(folder).state_dict_metadata
+    shapes: dict[str, list[int]] = {name: list(getattr(entry, "size", [])) for name, entry in stored.items()}
+    for name in sorted(shapes.keys() | tensors.keys()):  # model/ comes before optimizer/
+        found = shapes.get(name, "no such tensor")
+        expected = list(tensors[name].shape) if name in tensors else "no such tensor"
+        if found != expected:
+            reason = f"is of another model: {name}: expected {expected}, found {found}"
+            raise UserError("resume_from_checkpoint", folder, reason)
 
 
 def whole_checkpoints(output_dir: Path) -> list[Path]:
@@ -111,9 +140,10 @@ def whole_checkpoints(output_dir: Path) -> list[Path]:
     return [path for _, path in sorted(found) if (path / STATE).is_file() and (path / ".metadata").is_file()]
 
 
-def _whole_ones(output_dir: Path) -> str:
-    names = [path.name for path in whole_checkpoints(output_dir)]
-    return f"whole checkpoints there: {', '.join(names)}" if names else "there is no whole checkpoint beside it"
+def _not_whole(folder: Path, reason: str) -> UserError:
+    others = [path.name for path in whole_checkpoints(folder.parent) if path.name != folder.name]
+    hint = f"others there: {', '.join(others)}" if others else "there is no other beside it"
+    return UserError("resume_from_checkpoint", folder, f"is not a whole checkpoint: {reason}", hint)
 
 
 def _barrier() -> None:
@@ -142,19 +172,28 @@ class _Unpickler(pickle.Unpickler):
     """DCP's metadata is a pickle: only the plain classes it consists of may be named in it."""
 
     def find_class(self, module: str, name: str) -> Any:
+        module = module.replace("pathlib._local", "pathlib")  # as Python 3.13 calls it
         if name in _METADATA_NAMES.get(module, ()):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f".metadata names {module}.{name}, which no checkpoint needs")
+        raise pickle.UnpicklingError(f"names {module}.{name}, which no checkpoint needs")
+
+
+def _read_metadata(folder: Path) -> Metadata:
+    """What .metadata says. Raises UserError for anything else, of which nothing is run."""
+    try:
+        metadata = _Unpickler(io.BytesIO((folder / ".metadata").read_bytes())).load()
+    except Exception as error:  # unpickling what is not a pickle raises nearly everything
+        raise _not_whole(folder, f".metadata: {error}") from error
+    if not isinstance(metadata, Metadata):
+        raise _not_whole(folder, ".metadata holds something else")
+    return metadata
 
 
 class _Reader(dcp.FileSystemReader):
     """torch's reader with the restricted unpickler; tensors are read with weights_only already."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        content = (Path(self.path) / ".metadata").read_bytes()
-        metadata = _Unpickler(io.BytesIO(content)).load()
-        if not isinstance(metadata, Metadata):
-            raise pickle.UnpicklingError(".metadata does not hold checkpoint metadata")
+        metadata = _read_metadata(Path(self.path))
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata

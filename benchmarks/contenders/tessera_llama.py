@@ -1,0 +1,40 @@
+"""Tessera's own decoder and optimizer step, as `tessera train` runs them."""
+
+from pathlib import Path
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.workload import LEARNING_RATE, MAX_GRAD_NORM, WEIGHT_DECAY, Shape
+from tessera.data.loader import Batch
+from tessera.layout import residual_layout
+from tessera.mesh import Mesh
+from tessera.models.decoder import Decoder
+from tessera.models.hub import load_weights, read_model_config
+from tessera.nn.parameter import Parallel
+from tessera.train.optimizer import build_optimizer
+from tessera.train.step import Step
+
+IGNORED = -100
+
+
+class Training:
+    def __init__(self, step: Step):
+        self.run = step
+        self.number = 0
+
+    def step(self, tokens: Tensor) -> tuple[float, float]:
+        targets = F.pad(tokens[:, 1:], (0, 1), value=IGNORED)
+        batch = Batch(tokens, targets, valid=int((targets != IGNORED).sum()))
+        result = self.run([batch], self.number, LEARNING_RATE)
+        self.number += 1
+        return result.loss, result.grad_norm
+
+
+def build(shape: Shape, folder: Path, rank: int, world: int, sequence_parallel: bool) -> Training:
+    """The 1D geometry over `world` ranks."""
+    parallel = Parallel(Mesh({"col": world}), residual_layout(sequence_parallel))
+    model = Decoder(read_model_config(folder), parallel)
+    load_weights(model, folder)
+    optimizer = build_optimizer(model, "adamw_torch_fused", (0.9, 0.999), 1e-8, WEIGHT_DECAY)
+    return Training(Step(model, optimizer, max_grad_norm=MAX_GRAD_NORM))
