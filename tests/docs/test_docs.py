@@ -1,4 +1,4 @@
-"""The documents are run: Python blocks, YAML blocks, commands; figures are what their scripts draw; tables are generated."""
+"""The documents are run: Python blocks, YAML blocks, commands; paths and links exist; tables are generated."""
 
 import re
 import shlex

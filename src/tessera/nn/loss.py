@@ -50,11 +50,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 db += dz.sum(0)
             dz = all_gather(dz.to(X.dtype), 0, roles.inputs)
             torch.mm(dz, W, out=dX[part])
-            dW = dz.T @ X[part] if dW is None else dW.addmm_(dz.T, X[part])
+            dW = _accumulate(dW, dz, X[part], wide if X.shape[0] > part.stop else X.dtype)
         if dX is None or dW is None:
             return loss
         reducing = start_reduce(dX, roles.x_dim, roles.outputs)
-        dW = reduce_scatter(dW, roles.w_dim, roles.tokens)
+        dW = reduce_scatter(dW.to(X.dtype), roles.w_dim, roles.tokens)
         ctx.handed_out = False  # so that they are scaled in place
         ctx.save_for_backward(reducing.wait(), dW, *([] if db is None else [db.to(X.dtype)]))
         return loss
@@ -66,6 +66,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.handed_out = True
         dX, dW, *db = (gradient.mul_(d_loss) for gradient in ctx.saved_tensors)
         return dX, dW, db[0] if db else None, None, None
+
+
+def _accumulate(dW: Tensor | None, dz: Tensor, X: Tensor, dtype: torch.dtype) -> Tensor:
+    """dW + dzᵀ X; a sum over several chunks is kept in float32, as a product's own sum over tokens is."""
+    if dW is None:
+        return (dz.T @ X).to(dtype)
+    return dW.addmm_(dz.T, X) if dW.dtype == X.dtype else dW.add_(dz.T @ X)
 
 
 def _own_part(targets: Tensor, roles: Roles) -> Tensor:
