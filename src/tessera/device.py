@@ -44,3 +44,13 @@ def describe(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu, {torch.get_num_threads()} threads a rank"
+
+
+# Dense bf16 peak of one device in TFLOP/s, from the vendors' data sheets.
+_PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250, "MI300X": 1307, "L40S": 362, "4090": 165}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 operations a second that `device` is sold with; None for one not in the table."""
+    name = describe(device)
+    return next((tera * 1e12 for known, tera in _PEAK_TFLOPS.items() if known in name), None)

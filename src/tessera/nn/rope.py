@@ -43,7 +43,8 @@ def rope_table(
     length: int, head_dim: int, config: RopeConfig, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """cos and sin [length, head_dim / 2] of every position's angles, in `dtype`."""
-    angles = torch.outer(torch.arange(length, dtype=torch.float32), rope_frequencies(head_dim, config)).to(device)
+    positions = torch.arange(length, dtype=torch.float32, device=device)
+    angles = torch.outer(positions, rope_frequencies(head_dim, config).to(device))
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 

@@ -1,0 +1,103 @@
+"""Tokens a second and model FLOPs utilisation of a stack of decoder layers on one device.
+
+`python benchmarks/stack.py` takes four layers of Llama 3 8B's shape; on a CPU give it small sizes. Prints one line,
+with the hardware, versions and date. MFU counts 6 operations for each parameter of a product and token, and 6·S·h for
+the two products of causal attention over S positions (Chowdhery et al. 2022, appendix B, halved for the mask).
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
+import torch
+from torch import Tensor
+
+from tessera import device as devices
+from tessera.layout import residual_layout
+from tessera.mesh import Mesh
+from tessera.models.config import ModelConfig
+from tessera.models.decoder import Decoder
+from tessera.nn.parameter import Parallel
+from tessera.nn.rope import RopeConfig
+from tessera.train.optimizer import build_optimizer
+from tessera.train.step import Step
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Random tokens, every one of them learnt."""
+
+    input_ids: Tensor
+    targets: Tensor
+
+    @property
+    def valid(self) -> int:
+        return self.targets.numel()
+
+
+def flops_per_token(model: ModelConfig, sequence: int) -> float:
+    """Operations of forward and backward for each token, embedding look-ups aside."""
+    heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    products = (
+        model.num_layers * model.hidden_size * (heads + 3 * model.ffn_size) + model.hidden_size * model.vocab_size
+    )
+    return 6 * products + 6 * model.num_layers * sequence * model.num_heads * model.head_dim
+
+
+def measure(model: ModelConfig, batch: int, sequence: int, steps: int, bf16: bool) -> str:
+    """Train on random tokens; the median of `steps` steps after two that warm up."""
+    device = devices.local_device()
+    compute = torch.bfloat16 if bf16 else torch.float32
+    decoder = Decoder(model, Parallel(Mesh({}, device), residual_layout(True), compute=compute))
+    decoder.initialize(seed=0)
+    step = Step(decoder, build_optimizer(decoder, "adamw_torch_fused", (0.9, 0.95), 1e-8, 0.1), max_grad_norm=1.0)
+    ids = torch.randint(0, model.vocab_size, (batch, sequence + 1), generator=torch.Generator().manual_seed(0))
+    tokens = Batch(ids[:, :-1].to(device), ids[:, 1:].to(device))
+    seconds = []
+    for index in range(steps + 2):
+        begun = time.perf_counter()
+        step([tokens], index, 1e-4)  # reads the loss, so it waits for the device
+        seconds.append(time.perf_counter() - begun)
+    rate = batch * sequence / statistics.median(seconds[2:])
+    achieved = rate * flops_per_token(model, sequence)
+    peak = devices.peak_flops(device)
+    share = f", {achieved / peak:.1%} of the {peak / 1e12:.0f} peak" if peak else ""
+    memory = devices.peak_memory_bytes(device) / 2**30
+    parameters = sum(p.numel() for p in decoder.parameters())
+    return (
+        f"{date.today()} · {devices.describe(device)} · torch {torch.__version__} · "
+        f"{parameters / 1e9:.3f}B parameters, {batch} × {sequence} tokens, {'bf16' if bf16 else 'float32'} · {rate:,.0f} tokens/s · "
+        f"{achieved / 1e12:.2f} TFLOP/s{share} · peak memory {memory:.1f} GiB"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sizes = {"layers": 4, "hidden": 4096, "heads": 32, "kv-heads": 8, "ffn": 14336, "vocab": 128256}
+    for name, size in {**sizes, "batch": 2, "sequence": 4096, "steps": 10}.items():
+        parser.add_argument(f"--{name}", type=int, default=size)
+    parser.add_argument("--float32", action="store_true", help="compute in float32 instead of bf16")
+    given = parser.parse_args()
+    model = ModelConfig(
+        family="llama",
+        vocab_size=given.vocab,
+        hidden_size=given.hidden,
+        num_layers=given.layers,
+        num_heads=given.heads,
+        num_kv_heads=given.kv_heads,
+        head_dim=given.hidden // given.heads,
+        ffn_size=given.ffn,
+        max_positions=given.sequence,
+        rope=RopeConfig(theta=500000.0),
+    )
+    print(measure(model, given.batch, given.sequence, given.steps, bf16=not given.float32))
+
+
+if __name__ == "__main__":
+    main()
