@@ -122,6 +122,11 @@ def _fitting_sizes(size: int, fits: Callable[[int], bool]) -> str:
     return " or ".join(str(s) for s in below + above) or "1"
 
 
+def _every_rank_has_a_row(vocabulary: int, col: int) -> bool:
+    """Shards are as long as torch.chunk's, so that the last ones may be empty."""
+    return -(-vocabulary // col) * (col - 1) < vocabulary
+
+
 def check_sizes(mode: str, size: int, dimensions: dict[str, int]) -> None:
     """Raise UserError, before any process starts, when a cut dimension does not divide by its axes.
 
@@ -130,6 +135,7 @@ def check_sizes(mode: str, size: int, dimensions: dict[str, int]) -> None:
     """
     axes = {"inner": 1, "depth": 1, "row": 1, "col": 1} | mesh_sizes(mode, size)
     col, features = axes["col"], math.prod(axes[a] for a in ("inner", "row"))
+    vocabulary = dimensions["vocab_size"]
     needs = {
         "hidden_size": features,
         "num_attention_heads": col,
@@ -139,7 +145,7 @@ def check_sizes(mode: str, size: int, dimensions: dict[str, int]) -> None:
 
     def fits(other: int) -> bool:
         ways = {"inner": 1, "depth": 1, "row": 1, "col": 1} | mesh_sizes(mode, other)
-        return all(
+        return _every_rank_has_a_row(vocabulary, ways["col"]) and all(
             dimensions[k] % (ways["col"] if k != "hidden_size" else ways["inner"] * ways["row"]) == 0 for k in needs
         )
 
@@ -154,6 +160,11 @@ def check_sizes(mode: str, size: int, dimensions: dict[str, int]) -> None:
                 f"tensor_parallel_size: {_fitting_sizes(size, fits)} fits this model; "
                 f"or a model with {name} {nearest_multiples(value, divisor)}",
             )
-    vocabulary = dimensions["vocab_size"]
-    if -(-vocabulary // col) * (col - 1) >= vocabulary:  # shards are as long as torch.chunk's: the last may be empty
-        raise UserError("tensor_parallel_size", size, f"leaves ranks without a row of the vocabulary of {vocabulary}")
+    if not _every_rank_has_a_row(vocabulary, col):
+        raise UserError(
+            "tensor_parallel_size",
+            size,
+            f"leaves ranks without a row of the vocabulary of {vocabulary}",
+            f"tensor_parallel_size: {_fitting_sizes(size, fits)} fits this model; "
+            f"or a model with vocab_size {-(-vocabulary // col) * col}",
+        )

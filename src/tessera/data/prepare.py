@@ -112,6 +112,14 @@ def prepare(config: DataSettings, vocab_size: int | None, folder: Path | None = 
     return Prepared(folder, manifest, reused=False)
 
 
+def open_prepared(folder: Path) -> Prepared:
+    """What `prepare` left in `folder`, without reading the data again: for ranks other than the one that prepared."""
+    manifest = _read_manifest(folder)
+    if manifest is None:
+        raise FileNotFoundError(f"{folder} holds no prepared data: has every rank the same file system?")
+    return Prepared(folder, manifest, reused=True)
+
+
 def _given_tokenizer(config: DataSettings) -> TextTokenizer | int:
     """The tokenizer to load, or the vocabulary size of the one to train."""
     given = config.tokenizer

@@ -55,4 +55,5 @@ class LearnedPositions(ParallelModule):
 
     def forward(self, positions_T: Tensor) -> Tensor:
         """positions_T: the position of each of this rank's tokens in the residual layout."""
-        return F.embedding(positions_T, self.local("weight"))
+        last = self.specs["weight"].shape[0] - 1  # only padding lies beyond: its targets are ignored
+        return F.embedding(positions_T.clamp(max=last), self.local("weight"))

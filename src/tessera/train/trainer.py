@@ -15,6 +15,7 @@ import torch.distributed as dist
 from tessera import device as devices
 from tessera.collectives import Recorder, all_gather, all_reduce, largest
 from tessera.data.loader import Loader
+from tessera.data.prepare import Prepared, open_prepared
 from tessera.data.rows import open_rows
 from tessera.errors import RunFailed
 from tessera.layout import HIDDEN, mesh_sizes, residual_layout
@@ -33,7 +34,6 @@ from tessera.train.step import Step, StepResult
 
 if TYPE_CHECKING:
     from tessera.config.schema import TrainConfig
-    from tessera.data.prepare import Prepared
 
 
 @dataclass
@@ -122,13 +122,12 @@ class Trainer:
         self.progress = self._start()
         self.collectives: list[dict[str, Any]] = []
 
-    def _prepare(self) -> "Prepared":
+    def _prepare(self) -> Prepared:
         """Rank 0 prepares the data (most often it finds it done), the others open what it wrote."""
-        if self.first:
-            prepared = prepare_data(self.config, self.resolved)
+        prepared = prepare_data(self.config, self.resolved) if self.first else None
         if self.mesh.world > 1:
             dist.barrier()
-        return prepared if self.first else prepare_data(self.config, self.resolved)
+        return prepared or open_prepared(self.output / "prepared")
 
     def _loader(self, split: str, *, shuffle: bool) -> Loader:
         config = self.config
@@ -197,7 +196,8 @@ class Trainer:
             with Recorder() as recorder:
                 result = self.step(self.loader.step_batches(index), index, rate, stop=stop.asked)
             if not result.finite:
-                raise self._diverged(index + 1, result)
+                found = f"loss {result.loss}, gradient norm {result.grad_norm}; the weights were not updated"
+                raise self._diverged(index + 1, found)
             self.progress.step += 1
             self.progress.tokens += result.tokens
             record = self._record(result, rate, watch.lap(), recorder)
@@ -205,6 +205,8 @@ class Trainer:
             step, done = self.progress.step, self.progress.step == self.total_steps
             if self.prepared.manifest.eval_rows and (done or config.eval_steps and step % config.eval_steps == 0):
                 record["eval_loss"] = self._evaluate()
+                if not math.isfinite(record["eval_loss"]):
+                    raise self._diverged(step, f"held-out loss {record['eval_loss']}")
             log.step(record)
             if config.save_steps and step % config.save_steps == 0 or result.stop and not done:
                 folder = self._save()
@@ -271,12 +273,12 @@ class Trainer:
         if self.first:
             (self.output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 
-    def _diverged(self, step: int, result: StepResult) -> RunFailed:
+    def _diverged(self, step: int, found: str) -> RunFailed:
         """The run's end at a loss or gradient that is not finite, with what usually causes it."""
         config = self.config
         kept = checkpoint.whole_checkpoints(self.output)
         return RunFailed(
-            f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}; the weights were not updated\n"
+            f"step {step}: {found}\n"
             f"  likely causes: a learning rate too high (learning_rate: {config.learning_rate}), too short a warm-up "
             f"({self.warmup} steps), no clipping (max_grad_norm: {config.max_grad_norm}), or precision "
             f"(bf16: {config.bf16}, computing in {str(self.model.parallel.compute).removeprefix('torch.')})\n"
