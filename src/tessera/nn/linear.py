@@ -5,7 +5,7 @@ ColumnParallelLinear   residual → hidden     [out: col][in: inner, row]       
 RowParallelLinear      hidden → residual     [out: inner, row][in: col]       no move of X, reduce Y, then the bias
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -17,27 +17,29 @@ from tessera.product import Roles, distributed_product
 
 
 class ParallelLinear(ParallelModule):
-    """Y = X Wᵀ + b, the product cut as `plan` says. `in_features` and `out_features` are global sizes."""
+    """Y = X Wᵀ + b, the product cut as the subclass plans it. `in_features` and `out_features` are global sizes."""
+
+    make_plan: Callable[[Layout], LinearPlan]
 
     def __init__(
         self,
         in_features: int,
         out_features: int,
-        plan: LinearPlan,
         parallel: Parallel,
         *,
-        bias: bool,
-        init: Init,
+        bias: bool = False,
+        init: Init = Init(std=0.02),
     ) -> None:
         super().__init__(parallel)
-        self.in_features, self.out_features, self.plan = in_features, out_features, plan
+        self.in_features, self.out_features = in_features, out_features
+        self.plan = plan = self.make_plan(parallel.residual)
         self.input, self.output = plan.input, plan.output
         self.declare("weight", ParameterSpec((out_features, in_features), plan.weight_cuts, plan.input, init))
         if bias:
             self.declare("bias", ParameterSpec((out_features,), plan.bias_cuts, plan.output, Init()))
 
     def forward(self, x: Tensor, *, uncut: bool = False) -> Tensor:
-        """x: this rank's part [T_local, in_local] in the `input` layout; with `uncut` all of it, [T, in], on each rank.
+        """x: this rank's part [T_local, in_local] in the `input` layout; with `uncut` all of it, [T, in], everywhere.
 
         Returns this rank's part of Y in the `output` layout.
         """
@@ -47,31 +49,13 @@ class ParallelLinear(ParallelModule):
 class ColumnParallelLinear(ParallelLinear):
     """Residual stream → hidden stream: outputs cut over `col` (q, k, v, gate, up, head)."""
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        parallel: Parallel,
-        *,
-        bias: bool = False,
-        init: Init = Init(std=0.02),
-    ) -> None:
-        super().__init__(in_features, out_features, column_parallel(parallel.residual), parallel, bias=bias, init=init)
+    make_plan = staticmethod(column_parallel)
 
 
 class RowParallelLinear(ParallelLinear):
     """Hidden stream → residual stream: inputs cut over `col` (attention out, down). The bias is added once."""
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        parallel: Parallel,
-        *,
-        bias: bool = False,
-        init: Init = Init(std=0.02),
-    ) -> None:
-        super().__init__(in_features, out_features, row_parallel(parallel.residual), parallel, bias=bias, init=init)
+    make_plan = staticmethod(row_parallel)
 
 
 def parallel_linear(layers: Sequence[ParallelLinear], x: Tensor, *, uncut: bool = False) -> tuple[Tensor, ...]:

@@ -21,12 +21,12 @@ def _statistics(x: Tensor) -> Tensor:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """y = g · x / sqrt(mean(x²) + eps).    dx = r · (g·dy − x̂ · mean(x̂ · g·dy)),  x̂ = r·x"""
+    """y = g · x · r,  r = 1 / sqrt(mean(x²) + eps).    dx = r · g·dy − x · r³ · mean(x · g·dy)"""
 
     @staticmethod
     def forward(ctx, x: Tensor, gain: Tensor, eps: float, features: int, group: Group | None) -> Tensor:
         wide = _statistics(x)
-        squares = all_reduce(torch.linalg.vecdot(wide, wide).unsqueeze(-1), group)
+        squares = all_reduce(torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_(), group)
         scale = torch.rsqrt(squares / features + eps)
         ctx.save_for_backward(x, gain, scale)
         ctx.features, ctx.group = features, group
@@ -35,12 +35,12 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor):
         x, gain, scale = ctx.saved_tensors
-        x_hat = _statistics(x) * scale
-        dy_wide = _statistics(dy)
-        d_gain = (dy_wide * x_hat).sum(0).to(gain.dtype)
-        dx_hat = dy_wide * gain
-        dots = all_reduce(torch.linalg.vecdot(dx_hat, x_hat).unsqueeze(-1), ctx.group)
-        dx = dx_hat.sub_(x_hat.mul_(dots / ctx.features)).mul_(scale)
+        wide, dy_wide, gain_wide = _statistics(x), _statistics(dy), _statistics(gain)
+        products = wide * dy_wide
+        d_gain = (products.T @ scale.squeeze(-1)).to(gain.dtype)
+        dots = all_reduce(products @ gain_wide, ctx.group).unsqueeze(-1)
+        dx = (dy_wide * gain_wide).mul_(scale)
+        dx.addcmul_(wide, dots * scale**3, value=-1 / ctx.features)
         return dx.to(x.dtype), d_gain, None, None, None
 
 
