@@ -72,7 +72,8 @@ def measure(model: ModelConfig, batch: int, sequence: int, steps: int, bf16: boo
     parameters = sum(p.numel() for p in decoder.parameters())
     return (
         f"{date.today()} · {devices.describe(device)} · torch {torch.__version__} · "
-        f"{parameters / 1e9:.3f}B parameters, {batch} × {sequence} tokens, {'bf16' if bf16 else 'float32'} · {rate:,.0f} tokens/s · "
+        f"{parameters / 1e9:.3f}B parameters, {batch} × {sequence} tokens, {'bf16' if bf16 else 'float32'} · "
+        f"{rate:,.0f} tokens/s · "
         f"{achieved / 1e12:.2f} TFLOP/s{share} · peak memory {memory:.1f} GiB"
     )
 

@@ -16,8 +16,9 @@ def workshop(tmp_path_factory) -> Workshop:
 
 
 def differences(settings, plain) -> list[float]:
-    done = run_command(settings)
+    done = run_command(settings, gpus="0")
     assert done.returncode == 0, done.stderr
+    assert torch.cuda.get_device_name(0) in done.stdout
     found = metrics(settings)
     pairs = [(m["loss"], loss) for m, loss in zip(found, plain.losses, strict=True)]
     pairs += [(m["grad_norm"], norm) for m, norm in zip(found, plain.norms, strict=True)]

@@ -1,0 +1,110 @@
+"""metrics.jsonl and resolved_config.yaml, and what monitoring costs."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from support.pool import pool
+from tessera.config.load import load_config
+from tessera.config.schema import TrainConfig
+from tessera.train.log import Log
+from tessera.train.trainer import train
+from train.runs import Workshop, metrics, run
+
+ALL_REDUCE = "c10d.allreduce_.default"
+KEYS = {
+    "step",
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "epoch",
+    "tokens",
+    "tokens_per_second",
+    "step_seconds",
+    "memory_gib",
+    "communicated_bytes",
+}
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_every_step_is_one_object_with_every_key(workshop: Workshop, tmp_path, size):
+    settings = workshop.settings("llama", tmp_path / "run", tensor_parallel_size=size)
+    found = run(settings)
+    assert [m["step"] for m in found] == [1, 2, 3, 4, 5]
+    assert all(m.keys() == KEYS for m in found)
+    targets = [workshop.targets(range(6 * i, 6 * i + 6)) for i in range(5)]
+    assert [m["tokens"] for m in found] == [sum(targets[: i + 1]) for i in range(5)]
+    for m, count in zip(found, targets, strict=True):
+        assert m["tokens_per_second"] == pytest.approx(count / m["step_seconds"])
+        assert 0.01 < m["memory_gib"] < 100
+        assert m["communicated_bytes"].keys() == ({"col"} if size > 1 else set())
+        assert all(count > 0 for count in m["communicated_bytes"].values())
+
+
+def test_the_resolved_config_gives_the_same_run_again(workshop: Workshop, tmp_path):
+    settings = workshop.settings("llama", tmp_path / "run", max_steps=1)
+    run(settings)
+    config, notes = load_config(tmp_path / "run" / "resolved_config.yaml")
+    assert config == TrainConfig.model_validate(settings) and not notes
+
+
+class Calls(TorchDispatchMode):
+    """Counts every call of torch.distributed, whether through our door or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def train_and_count(settings) -> Counter[str]:
+    with Calls() as calls:
+        train(TrainConfig.model_validate(settings))
+    return calls.counts
+
+
+def test_monitoring_adds_no_collective_outside_logging_steps(workshop: Workshop, tmp_path):
+    """Logging costs one all-reduce of a number (memory) in a step; the first step always pays it."""
+    calls, bytes_per_step = {}, {}
+    for every in (1, 4, 100):
+        own = {"logging_steps": every, "tensor_parallel_size": 2}
+        settings = workshop.settings("llama", tmp_path / f"every-{every}", **own)
+        calls[every] = pool(2).run(train_and_count, settings)[0]
+        bytes_per_step[every] = [m["communicated_bytes"] for m in metrics(settings)]
+    assert calls[1] - calls[100] == {ALL_REDUCE: 4} and not calls[100] - calls[1]
+    assert calls[4] - calls[100] == {ALL_REDUCE: 1} and not calls[100] - calls[4]
+    assert calls[100][ALL_REDUCE] >= 5  # one a step for the norm alone
+    assert bytes_per_step[1] == bytes_per_step[4] == bytes_per_step[100]
+
+
+# ---- The file of a run that goes on
+
+
+def log_of(folder: Path, first_step: int) -> None:
+    log = Log(folder, total_steps=9, first_step=first_step, every=1, enabled=True)
+    log.close()
+
+
+def steps_in(folder: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_resumed_run_goes_on_with_the_lines_up_to_its_checkpoint(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in range(1, 8)))
+    log_of(tmp_path, 5)
+    assert steps_in(tmp_path) == [1, 2, 3, 4, 5]
+    log_of(tmp_path, 0)
+    assert steps_in(tmp_path) == []
+
+
+def test_a_line_that_a_killed_run_left_unfinished_is_no_obstacle(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
+    log_of(tmp_path, 2)
+    assert steps_in(tmp_path) == [1, 2]
