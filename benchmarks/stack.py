@@ -9,16 +9,15 @@ import argparse
 import statistics
 import sys
 import time
-from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import torch
-from torch import Tensor
 
 from tessera import device as devices
+from tessera.data.loader import Batch
 from tessera.layout import residual_layout
 from tessera.mesh import Mesh
 from tessera.models.config import ModelConfig
@@ -27,18 +26,6 @@ from tessera.nn.parameter import Parallel
 from tessera.nn.rope import RopeConfig
 from tessera.train.optimizer import build_optimizer
 from tessera.train.step import Step
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Random tokens, every one of them learnt."""
-
-    input_ids: Tensor
-    targets: Tensor
-
-    @property
-    def valid(self) -> int:
-        return self.targets.numel()
 
 
 def flops_per_token(model: ModelConfig, sequence: int) -> float:
@@ -58,7 +45,7 @@ def measure(model: ModelConfig, batch: int, sequence: int, steps: int, bf16: boo
     decoder.initialize(seed=0)
     step = Step(decoder, build_optimizer(decoder, "adamw_torch_fused", (0.9, 0.95), 1e-8, 0.1), max_grad_norm=1.0)
     ids = torch.randint(0, model.vocab_size, (batch, sequence + 1), generator=torch.Generator().manual_seed(0))
-    tokens = Batch(ids[:, :-1].to(device), ids[:, 1:].to(device))
+    tokens = Batch(ids[:, :-1].to(device), ids[:, 1:].to(device), batch * sequence)
     seconds = []
     for index in range(steps + 2):
         begun = time.perf_counter()

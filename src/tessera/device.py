@@ -1,8 +1,11 @@
 """The one place that knows kinds of devices: which one a rank uses, its backend, its dtype, its memory."""
 
 import os
+import sys
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 
 def local_device() -> torch.device:
@@ -34,9 +37,23 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Peak bytes allocated on a GPU so far; on CPU the peak resident set of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource
+    try:  # not getrusage's maximum: on Linux a process begins with that of the one which started it
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except OSError:
+        import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def gpus_missing(ranks: int) -> int:
+    """How many GPUs this machine is short of one for each of `ranks`; 0 where it has none at all."""
+    return max(0, ranks - torch.cuda.device_count()) if torch.cuda.is_available() else 0
+
+
+def reads_grouped_heads(q: Tensor) -> bool:
+    """Whether a fused attention kernel for `q` reads grouped kv heads as they are: on GPUs none does in float32."""
+    return not (q.is_cuda and q.dtype == torch.float32)
 
 
 def describe(device: torch.device) -> str:

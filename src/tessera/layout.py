@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tessera.errors import UserError
-from tessera.mesh import Mesh
+from tessera.mesh import MODEL_AXES, Mesh
 from tessera.product import Roles
 
 
@@ -87,44 +87,51 @@ def check_chain(producer: str, output: Layout, consumer: str, input: Layout) -> 
 # ---------------------------------------------------------------------------------------------- geometries
 
 
-def _one_dimensional(size: int) -> dict[str, int]:
+def _one_dimensional(size: int, depth: int) -> dict[str, int]:
     return {"col": size}
 
 
-# tensor_parallel_mode → the sizes of (inner, depth, row, col) that a tensor_parallel_size alone gives.
-GEOMETRIES: dict[str, Callable[[int], dict[str, int]]] = {
+def _two_dimensional(size: int, depth: int) -> dict[str, int]:
+    """The most nearly square row × col, row the smaller."""
+    row = next(r for r in range(math.isqrt(size), 0, -1) if size % r == 0)
+    return {"row": row, "col": size // row}
+
+
+def _two_and_a_half(size: int, depth: int) -> dict[str, int]:
+    if size % depth:
+        raise UserError("tensor_parallel_size", size, f"does not divide by the depth of {depth}", nearest(size, depth))
+    return {"depth": depth, **_two_dimensional(size // depth, depth)}
+
+
+def _three_dimensional(size: int, depth: int) -> dict[str, int]:
+    side = round(size ** (1 / 3))
+    if side**3 != size:
+        reason = "is not a cube: a 3d mesh of another shape has to be given"
+        raise UserError("tensor_parallel_size", size, reason, "tensor_parallel_mesh: {inner: …, row: …, col: …}")
+    return {"inner": side, "row": side, "col": side}
+
+
+# tensor_parallel_mode → the sizes of (inner, depth, row, col) that a tensor_parallel_size (and depth) gives.
+# The config opens 1d; the layers hold for all.
+GEOMETRIES: dict[str, Callable[[int, int], dict[str, int]]] = {
     "1d": _one_dimensional,
+    "2d": _two_dimensional,
+    "2.5d": _two_and_a_half,
+    "3d": _three_dimensional,
 }
 
 
-def mesh_sizes(mode: str, size: int) -> dict[str, int]:
-    """The model axes of geometry `mode` at `size` ranks."""
+def mesh_sizes(mode: str, size: int, depth: int = 2) -> dict[str, int]:
+    """The sizes of inner, depth, row and col of geometry `mode` at `size` ranks."""
     if mode not in GEOMETRIES:
-        raise UserError(
-            "tensor_parallel_mode",
-            mode,
-            "is not a geometry of this version",
-            f"there are: {', '.join(GEOMETRIES)}",
-        )
-    return GEOMETRIES[mode](size)
+        raise UserError("tensor_parallel_mode", mode, "is not a geometry", f"there are: {', '.join(GEOMETRIES)}")
+    return dict.fromkeys(MODEL_AXES, 1) | GEOMETRIES[mode](size, depth)
 
 
-def nearest_multiples(value: int, divisor: int) -> str:
+def nearest(value: int, divisor: int) -> str:
     """The multiples of `divisor` on both sides of `value`, in words."""
     below = value // divisor * divisor
     return f"{below} or {below + divisor}" if below else str(divisor)
-
-
-def _fitting_sizes(size: int, fits: Callable[[int], bool]) -> str:
-    fitting = [s for s in range(1, 2 * size + 1) if fits(s)]
-    below = [s for s in fitting if s < size][-1:]
-    above = [s for s in fitting if s > size][:1]
-    return " or ".join(str(s) for s in below + above) or "1"
-
-
-def _every_rank_has_a_row(vocabulary: int, col: int) -> bool:
-    """Shards are as long as torch.chunk's, so that the last ones may be empty."""
-    return -(-vocabulary // col) * (col - 1) < vocabulary
 
 
 def check_sizes(mode: str, size: int, dimensions: dict[str, int]) -> None:
@@ -133,23 +140,7 @@ def check_sizes(mode: str, size: int, dimensions: dict[str, int]) -> None:
     `dimensions` names the model's: hidden_size, num_attention_heads, kv_features, intermediate_size, vocab_size (which
     may be uneven). The message gives the tensor sizes that fit the model and the model sizes that fit the tensor size.
     """
-    axes = {"inner": 1, "depth": 1, "row": 1, "col": 1} | mesh_sizes(mode, size)
-    col, features = axes["col"], math.prod(axes[a] for a in ("inner", "row"))
-    vocabulary = dimensions["vocab_size"]
-    needs = {
-        "hidden_size": features,
-        "num_attention_heads": col,
-        "kv_features": col,
-        "intermediate_size": col,
-    }
-
-    def fits(other: int) -> bool:
-        ways = {"inner": 1, "depth": 1, "row": 1, "col": 1} | mesh_sizes(mode, other)
-        return _every_rank_has_a_row(vocabulary, ways["col"]) and all(
-            dimensions[k] % (ways["col"] if k != "hidden_size" else ways["inner"] * ways["row"]) == 0 for k in needs
-        )
-
-    for key, divisor in needs.items():
+    for key, divisor in _divisors(mode, size).items():
         value = dimensions[key]
         if value % divisor:
             name = "num_key_value_heads × head_dim" if key == "kv_features" else key
@@ -157,14 +148,42 @@ def check_sizes(mode: str, size: int, dimensions: dict[str, int]) -> None:
                 "tensor_parallel_size",
                 size,
                 f"cuts {name} = {value} of the model {divisor} ways, which does not divide",
-                f"tensor_parallel_size: {_fitting_sizes(size, fits)} fits this model; "
-                f"or a model with {name} {nearest_multiples(value, divisor)}",
+                f"tensor_parallel_size: {_fitting_sizes(mode, size, dimensions)} fits this model; "
+                f"or a model with {name} {nearest(value, divisor)}",
             )
+    vocabulary, col = dimensions["vocab_size"], mesh_sizes(mode, size)["col"]
     if not _every_rank_has_a_row(vocabulary, col):
         raise UserError(
             "tensor_parallel_size",
             size,
             f"leaves ranks without a row of the vocabulary of {vocabulary}",
-            f"tensor_parallel_size: {_fitting_sizes(size, fits)} fits this model; "
+            f"tensor_parallel_size: {_fitting_sizes(mode, size, dimensions)} fits this model; "
             f"or a model with vocab_size {-(-vocabulary // col) * col}",
         )
+
+
+def _divisors(mode: str, size: int) -> dict[str, int]:
+    """What each dimension of the model must be a multiple of."""
+    axes = mesh_sizes(mode, size)
+    cut_by_col = dict.fromkeys(("num_attention_heads", "kv_features", "intermediate_size"), axes["col"])
+    return {"hidden_size": axes["inner"] * axes["row"], **cut_by_col}
+
+
+def _every_rank_has_a_row(vocabulary: int, col: int) -> bool:
+    """Shards are as long as torch.chunk's, so that the last ones may be empty."""
+    return -(-vocabulary // col) * (col - 1) < vocabulary
+
+
+def _fitting_sizes(mode: str, size: int, dimensions: dict[str, int]) -> str:
+    """The nearest tensor sizes on both sides of `size` that fit the model, in words."""
+
+    def fits(other: int) -> bool:
+        try:
+            divide = all(dimensions[key] % divisor == 0 for key, divisor in _divisors(mode, other).items())
+            return divide and _every_rank_has_a_row(dimensions["vocab_size"], mesh_sizes(mode, other)["col"])
+        except UserError:  # no such mesh
+            return False
+
+    fitting = [other for other in range(1, 2 * size + 1) if fits(other)]
+    below, above = [s for s in fitting if s < size][-1:], [s for s in fitting if s > size][:1]
+    return " or ".join(map(str, below + above)) or "1"

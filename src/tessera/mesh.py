@@ -46,10 +46,8 @@ class Mesh:
         rank: int | None = None,
     ) -> None:
         sizes = dict(sizes or {})
-        unknown = set(sizes) - set(AXES)
-        if unknown:
-            raise ValueError(f"unknown mesh axes {sorted(unknown)}; the axes are {', '.join(AXES)}")
         self.sizes = {axis: sizes.get(axis, 1) for axis in AXES}
+        self.present(sizes)  # knows every axis
         self.device = torch.device(device)
         self.world = math.prod(self.sizes.values())
         initialised = dist.is_available() and dist.is_initialized()
@@ -69,6 +67,8 @@ class Mesh:
     def present(self, axes: Iterable[str]) -> tuple[str, ...]:
         """Those of `axes` whose size is above 1, in mesh order."""
         wanted = set(axes)
+        if wanted - set(AXES):
+            raise ValueError(f"unknown mesh axes {sorted(wanted - set(AXES))}; the axes are {', '.join(AXES)}")
         return tuple(axis for axis in AXES if axis in wanted and self.sizes[axis] > 1)
 
     def size(self, axes: Iterable[str]) -> int:

@@ -111,3 +111,9 @@ def test_bad_arguments(rows):
         loader(rows, data_rank=2, data_ranks=2)
     with pytest.raises(ValueError, match="no rows"):
         loader([])
+
+
+def test_floating_point_adds_no_step(tmp_path):
+    fifty = Loader(saved(tmp_path, "train", *(row([i, i]) for i in range(50))), 5, 1, 3, True, 1)
+    assert 2.2 * 50 > 110  # as floats
+    assert fifty.samples_for(2.2) == 110 and fifty.steps_for(2.2) == 22

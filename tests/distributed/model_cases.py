@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from support.compare import worst
+from support.mesh import shared_mesh
 from tessera.collectives import Recorder
 from tessera.layout import residual_layout
 from tessera.mesh import Mesh
@@ -129,7 +130,7 @@ def model_errors(name, sizes, sequence_parallel, steps=2, smoothing=0.0, leave_o
     config = MODELS[name]
     want = reference(config, steps, smoothing)
     with Recorder(leave_out) as recorder:
-        got = train(build(config, Mesh(sizes), sequence_parallel, **(options or {})), steps, smoothing)
+        got = train(build(config, shared_mesh(sizes), sequence_parallel, **(options or {})), steps, smoothing)
     relative = {
         key: max(abs(a - b) / abs(b) for a, b in zip(got[key], want[key], strict=True)) for key in ("loss", "norm")
     }
@@ -142,13 +143,13 @@ def initial_weights(name, sizes):
     """Whether every initial weight is bit for bit the one of a single process."""
     config = MODELS[name]
     one = dict(build(config, Mesh(rank=0)).named_parameters())
-    return all(torch.equal(full(p), one[n].detach()) for n, p in build(config, Mesh(sizes)).named_parameters())
+    return all(torch.equal(full(p), one[n].detach()) for n, p in build(config, shared_mesh(sizes)).named_parameters())
 
 
 def model_step_counts(config, sizes, shape, size, length):
     """Calls and bytes by kind of one optimizer step in float32, as the recorder counts them."""
     options = {"keep_gathered": shape.keep_gathered, "gradient_checkpointing": shape.recompute}
-    model = build(config, Mesh(sizes), shape.sequence_parallel, dtype=torch.float32, **options)
+    model = build(config, shared_mesh(sizes), shape.sequence_parallel, dtype=torch.float32, **options)
     optimizer = build_optimizer(model, "adamw_torch_fused", (0.9, 0.95), 1e-8, 0.0)
     step = Step(model, optimizer, max_grad_norm=1.0, label_smoothing=0.1 if shape.label_smoothing else 0.0)
     with Recorder() as recorder:

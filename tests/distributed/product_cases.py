@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from support.compare import error
+from support.mesh import shared_mesh
 from tessera.collectives import Recorder
 from tessera.mesh import Mesh
 from tessera.product import Roles, distributed_product, received_words
@@ -19,7 +20,7 @@ def shard(x: Tensor, mesh: Mesh, cuts: list[tuple[str, int]]) -> Tensor:
 
 def product_errors(sizes, x_dim, w_dim, y_dim, keep, biased, count, leave_out):
     """Errors of every output and gradient, counted and closed-form words; `sizes` of row (T), col (N), inner (K)."""
-    mesh = Mesh(sizes)
+    mesh = shared_mesh(sizes)
     generator = torch.Generator().manual_seed(1)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     X, dY = draw(T, K).requires_grad_(), [draw(T, N) for _ in range(count)]
@@ -63,7 +64,7 @@ def backward_order(keep: bool) -> list[str]:
     """What the backward of a product cut over N does, in order: collectives issued and awaited, and products."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    mesh = Mesh({"col": 2})
+    mesh = shared_mesh({"col": 2})
     roles = Roles(outputs=mesh.group(["col"]))
     x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
     w = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
@@ -85,7 +86,7 @@ def backward_order(keep: bool) -> list[str]:
 def public_matmul() -> float:
     import tessera
 
-    mesh = Mesh({"row": 2, "col": 2})
+    mesh = shared_mesh({"row": 2, "col": 2})
     generator = torch.Generator().manual_seed(1)
     X = torch.randn(T, K, generator=generator, dtype=torch.float64)
     W = torch.randn(N, K, generator=generator, dtype=torch.float64)

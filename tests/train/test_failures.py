@@ -16,7 +16,10 @@ import torch
 from models.hub_models import rewritten
 from support.pool import pool
 from tessera.cli.main import main
+from tessera.config.schema import TrainConfig
+from tessera.errors import UserError
 from tessera.train import launch
+from tessera.train.preflight import resolve
 from train.runs import Workshop, command, environment, exported, metrics, refusal_on_rank, run, run_command
 
 # ---- Mistakes of the user: exit code 2, one message, nothing written, no process started
@@ -257,6 +260,45 @@ def test_a_diverged_run_keeps_its_last_checkpoint(workshop: Workshop, tmp_path, 
     found = metrics(settings)
     assert found[:3] == before and [m["step"] for m in found] == [1, 2, 3, 4]
     assert run(settings | {"resume_from_checkpoint": True, "max_steps": 4})[3]["loss"] == found[3]["loss"]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_spoilt_weights_are_neither_saved_nor_handed_out(workshop: Workshop, tmp_path, size):
+    """A finite step whose update is not: the checkpoint before it stays the last good one."""
+    own = {"tensor_parallel_size": size, "max_steps": 1, "save_steps": 1, "lr_scheduler": "constant"}
+    settings = workshop.settings("llama", tmp_path / "run", **own)
+    del settings["warmup_steps"]
+    run(settings)
+    spoiling = settings | {"resume_from_checkpoint": True, "learning_rate": 1e39}
+    told = pool(size).run(refusal_on_rank, spoiling | {"max_steps": 5, "save_total_limit": 1})[0]
+    assert told.startswith("step 2: the update made weights that are not finite")
+    assert told.endswith("/run/checkpoint-1")
+    (tmp_path / "run" / "model.safetensors").unlink()
+    assert (
+        pool(size).run(refusal_on_rank, spoiling | {"max_steps": 2, "save_steps": None})[0].startswith("step 2: the up")
+    )
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_the_source_of_the_weights_is_not_overwritten(workshop: Workshop):
+    settings = workshop.settings("llama", workshop.model("llama"))
+    with pytest.raises(UserError, match=r"output_dir: .*\n.*base_model"):
+        resolve(TrainConfig.model_validate(settings))
+
+
+def test_a_step_without_a_target_leaves_the_weights_alone(workshop: Workshop, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        '{"input_ids": [1, 2, 3], "labels": [-100, 2, -100]}\n{"input_ids": [1, 2], "labels": [-100, -100]}\n'
+    )
+    own = {"datasets": [{"path": str(rows)}], "micro_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 2}
+    settings = workshop.settings("llama", tmp_path / "run", lr_scheduler="constant", **own)
+    del settings["warmup_steps"]
+    both = run(settings)
+    after_two = exported(settings)
+    run(settings | {"max_steps": 1})
+    assert both[1]["tokens"] == both[0]["tokens"] == 1 and both[1]["grad_norm"] == 0
+    assert all(torch.equal(tensor, exported(settings)[name]) for name, tensor in after_two.items())
 
 
 def test_a_held_out_loss_that_is_not_finite_stops_the_run(workshop: Workshop, tmp_path):

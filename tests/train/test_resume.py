@@ -140,7 +140,8 @@ def test_a_run_that_goes_back_keeps_what_it_has_just_saved(whole_run, tmp_path):
     named = {"resume_from_checkpoint": str(output / "checkpoint-3"), "save_steps": 5, "save_total_limit": 1}
     settings = whole_run(1) | named | {"output_dir": str(output)}
     run(settings)
-    assert names(settings) == ["checkpoint-5"]
+    assert names(settings) == ["abandoned-checkpoint-6", "checkpoint-5"]
+    assert resumed_from(settings | {"resume_from_checkpoint": True}) == output / "checkpoint-5"
 
 
 def test_no_checkpoints_unless_asked_for(workshop: Workshop, tmp_path):
@@ -149,9 +150,20 @@ def test_no_checkpoints_unless_asked_for(workshop: Workshop, tmp_path):
     assert names(settings) == []
 
 
-def test_a_run_is_not_begun_again_over_its_checkpoints(whole_run, tmp_path):
-    settings = copy_of(whole_run(1), tmp_path / "run", resume_from_checkpoint=None)
-    with pytest.raises(UserError, match=r"output_dir: .*\n.*checkpoint-3\n.*resume_from_checkpoint: true"):
+def test_a_run_begun_again_sets_its_checkpoints_aside(whole_run, tmp_path):
+    settings = copy_of(whole_run(1), tmp_path / "run", resume_from_checkpoint=None, max_steps=1)
+    before = names(settings)
+    assert before and resumed_from(settings) is None
+    run(settings)
+    assert names(settings) == [f"abandoned-{name}" for name in before]
+    run(settings | {"save_steps": 1})
+    run(settings)
+    assert "abandoned-checkpoint-1" in names(settings)
+
+
+def test_a_checkpoint_beyond_the_end_of_the_run_is_refused(whole_run, tmp_path):
+    settings = copy_of(whole_run(1), tmp_path / "run", max_steps=1)
+    with pytest.raises(UserError, match=r"max_steps: 1\n.*checkpoint-\d+ was made after step \d+"):
         resumed_from(settings)
 
 

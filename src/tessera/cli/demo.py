@@ -1,6 +1,7 @@
 """`tessera demo`: a small Llama on real text at tensor size 2, checked against one process and plain transformers."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from tessera.errors import RunFailed
+from tessera.errors import RunFailed, UserError
 
 STEPS, COMPARED, TOLERANCE = 240, 8, 2e-5
+MARK = ".tessera-demo"
 TEXT_BYTES = 6_000_000
 PROMPT = "def "
 
@@ -52,7 +54,8 @@ def demo(output: Path, steps: int | None) -> None:
     from tessera.train.launch import launch
 
     console = Console(highlight=False)
-    shutil.rmtree(output, ignore_errors=True)
+    clear(output)
+    stay_on_cpu_without_gpus(2)
     config = write_inputs(output, steps or STEPS)
     console.rule("training at tensor size 2")
     launch(config)
@@ -65,12 +68,29 @@ def demo(output: Path, steps: int | None) -> None:
     report(console, output)
 
 
+def clear(output: Path) -> None:
+    """Remove an earlier demonstration; a folder that holds anything else is left alone."""
+    if output.exists() and any(output.iterdir()) and not (output / MARK).exists():
+        raise UserError("--output", output, "holds something that is no earlier demo", "name a new or empty folder")
+    shutil.rmtree(output, ignore_errors=True)
+    output.mkdir(parents=True)
+    (output / MARK).touch()
+
+
+def stay_on_cpu_without_gpus(ranks: int) -> None:
+    """Hide the GPUs of this machine from the run when there are some, but fewer than ranks."""
+    from tessera.device import gpus_missing
+
+    if gpus_missing(ranks):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def write_inputs(output: Path, steps: int) -> Path:
     """The text, the model's config.json and the YAML file of the run; returns the last."""
     from tessera.data.stdlib import standard_library_files
 
     text = output / "text"
-    text.mkdir(parents=True)
+    text.mkdir()
     files = standard_library_files(TEXT_BYTES)
     if not files:
         raise RunFailed("this Python carries no source of its standard library to train on")
@@ -111,6 +131,8 @@ def report(console: Console, output: Path) -> None:
     console.rule("the numbers of one device")
     worst = compare(console, records, read_metrics(output / "one-process"))
     console.print(f"loss plot: {output / 'loss.png'}\nmodel for transformers: {run}", soft_wrap=True)
+    if not abs(loss - held_out) <= TOLERANCE * held_out:
+        raise RunFailed(f"plain transformers find a held-out loss of {loss:.6f}, the run {held_out:.6f}")
     if not worst <= TOLERANCE:
         raise RunFailed(f"tensor size 2 and one process differ by {worst:.1e}, more than {TOLERANCE:.0e}")
     if len(records) >= STEPS and not held_out < entropy:

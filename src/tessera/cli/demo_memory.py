@@ -5,18 +5,15 @@ not causal, a GPT-2-like model of 18.4M parameters, Adam, 500 steps; run afresh 
 """
 
 import json
-import os
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tessera.errors import UserError
+from tessera.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from tessera.data.loader import Batch
     from tessera.models.config import ModelConfig
 
 VOCABULARY, SEQUENCES, LENGTH, BATCH, STEPS, RATE = 1024, 100, 32, 16, 500, 3e-4
@@ -30,18 +27,6 @@ PUBLISHED = {
     2: (256, 9.47, 7.45, "0.0012-0.0013"),
     4: (180, 5.01, 7.62, "0.0012-0.0013"),
 }
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One batch; its targets are never ignored."""
-
-    input_ids: "Tensor"
-    targets: "Tensor"
-
-    @property
-    def valid(self) -> int:
-        return int((self.targets >= 0).sum())
 
 
 def experiment_model(causal: bool) -> "ModelConfig":
@@ -70,9 +55,11 @@ def experiment_model(causal: bool) -> "ModelConfig":
     )
 
 
-def experiment_batches(causal: bool, steps: int) -> list[Batch]:
+def experiment_batches(causal: bool, steps: int) -> "list[Batch]":
     """The batches of every step, drawn from one seed: the same whatever the ranks."""
     import torch
+
+    from tessera.data.loader import Batch
 
     generator = torch.Generator().manual_seed(0)
     sequences = torch.randint(0, VOCABULARY, (SEQUENCES, LENGTH), generator=generator)
@@ -82,13 +69,12 @@ def experiment_batches(causal: bool, steps: int) -> list[Batch]:
         targets = ids
         if causal:
             targets = torch.cat([ids[:, 1:], torch.full((BATCH, 1), -100)], 1)
-        batches.append(Batch(ids, targets))
+        batches.append(Batch(ids, targets, int((targets >= 0).sum())))
     return batches
 
 
 def run_rank(causal: bool, steps: int, folder: Path) -> None:
     """The experiment on this rank; leaves rank-R.json in `folder`."""
-    import torch
     import torch.distributed as dist
     from rich.progress import track
 
@@ -115,7 +101,7 @@ def run_rank(causal: bool, steps: int, folder: Path) -> None:
         losses = [step([batch], index, RATE).loss for index, batch in enumerate(shown)]
     result = {"parameters": parameter_elements(model), "peak": memory.peak, "losses": losses}
     (folder / f"rank-{mesh.rank}.json").write_text(json.dumps(result))
-    torch.distributed.destroy_process_group()
+    dist.destroy_process_group()
 
 
 def run_world(ranks: int, causal: bool, steps: int = STEPS) -> dict[str, Any]:
@@ -146,6 +132,9 @@ def demo_memory(ranks: str, causal: bool) -> None:
         counts = []
     if not counts or any(count < 1 or 8 % count for count in counts):
         raise UserError("--ranks", ranks, "are the rank counts of the experiment", "any of 1, 2, 4, 8: the heads are 8")
+    from tessera.cli.demo import stay_on_cpu_without_gpus
+
+    stay_on_cpu_without_gpus(max(counts))
     console = Console()
     results = {count: run_world(count, causal) for count in counts}
     console.print(table(results, causal))
@@ -153,11 +142,13 @@ def demo_memory(ranks: str, causal: bool) -> None:
     final = max(r["losses"][-1] for r in results.values())
     console.print(f"losses across rank counts differ by at most {first:.1e} at step 1 and {every:.1e} at any step")
     if first > FIRST_TOLERANCE or every > TOLERANCE:
-        console.print(f"that is more than {FIRST_TOLERANCE:.0e} and {TOLERANCE:.0e}", style="bold red")
-        raise SystemExit(1)
+        raise RunFailed(f"that is more than {FIRST_TOLERANCE:.0e} and {TOLERANCE:.0e}")
     if not causal and final > LOSS_TO_REACH:
-        console.print(f"the final loss {final:.5f} is above {LOSS_TO_REACH}", style="bold red")
-        raise SystemExit(1)
+        raise RunFailed(f"the final loss {final:.5f} is above {LOSS_TO_REACH}")
+    for count in PUBLISHED.keys() & results.keys() if counts[0] == 1 else ():
+        saved, parameters = 1 - results[count]["peak"] / results[1]["peak"], results[count]["parameters"]
+        if saved < 1 - PUBLISHED[count][0] / PUBLISHED[1][0] or round(parameters / 1e6, 2) > PUBLISHED[count][1]:
+            raise RunFailed(f"{count} ranks save {saved:.0%} with {parameters:,} parameters each: less than published")
 
 
 def table(results: dict[int, dict[str, Any]], causal: bool) -> Any:
@@ -183,5 +174,6 @@ def table(results: dict[int, dict[str, Any]], causal: bool) -> Any:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("RANK", "0")
-    run_rank(sys.argv[1] == "1", int(sys.argv[2]), Path(sys.argv[3]))
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    record(run_rank)(sys.argv[1] == "1", int(sys.argv[2]), Path(sys.argv[3]))

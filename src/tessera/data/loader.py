@@ -73,7 +73,11 @@ class Loader:
 
     def steps_for(self, num_epochs: float) -> int:
         """The optimizer steps that see all of `num_epochs` epochs; the last one may go beyond them."""
-        return math.ceil(num_epochs * self.samples_per_epoch / self.samples_per_step)
+        return -(-self.samples_for(num_epochs) // self.samples_per_step)
+
+    def samples_for(self, num_epochs: float) -> int:
+        """The samples of `num_epochs` epochs, rounded up; what floating point adds does not count."""
+        return math.ceil(round(num_epochs * self.samples_per_epoch, 6))
 
     def step_batches(self, step: int) -> list[Batch]:
         """The micro-batches of optimizer step `step` (from 0), one for each accumulation step."""

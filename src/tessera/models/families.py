@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tessera.errors import UserError
-from tessera.layout import nearest_multiples
+from tessera.layout import nearest
 from tessera.models.config import ModelConfig
 from tessera.nn.rope import RopeConfig
 
@@ -164,7 +164,7 @@ def model_config(content: object, file: Path) -> ModelConfig:
 
 def _check_divides(keys: Keys, key: str, value: int, divisor_key: str, divisor: int) -> None:
     if value % divisor:
-        hint = f"{key}: {nearest_multiples(value, divisor)}"
+        hint = f"{key}: {nearest(value, divisor)}"
         raise UserError(key, value, f"{keys.file}: does not divide by {divisor_key} = {divisor}", hint)
 
 

@@ -195,11 +195,12 @@ def export(
     dtype: torch.dtype | None = None,
     *,
     tokenizer: Path | None = None,
+    config_changes: Mapping[str, Any] | None = None,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write `model` into `folder` as a Hugging Face model, with the config of folder `source`.
 
-    Tokenizer files come from folder `tokenizer`, or from `source` too.
+    Tokenizer files come from folder `tokenizer`, or from `source` too; `config_changes` go into its config.json.
 
     Collective: every rank of the model calls it, rank 0 writes, and the folder is whole when rank 0 returns.
     Weights are written in `dtype` (the parameters' own unless given). One parameter at a time is gathered;
@@ -225,7 +226,7 @@ def export(
             (aside / name).chmod((aside / ".").stat().st_mode & 0o666)  # safetensors makes it readable by us alone
     if writer:
         _write_index(aside, files, dtype)
-        _write_rest(aside, source, tokenizer or source, model, dtype)
+        _write_rest(aside, source, tokenizer or source, model, dtype, config_changes or {})
         _publish(aside, folder)
 
 
@@ -266,11 +267,14 @@ def _write_index(aside: Path, files: Mapping[str, Sequence[StoredTensor]], dtype
     _write_json(aside / INDEX, {"metadata": metadata, "weight_map": weight_map})
 
 
-def _write_rest(aside: Path, source: Path, tokenizer: Path, model: Decoder, dtype: torch.dtype) -> None:
+def _write_rest(
+    aside: Path, source: Path, tokenizer: Path, model: Decoder, dtype: torch.dtype, changes: Mapping[str, Any]
+) -> None:
     """config.json, true of what was written, and the files that go beside it."""
     config = read_config_json(source)
     name = str(dtype).removeprefix("torch.")
     config |= {key: name for key in ("dtype", "torch_dtype") if key in config} or {"dtype": name}
+    config |= dict(changes)
     config |= {
         "architectures": [FAMILIES[model.config.family].architecture],
         "vocab_size": model.config.vocab_size,

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tessera.device import reads_grouped_heads
 from tessera.layout import check_chain
 from tessera.mesh import Mesh
 from tessera.nn.dropout import keep_mask
@@ -26,6 +27,9 @@ from tessera.nn.tokens import Tokens
 def attend(q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, *, causal: bool) -> Tensor:
     """softmax(q kᵀ / √D) v, causal or not; k and v may have fewer heads, each read by an equal run of query heads."""
     grouped = q_BHSD.shape[1] != k_BHSD.shape[1]
+    if grouped and not reads_grouped_heads(q_BHSD):
+        repeat, grouped = q_BHSD.shape[1] // k_BHSD.shape[1], False
+        k_BHSD, v_BHSD = (x.repeat_interleave(repeat, 1) for x in (k_BHSD, v_BHSD))
     return F.scaled_dot_product_attention(q_BHSD, k_BHSD, v_BHSD, is_causal=causal, enable_gqa=grouped)
 
 
@@ -111,7 +115,10 @@ class Attention(nn.Module):
 
     def _keep(self, tokens: Tokens, key: int) -> Tensor:
         """The mask [B, H, S, S] of probabilities kept: rows are (global token), columns (global head, key position)."""
-        heads = torch.tensor(list(self._heads(self.parallel.mesh)), device=tokens.device)
-        columns = (heads.unsqueeze(-1) << 32) + torch.arange(tokens.sequence, device=tokens.device)
-        mask = keep_mask(tokens.rows(tokens.hidden), columns.flatten(), self.dropout, key, f"{self.name}.probabilities")
-        return mask.view(-1, tokens.sequence, len(heads), tokens.sequence).transpose(1, 2)
+        rows, positions = tokens.rows(tokens.hidden), torch.arange(tokens.sequence, device=tokens.device)
+        layer = f"{self.name}.probabilities"
+        # head by head: the hashes of a mask take eight times its memory
+        heads = [
+            keep_mask(rows, (h << 32) + positions, self.dropout, key, layer) for h in self._heads(self.parallel.mesh)
+        ]
+        return torch.stack([mask.view(-1, tokens.sequence, tokens.sequence) for mask in heads], 1)

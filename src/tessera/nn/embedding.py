@@ -35,13 +35,14 @@ class VocabParallelEmbedding(ParallelModule):
         Returns [T_local, h_local] in the residual layout.
         """
         mesh = self.parallel.mesh
-        weight = gather_then_reduce_scatter(self.local("weight"), 1, mesh.group(("row",)))
+        # looked up in the parameter's own dtype: its gradient is a sum over every time a token occurs
+        weight = gather_then_reduce_scatter(self.stored("weight"), 1, mesh.group(("row",)))
         col = mesh.group(("col",))
         if col is None:
-            return F.embedding(ids_T, weight)
+            return F.embedding(ids_T, weight).to(self.parallel.compute)
         here = (ids_T >= self.vocabulary.start) & (ids_T < self.vocabulary.stop)
         rows = torch.where(here, ids_T - self.vocabulary.start, 0)
-        partial = F.embedding(rows, weight) * here.unsqueeze(-1)
+        partial = F.embedding(rows, weight).to(self.parallel.compute) * here.unsqueeze(-1)
         return reduce_then_gather(partial, self.output.stored_dim("col"), col)
 
 
@@ -56,4 +57,4 @@ class LearnedPositions(ParallelModule):
     def forward(self, positions_T: Tensor) -> Tensor:
         """positions_T: the position of each of this rank's tokens in the residual layout."""
         last = self.specs["weight"].shape[0] - 1  # only padding lies beyond: its targets are ignored
-        return F.embedding(positions_T.clamp(max=last), self.local("weight"))
+        return F.embedding(positions_T.clamp(max=last), self.stored("weight")).to(self.parallel.compute)

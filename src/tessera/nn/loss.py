@@ -23,14 +23,14 @@ IGNORE = -100
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TK: Tensor, w_VK: Tensor, bias_V: Tensor | None, targets_T: Tensor, head: "Head"):
+    def forward(ctx, x_TK: Tensor, w_VK: Tensor, bias_V: Tensor | None, targets_T: Tensor, head: "Head", grad: bool):
         roles = head.roles
         gathering = start_unshard(x_TK, roles.x_dim, roles.outputs)
         W = start_unshard(w_VK, roles.w_dim, roles.tokens).wait()
         X = gathering.wait()
         wide = torch.promote_types(X.dtype, torch.float32)
         loss = torch.zeros((), dtype=wide, device=X.device)
-        training = any(ctx.needs_input_grad)
+        training = grad and any(ctx.needs_input_grad)  # which says nothing of no_grad
         dX = torch.empty_like(X) if training else None
         dW: Tensor | None = None  # the first chunk writes, the others add: most often there is one
         db = None if bias_V is None else torch.zeros_like(bias_V, dtype=wide)
@@ -65,7 +65,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError("the gradients of this loss were formed once, in its forward, and are handed out once")
         ctx.handed_out = True
         dX, dW, *db = (gradient.mul_(d_loss) for gradient in ctx.saved_tensors)
-        return dX, dW, db[0] if db else None, None, None
+        return dX, dW, db[0] if db else None, None, None, None
 
 
 def _accumulate(dW: Tensor | None, dz: Tensor, X: Tensor, dtype: torch.dtype) -> Tensor:
@@ -129,4 +129,4 @@ def linear_cross_entropy(x_TK: Tensor, w_VK: Tensor, bias_V: Tensor | None, targ
     x_TK lies in the residual layout, w_VK as a column-parallel weight; targets_T are the global ids of the tokens of
     this rank's (depth·row) part, −100 ignored. The result is alike on the ranks of `col`.
     """
-    return _LinearCrossEntropy.apply(x_TK, w_VK, bias_V, targets_T, head)
+    return _LinearCrossEntropy.apply(x_TK, w_VK, bias_V, targets_T, head, torch.is_grad_enabled())

@@ -16,7 +16,7 @@ from tessera.nn.parameter import Init, Parallel, ParallelModule, ParameterSpec
 # mypy: disable-error-code="no-untyped-def"
 
 
-def _statistics(x: Tensor) -> Tensor:
+def _widened(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -25,17 +25,17 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, gain: Tensor, eps: float, features: int, group: Group | None) -> Tensor:
-        wide = _statistics(x)
+        wide = _widened(x)
         squares = all_reduce(torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_(), group)
         scale = torch.rsqrt(squares / features + eps)
         ctx.save_for_backward(x, gain, scale)
         ctx.features, ctx.group = features, group
-        return (wide * scale).to(x.dtype).mul_(gain)
+        return (wide * scale).mul_(gain).to(x.dtype)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         x, gain, scale = ctx.saved_tensors
-        wide, dy_wide, gain_wide = _statistics(x), _statistics(dy), _statistics(gain)
+        wide, dy_wide, gain_wide = _widened(x), _widened(dy), _widened(gain)
         products = wide * dy_wide
         d_gain = (products.T @ scale.squeeze(-1)).to(gain.dtype)
         dots = all_reduce(products @ gain_wide, ctx.group).unsqueeze(-1)
@@ -49,20 +49,20 @@ class _LayerNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, gain: Tensor, bias: Tensor, eps: float, features: int, group: Group | None) -> Tensor:
-        wide = _statistics(x)
+        wide = _widened(x)
         mean = all_reduce(wide.sum(-1, keepdim=True), group) / features
         centred = wide - mean
         squares = all_reduce(torch.linalg.vecdot(centred, centred).unsqueeze(-1), group)
         scale = torch.rsqrt(squares / features + eps)
         ctx.save_for_backward(x, gain, mean, scale)
         ctx.features, ctx.group = features, group
-        return torch.addcmul(bias, centred.mul_(scale).to(x.dtype), gain)
+        return torch.addcmul(bias, centred.mul_(scale), gain).to(x.dtype)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         x, gain, mean, scale = ctx.saved_tensors
-        x_hat = (_statistics(x) - mean).mul_(scale)
-        dy_wide = _statistics(dy)
+        x_hat = (_widened(x) - mean).mul_(scale)
+        dy_wide = _widened(dy)
         d_gain = (dy_wide * x_hat).sum(0).to(gain.dtype)
         d_bias = dy_wide.sum(0).to(gain.dtype)
         dx_hat = dy_wide * gain
@@ -89,7 +89,7 @@ class RMSNorm(Norm):
     """x / rms(x) · gain."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _RMSNorm.apply(x, self.local("weight"), self.eps, self.features, self._group())
+        return _RMSNorm.apply(x, self.stored("weight"), self.eps, self.features, self._group())
 
 
 class LayerNorm(Norm):
@@ -100,4 +100,4 @@ class LayerNorm(Norm):
         self.declare("bias", ParameterSpec((features,), (layout.features,), layout, Init()))
 
     def forward(self, x: Tensor) -> Tensor:
-        return _LayerNorm.apply(x, self.local("weight"), self.local("bias"), self.eps, self.features, self._group())
+        return _LayerNorm.apply(x, self.stored("weight"), self.stored("bias"), self.eps, self.features, self._group())

@@ -64,7 +64,7 @@ def local_slice(n: int, axes: tuple[str, ...], mesh: Mesh) -> slice:
 
 @dataclass(frozen=True)
 class Parallel:
-    """What every layer of one model shares: the mesh, the residual layout, dtypes and the seed of dropout.
+    """What every layer of one model shares: the mesh, the residual layout, dtypes and what is kept for the backward.
 
     Parameters are held in `dtype`; products run in `compute` (bf16 over fp32 parameters, or the same).
     """
@@ -73,7 +73,6 @@ class Parallel:
     residual: Layout
     dtype: torch.dtype = torch.float32
     compute: torch.dtype = torch.float32
-    seed: int = 42
     keep_gathered: bool = False
 
 
@@ -103,9 +102,15 @@ class ParallelModule(nn.Module):
         self.specs[name] = spec
         self.register_parameter(name, nn.Parameter(data))
 
+    def stored(self, name: str) -> Tensor:
+        """This rank's shard of a parameter in the dtype it is held in, differentiable."""
+        parameter = self._parameters[name]
+        assert parameter is not None
+        return local(parameter)
+
     def local(self, name: str) -> Tensor:
-        """This rank's shard of a parameter in the compute dtype, differentiable."""
-        return local(getattr(self, name)).to(self.parallel.compute)
+        """The same in the compute dtype."""
+        return self.stored(name).to(self.parallel.compute)
 
     def extra_repr(self) -> str:
         return ", ".join(

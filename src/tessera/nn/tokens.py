@@ -13,7 +13,6 @@ from tessera.mesh import Mesh
 class Tokens:
     """`sequence` is S (padded); `dropout` the key of this micro-batch's masks, None in evaluation."""
 
-    batch: int
     sequence: int
     residual: slice
     hidden: slice
@@ -29,7 +28,7 @@ class Tokens:
             raise ValueError(
                 f"a batch of {B} sequences does not divide by the {whole_sequences} ranks along {HIDDEN.tokens}"
             )
-        return cls(B, S, _part(B * S, residual, mesh), _part(B * S, HIDDEN, mesh), input_ids.device, dropout)
+        return cls(S, _part(B * S, residual, mesh), _part(B * S, HIDDEN, mesh), input_ids.device, dropout)
 
     def positions(self, part: slice) -> Tensor:
         """The position in its sequence of each token of `part`."""

@@ -42,8 +42,10 @@ def gradient_norm(model: nn.Module, mesh: Mesh, *riders: Tensor) -> tuple[Tensor
     counted = []
     for _, parameter, spec in named_specs(model):
         if parameter.grad is not None and first_copy(mesh, spec.cut_axes):
-            # row by row: one float32 sum over millions of elements is off by 1e-4, and differently on each mesh
-            counted.append(torch.linalg.vector_norm(to_local(parameter.grad), dim=-1).reshape(-1))
+            # row by row: one float32 sum over millions of elements is off by 1e-4, and differently on each mesh;
+            # a vector is one row, as long as the vocabulary when it is the head's bias
+            wide = torch.float64 if len(spec.shape) == 1 else None
+            counted.append(torch.linalg.vector_norm(to_local(parameter.grad), dim=-1, dtype=wide).reshape(-1))
     squares = torch.cat(counted).double().square().sum() if counted else torch.zeros((), dtype=torch.float64)
     squares = squares.to(mesh.device)
     numbers = torch.stack([squares, *(rider.to(squares) for rider in riders)])

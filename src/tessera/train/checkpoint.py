@@ -9,11 +9,15 @@ the seed are the schedule's, the data's and the generators' whole state.
 """
 
 import io
+import itertools
 import json
 import os
 import pickle
 import re
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +65,8 @@ def save(
         part.mkdir(parents=True)
     _barrier()
     writer = dcp.FileSystemWriter(part, sync_files=True)
-    dcp.save(_tensors(model, optimizer), storage_writer=writer, no_dist=not dist.is_initialized())
+    with _alone_is_fine():
+        dcp.save(_tensors(model, optimizer), storage_writer=writer, no_dist=not dist.is_initialized())
     if first:
         with (part / STATE).open("w") as file:
             file.write(json.dumps({"format": FORMAT, **state}, indent=1) + "\n")
@@ -85,7 +90,8 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     state, tensors = read_state(folder), _tensors(model, optimizer)
     _check_model(folder, tensors)
     try:
-        dcp.load(tensors, storage_reader=_Reader(folder), no_dist=not dist.is_initialized())
+        with _alone_is_fine():
+            dcp.load(tensors, storage_reader=_Reader(folder), no_dist=not dist.is_initialized())
     except (CheckpointException, ValueError, KeyError) as error:
         causes = getattr(error, "failures", {})
         reason = "; ".join(str(e[0] if isinstance(e, tuple) else e) for e in causes.values()) or str(error)
@@ -140,10 +146,27 @@ def whole_checkpoints(output_dir: Path) -> list[Path]:
     return [path for _, path in sorted(found) if (path / STATE).is_file() and (path / ".metadata").is_file()]
 
 
+def set_aside(output_dir: Path, after: int) -> list[Path]:
+    """Rename the checkpoints of steps beyond `after` to abandoned-…, so that none is taken for a new run's."""
+    renamed = []
+    for path in whole_checkpoints(output_dir):
+        if int(path.name.partition("-")[2]) > after:
+            names = (output_dir / f"abandoned-{path.name}{f'.{again}' if again else ''}" for again in itertools.count())
+            renamed.append(path.rename(next(name for name in names if not name.exists())))
+    return renamed
+
+
 def _not_whole(folder: Path, reason: str) -> UserError:
     others = [path.name for path in whole_checkpoints(folder.parent) if path.name != folder.name]
     hint = f"others there: {', '.join(others)}" if others else "there is no other beside it"
     return UserError("resume_from_checkpoint", folder, f"is not a whole checkpoint: {reason}", hint)
+
+
+@contextmanager
+def _alone_is_fine() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
 
 
 def _barrier() -> None:

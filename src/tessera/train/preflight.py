@@ -1,5 +1,6 @@
 """Every check that needs no rank: before any process starts, and before anything is written."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,48 +23,40 @@ class Run:
 
 
 def resolve(config: "TrainConfig") -> Run:
-    """Read what the config names and check that it fits together; writes nothing, starts nothing. Raises UserError."""
+    """Read what the config names and check that the sizes fit; writes nothing, starts nothing. Raises UserError."""
     from tessera.layout import check_sizes
-    from tessera.models.hub import check_weights, read_model_config, resolve_model_folder
+    from tessera.models.hub import read_model_config, resolve_model_folder
 
     folder = resolve_model_folder(config.base_model)
+    if folder.resolve() == Path(config.output_dir).resolve():
+        reason = "is base_model too, whose weights would be overwritten"
+        raise UserError("output_dir", config.output_dir, reason, "give the run a folder of its own")
     model = read_model_config(folder)
     check_sizes(config.tensor_parallel_mode, config.tensor_parallel_size, model.dimensions)
     if model.rope is None and config.sequence_len > model.max_positions:
-        raise UserError(
-            "sequence_len",
-            config.sequence_len,
-            f"the model has {model.max_positions} positions",
-            f"at most {model.max_positions}",
-        )
-    resume = checkpoint_to_resume(config)
-    if not config.random_init and resume is None:
-        check_weights(folder, model)
-    return Run(folder, model, resume)
+        reason = f"the model has {model.max_positions} positions"
+        raise UserError("sequence_len", config.sequence_len, reason, f"at most {model.max_positions}")
+    return Run(folder, model, checkpoint_to_resume(config))
 
 
 def checkpoint_to_resume(config: "TrainConfig") -> Path | None:
-    """The checkpoint that the config's resume keys mean. A run with checkpoints is never silently begun again."""
+    """The checkpoint that the config's resume keys mean, None to begin anew. Raises UserError when it is not whole."""
     from tessera.train.checkpoint import read_state, whole_checkpoints
 
     wanted, output = config.resume_from_checkpoint, Path(config.output_dir)
-    if isinstance(wanted, str):
-        read_state(Path(wanted))
-        return Path(wanted)
     there = whole_checkpoints(output)
-    if wanted or (config.auto_resume_from_checkpoints and there):
-        if not there:
-            raise UserError("resume_from_checkpoint", wanted, f"{output} holds no whole checkpoint")
-        read_state(there[-1])
-        return there[-1]
-    if there:
-        raise UserError(
-            "output_dir",
-            config.output_dir,
-            f"holds checkpoints of an earlier run, the newest {there[-1].name}",
-            "set resume_from_checkpoint: true to go on from it, or another output_dir",
-        )
-    return None
+    if isinstance(wanted, str):
+        resume = Path(wanted)
+    elif there and (wanted or config.auto_resume_from_checkpoints):
+        resume = there[-1]
+    elif wanted:
+        raise UserError("resume_from_checkpoint", wanted, f"{output} holds no whole checkpoint")
+    else:
+        return None
+    step = read_state(resume)["step"]
+    if config.max_steps is not None and step > config.max_steps:
+        raise UserError("max_steps", config.max_steps, f"{resume} was made after step {step}", "raise max_steps")
+    return resume
 
 
 def prepare_data(config: "TrainConfig", run: Run) -> "Prepared":
@@ -75,7 +68,14 @@ def prepare_data(config: "TrainConfig", run: Run) -> "Prepared":
 
 def preflight(config: "TrainConfig", world_size: int) -> None:
     """Check everything, then prepare the data: what is left for the ranks is to train. Raises UserError."""
-    if world_size != config.world_size:
-        raise UserError("world size", world_size, f"the sizes given make {config.world_size} processes")
+    from tessera.device import gpus_missing
+    from tessera.models.hub import check_weights
+
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    if missing := gpus_missing(here):
+        hint = "give one process each a GPU, or set CUDA_VISIBLE_DEVICES= (nothing) to train on CPU"
+        raise UserError("processes", here, f"this machine is {missing} GPUs short", hint)
     run = resolve(config)
+    if not config.random_init and run.resume is None:
+        check_weights(run.folder, run.model)
     print(prepare_data(config, run).summary(), flush=True)

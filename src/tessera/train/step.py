@@ -3,7 +3,7 @@
 The same step serves training, verification and benchmarks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -76,15 +76,23 @@ class Step:
         return torch.stack(losses).sum()
 
     def __call__(
-        self, batches: Sequence[MicroBatch], step: int, learning_rate: float, *, stop: bool = False
+        self,
+        batches: Sequence[MicroBatch],
+        step: int,
+        learning_rate: float,
+        *,
+        stop: Callable[[], bool] = lambda: False,
     ) -> StepResult:
-        """One whole step; with a loss or gradient that is not finite the weights stay as they are."""
+        """One whole step. Without a valid target, or with a loss or gradient that is not finite, the weights stay.
+
+        `stop` is asked as late as possible; when it says yes on any rank, the result's `stop` is true on all.
+        """
         loss = self.gradients(batches, step)
         own_part = loss if first_copy(self.mesh, HIDDEN.tokens) else torch.zeros_like(loss)
-        numbers = gradient_norm(self.model, self.mesh, own_part, loss.new_tensor(float(stop)))
+        numbers = gradient_norm(self.model, self.mesh, own_part, loss.new_tensor(float(stop())))
         norm_value, loss_value, stopping = torch.stack(numbers).tolist()
         result = StepResult(loss_value, norm_value, sum(batch.valid for batch in batches), stopping > 0)
-        if result.finite:
+        if result.finite and result.tokens:
             if self.max_grad_norm:
                 clip_gradients(self.model, norm_value, self.max_grad_norm)
             for group in self.optimizer.param_groups:

@@ -15,14 +15,14 @@ import torch.distributed as dist
 from tessera import device as devices
 from tessera.collectives import Recorder, all_gather, all_reduce, largest
 from tessera.data.loader import Loader
-from tessera.data.prepare import Prepared, open_prepared
+from tessera.data.prepare import TRAINED, Prepared, open_prepared
 from tessera.data.rows import open_rows
-from tessera.errors import RunFailed
+from tessera.errors import RunFailed, UserError
 from tessera.layout import HIDDEN, mesh_sizes, residual_layout
 from tessera.mesh import MODEL_AXES, Mesh
 from tessera.models.decoder import Decoder
 from tessera.models.hub import export, load_weights
-from tessera.nn.parameter import Parallel
+from tessera.nn.parameter import Parallel, to_local
 from tessera.nn.tokens import length_multiple
 from tessera.observe.memory import parameter_elements
 from tessera.parallel.gradients import first_copy
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Progress:
-    """What a checkpoint remembers beside tensors: steps done, targets trained on, and the seed they were drawn with."""
+    """What a checkpoint remembers beside tensors: optimizer steps done and targets trained on."""
 
     step: int = 0
     tokens: int = 0
@@ -94,7 +94,7 @@ class Trainer:
         self.prepared: Prepared = self._prepare()
         residual = residual_layout(config.sequence_parallel)
         bf16 = devices.has_bf16(device) if config.bf16 == "auto" else config.bf16
-        parallel = Parallel(self.mesh, residual, compute=torch.bfloat16 if bf16 else torch.float32, seed=config.seed)
+        parallel = Parallel(self.mesh, residual, compute=torch.bfloat16 if bf16 else torch.float32)
         self.model = Decoder(self.resolved.model, parallel, gradient_checkpointing=config.gradient_checkpointing)
         self.optimizer = build_optimizer(
             self.model,
@@ -113,7 +113,7 @@ class Trainer:
         self.loader = self._loader("train", shuffle=config.shuffle)
         self.total_steps = config.max_steps or self.loader.steps_for(config.num_epochs)
         if config.max_steps is None:
-            self.loader.last_sample = math.ceil(config.num_epochs * self.loader.samples_per_epoch)
+            self.loader.last_sample = self.loader.samples_for(config.num_epochs)
         self.warmup = config.warmup_steps
         if self.warmup is None:
             ratio = 0.0 if config.lr_scheduler == "constant" else config.warmup_ratio
@@ -146,6 +146,9 @@ class Trainer:
         if self.resolved.resume is not None:
             state = checkpoint.load(self.resolved.resume, self.model, self.optimizer)
             self._check_resumed(state)
+            if state["step"] > self.total_steps:
+                reason = f"the run is {self.total_steps} steps long, the checkpoint was made after {state['step']}"
+                raise UserError("resume_from_checkpoint", self.resolved.resume, reason, "raise max_steps or num_epochs")
             return Progress(state["step"], state["tokens"])
         if self.config.random_init:
             self.model.initialize(self.config.seed)
@@ -179,6 +182,7 @@ class Trainer:
         config = self.config
         if self.first:
             self._write_config()
+            self._set_aside()
         log = Log(self.output, self.total_steps, self.progress.step, config.logging_steps, self.first)
         try:
             self._say_start(log)
@@ -194,7 +198,7 @@ class Trainer:
             index = self.progress.step
             rate = learning_rate(index, config.learning_rate, config.lr_scheduler, self.warmup or 0, self.total_steps)
             with Recorder() as recorder:
-                result = self.step(self.loader.step_batches(index), index, rate, stop=stop.asked)
+                result = self.step(self.loader.step_batches(index), index, rate, stop=lambda: stop.asked)
             if not result.finite:
                 found = f"loss {result.loss}, gradient norm {result.grad_norm}; the weights were not updated"
                 raise self._diverged(index + 1, found)
@@ -251,11 +255,22 @@ class Trainer:
         return all_reduce(total, self.mesh.group(MODEL_AXES)).item() / max(1, valid)
 
     def _save(self) -> Path:
+        self._check_weights()
         state = {"step": self.progress.step, "tokens": self.progress.tokens, "course": self._course()}
         return checkpoint.save(self.output, self.model, self.optimizer, state, self.config.save_total_limit)
 
     def _finish(self, log: Log) -> None:
-        export(self.model, self.output, self.resolved.folder, tokenizer=self.prepared.tokenizer_folder)
+        self._check_weights()
+        manifest = self.prepared.manifest
+        # a config.json without weights says nothing of the tokenizer that was trained here
+        marks = {"bos_token_id": manifest.eos_token_id, "eos_token_id": manifest.eos_token_id}
+        export(
+            self.model,
+            self.output,
+            self.resolved.folder,
+            tokenizer=self.prepared.tokenizer_folder,
+            config_changes=marks if manifest.tokenizer == TRAINED else {},
+        )
         self._summarise()
         if self.mesh.world > 1:
             dist.barrier()  # no rank leaves before the folder is whole
@@ -273,6 +288,21 @@ class Trainer:
         if self.first:
             (self.output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 
+    @torch.no_grad()
+    def _check_weights(self) -> None:
+        """No weights that are not finite are saved or handed out; a finite step may still have made them so."""
+        spoilt = sum((~torch.isfinite(to_local(p))).any().double() for p in self.model.parameters())
+        spoilt = torch.as_tensor(spoilt, dtype=torch.float64, device=self.mesh.device)
+        if all_reduce(spoilt, self.mesh.group(MODEL_AXES)).item():
+            raise self._diverged(self.progress.step, "the update made weights that are not finite; they were not saved")
+
+    def _set_aside(self) -> None:
+        """Checkpoints that this run does not continue (it began anew, or further back) get another name."""
+        resume = self.resolved.resume
+        continued = resume is not None and resume.resolve().parent == self.output.resolve()
+        for path in checkpoint.set_aside(self.output, self.progress.step if continued else 0):
+            print(f"a checkpoint that this run does not continue is now {path}", flush=True)
+
     def _diverged(self, step: int, found: str) -> RunFailed:
         """The run's end at a loss or gradient that is not finite, with what usually causes it."""
         config = self.config
@@ -289,7 +319,9 @@ class Trainer:
         from tessera.config.load import dump_config
 
         self.output.mkdir(parents=True, exist_ok=True)
-        (self.output / "resolved_config.yaml").write_text(dump_config(self.config))
+        bf16 = self.model.parallel.compute is torch.bfloat16
+        resolved = self.config.model_copy(update={"bf16": bf16, "warmup_steps": self.warmup})
+        (self.output / "resolved_config.yaml").write_text(dump_config(resolved))
 
     def _say_start(self, log: Log) -> None:
         parameters = sum(p.numel() for p in self.model.parameters())
