@@ -12,7 +12,7 @@ from rich.table import Table
 
 from tessera.errors import RunFailed, UserError
 
-STEPS, COMPARED, TOLERANCE = 240, 8, 2e-5
+STEPS, COMPARED, TOLERANCE = 200, 8, 2e-5
 MARK = ".tessera-demo"
 TEXT_BYTES = 6_000_000
 PROMPT = "def "
@@ -173,9 +173,11 @@ def in_transformers(run: Path) -> tuple[float, str]:
     """The held-out loss and a sample (top-k, seeded) by the exported model as plain transformers loads it."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
     from tessera.data.rows import open_rows
 
+    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(run).eval()
     tokenizer = AutoTokenizer.from_pretrained(run)
     rows = open_rows(run / "prepared", "eval")

@@ -3,8 +3,8 @@
 import sysconfig
 from pathlib import Path
 
-EXCLUDED = frozenset({"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"})
-"""What others installed, and what is not written as a library (test data holds broken files on purpose)."""
+EXCLUDED = frozenset({"site-packages", "dist-packages", "test", "tests", "idlelib", "encodings", "pydoc_data"})
+"""What others installed, tests (some hold broken files on purpose), and tables of characters rather than code."""
 
 
 def standard_library_files(limit_bytes: int) -> list[Path]:

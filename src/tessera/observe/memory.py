@@ -15,8 +15,9 @@ from torch.utils._pytree import tree_leaves
 class PeakMemory(TorchDispatchMode):
     """While active, `current` and `peak` are the bytes of tensors made since it was entered and still alive.
 
-    Storages are counted once, whatever views share them, and a DTensor as its local shard; what libraries allocate
-    inside one operator is not seen. Works on every device, on one rank.
+    A tensor from before counts once an operator has returned a view of it. Storages are counted once, whatever views
+    share them, and a DTensor as its local shard; what libraries allocate inside one operator is not seen. Works on
+    every device, on one rank.
     """
 
     def __init__(self) -> None:

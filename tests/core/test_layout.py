@@ -1,0 +1,175 @@
+"""Streams, plans of the two linear layers, and sizes that do not fit."""
+
+import itertools
+import math
+import re
+
+import pytest
+
+from tessera.errors import UserError
+from tessera.layout import (
+    HIDDEN,
+    Layout,
+    check_chain,
+    check_sizes,
+    column_parallel,
+    mesh_sizes,
+    nearest,
+    residual_layout,
+    row_parallel,
+)
+from tessera.mesh import Mesh
+from tessera.nn.attention import Attention
+from tessera.nn.mlp import MLP
+from tessera.nn.parameter import Parallel
+
+MODEL = {
+    "hidden_size": 64,
+    "num_attention_heads": 12,
+    "kv_features": 48,
+    "intermediate_size": 96,
+    "vocab_size": 509,
+}
+
+
+def test_streams():
+    assert residual_layout(True) == Layout(("depth", "row", "col"), ("inner",))
+    assert residual_layout(False) == Layout(("depth", "row"), ("inner",))
+    assert Layout(("depth", "row", "inner"), ("col",)) == HIDDEN
+    assert [HIDDEN.stored_dim(a) for a in ("depth", "row", "inner", "col")] == [0, 0, 0, 1]
+    assert residual_layout(True).stored_dim("col") == 0 and residual_layout(False).stored_dim("col") is None
+
+
+@pytest.mark.parametrize("sequence_parallel", [True, False], ids=["sp", "no-sp"])
+def test_linear_layers_lead_from_stream_to_stream(sequence_parallel):
+    residual = residual_layout(sequence_parallel)
+    column, row = column_parallel(residual), row_parallel(residual)
+    check_chain("column", column.output, "row", row.input)
+    check_chain("row", row.output, "column", column.input)
+    assert column.input == residual and column.output == HIDDEN
+    assert column.weight_cuts == (("col",), ("inner", "row")) and column.bias_cuts == (("col",),)
+    assert row.weight_cuts == (("inner", "row"), ("col",)) and row.bias_cuts == (("inner",),)
+    stored = 0 if sequence_parallel else None
+    roles = column.roles(Mesh())
+    assert (roles.x_dim, roles.w_dim, roles.y_dim) == (stored, 1, 0)
+    roles = row.roles(Mesh())
+    assert (roles.x_dim, roles.w_dim, roles.y_dim) == (0, 0, stored)
+    assert roles.tokens is roles.outputs is roles.inputs is None
+
+
+def test_layouts_that_do_not_chain_are_named():
+    with pytest.raises(ValueError) as error:
+        check_chain("attention", residual_layout(True), "mlp_norm", residual_layout(False))
+    message = str(error.value)
+    assert "attention gives" in message and "mlp_norm takes" in message
+    assert str(residual_layout(True)) in message and str(residual_layout(False)) in message
+
+
+def test_the_order_of_axes_is_part_of_a_layout():
+    swapped = Layout(("depth", "col", "row"), ("inner",))
+    with pytest.raises(ValueError, match="must chain"):
+        check_chain("a", residual_layout(True), "b", swapped)
+
+
+def test_blocks_check_their_layers(monkeypatch):
+    """A row-parallel layer that reads another stream is found when the block is built."""
+    parallel = Parallel(Mesh(), residual_layout(True))
+    MLP(8, 8, parallel), Attention(8, 2, 2, 4, parallel, name="here")
+    monkeypatch.setattr("tessera.nn.linear.RowParallelLinear.make_plan", staticmethod(column_parallel))
+    with pytest.raises(ValueError, match="up gives .* but down takes"):
+        MLP(8, 8, parallel)
+    with pytest.raises(ValueError, match="q, k, v gives .* but attention out takes"):
+        Attention(8, 2, 2, 4, parallel, name="here")
+
+
+def test_geometries():
+    def shape(mode, size, **options):
+        sizes = mesh_sizes(mode, size, **options)
+        assert math.prod(sizes.values()) == size
+        return tuple(sizes[axis] for axis in ("inner", "depth", "row", "col"))
+
+    assert shape("1d", 4) == (1, 1, 1, 4)
+    assert [shape("2d", size) for size in (1, 4, 8, 12, 7)] == [
+        (1, 1, 1, 1),
+        (1, 1, 2, 2),
+        (1, 1, 2, 4),
+        (1, 1, 3, 4),
+        (1, 1, 1, 7),
+    ]
+    assert shape("2.5d", 8) == (1, 2, 2, 2) and shape("2.5d", 12, depth=3) == (1, 3, 2, 2)
+    assert shape("3d", 27) == (3, 1, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("mode", "size", "message"),
+    [
+        ("7d", 4, "tensor_parallel_mode: 7d\n.*\n.*there are: 1d"),
+        ("2.5d", 7, "tensor_parallel_size: 7\n.*depth of 2\n.*6 or 8"),
+        ("3d", 9, "tensor_parallel_size: 9\n.*not a cube.*\n.*tensor_parallel_mesh"),
+    ],
+)
+def test_sizes_without_a_mesh(mode, size, message):
+    with pytest.raises(UserError, match=message):
+        mesh_sizes(mode, size)
+
+
+def test_nearest():
+    assert nearest(10, 4) == "8 or 12" and nearest(3, 4) == "4"
+
+
+# ------------------------------------------------------------------------------------------ sizes that do not fit
+
+
+@pytest.mark.parametrize(
+    ("mode", "sizes"), [("1d", (1, 2, 3, 4, 6, 12)), ("2d", (4, 6, 16)), ("2.5d", (8, 32)), ("3d", (1, 8))]
+)
+def test_sizes_that_fit(mode, sizes):
+    for size in sizes:
+        check_sizes(mode, size, MODEL)
+
+
+@pytest.mark.parametrize(
+    ("size", "changes", "reason", "hint"),
+    [
+        (5, {}, "cuts num_attention_heads = 12 of the model 5 ways", "tensor_parallel_size: 4 or 6 fits"),
+        (8, {}, "cuts num_attention_heads = 12 of the model 8 ways", "with num_attention_heads 8 or 16"),
+        (16, {}, "cuts num_attention_heads = 12", "with num_attention_heads 16"),
+        (
+            4,
+            {"kv_features": 6},
+            "cuts num_key_value_heads × head_dim = 6",
+            "with num_key_value_heads × head_dim 4 or 8",
+        ),
+        (3, {"intermediate_size": 100}, "cuts intermediate_size = 100", "with intermediate_size 99 or 102"),
+        (4, {"vocab_size": 5}, "without a row of the vocabulary of 5", "with vocab_size 8"),
+        (7, {"num_attention_heads": 11}, "cuts num_attention_heads = 11", "tensor_parallel_size: 1 fits"),
+    ],
+)
+def test_sizes_that_do_not_fit_say_what_would(size, changes, reason, hint):
+    with pytest.raises(UserError) as error:
+        check_sizes("1d", size, MODEL | changes)
+    message = str(error.value)
+    assert message.startswith(f"tensor_parallel_size: {size}\n")
+    assert reason in message and hint in message
+
+
+@pytest.mark.parametrize("mode", ["1d", "2d"])
+def test_every_size_that_is_proposed_works(mode):
+    proposals = 0
+    changes = itertools.product((3, 5, 7, 12, 509), (6, 8, 12), (24, 48, 60), (96, 100))
+    for vocabulary, heads, kv_features, ffn in changes:
+        model = MODEL | {
+            "vocab_size": vocabulary,
+            "num_attention_heads": heads,
+            "kv_features": kv_features,
+            "intermediate_size": ffn,
+        }
+        for size in range(2, 14):
+            try:
+                check_sizes(mode, size, model)
+            except UserError as error:
+                for proposed in re.findall(r"\d+", error.hint.split(" fits")[0]):
+                    assert int(proposed) != size
+                    check_sizes(mode, int(proposed), model)
+                    proposals += 1
+    assert proposals > 100

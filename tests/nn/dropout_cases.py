@@ -1,0 +1,34 @@
+"""Runs on every rank of a pool: masks of a mesh against those of one process."""
+
+import torch
+from torch import Tensor
+
+from nn.shards import chunk, parallel_of, part
+from tessera.layout import HIDDEN
+from tessera.models.decoder import drop
+from tessera.nn.attention import Attention
+from tessera.nn.norm import RMSNorm
+from tessera.nn.parameter import Parallel
+from tessera.nn.tokens import Tokens
+
+B, FEATURES, HEADS, P, KEY = 4, 16, 4, 0.3, 5
+
+
+def masks(parallel: Parallel, sequence: int) -> tuple[Tensor, Tensor]:
+    """This rank's masks of the residual stream [T_local, F_local] and of attention probabilities [B, H, S, S]."""
+    norm = RMSNorm(FEATURES, parallel.residual, parallel, 1e-6)
+    attention = Attention(FEATURES, HEADS, HEADS, 4, parallel, name="layers.1.attention", dropout=P)
+    tokens = Tokens.of(torch.zeros(B, sequence, dtype=torch.int64), parallel.residual, parallel.mesh, KEY)
+    features = FEATURES // parallel.mesh.size(parallel.residual.features)
+    ones = torch.ones(tokens.residual.stop - tokens.residual.start, features, dtype=torch.float64)
+    return drop(ones, tokens, P, norm, "layers.1.mlp"), attention._keep(tokens, KEY)
+
+
+def masks_agree(sizes: dict[str, int], sequence_parallel: bool, sequence: int) -> tuple[bool, bool]:
+    """Whether this rank's masks are, bit for bit, its parts of the masks of one process."""
+    parallel = parallel_of(sizes, sequence_parallel)
+    mesh = parallel.mesh
+    stream, probabilities = masks(parallel, sequence)
+    whole_stream, whole_probabilities = masks(parallel_of({}), sequence)
+    expected = chunk(chunk(whole_probabilities, 0, HIDDEN.tokens, mesh), 1, HIDDEN.features, mesh)
+    return torch.equal(stream, part(whole_stream, parallel.residual, mesh)), torch.equal(probabilities, expected)
