@@ -209,8 +209,8 @@ def defaults_taken(config: TrainConfig) -> dict[str, Any]:
 def keys_table() -> str:
     """Every key with its default and meaning, as a Markdown table."""
     lines = ["| key | default | meaning |", "|---|---|---|"]
-    sections: list[tuple[str, type[Section]]] = [("", TrainConfig), ("datasets[].", DatasetConfig)]
-    for prefix, section in [*sections, ("tokenizer.", TokenizerConfig)]:
+    sections: dict[str, type[Section]] = {"": TrainConfig, "datasets[].": DatasetConfig, "tokenizer.": TokenizerConfig}
+    for prefix, section in sections.items():
         for name, field in section.model_fields.items():
             default = "required" if field.is_required() else f"`{_as_yaml(field.default)}`"
             lines.append(f"| `{prefix}{name}` | {default} | {field.description} |")
