@@ -54,8 +54,9 @@ def test_the_memory_experiment_at_two_steps(monkeypatch, capsys):
     assert results[2]["peak"] < 0.6 * results[1]["peak"]
     first, every = demo_memory.differences(results)
     assert first <= every <= demo_memory.FIRST_TOLERANCE
-    Console(width=200).print(demo_memory.table(results, False))
-    assert "18,397,184" in capsys.readouterr().out
+    Console(width=80).print(demo_memory.table(results, False))
+    shown = capsys.readouterr().out
+    assert "18,397,184" in shown and "0.0012-0.0013" in shown and "…" not in shown
 
     monkeypatch.setattr(demo_memory, "run_world", lambda ranks, causal: results[ranks])
     with pytest.raises(RunFailed, match="the final loss .* is above 0.0013"):
