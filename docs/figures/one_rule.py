@@ -51,7 +51,6 @@ def main() -> None:
         axes.axis("off")
     pyplot.rcParams["svg.hashsalt"] = "tessera"
     figure.savefig(Path(__file__).with_suffix(".svg"), metadata={"Date": None})
-    figure.savefig("/tmp/one_rule.png", dpi=70)
 
 
 if __name__ == "__main__":
