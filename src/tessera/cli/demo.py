@@ -63,8 +63,8 @@ def demo(output: Path, steps: int | None) -> None:
     alone = output / "one-process"
     alone.mkdir()
     shutil.copytree(output / "run" / "prepared", alone / "prepared")
-    overrides = ["tensor_parallel_size=1", f"max_steps={min(COMPARED, steps or STEPS)}", "val_set_size=48"]
-    launch(config, [*overrides, f"output_dir={alone}"])
+    steps_compared = min(COMPARED, steps or STEPS)
+    launch(config, ["tensor_parallel_size=1", f"max_steps={steps_compared}", f"output_dir={alone}"])
     report(console, output)
 
 

@@ -126,14 +126,14 @@ def demo_memory(ranks: str, causal: bool) -> None:
     """Run the experiment on each of `ranks`, print the table; exits with 1 when the curves or the loss are off."""
     from rich.console import Console
 
+    from tessera.cli.demo import stay_on_cpu_without_gpus
+
     try:
         counts = [int(word) for word in ranks.split(",")]
     except ValueError:
         counts = []
     if not counts or any(count < 1 or 8 % count for count in counts):
         raise UserError("--ranks", ranks, "are the rank counts of the experiment", "any of 1, 2, 4, 8: the heads are 8")
-    from tessera.cli.demo import stay_on_cpu_without_gpus
-
     stay_on_cpu_without_gpus(max(counts))
     console = Console()
     results = {count: run_world(count, causal) for count in counts}

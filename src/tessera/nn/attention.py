@@ -28,17 +28,20 @@ def attend(q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, *, causal: bool) -> T
     """softmax(q kᵀ / √D) v, causal or not; k and v may have fewer heads, each read by an equal run of query heads."""
     grouped = q_BHSD.shape[1] != k_BHSD.shape[1]
     if grouped and not reads_grouped_heads(q_BHSD):
-        repeat, grouped = q_BHSD.shape[1] // k_BHSD.shape[1], False
-        k_BHSD, v_BHSD = (x.repeat_interleave(repeat, 1) for x in (k_BHSD, v_BHSD))
+        k_BHSD, v_BHSD, grouped = _one_a_query(k_BHSD, q_BHSD), _one_a_query(v_BHSD, q_BHSD), False
     return F.scaled_dot_product_attention(q_BHSD, k_BHSD, v_BHSD, is_causal=causal, enable_gqa=grouped)
+
+
+def _one_a_query(kv_BHSD: Tensor, q_BHSD: Tensor) -> Tensor:
+    """Grouped kv heads repeated until each query head has its own."""
+    return kv_BHSD.repeat_interleave(q_BHSD.shape[1] // kv_BHSD.shape[1], 1)
 
 
 def attend_with_dropout(
     q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, keep: Tensor, p: float, *, causal: bool
 ) -> Tensor:
     """The same with probabilities dropped where `keep` [B, H, S, S] is False: no fused kernel takes a mask of ours."""
-    repeat = q_BHSD.shape[1] // k_BHSD.shape[1]
-    k_BHSD, v_BHSD = (x.repeat_interleave(repeat, 1) for x in (k_BHSD, v_BHSD))
+    k_BHSD, v_BHSD = _one_a_query(k_BHSD, q_BHSD), _one_a_query(v_BHSD, q_BHSD)
     scores = q_BHSD @ k_BHSD.transpose(-1, -2) / math.sqrt(q_BHSD.shape[-1])
     if causal:
         scores = scores.masked_fill(torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1), -torch.inf)

@@ -11,6 +11,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tessera.nn.parameter import to_local
+
 
 class PeakMemory(TorchDispatchMode):
     """While active, `current` and `peak` are the bytes of tensors made since it was entered and still alive.
@@ -53,4 +55,4 @@ class PeakMemory(TorchDispatchMode):
 
 def parameter_elements(model: torch.nn.Module) -> int:
     """Parameters that this rank holds: elements of its shards."""
-    return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in model.parameters())
+    return sum(to_local(p).numel() for p in model.parameters())

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class Log:
-    """Written by rank 0 alone; on other ranks nothing happens. `append` goes on with the file of a resumed run."""
+    """Written by rank 0 alone; on other ranks nothing happens. With `first_step` above 0 it goes on with the file."""
 
     def __init__(self, output_dir: Path, total_steps: int, first_step: int, every: int, enabled: bool) -> None:
         self.every, self.enabled = every, enabled

@@ -3,6 +3,7 @@
 The same step serves training, verification and benchmarks.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -38,7 +39,7 @@ class StepResult:
 
     @property
     def finite(self) -> bool:
-        return self.loss - self.loss == 0 and self.grad_norm - self.grad_norm == 0
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 class Step:

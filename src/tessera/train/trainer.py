@@ -16,7 +16,7 @@ from tessera import device as devices
 from tessera.collectives import Recorder, all_gather, all_reduce, largest
 from tessera.data.loader import Loader
 from tessera.data.prepare import TRAINED, Prepared, open_prepared
-from tessera.data.rows import open_rows
+from tessera.data.rows import Split, open_rows
 from tessera.errors import RunFailed, UserError
 from tessera.layout import HIDDEN, mesh_sizes, residual_layout
 from tessera.mesh import MODEL_AXES, Mesh
@@ -129,11 +129,11 @@ class Trainer:
             dist.barrier()
         return prepared or open_prepared(self.output / "prepared")
 
-    def _loader(self, split: str, *, shuffle: bool) -> Loader:
+    def _loader(self, split: Split, *, shuffle: bool) -> Loader:
         config = self.config
         multiple = length_multiple(config.micro_batch_size, residual_layout(config.sequence_parallel), self.mesh)
         return Loader(
-            open_rows(self.prepared.folder, split),  # type: ignore[arg-type]
+            open_rows(self.prepared.folder, split),
             config.micro_batch_size,
             config.gradient_accumulation_steps,
             config.seed,
