@@ -1,13 +1,17 @@
-"""The one door to torch.distributed: gather, reduce-scatter and all-reduce along a group of mesh axes, and a recorder.
+"""The one door to torch.distributed: collectives along a group of mesh axes, and a recorder of them.
 
     all_gather(x, dim)       concatenate the shards of every rank along `dim`, in rank order
     reduce_scatter(x, dim)   sum over the ranks, each keeping its shard along `dim`      (the conjugate of all_gather)
     all_reduce(x)            sum over the ranks, each keeping all of it                  (in place)
+    broadcast(x, root)       every rank receives the root's x
+    reduce(x, root)          sum over the ranks, which the root keeps                    (the conjugate of broadcast)
+    shift(x, by)             every rank receives the x of the rank `by` places further, around the ring
 
 Each has a `start_` form that issues the collective and returns a `Pending`; `wait()` gives the result. A group of None
 (an axis of size 1) costs nothing: the argument comes back.
 """
 
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,24 +32,22 @@ _reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", Non
 class Record:
     """One collective as it was handed to torch.distributed.
 
-    `bytes` is the size of the whole tensor: what a gather returns, what a reduce-scatter or all-reduce takes.
+    `bytes` is the size of the whole tensor: what a gather returns, what a reduce-scatter or all-reduce takes, what a
+    broadcast, reduce or shift moves. `received` is what this rank receives when the collective runs as a ring, or, to
+    and from a root, as a chain around it: an all-reduce passes every shard twice; the root of a broadcast receives
+    nothing, nor does the rank after the root of a reduce, which starts the chain.
     """
 
     kind: str
     axes: tuple[str, ...]
     ranks: int
     bytes: int
+    received: int
 
     @property
     def axis(self) -> str:
         """The axes as one name, for tables and logs."""
         return "·".join(self.axes)
-
-    @property
-    def received(self) -> int:
-        """Bytes each rank receives when the collective runs as a ring: an all-reduce passes every shard twice."""
-        passes = 2 if self.kind == "all_reduce" else 1
-        return passes * self.bytes * (self.ranks - 1) // self.ranks
 
 
 @dataclass(eq=False)  # two that counted the same are two: leaving `with` must not end the other
@@ -53,10 +55,11 @@ class Recorder:
     """Counts, while active (`with Recorder() as recorder:`), every collective that goes through this door.
 
     `leave_out` is the place in the list of one collective that is not performed, each rank going on with what it has
-    alone: a test that still passes then does not test it.
+    alone: a test that still passes then does not test it. `delay` gives the seconds by which a collective is slowed.
     """
 
     leave_out: int | None = None
+    delay: Callable[[Record], float] | None = None
     records: list[Record] = field(default_factory=list)
     events: list[tuple[str, Any]] = field(default_factory=list)
 
@@ -102,15 +105,31 @@ class Pending:
         return self._result
 
 
-def _issue(kind: str, group: Group, whole: Tensor, result: Tensor, call: Callable[[], Any]) -> Pending:
+def _issue(
+    kind: str, group: Group, whole: Tensor, result: Tensor, call: Callable[[], Any], root: int | None = None
+) -> Pending:
     """Record the collective and perform it, unless a recorder asks to leave it out."""
-    record = Record(kind, group.axes, group.size, whole.numel() * whole.element_size())
+    size = whole.numel() * whole.element_size()
+    if root is not None:  # the one rank that receives nothing
+        received = 0 if group.rank == root else size
+    elif kind == "shift":
+        received = size
+    else:
+        received = (2 if kind == "all_reduce" else 1) * size * (group.size - 1) // group.size
+    record = Record(kind, group.axes, group.size, size, received)
     performed = True
     for recorder in _active:
         performed &= recorder.leave_out != len(recorder.records)
         recorder.records.append(record)
         recorder.events.append(("issue", record))
+        if recorder.delay is not None:
+            time.sleep(recorder.delay(record))
     return Pending(result, call() if performed else None, record)
+
+
+def _leaving_out() -> bool:
+    """Whether some collective may not be performed: its result must be the same wrong value each time."""
+    return any(r.leave_out is not None for r in _active)
 
 
 def _dim_first(x: Tensor, dim: int) -> Tensor:
@@ -123,9 +142,7 @@ def start_all_gather(x: Tensor, dim: int, group: Group | None) -> Pending:
         return Pending(x)
     shard = _dim_first(x.detach(), dim)
     whole = shard.new_empty(group.size * shard.shape[0], *shard.shape[1:])
-    if any(
-        r.leave_out is not None for r in _active
-    ):  # so that a collective left out yields the same wrong value each time
+    if _leaving_out():
         whole.zero_()
     return _issue(
         "all_gather",
@@ -144,7 +161,7 @@ def start_reduce_scatter(x: Tensor, dim: int, group: Group | None) -> Pending:
     if whole.shape[0] % group.size:
         raise ValueError(f"dim {dim} of {tuple(x.shape)} does not divide by the {group.size} ranks along {group.axes}")
     shard = torch.empty_like(whole[: whole.shape[0] // group.size])
-    if any(r.leave_out is not None for r in _active):
+    if _leaving_out():
         shard.copy_(whole.chunk(group.size)[group.rank])
     return _issue(
         "reduce_scatter",
@@ -167,6 +184,57 @@ def start_all_reduce(x: Tensor, group: Group | None, op: dist.ReduceOp.RedOpType
         whole,
         lambda: dist.all_reduce(whole, op, group=group.process_group, async_op=True),
     )
+
+
+def start_broadcast(x: Tensor, root: int, group: Group | None) -> Pending:
+    """Issue `broadcast` from the rank in place `root` of the group; x has one shape on all ranks."""
+    if group is None:
+        return Pending(x)
+    whole = (
+        x.detach().contiguous() if group.rank == root else torch.empty_like(x, memory_format=torch.contiguous_format)
+    )
+    if group.rank != root and _leaving_out():
+        whole.zero_()
+    process_group = group.process_group
+    call = lambda: dist.broadcast(whole, group=process_group, group_src=root, async_op=True)  # noqa: E731
+    return _issue("broadcast", group, whole, whole, call, root=root)
+
+
+def start_reduce_to(x: Tensor, root: int, group: Group | None) -> Pending:
+    """Issue `reduce` to the rank in place `root`; what the others get is nothing to read. Hand over x for good."""
+    if group is None:
+        return Pending(x)
+    whole, process_group = x.detach().contiguous(), group.process_group
+    call = lambda: dist.reduce(whole, group=process_group, group_dst=root, async_op=True)  # noqa: E731
+    return _issue("reduce", group, whole, whole, call, root=(root + 1) % group.size)
+
+
+class _Exchange:
+    """A send and a receive as one piece of work; holds what is sent until it has gone."""
+
+    def __init__(self, works: list[Any], sent: Tensor) -> None:
+        self.works, self.sent = works, sent
+
+    def wait(self) -> None:
+        for work in self.works:
+            work.wait()
+
+
+def start_shift(x: Tensor, by: int, group: Group | None) -> Pending:
+    """Issue `shift`: receive from the rank `by` places further along the ring, send to the one as far behind."""
+    if group is None or by % group.size == 0:
+        return Pending(x)
+    sent, received = x.detach().contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    if _leaving_out():
+        received.copy_(sent)
+    process_group, source, target = group.process_group, (group.rank + by) % group.size, (group.rank - by) % group.size
+
+    def call() -> _Exchange:
+        send = dist.P2POp(dist.isend, sent, group=process_group, group_peer=target)
+        receive = dist.P2POp(dist.irecv, received, group=process_group, group_peer=source)
+        return _Exchange(dist.batch_isend_irecv([send, receive]), sent)
+
+    return _issue("shift", group, sent, received, call)
 
 
 def all_gather(x: Tensor, dim: int, group: Group | None) -> Tensor:

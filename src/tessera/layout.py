@@ -1,15 +1,17 @@
 """Layouts: which mesh axes cut the tokens and the features of the two streams, and the table of geometries.
 
     stream      tokens cut over          features cut over
-    residual    depth · row · col        inner                 (without sequence parallelism: depth · row)
+    residual    depth · row · col        inner                 without sequence parallelism: tokens over depth · row
+                depth · row              inner · col           for summa and cannon, whose panels line up so
     hidden      depth · row · inner      col
+                depth · row              col · inner           in attention, when the batch does not divide by inner
 
 A column-parallel layer leads from residual to hidden, a row-parallel layer back: the output layout of each layer is the
 input layout of the next, so no step of a model re-lays anything out. Within one axis order the first axis is major.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from tessera.errors import UserError
@@ -34,10 +36,21 @@ class Layout:
 
 
 HIDDEN = Layout(tokens=("depth", "row", "inner"), features=("col",))
+HIDDEN_BY_HEADS = Layout(tokens=("depth", "row"), features=("col", "inner"))
 
 
-def residual_layout(sequence_parallel: bool) -> Layout:
-    """The residual stream: cut over tokens along `col` too, or (Megatron without sequence parallelism) whole there."""
+def attention_layout(sizes: Mapping[str, int], batch: int) -> Layout:
+    """The hidden stream inside attention, which needs whole sequences: heads are cut instead where `batch` is small."""
+    return HIDDEN if batch % math.prod(sizes[axis] for axis in HIDDEN.tokens) == 0 else HIDDEN_BY_HEADS
+
+
+def residual_layout(sequence_parallel: bool, schedule: str = "gather") -> Layout:
+    """The residual stream: along `col` cut over tokens, or (Megatron without sequence parallelism) whole there.
+
+    The loops of `summa` and `cannon` take it cut over features along `col`, as W is cut along `row`.
+    """
+    if schedule != "gather":
+        return Layout(tokens=("depth", "row"), features=("inner", "col"))
     return Layout(tokens=("depth", "row", "col") if sequence_parallel else ("depth", "row"), features=("inner",))
 
 
@@ -50,16 +63,14 @@ class LinearPlan:
     outputs_axis: str
     inputs_axis: str
     weight_cuts: tuple[tuple[str, ...], tuple[str, ...]]
+    bias_cuts: tuple[tuple[str, ...]]
     w_dim: int
-
-    @property
-    def bias_cuts(self) -> tuple[tuple[str, ...]]:
-        return ((self.outputs_axis,),)
+    tokens_axes: tuple[str, ...] = ("row",)
 
     def roles(self, mesh: Mesh) -> Roles:
         """The groups of this layer's product on `mesh`."""
         return Roles(
-            tokens=mesh.group(("row",)),
+            tokens=mesh.group(self.tokens_axes),
             outputs=mesh.group((self.outputs_axis,)),
             inputs=mesh.group((self.inputs_axis,)),
             x_dim=self.input.stored_dim(self.outputs_axis),
@@ -68,14 +79,19 @@ class LinearPlan:
         )
 
 
-def column_parallel(residual: Layout) -> LinearPlan:
-    """q, k, v, gate, up, head: residual → hidden; T over depth·row, N over col, K over inner."""
-    return LinearPlan(residual, HIDDEN, "col", "inner", (("col",), ("inner", "row")), w_dim=1)
+def column_parallel(residual: Layout, hidden: Layout = HIDDEN, weights_over: tuple[str, ...] = ("row",)) -> LinearPlan:
+    """q, k, v, gate, up, head: residual → hidden; T over depth·row, N over col, K over inner.
+
+    `weights_over`: the token axes along which the weight is stored cut: row, or depth and row.
+    """
+    cuts = (("col",), ("inner", *weights_over))
+    return LinearPlan(residual, hidden, "col", "inner", cuts, (("col",),), w_dim=1, tokens_axes=weights_over)
 
 
-def row_parallel(residual: Layout) -> LinearPlan:
+def row_parallel(residual: Layout, hidden: Layout = HIDDEN, weights_over: tuple[str, ...] = ("row",)) -> LinearPlan:
     """attention out, down, embedding: hidden → residual; T over depth·row, N over inner, K over col."""
-    return LinearPlan(HIDDEN, residual, "inner", "col", (("inner", "row"), ("col",)), w_dim=0)
+    cuts = (("inner", *weights_over), ("col",))
+    return LinearPlan(hidden, residual, "inner", "col", cuts, (residual.features,), w_dim=0, tokens_axes=weights_over)
 
 
 def check_chain(producer: str, output: Layout, consumer: str, input: Layout) -> None:
@@ -99,7 +115,8 @@ def _two_dimensional(size: int, depth: int) -> dict[str, int]:
 
 def _two_and_a_half(size: int, depth: int) -> dict[str, int]:
     if size % depth:
-        raise UserError("tensor_parallel_size", size, f"does not divide by the depth of {depth}", nearest(size, depth))
+        reason = f"does not divide by the depth of {depth}"
+        raise UserError("tensor_parallel_size", size, reason, f"use a multiple of {depth}")
     return {"depth": depth, **_two_dimensional(size // depth, depth)}
 
 
@@ -122,68 +139,16 @@ GEOMETRIES: dict[str, Callable[[int, int], dict[str, int]]] = {
 
 
 def mesh_sizes(mode: str, size: int, depth: int = 2) -> dict[str, int]:
-    """The sizes of inner, depth, row and col of geometry `mode` at `size` ranks."""
+    """The sizes of inner, depth, row and col of geometry `mode` at `size` ranks. Raises UserError if there are none."""
+    return dict.fromkeys(MODEL_AXES, 1) | _geometry(mode)(size, depth)
+
+
+def geometry_axes(mode: str) -> tuple[str, ...]:
+    """The axes that geometry `mode` has; those it lacks are of size 1."""
+    return tuple(_geometry(mode)(1, 1))
+
+
+def _geometry(mode: str) -> Callable[[int, int], dict[str, int]]:
     if mode not in GEOMETRIES:
         raise UserError("tensor_parallel_mode", mode, "is not a geometry", f"there are: {', '.join(GEOMETRIES)}")
-    return dict.fromkeys(MODEL_AXES, 1) | GEOMETRIES[mode](size, depth)
-
-
-def nearest(value: int, divisor: int) -> str:
-    """The multiples of `divisor` on both sides of `value`, in words."""
-    below = value // divisor * divisor
-    return f"{below} or {below + divisor}" if below else str(divisor)
-
-
-def check_sizes(mode: str, size: int, dimensions: dict[str, int]) -> None:
-    """Raise UserError, before any process starts, when a cut dimension does not divide by its axes.
-
-    `dimensions` names the model's: hidden_size, num_attention_heads, kv_features, intermediate_size, vocab_size (which
-    may be uneven). The message gives the tensor sizes that fit the model and the model sizes that fit the tensor size.
-    """
-    for key, divisor in _divisors(mode, size).items():
-        value = dimensions[key]
-        if value % divisor:
-            name = "num_key_value_heads × head_dim" if key == "kv_features" else key
-            raise UserError(
-                "tensor_parallel_size",
-                size,
-                f"cuts {name} = {value} of the model {divisor} ways, which does not divide",
-                f"tensor_parallel_size: {_fitting_sizes(mode, size, dimensions)} fits this model; "
-                f"or a model with {name} {nearest(value, divisor)}",
-            )
-    vocabulary, col = dimensions["vocab_size"], mesh_sizes(mode, size)["col"]
-    if not _every_rank_has_a_row(vocabulary, col):
-        raise UserError(
-            "tensor_parallel_size",
-            size,
-            f"leaves ranks without a row of the vocabulary of {vocabulary}",
-            f"tensor_parallel_size: {_fitting_sizes(mode, size, dimensions)} fits this model; "
-            f"or a model with vocab_size {-(-vocabulary // col) * col}",
-        )
-
-
-def _divisors(mode: str, size: int) -> dict[str, int]:
-    """What each dimension of the model must be a multiple of."""
-    axes = mesh_sizes(mode, size)
-    cut_by_col = dict.fromkeys(("num_attention_heads", "kv_features", "intermediate_size"), axes["col"])
-    return {"hidden_size": axes["inner"] * axes["row"], **cut_by_col}
-
-
-def _every_rank_has_a_row(vocabulary: int, col: int) -> bool:
-    """Shards are as long as torch.chunk's, so that the last ones may be empty."""
-    return -(-vocabulary // col) * (col - 1) < vocabulary
-
-
-def _fitting_sizes(mode: str, size: int, dimensions: dict[str, int]) -> str:
-    """The nearest tensor sizes on both sides of `size` that fit the model, in words."""
-
-    def fits(other: int) -> bool:
-        try:
-            divide = all(dimensions[key] % divisor == 0 for key, divisor in _divisors(mode, other).items())
-            return divide and _every_rank_has_a_row(dimensions["vocab_size"], mesh_sizes(mode, other)["col"])
-        except UserError:  # no such mesh
-            return False
-
-    fitting = [other for other in range(1, 2 * size + 1) if fits(other)]
-    below, above = [s for s in fitting if s < size][-1:], [s for s in fitting if s > size][:1]
-    return " or ".join(map(str, below + above)) or "1"
+    return GEOMETRIES[mode]

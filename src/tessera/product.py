@@ -14,10 +14,12 @@ Local shapes, with t, n, k the number of ranks that cut each dimension:
 
 X and Y may instead be stored whole along their axis (no sequence parallelism): then X moves only in the backward and
 Y only in the forward, each as one all-reduce. Several weights that share X make one product: one gather of X, one
-reduction of dX. The backward hides what it can: X travels during the dX product, dX during the dW product.
+reduction of dX. The backward hides what it can: X travels during the dX product, dX during the dW product; with a
+`Site`, W travels during the product before and dW during the backward of the one after. The other schedules, which
+multiply panel by panel, are in panels.py.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +27,7 @@ from torch import Tensor
 
 from tessera.collectives import Pending, start_all_gather, start_all_reduce, start_reduce_scatter
 from tessera.mesh import Group, Mesh
+from tessera.schedule import GATHER, Moving, Overlap, Schedule
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,14 @@ Move = Callable[[Tensor, int | None, Group | None], Pending]
 
 
 class Together:
-    """Several tensors moved as one collective: joined along a dim that is not cut, split again on arrival."""
+    """Several tensors moved as one collective: joined along a dim that is not cut, split again on arrival.
+
+    Those whose other dim differs (k and v beside q, scattered over features) move one by one.
+    """
 
     def __init__(self, move: Move, tensors: Sequence[Tensor], dim: int | None, join: int, group: Group | None) -> None:
         self.parts, self.join = list(tensors), join
-        one = len(self.parts) == 1 or group is None
+        one = len(self.parts) == 1 or group is None or len({x.shape[1 - join] for x in self.parts}) > 1
         joined = None if one else torch.cat(self.parts, join)
         self.pending = [move(x, dim, group) for x in (self.parts if joined is None else [joined])]
 
@@ -73,15 +79,27 @@ class Together:
         return list(arrived[0].split([part.shape[self.join] for part in self.parts], self.join))
 
 
+@dataclass(frozen=True)
+class Site:
+    """The place of a product in a model: who it is, its weights outside autograd, and where late gradients go."""
+
+    key: Hashable
+    overlap: Overlap
+    weights: Callable[[], list[Tensor]]
+    add_gradients: Callable[[list[Tensor]], None]
+
+
 class DistributedProduct(torch.autograd.Function):
     """Y_i = X · W_iᵀ + b_i for one or more weights; `operands` are the weights, then as many biases (or None)."""
 
     @staticmethod
-    def forward(ctx, x_TK: Tensor, roles: Roles, keep: bool, *operands: Tensor | None):  # type: ignore[no-untyped-def]
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, x_TK: Tensor, roles: Roles, schedule: Schedule, site: Site | None, *operands: Tensor | None
+    ):
         half = len(operands) // 2
         weights, biases = [w for w in operands[:half] if w is not None], operands[half:]
         gathering_x = start_unshard(x_TK, roles.x_dim, roles.outputs)
-        W = Together(start_unshard, weights, roles.w_dim, 1 - roles.w_dim, roles.tokens).wait()
+        W = _start_weights(weights, roles, schedule, site).wait()
         X = gathering_x.wait()
         if roles.inputs is None:  # nothing to reduce: the bias joins the product
             Y = [X @ w.T if b is None else torch.addmm(b, X, w.T) for w, b in zip(W, biases, strict=True)]
@@ -89,43 +107,62 @@ class DistributedProduct(torch.autograd.Function):
             join = 1 if roles.y_dim in (0, None) else 0
             Y = Together(start_reduce, [X @ w.T for w in W], roles.y_dim, join, roles.inputs).wait()
             Y = [y if b is None else y + b for y, b in zip(Y, biases, strict=True)]  # once, after the sum over ranks
-        ctx.roles, ctx.keep, ctx.has_bias = roles, keep, [b is not None for b in biases]
-        ctx.save_for_backward(X if keep else x_TK, *(W if keep else weights))
+        ctx.roles, ctx.schedule, ctx.site, ctx.has_bias = roles, schedule, site, [b is not None for b in biases]
+        ctx.save_for_backward(*((X, *W) if schedule.keep else (x_TK, *weights)))
         return tuple(Y)
 
     @staticmethod
     def backward(ctx, *dy_TN: Tensor):  # type: ignore[no-untyped-def]
-        (x, *weights), roles, keep = ctx.saved_tensors, ctx.roles, ctx.keep
-        needs_x, needs_w = ctx.needs_input_grad[0], any(ctx.needs_input_grad[3:])
+        (x, *weights), roles, schedule, site = ctx.saved_tensors, ctx.roles, ctx.schedule, ctx.site
+        needs_x, needs_w = ctx.needs_input_grad[0], any(ctx.needs_input_grad[4:])
         join = 1 if roles.y_dim in (0, None) else 0
         dY = Together(start_unshard, dy_TN, roles.y_dim, join, roles.inputs).wait()
-        gathering_x = Pending(x) if keep or not needs_w else start_unshard(x, roles.x_dim, roles.outputs)
-        dX = dW = None
+        gathering_x = Pending(x) if schedule.keep or not needs_w else start_unshard(x, roles.x_dim, roles.outputs)
+        dX = None
+        dW: Sequence[Tensor | None] = [None] * len(weights)
         if needs_x:
-            W = weights
-            if not keep:
-                W = Together(start_unshard, weights, roles.w_dim, 1 - roles.w_dim, roles.tokens).wait()
+            W = weights if schedule.keep else _start_weights(weights, roles, schedule, site).wait()
             dX = dY[0] @ W[0]
             for dy, w in zip(dY[1:], W[1:], strict=True):
                 dX.addmm_(dy, w)
-            reducing_dx = start_reduce(dX, roles.x_dim, roles.outputs)
+            reducing_x = start_reduce(dX, roles.x_dim, roles.outputs)
+            if not schedule.overlap:
+                reducing_x.wait()
         if needs_w:
             X = gathering_x.wait()
-            partial = [dy.T @ X for dy in dY]
-            dW = Together(start_reduce, partial, roles.w_dim, 1 - roles.w_dim, roles.tokens)
+            reducing_w = Together(start_reduce, [dy.T @ X for dy in dY], roles.w_dim, 1 - roles.w_dim, roles.tokens)
         db = [dy.sum(0) if has else None for dy, has in zip(dy_TN, ctx.has_bias, strict=True)]
-        dX = reducing_dx.wait() if needs_x else None
-        return dX, None, None, *(dW.wait() if dW else [None] * len(weights)), *db
+        if needs_x:
+            dX = reducing_x.wait()
+        if needs_w and schedule.defer and site is not None and roles.tokens is not None:
+            site.overlap.finish_later(reducing_w, site.add_gradients)
+        elif needs_w:
+            dW = reducing_w.wait()
+        return dX, None, None, None, *dW, *db
+
+
+def _start_weights(weights: Sequence[Tensor], roles: Roles, schedule: Schedule, site: Site | None) -> Moving:
+    """The weights on their way, gathered along the token axes; at a `Site` issued before, and the next one's issued."""
+    if site is None or roles.tokens is None or not schedule.prefetch:
+        return Together(start_unshard, weights, roles.w_dim, 1 - roles.w_dim, roles.tokens)
+    return site.overlap.gather(
+        site.key, lambda: Together(start_unshard, site.weights(), roles.w_dim, 1 - roles.w_dim, roles.tokens)
+    )
 
 
 def distributed_product(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], roles: Roles, *, keep: bool = False
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    roles: Roles,
+    schedule: Schedule = GATHER,
+    site: Site | None = None,
 ) -> tuple[Tensor, ...]:
     """Y_i = X · W_iᵀ + b_i on local shards (shapes above), differentiable; one Y for each weight.
 
-    `keep` saves the gathered X and W for the backward instead of their shards: fewer words, more memory.
+    `schedule` has the switches of a gathered product; two of them need the `site` of the product in its model.
     """
-    return DistributedProduct.apply(x, roles, keep, *weights, *biases)
+    return DistributedProduct.apply(x, roles, schedule, site, *weights, *biases)
 
 
 def matmul(
@@ -161,7 +198,7 @@ def matmul(
         raise ValueError(
             f"x {tuple(x.shape)} and w {tuple(w.shape)} do not multiply: {x_inputs} inputs against {w_inputs}"
         )
-    return distributed_product(x, [w], [None], roles, keep=keep)[0]
+    return distributed_product(x, [w], [None], roles, Schedule(keep=keep))[0]
 
 
 def received_words(

@@ -20,10 +20,14 @@ from tessera.collectives import (
     reduce_scatter,
     start_all_gather,
     start_all_reduce,
+    start_broadcast,
     start_reduce_scatter,
+    start_reduce_to,
+    start_shift,
 )
 from tessera.mesh import Mesh
 from tessera.observe.memory import PeakMemory
+from tessera.schedule import GATHER, Schedule
 from tessera.train.optimizer import build_optimizer
 from tessera.train.step import Step
 
@@ -69,6 +73,24 @@ def each_collective() -> dict[str, bool]:
     return right
 
 
+def rooted_and_shifted() -> dict[str, bool]:
+    """broadcast, reduce and shift along a ring of four, of views that are not contiguous."""
+    mesh = shared_mesh({"row": 4})
+    group, right = mesh.group(("row",)), {}
+    everyone = [(torch.arange(12.0).reshape(3, 4) + 100 * rank).T for rank in range(4)]
+    mine, total = everyone[mesh.rank], torch.stack(everyone).sum(0)
+    for root in range(4):
+        right[f"broadcast {root}"] = torch.equal(start_broadcast(mine, root, group).wait(), everyone[root])
+        reduced = start_reduce_to(mine.clone(), root, group).wait()
+        right[f"reduce {root}"] = mesh.rank != root or torch.equal(reduced, total)
+    for by in (0, 1, 2, 3, -1):
+        shifted = start_shift(mine, by, group).wait()
+        right[f"shift {by}"] = torch.equal(shifted, everyone[(mesh.rank + by) % 4])
+    both = [start_shift(mine, 1, group), start_shift(2 * mine, 1, group)]  # two under way keep their order
+    right["two shifts"] = torch.equal(both[1].wait(), 2 * both[0].wait())
+    return right
+
+
 def pending() -> tuple[list[str], bool]:
     """Three collectives under way at once, awaited in another order and one of them twice."""
     mesh = shared_mesh({"col": 2})
@@ -96,21 +118,30 @@ def indivisible() -> tuple[str, int]:
 
 # ------------------------------------------------------------------------------------------- a whole step
 
-KINDS = {"_allgather_base_": "all_gather", "_reduce_scatter_base_": "reduce_scatter", "allreduce_": "all_reduce"}
+KINDS = {
+    "_allgather_base_": "all_gather",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "allreduce_": "all_reduce",
+    "broadcast_": "broadcast",
+    "reduce_": "reduce",
+    "send": "shift",
+}
 SIZES = {"float": 4, "double": 8, "c10::BFloat16": 2, "long int": 8}
 
 
-def step_of(name: str, sizes: dict[str, int], sequence_parallel: bool = True) -> Any:
+def step_of(name: str, sizes: dict[str, int], sequence_parallel: bool = True, schedule: Schedule = GATHER) -> Any:
     """A training step of float32, whose norm and loss are float64."""
     mesh = shared_mesh(sizes) if sizes else Mesh(rank=0)
-    model = build(MODELS[name], mesh, sequence_parallel, dtype=torch.float32)
+    model = build(MODELS[name], mesh, sequence_parallel, dtype=torch.float32, schedule=schedule)
     step = Step(model, build_optimizer(model, "adamw_torch_fused", (0.9, 0.95), 1e-8, 0.0), max_grad_norm=1.0)
     return lambda index: step(batches(model.config, 1), index, 1e-3)
 
 
-def recorded_and_profiled(name: str, sequence_parallel: bool) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+def recorded_and_profiled(
+    name: str, sequence_parallel: bool, sizes: dict[str, int] | None = None, schedule: Schedule = GATHER
+) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
     """Kind and bytes of every collective of one step: as the recorder counted, and as c10d was called."""
-    step = step_of(name, {"col": 2}, sequence_parallel)
+    step = step_of(name, sizes or {"col": 2}, sequence_parallel, schedule)
     step(0)  # groups and optimizer state are made
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled, Recorder() as recorder:
         step(1)
@@ -133,7 +164,9 @@ def c10d_calls(events: list[dict[str, Any]]) -> list[tuple[str, int]]:
             event["args"]["Input type"],
         )
         kind = KINDS.get(name, name)
-        if kind == "all_reduce":
+        if kind == "recv_":  # the other half of a shift
+            continue
+        if kind in ("all_reduce", "broadcast", "reduce", "shift"):
             (whole,) = dims[0]
             element = backend[str(whole)]
         else:

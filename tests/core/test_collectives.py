@@ -5,10 +5,30 @@ from collections import Counter
 import pytest
 import torch
 
-from core.core_cases import c10d_calls, each_collective, indivisible, pending, recorded_and_profiled, step_of
+from core.core_cases import (
+    c10d_calls,
+    each_collective,
+    indivisible,
+    pending,
+    recorded_and_profiled,
+    rooted_and_shifted,
+    step_of,
+)
 from support.mesh import shared_mesh
 from support.pool import pool
-from tessera.collectives import Record, Recorder, all_gather, all_reduce, largest, reduce_scatter, start_all_gather
+from tessera.collectives import (
+    Record,
+    Recorder,
+    all_gather,
+    all_reduce,
+    largest,
+    reduce_scatter,
+    start_all_gather,
+    start_broadcast,
+    start_reduce_to,
+    start_shift,
+)
+from tessera.schedule import Schedule
 
 
 def test_collectives_along_every_dim():
@@ -52,6 +72,16 @@ def test_a_step_in_one_process_records_nothing(name):
     assert recorder.records == [] and recorder.events == []
 
 
+@pytest.mark.parametrize("name", ["summa", "cannon"])
+def test_the_recorder_counts_the_loops_as_the_profiler_sees_them(name):
+    for recorded, profiled in pool(4).run(recorded_and_profiled, "llama", True, {"row": 2, "col": 2}, Schedule(name)):
+        assert recorded == profiled
+        kinds = {kind for kind, _ in recorded}
+        assert kinds - {"all_gather", "reduce_scatter", "all_reduce"} == (
+            {"broadcast", "reduce"} if name == "summa" else {"shift"}
+        )
+
+
 @pytest.mark.parametrize("sequence_parallel", [True, False], ids=["sp", "no-sp"])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_the_recorder_counts_what_the_profiler_sees(name, sequence_parallel):
@@ -83,19 +113,51 @@ def test_reading_the_profiler():
 
 
 def test_received_bytes():
-    assert Record("all_gather", ("col",), 4, 4000).received == 3000
-    assert Record("reduce_scatter", ("col",), 4, 4000).received == 3000
-    assert Record("all_reduce", ("row", "col"), 4, 4000).received == 6000
-    assert Record("all_reduce", ("row", "col"), 4, 4000).axis == "row·col"
+    """Of 40 bytes along four ranks: rings pass shards on; chains to and from rank 1 begin at ranks 2 and 1."""
+    for rank, received in enumerate(pool(4).run(received_by_kind)):
+        assert received == {
+            "all_gather": 3 * 40,
+            "reduce_scatter": 30,
+            "all_reduce": 60,
+            "broadcast": 0 if rank == 1 else 40,
+            "reduce": 0 if rank == 2 else 40,
+            "shift": 40,
+        }
+    assert Record("all_reduce", ("row", "col"), 4, 4000, 6000).axis == "row·col"
+
+
+def received_by_kind():
+    group, x = shared_mesh({"row": 4}).group(("row",)), torch.ones(4, 10, dtype=torch.int8)
+    with Recorder() as recorder:
+        all_gather(x, 0, group), reduce_scatter(x, 0, group), all_reduce(x.clone(), group)
+        start_broadcast(x, 1, group).wait(), start_reduce_to(x.clone(), 1, group).wait()
+        start_shift(x, 1, group).wait()
+    return {record.kind: record.received for record in recorder.records}
+
+
+def test_collectives_with_a_root_and_shifts():
+    for right in pool(4).run(rooted_and_shifted):
+        assert all(right.values()), right
+
+
+def test_a_shift_by_a_whole_turn_is_none():
+    for same, records in pool(4).run(whole_turn):
+        assert same and records == 0
+
+
+def whole_turn():
+    group, x = shared_mesh({"row": 4}).group(("row",)), torch.ones(3)
+    with Recorder() as recorder:
+        return start_shift(x, 8, group).wait() is x, len(recorder.records)
 
 
 def test_tables():
     recorder = Recorder()
     recorder.records += [
-        Record("all_gather", ("col",), 2, 100),
-        Record("all_gather", ("col",), 2, 20),
-        Record("all_reduce", ("col",), 2, 8),
-        Record("all_gather", ("row",), 2, 7),
+        Record("all_gather", ("col",), 2, 100, 50),
+        Record("all_gather", ("col",), 2, 20, 10),
+        Record("all_reduce", ("col",), 2, 8, 8),
+        Record("all_gather", ("row",), 2, 7, 3),
     ]
     assert recorder.bytes_by_axis() == {"col": 128, "row": 7}
     assert recorder.table() == [

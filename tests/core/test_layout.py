@@ -1,8 +1,6 @@
-"""Streams, plans of the two linear layers, and sizes that do not fit."""
+"""Streams, plans of the two linear layers, and the table of geometries."""
 
-import itertools
 import math
-import re
 
 import pytest
 
@@ -11,10 +9,9 @@ from tessera.layout import (
     HIDDEN,
     Layout,
     check_chain,
-    check_sizes,
     column_parallel,
+    geometry_axes,
     mesh_sizes,
-    nearest,
     residual_layout,
     row_parallel,
 )
@@ -22,14 +19,6 @@ from tessera.mesh import Mesh
 from tessera.nn.attention import Attention
 from tessera.nn.mlp import MLP
 from tessera.nn.parameter import Parallel
-
-MODEL = {
-    "hidden_size": 64,
-    "num_attention_heads": 12,
-    "kv_features": 48,
-    "intermediate_size": 96,
-    "vocab_size": 509,
-}
 
 
 def test_streams():
@@ -75,7 +64,7 @@ def test_blocks_check_their_layers(monkeypatch):
     """A row-parallel layer that reads another stream is found when the block is built."""
     parallel = Parallel(Mesh(), residual_layout(True))
     MLP(8, 8, parallel), Attention(8, 2, 2, 4, parallel, name="here")
-    monkeypatch.setattr("tessera.nn.linear.RowParallelLinear.make_plan", staticmethod(column_parallel))
+    monkeypatch.setattr("tessera.nn.linear.RowParallelLinear.make_plan", staticmethod(Parallel.column))
     with pytest.raises(ValueError, match="up gives .* but down takes"):
         MLP(8, 8, parallel)
     with pytest.raises(ValueError, match="q, k, v gives .* but attention out takes"):
@@ -104,7 +93,7 @@ def test_geometries():
     ("mode", "size", "message"),
     [
         ("7d", 4, "tensor_parallel_mode: 7d\n.*\n.*there are: 1d"),
-        ("2.5d", 7, "tensor_parallel_size: 7\n.*depth of 2\n.*6 or 8"),
+        ("2.5d", 7, "tensor_parallel_size: 7\n.*depth of 2\n.*a multiple of 2"),
         ("3d", 9, "tensor_parallel_size: 9\n.*not a cube.*\n.*tensor_parallel_mesh"),
     ],
 )
@@ -113,63 +102,10 @@ def test_sizes_without_a_mesh(mode, size, message):
         mesh_sizes(mode, size)
 
 
-def test_nearest():
-    assert nearest(10, 4) == "8 or 12" and nearest(3, 4) == "4"
-
-
-# ------------------------------------------------------------------------------------------ sizes that do not fit
-
-
-@pytest.mark.parametrize(
-    ("mode", "sizes"), [("1d", (1, 2, 3, 4, 6, 12)), ("2d", (4, 6, 16)), ("2.5d", (8, 32)), ("3d", (1, 8))]
-)
-def test_sizes_that_fit(mode, sizes):
-    for size in sizes:
-        check_sizes(mode, size, MODEL)
-
-
-@pytest.mark.parametrize(
-    ("size", "changes", "reason", "hint"),
-    [
-        (5, {}, "cuts num_attention_heads = 12 of the model 5 ways", "tensor_parallel_size: 4 or 6 fits"),
-        (8, {}, "cuts num_attention_heads = 12 of the model 8 ways", "with num_attention_heads 8 or 16"),
-        (16, {}, "cuts num_attention_heads = 12", "with num_attention_heads 16"),
-        (
-            4,
-            {"kv_features": 6},
-            "cuts num_key_value_heads × head_dim = 6",
-            "with num_key_value_heads × head_dim 4 or 8",
-        ),
-        (3, {"intermediate_size": 100}, "cuts intermediate_size = 100", "with intermediate_size 99 or 102"),
-        (4, {"vocab_size": 5}, "without a row of the vocabulary of 5", "with vocab_size 8"),
-        (7, {"num_attention_heads": 11}, "cuts num_attention_heads = 11", "tensor_parallel_size: 1 fits"),
-    ],
-)
-def test_sizes_that_do_not_fit_say_what_would(size, changes, reason, hint):
-    with pytest.raises(UserError) as error:
-        check_sizes("1d", size, MODEL | changes)
-    message = str(error.value)
-    assert message.startswith(f"tensor_parallel_size: {size}\n")
-    assert reason in message and hint in message
-
-
-@pytest.mark.parametrize("mode", ["1d", "2d"])
-def test_every_size_that_is_proposed_works(mode):
-    proposals = 0
-    changes = itertools.product((3, 5, 7, 12, 509), (6, 8, 12), (24, 48, 60), (96, 100))
-    for vocabulary, heads, kv_features, ffn in changes:
-        model = MODEL | {
-            "vocab_size": vocabulary,
-            "num_attention_heads": heads,
-            "kv_features": kv_features,
-            "intermediate_size": ffn,
-        }
-        for size in range(2, 14):
-            try:
-                check_sizes(mode, size, model)
-            except UserError as error:
-                for proposed in re.findall(r"\d+", error.hint.split(" fits")[0]):
-                    assert int(proposed) != size
-                    check_sizes(mode, int(proposed), model)
-                    proposals += 1
-    assert proposals > 100
+def test_axes_of_a_geometry():
+    assert [geometry_axes(mode) for mode in ("1d", "2d", "2.5d", "3d")] == [
+        ("col",),
+        ("row", "col"),
+        ("depth", "row", "col"),
+        ("inner", "row", "col"),
+    ]

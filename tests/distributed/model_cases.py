@@ -1,6 +1,7 @@
 """Runs on every rank of a pool: a whole model on a mesh against the same model in one process, in float64."""
 
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from tessera.models.config import ModelConfig
 from tessera.models.decoder import Decoder
 from tessera.nn.parameter import Parallel
 from tessera.nn.rope import RopeConfig
+from tessera.schedule import Schedule
 from tessera.train.optimizer import build_optimizer
 from tessera.train.step import Step
 
@@ -97,19 +99,22 @@ def build(config: ModelConfig, mesh: Mesh, sequence_parallel: bool = True, **opt
     checkpointing = options.pop("gradient_checkpointing", False)
     dtype = options.pop("dtype", torch.float64)
     options.setdefault("compute", dtype)
-    parallel = Parallel(mesh, residual_layout(sequence_parallel), dtype=dtype, **options)
+    residual = residual_layout(sequence_parallel, options.get("schedule", Schedule()).name)
+    parallel = Parallel(mesh, residual, dtype=dtype, **options)
     model = Decoder(config, parallel, gradient_checkpointing=checkpointing)
     model.initialize(seed=5)
     return model
 
 
-def train(model: Decoder, steps: int, smoothing: float = 0.0, dropout_seed: int = 11) -> dict[str, Any]:
+def train(
+    model: Decoder, steps: int, smoothing: float = 0.0, dropout_seed: int = 11, size: int = 4, length: int = 12
+) -> dict[str, Any]:
     """Losses, norms, the first step's gradients and the last weights, whole."""
     optimizer = build_optimizer(model, "adamw_torch_fused", (0.9, 0.95), 1e-6, 0.1)
     step = Step(model, optimizer, max_grad_norm=0.5, label_smoothing=smoothing, seed=dropout_seed)
     results, gradients = [], {}
     for index in range(steps):
-        results.append(step(batches(model.config, 2, seed=index), index, 1e-2))
+        results.append(step(batches(model.config, 2, index, size, length), index, 1e-2))
         if index == 0:  # the update has scaled them by the clipping, alike everywhere
             gradients = {n: full(p.grad) for n, p in model.named_parameters()}
     weights = {n: full(p) for n, p in model.named_parameters()}
@@ -121,8 +126,11 @@ def train(model: Decoder, steps: int, smoothing: float = 0.0, dropout_seed: int 
     }
 
 
-def reference(config: ModelConfig, steps: int, smoothing: float = 0.0) -> dict[str, Any]:
-    return train(build(config, Mesh(rank=0)), steps, smoothing)
+@cache
+def reference(
+    config: ModelConfig, steps: int, smoothing: float = 0.0, size: int = 4, length: int = 12
+) -> dict[str, Any]:
+    return train(build(config, Mesh(rank=0)), steps, smoothing, size=size, length=length)
 
 
 def without_key_bias(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -130,12 +138,18 @@ def without_key_bias(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: weight for name, weight in weights.items() if not name.endswith("attention.k.bias")}
 
 
-def model_errors(name, sizes, sequence_parallel, steps=2, smoothing=0.0, leave_out=None, options=None):
-    """The worst relative difference of loss, norm, gradients and weights from one process; which collectives ran."""
-    config = MODELS[name]
-    want = reference(config, steps, smoothing)
+def model_errors(
+    name, sizes, sequence_parallel, steps=2, smoothing=0.0, leave_out=None, options=None, size=4, length=12
+):
+    """The worst relative difference of loss, norm, gradients and weights from one process; which collectives ran.
+
+    `name` is one of MODELS, or a config; `size` sequences of `length` tokens are a micro-batch.
+    """
+    config = name if isinstance(name, ModelConfig) else MODELS[name]
+    want = reference(config, steps, smoothing, size, length)
+    model = build(config, shared_mesh(sizes), sequence_parallel, **(options or {}))
     with Recorder(leave_out) as recorder:
-        got = train(build(config, shared_mesh(sizes), sequence_parallel, **(options or {})), steps, smoothing)
+        got = train(model, steps, smoothing, size=size, length=length)
     relative = {
         key: max(abs(a - b) / abs(b) for a, b in zip(got[key], want[key], strict=True)) for key in ("loss", "norm")
     }
@@ -153,7 +167,7 @@ def initial_weights(name, sizes):
 
 def model_step_counts(config, sizes, shape, size, length):
     """Calls and bytes by kind of one optimizer step in float32, as the recorder counts them."""
-    options = {"keep_gathered": shape.keep_gathered, "gradient_checkpointing": shape.recompute}
+    options = {"schedule": Schedule(keep=shape.keep_gathered), "gradient_checkpointing": shape.recompute}
     model = build(config, shared_mesh(sizes), shape.sequence_parallel, dtype=torch.float32, **options)
     optimizer = build_optimizer(model, "adamw_torch_fused", (0.9, 0.95), 1e-8, 0.0)
     step = Step(model, optimizer, max_grad_norm=1.0, label_smoothing=0.1 if shape.label_smoothing else 0.0)

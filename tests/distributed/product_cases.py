@@ -8,6 +8,7 @@ from support.mesh import shared_mesh
 from tessera.collectives import Recorder
 from tessera.mesh import Mesh
 from tessera.product import Roles, distributed_product, received_words
+from tessera.schedule import Schedule
 
 T, N, K = 16, 24, 32
 
@@ -38,7 +39,7 @@ def product_errors(sizes, x_dim, w_dim, y_dim, keep, biased, count, leave_out):
     bias_cut = [("col", 0)] + ([("inner", 0)] if y_dim == 1 else [])
     bias = [None if v is None else leaf(v, bias_cut) for v in b]
     with Recorder(leave_out) as recorder:
-        y = distributed_product(x, w, bias, roles, keep=keep)
+        y = distributed_product(x, w, bias, roles, Schedule(keep=keep))
         forward = len(recorder.records)
         torch.autograd.backward(y, [shard(v, mesh, y_cuts) for v in dY])
     pairs = [(v, shard(V.detach(), mesh, y_cuts)) for v, V in zip(y, Y, strict=True)]
@@ -68,7 +69,7 @@ def backward_order(keep: bool) -> list[str]:
     roles = Roles(outputs=mesh.group(["col"]))
     x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
     w = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
-    (y,) = distributed_product(x, [w], [None], roles, keep=keep)
+    (y,) = distributed_product(x, [w], [None], roles, Schedule(keep=keep))
     with Recorder() as recorder:
 
         class Products(TorchDispatchMode):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from nn.shards import drawer, fill, parallel_of, part, whole_gradients
 from support.compare import error
 from tessera.collectives import Recorder
+from tessera.layout import HIDDEN
 from tessera.nn.attention import Attention
 from tessera.nn.dropout import keep_mask
 from tessera.nn.embedding import LearnedPositions, VocabParallelEmbedding
@@ -53,7 +54,7 @@ def attention_errors(sizes, sequence_parallel, causal, rotary, dropout=0.0, chos
     parallel = parallel_of(sizes, sequence_parallel)
     mesh, results, kinds = parallel.mesh, {}, []
     rope = rope_table(S, HEAD_DIM, RopeConfig(), torch.float64, torch.device("cpu")) if rotary else None
-    tokens = Tokens.of(torch.zeros(B, S, dtype=torch.int64), parallel.residual, mesh, DROPOUT_KEY)
+    tokens = Tokens.of(torch.zeros(B, S, dtype=torch.int64), parallel.residual, HIDDEN, mesh, DROPOUT_KEY)
     for heads, kv_heads in chosen or combinations(mesh.sizes["col"]):
         draw = drawer(heads)
         sides = {"q": (heads, FEATURES), "k": (kv_heads, FEATURES), "v": (kv_heads, FEATURES)}
@@ -110,7 +111,7 @@ def embedding_errors(vocabulary, sizes, sequence_parallel, leave_out=None):
     values = {"token.weight": draw(vocabulary, 8), "position.weight": draw(S + 3, 8)}
     fill(model, values)
     theirs = {n: v.clone().requires_grad_() for n, v in values.items()}
-    tokens = Tokens.of(ids.view(batch, S), parallel.residual, mesh)
+    tokens = Tokens.of(ids.view(batch, S), parallel.residual, HIDDEN, mesh)
     Y: Tensor = F.embedding(ids, theirs["token.weight"])
     P: Tensor = F.embedding(torch.arange(S).repeat(batch), theirs["position.weight"])
     dY = draw(batch * S, 8)

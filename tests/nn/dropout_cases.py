@@ -18,7 +18,7 @@ def masks(parallel: Parallel, sequence: int) -> tuple[Tensor, Tensor]:
     """This rank's masks of the residual stream [T_local, F_local] and of attention probabilities [B, H, S, S]."""
     norm = RMSNorm(FEATURES, parallel.residual, parallel, 1e-6)
     attention = Attention(FEATURES, HEADS, HEADS, 4, parallel, name="layers.1.attention", dropout=P)
-    tokens = Tokens.of(torch.zeros(B, sequence, dtype=torch.int64), parallel.residual, parallel.mesh, KEY)
+    tokens = Tokens.of(torch.zeros(B, sequence, dtype=torch.int64), parallel.residual, HIDDEN, parallel.mesh, KEY)
     features = FEATURES // parallel.mesh.size(parallel.residual.features)
     ones = torch.ones(tokens.residual.stop - tokens.residual.start, features, dtype=torch.float64)
     return drop(ones, tokens, P, norm, "layers.1.mlp"), attention._keep(tokens, KEY)

@@ -10,7 +10,7 @@ from distributed.model_cases import GPT2, batches, build
 from nn.dropout_cases import FEATURES, B, P, masks, masks_agree
 from nn.shards import label, parallel_of, part, world
 from support.pool import pool
-from tessera.layout import residual_layout
+from tessera.layout import HIDDEN, residual_layout
 from tessera.mesh import Mesh
 from tessera.nn.dropout import dropout, dropout_key, keep_mask
 from tessera.nn.tokens import Tokens
@@ -52,7 +52,7 @@ def test_rows_name_the_same_token_on_every_mesh(sizes, sequence_parallel):
     for sequence, rank in itertools.product((6, 8), range(world(sizes))):
         mesh = Mesh(sizes, rank=rank)
         ids = torch.zeros(4, sequence, dtype=torch.int64)
-        tokens = Tokens.of(ids, residual, mesh)
+        tokens = Tokens.of(ids, residual, HIDDEN, mesh)
         whole = torch.tensor([(b << 32) + s for b in range(4) for s in range(sequence)])
         assert torch.equal(tokens.rows(tokens.residual), part(whole, residual, mesh))
         assert tokens.positions(tokens.residual).max() < sequence

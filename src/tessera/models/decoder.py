@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tessera.collectives import all_gather
-from tessera.layout import Layout, check_chain, column_parallel
+from tessera.layout import Layout, check_chain
 from tessera.models.config import ModelConfig
 from tessera.nn.attention import Attention
 from tessera.nn.dropout import dropout
@@ -16,7 +15,7 @@ from tessera.nn.embedding import LearnedPositions, VocabParallelEmbedding
 from tessera.nn.loss import Head, linear_cross_entropy
 from tessera.nn.mlp import MLP
 from tessera.nn.norm import LayerNorm, Norm, RMSNorm
-from tessera.nn.parameter import Init, Parallel, ParallelModule, ParameterSpec, initialize
+from tessera.nn.parameter import Init, Parallel, ParallelModule, ParameterSpec, gather_whole, initialize
 from tessera.nn.rope import rope_table
 from tessera.nn.tokens import Tokens
 from tessera.product import distributed_product
@@ -90,7 +89,7 @@ class OutputHead(ParallelModule):
 
     def __init__(self, config: ModelConfig, parallel: Parallel) -> None:
         super().__init__(parallel)
-        self.plan = column_parallel(parallel.residual)
+        self.plan = parallel.column()
         self.input = self.plan.input
         if not config.tied:
             shape = (config.vocab_size, config.hidden_size)
@@ -128,7 +127,8 @@ class Decoder(nn.Module):
     def hidden_states(self, input_ids: Tensor, dropout_key: int | None = None) -> Tensor:
         """The normed residual stream of `input_ids` [B, S] (the same on every model rank), in the residual layout."""
         mesh, compute = self.parallel.mesh, self.parallel.compute
-        tokens = Tokens.of(input_ids, self.residual, mesh, dropout_key)
+        tokens = Tokens.of(input_ids, self.residual, self.parallel.attention, mesh, dropout_key)
+        self.parallel.overlap.begin(torch.is_grad_enabled())
         x = self.embedding(self._looked_up(input_ids))
         if self.positions is not None:
             x = x + self.positions(tokens.positions(tokens.residual))
@@ -182,15 +182,10 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def logits(self, input_ids: Tensor) -> Tensor:
-        """Full logits [B, S, V] on every rank, for sampling and tests. Needs inner = depth = row = 1."""
+        """Full logits [B, S, V] on every rank, for sampling and tests."""
         mesh = self.parallel.mesh
         x = self.hidden_states(input_ids)
         roles = self.head.plan.roles(mesh)
         (local,) = distributed_product(x, [self._head_weight()], [self._head_bias()], roles)
-        col = mesh.group(("col",))
-        if col is not None:  # uneven vocabularies are padded to gather, then trimmed
-            longest = -(-self.config.vocab_size // col.size)
-            padded = torch.nn.functional.pad(local, (0, longest - local.shape[1]))
-            # chunks are full but for the last ones, so what is padding lies at the end
-            local = all_gather(padded, 1, col)[:, : self.config.vocab_size]
-        return local.reshape(*input_ids.shape, -1)
+        shape, output = (input_ids.numel(), self.config.vocab_size), self.head.plan.output
+        return gather_whole(local, shape, (output.tokens, output.features), mesh).view(*input_ids.shape, -1)

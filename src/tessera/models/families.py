@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from tessera.errors import UserError
-from tessera.layout import nearest
 from tessera.models.config import ModelConfig
 from tessera.nn.rope import RopeConfig
+from tessera.remedies import nearest
 
 # ---------------------------------------------------------------------------------------------- rows
 

@@ -19,7 +19,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from tessera.errors import UserError
 from tessera.layout import residual_layout
@@ -28,7 +27,7 @@ from tessera.models.config import ModelConfig
 from tessera.models.decoder import Decoder
 from tessera.models.families import FAMILIES, HEAD, StoredTensor, model_config, stored_tensors
 from tessera.models.tensor_files import INDEX, ITEM_BYTES, SINGLE, Entry, broken, find_tensors
-from tessera.nn.parameter import Parallel, named_specs, to_local
+from tessera.nn.parameter import Parallel, ParameterSpec, gather_whole, named_specs, to_local
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -207,8 +206,8 @@ def export(
     rank 0 also keeps the file of at most `max_shard_bytes` that it is filling. All is written aside, then
     renamed, and an older export in `folder` goes.
     """
-    parameters = {name: (parameter, spec.shape) for name, parameter, spec in named_specs(model)}
-    tensors = stored_tensors(model.config, {name: shape for name, (_, shape) in parameters.items()})
+    parameters = {name: (parameter, spec) for name, parameter, spec in named_specs(model)}
+    tensors = stored_tensors(model.config, {name: spec.shape for name, (_, spec) in parameters.items()})
     dtype = dtype or model.parallel.dtype
     files = _plan_files(tensors, dtype, max_shard_bytes)
     writer, aside = model.parallel.mesh.rank == 0, folder / ".export"
@@ -218,7 +217,7 @@ def export(
     for name, content in files.items():
         filled = {}
         for tensor in content:
-            parts = [_whole(parameters[part][0], dtype, keep=writer) for part in tensor.parts]
+            parts = [_whole(*parameters[part], model.parallel.mesh, dtype, keep=writer) for part in tensor.parts]
             if writer:
                 filled[tensor.names[0]] = _joined(parts, tensor.transposed)
         if writer:
@@ -246,10 +245,9 @@ def _plan_files(tensors: Sequence[StoredTensor], dtype: torch.dtype, limit: int)
     return {f"model-{i:05d}-of-{len(contents):05d}.safetensors": c for i, c in enumerate(contents, 1)}
 
 
-def _whole(parameter: nn.Parameter, dtype: torch.dtype, *, keep: bool) -> Tensor:
+def _whole(parameter: nn.Parameter, spec: ParameterSpec, mesh: Mesh, dtype: torch.dtype, *, keep: bool) -> Tensor:
     """The full tensor, gathered on every rank; on the CPU of one that is to `keep` it, else nothing of it."""
-    tensor = parameter.detach()
-    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    whole = gather_whole(to_local(parameter), spec.shape, spec.cuts, mesh)
     return whole.to("cpu", dtype) if keep else whole.new_empty(0)
 
 

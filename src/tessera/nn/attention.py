@@ -1,8 +1,8 @@
-"""Self-attention on the hidden stream: heads cut over `col`, whole sequences on each rank.
+"""Self-attention on the hidden stream: heads cut over `col` (or col · inner), whole sequences on each rank.
 
 q, k and v are one product of the residual stream; `attend` is the one door to the kernels. Grouped queries (Ainslie et
-al. 2023): with kv heads that do not divide by `col`, k and v are still computed cut, then gathered along features over
-`col`, and each rank takes the heads that its queries read; the backward sums their gradients back into the shards.
+al. 2023): with kv heads that do not divide by the axes of the heads, k and v are still computed cut, then gathered
+along features, and each rank takes the heads that its queries read; the backward sums their gradients into the shards.
 
 Shape suffixes: B sequences of this rank, S positions, H heads of this rank, D head dimension, T = B·S.
 """
@@ -79,26 +79,34 @@ class Attention(nn.Module):
         super().__init__()
         self.name, self.parallel, self.causal, self.dropout = name, parallel, causal, dropout
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
-        self.q = ColumnParallelLinear(features, num_heads * head_dim, parallel, bias=qkv_bias, init=init)
-        self.k = ColumnParallelLinear(features, num_kv_heads * head_dim, parallel, bias=qkv_bias, init=init)
-        self.v = ColumnParallelLinear(features, num_kv_heads * head_dim, parallel, bias=qkv_bias, init=init)
-        self.out = RowParallelLinear(num_heads * head_dim, features, parallel, bias=out_bias, init=out_init)
+        hidden = self.hidden = parallel.attention
+        kv_features = num_kv_heads * head_dim
+        self.q = ColumnParallelLinear(features, num_heads * head_dim, parallel, bias=qkv_bias, init=init, hidden=hidden)
+        self.k = ColumnParallelLinear(features, kv_features, parallel, bias=qkv_bias, init=init, hidden=hidden)
+        self.v = ColumnParallelLinear(features, kv_features, parallel, bias=qkv_bias, init=init, hidden=hidden)
+        self.out = RowParallelLinear(
+            num_heads * head_dim, features, parallel, bias=out_bias, init=out_init, hidden=hidden
+        )
         check_chain("q, k, v", self.q.output, "attention out", self.out.input)
         self.input, self.output = self.q.input, self.out.output
 
     def _heads(self, mesh: Mesh) -> range:
-        local = self.num_heads // mesh.sizes["col"]
-        return range(mesh.coordinates["col"] * local, (mesh.coordinates["col"] + 1) * local)
+        """The query heads of this rank."""
+        local, place = self.num_heads // mesh.size(self.hidden.features), mesh.index(self.hidden.features)
+        return range(place * local, (place + 1) * local)
 
     def _key_value_heads(self, k: Tensor, v: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """k and v [T, local kv features] → [B, S, H, D] each, with the heads that this rank's queries read."""
         mesh = self.parallel.mesh
-        if self.num_kv_heads % mesh.sizes["col"] == 0:
-            return k.view(*shape, -1, self.head_dim), v.view(*shape, -1, self.head_dim)
-        both = gather_then_reduce_scatter(torch.stack([k, v]), 2, mesh.group(("col",)))
-        heads = kv_heads_of(self._heads(mesh), self.num_heads, self.num_kv_heads)
-        index = torch.tensor(heads, device=k.device)
-        k, v = both.view(2, *shape, self.num_kv_heads, self.head_dim).index_select(3, index)
+        both, axes = torch.stack([k, v]), list(self.hidden.features)
+        while self.num_kv_heads % mesh.size(axes):  # a head is cut along these axes: the minor ones come together first
+            both = gather_then_reduce_scatter(both, 2, mesh.group((axes.pop(),)))
+        both = both.view(2, *shape, -1, self.head_dim)
+        if axes != list(self.hidden.features):
+            held = mesh.index(axes) * (self.num_kv_heads // mesh.size(axes))
+            heads = kv_heads_of(self._heads(mesh), self.num_heads, self.num_kv_heads)
+            both = both.index_select(3, torch.tensor([head - held for head in heads], device=k.device))
+        k, v = both
         return k, v
 
     def forward(self, x_TF: Tensor, tokens: Tokens, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -118,7 +126,7 @@ class Attention(nn.Module):
 
     def _keep(self, tokens: Tokens, key: int) -> Tensor:
         """The mask [B, H, S, S] of probabilities kept: rows are (global token), columns (global head, key position)."""
-        rows, positions = tokens.rows(tokens.hidden), torch.arange(tokens.sequence, device=tokens.device)
+        rows, positions = tokens.rows(tokens.attention), torch.arange(tokens.sequence, device=tokens.device)
         layer = f"{self.name}.probabilities"
         # head by head: the hashes of a mask take eight times its memory
         heads = [

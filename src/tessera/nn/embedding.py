@@ -1,6 +1,7 @@
 """Vocabulary-parallel embedding and learned positions.
 
-The embedding is a product with a one-hot X whose move is free: roles T = row, K = col (the vocabulary), N = inner.
+The embedding is a product with a one-hot X whose move is free: roles T = row, K = col (the vocabulary), N = inner. Its
+weight is gathered and its output summed in one collective each, whatever the schedule.
 Each rank looks up the tokens that lie in its part of the vocabulary, zero elsewhere, and the parts are summed over
 `col` into the residual stream. The vocabulary may be uneven. The weight lies as the head's does: a tied head is the
 same shard.
@@ -10,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tessera.layout import column_parallel, row_parallel
 from tessera.nn.moves import gather_then_reduce_scatter, reduce_then_gather
 from tessera.nn.parameter import Init, Parallel, ParallelModule, ParameterSpec
 
@@ -20,12 +20,12 @@ class VocabParallelEmbedding(ParallelModule):
 
     def __init__(self, vocab_size: int, features: int, parallel: Parallel, *, init: Init = Init(std=0.02)) -> None:
         super().__init__(parallel)
-        as_head = column_parallel(parallel.residual)
+        self.plan = as_head = parallel.column()
         self.output = parallel.residual
         # acts on the hidden stream's one-hot rows; its vocabulary takes the place of the hidden features
         self.declare(
             "weight",
-            ParameterSpec((vocab_size, features), as_head.weight_cuts, row_parallel(parallel.residual).input, init),
+            ParameterSpec((vocab_size, features), as_head.weight_cuts, parallel.row().input, init),
         )
         self.vocabulary = self.specs["weight"].local_slices(parallel.mesh)[0]
 
@@ -36,7 +36,7 @@ class VocabParallelEmbedding(ParallelModule):
         """
         mesh = self.parallel.mesh
         # looked up in the parameter's own dtype: its gradient is a sum over every time a token occurs
-        weight = gather_then_reduce_scatter(self.stored("weight"), 1, mesh.group(("row",)))
+        weight = gather_then_reduce_scatter(self.stored("weight"), 1, mesh.group(self.plan.tokens_axes))
         col = mesh.group(("col",))
         if col is None:
             return F.embedding(ids_T, weight).to(self.parallel.compute)

@@ -10,16 +10,17 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from tessera.layout import Layout, LinearPlan, column_parallel, row_parallel
+from tessera.layout import HIDDEN, Layout, LinearPlan
 from tessera.nn.moves import cut
-from tessera.nn.parameter import Init, Parallel, ParallelModule, ParameterSpec
-from tessera.product import Roles, distributed_product
+from tessera.nn.parameter import Init, Parallel, ParallelModule, ParameterSpec, add_gradient, to_local
+from tessera.panels import panel_product
+from tessera.product import Roles, Site, distributed_product
 
 
 class ParallelLinear(ParallelModule):
     """Y = X Wᵀ + b, the product cut as the subclass plans it. `in_features` and `out_features` are global sizes."""
 
-    make_plan: Callable[[Layout], LinearPlan]
+    make_plan: Callable[[Parallel, Layout], LinearPlan]
 
     def __init__(
         self,
@@ -29,14 +30,25 @@ class ParallelLinear(ParallelModule):
         *,
         bias: bool = False,
         init: Init = Init(std=0.02),
+        hidden: Layout = HIDDEN,
     ) -> None:
         super().__init__(parallel)
         self.in_features, self.out_features = in_features, out_features
-        self.plan = plan = self.make_plan(parallel.residual)
+        self.plan = plan = self.make_plan(parallel, hidden)
         self.input, self.output = plan.input, plan.output
         self.declare("weight", ParameterSpec((out_features, in_features), plan.weight_cuts, plan.input, init))
         if bias:
             self.declare("bias", ParameterSpec((out_features,), plan.bias_cuts, plan.output, Init()))
+
+    def local_bias(self) -> Tensor | None:
+        """This rank's part of the bias, in the compute dtype; None when there is none."""
+        if "bias" not in self.specs:
+            return None
+        bias, mesh = self.local("bias"), self.parallel.mesh
+        for axis in self.output.features:
+            if axis not in self.plan.bias_cuts[0]:  # stored whole along it: its own part of Y gets its own part
+                bias = bias.chunk(mesh.sizes[axis])[mesh.coordinates[axis]]
+        return bias
 
     def forward(self, x: Tensor, *, uncut: bool = False) -> Tensor:
         """x: this rank's part [T_local, in_local] in the `input` layout; with `uncut` all of it, [T, in], everywhere.
@@ -49,13 +61,13 @@ class ParallelLinear(ParallelModule):
 class ColumnParallelLinear(ParallelLinear):
     """Residual stream → hidden stream: outputs cut over `col` (q, k, v, gate, up, head)."""
 
-    make_plan = staticmethod(column_parallel)
+    make_plan = staticmethod(Parallel.column)
 
 
 class RowParallelLinear(ParallelLinear):
     """Hidden stream → residual stream: inputs cut over `col` (attention out, down). The bias is added once."""
 
-    make_plan = staticmethod(row_parallel)
+    make_plan = staticmethod(Parallel.row)
 
 
 def parallel_linear(layers: Sequence[ParallelLinear], x: Tensor, *, uncut: bool = False) -> tuple[Tensor, ...]:
@@ -65,8 +77,24 @@ def parallel_linear(layers: Sequence[ParallelLinear], x: Tensor, *, uncut: bool 
     if uncut:
         x, roles = _cut_for(plan, x, roles, parallel)
     weights = [layer.local("weight") for layer in layers]
-    biases = [layer.local("bias") if "bias" in layer.specs else None for layer in layers]
-    return distributed_product(x, weights, biases, roles, keep=parallel.keep_gathered)
+    biases = [layer.local_bias() for layer in layers]
+    if parallel.schedule.in_panels:
+        Y = panel_product(x, weights, plan, parallel)
+        return tuple(y if b is None else y + b for y, b in zip(Y, biases, strict=True))
+    return distributed_product(x, weights, biases, roles, parallel.schedule, _site(layers, parallel))
+
+
+def _site(layers: Sequence[ParallelLinear], parallel: Parallel) -> Site:
+    """Where the gathered product of these layers gets its weights early and leaves their gradients late."""
+
+    def weights() -> list[Tensor]:
+        return [to_local(layer._parameters["weight"]).to(parallel.compute) for layer in layers]
+
+    def add(gradients: list[Tensor]) -> None:
+        for layer, gradient in zip(layers, gradients, strict=True):
+            add_gradient(layer._parameters["weight"], gradient)
+
+    return Site(tuple(id(layer) for layer in layers), parallel.overlap, weights, add)
 
 
 def _cut_for(plan: LinearPlan, x: Tensor, roles: Roles, parallel: Parallel) -> tuple[Tensor, Roles]:

@@ -44,15 +44,29 @@ class _RMSNorm(torch.autograd.Function):
         return dx.to(x.dtype), d_gain, None, None, None
 
 
+def _moments(wide: Tensor, features: int, group: Group | None) -> tuple[Tensor, Tensor]:
+    """The mean of each row, and the sum of squares around it, [T, 1] each.
+
+    Cut features take one all-reduce of two sums a token, each rank's squares being around its own mean (Chan et al.
+    1979); in float64, as the means' own squares cancel.
+    """
+    mean = wide.mean(-1, keepdim=True)
+    squares = torch.linalg.vecdot(wide - mean, wide - mean).unsqueeze(-1)
+    if group is None:
+        return mean, squares
+    mine, count = mean.double(), wide.shape[-1]
+    total, around_zero = all_reduce(torch.stack([mine * count, squares + mine.square() * count]), group)
+    return (total / features).to(wide.dtype), (around_zero - total.square() / features).to(wide.dtype)
+
+
 class _LayerNorm(torch.autograd.Function):
     """y = g · (x − mean) / sqrt(var + eps) + b.    dx = r · (g·dy − mean(g·dy) − x̂ · mean(x̂ · g·dy))"""
 
     @staticmethod
     def forward(ctx, x: Tensor, gain: Tensor, bias: Tensor, eps: float, features: int, group: Group | None) -> Tensor:
         wide = _widened(x)
-        mean = all_reduce(wide.sum(-1, keepdim=True), group) / features
+        mean, squares = _moments(wide, features, group)
         centred = wide - mean
-        squares = all_reduce(torch.linalg.vecdot(centred, centred).unsqueeze(-1), group)
         scale = torch.rsqrt(squares / features + eps)
         ctx.save_for_backward(x, gain, mean, scale)
         ctx.features, ctx.group = features, group

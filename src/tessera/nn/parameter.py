@@ -6,15 +6,17 @@ and the tables that `inspect` prints. A parameter is a DTensor on the model mesh
 
 import hashlib
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from tessera.layout import Layout
+from tessera.collectives import all_gather
+from tessera.layout import HIDDEN, Layout, LinearPlan, column_parallel, row_parallel
 from tessera.mesh import MODEL_AXES, Mesh
+from tessera.schedule import Overlap, Schedule
 
 
 @dataclass(frozen=True)
@@ -64,16 +66,29 @@ def local_slice(n: int, axes: tuple[str, ...], mesh: Mesh) -> slice:
 
 @dataclass(frozen=True)
 class Parallel:
-    """What every layer of one model shares: the mesh, the residual layout, dtypes and what is kept for the backward.
+    """What every layer of one model shares: the mesh, the layouts of the streams, the schedule and the dtypes.
 
-    Parameters are held in `dtype`; products run in `compute` (bf16 over fp32 parameters, or the same).
+    Parameters are held in `dtype`; products run in `compute` (bf16 over fp32 parameters, or the same). `attention` is
+    the hidden stream inside attention; `weights_over` the token axes along which weights are stored cut; `overlap`
+    moves weights early and their gradients late.
     """
 
     mesh: Mesh
     residual: Layout
     dtype: torch.dtype = torch.float32
     compute: torch.dtype = torch.float32
-    keep_gathered: bool = False
+    schedule: Schedule = Schedule()
+    attention: Layout = HIDDEN
+    weights_over: tuple[str, ...] = ("row",)
+    overlap: Overlap = field(default_factory=Overlap, compare=False)
+
+    def column(self, hidden: Layout = HIDDEN) -> LinearPlan:
+        """The plan of a column-parallel layer, residual → hidden."""
+        return column_parallel(self.residual, hidden, self.weights_over)
+
+    def row(self, hidden: Layout = HIDDEN) -> LinearPlan:
+        """The plan of a row-parallel layer, hidden → residual."""
+        return row_parallel(self.residual, hidden, self.weights_over)
 
 
 class ParallelModule(nn.Module):
@@ -144,6 +159,31 @@ def to_local(tensor: Tensor | None) -> Tensor:
     """The local data of a parameter, gradient or optimizer state, outside autograd."""
     assert tensor is not None
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor.detach()
+
+
+@torch.no_grad()
+def add_gradient(parameter: nn.Parameter | None, gradient: Tensor) -> None:
+    """Add to a parameter's gradient what autograd did not: `gradient` is local, in any dtype."""
+    assert parameter is not None
+    gradient = gradient.to(parameter.dtype)
+    if parameter.grad is not None:
+        to_local(parameter.grad).add_(gradient)
+    elif isinstance(parameter, DTensor):
+        parameter.grad = DTensor(gradient.contiguous(), parameter._spec, requires_grad=False)
+    else:
+        parameter.grad = gradient.contiguous()
+
+
+def gather_whole(shard: Tensor, shape: tuple[int, ...], cuts: Iterable[tuple[str, ...]], mesh: Mesh) -> Tensor:
+    """The whole of a tensor of which this rank holds `shard`, dim by dim; every rank gets it."""
+    for dim, (length, axes) in enumerate(zip(shape, cuts, strict=True)):
+        missing = -(-length // mesh.size(axes)) - shard.shape[dim]
+        if missing:  # shards are as long as torch.chunk's: only what lies at the end is padding
+            shard = torch.cat([shard, shard.new_zeros(*shard.shape[:dim], missing, *shard.shape[dim + 1 :])], dim)
+        for axis in reversed(axes):  # the minor ones come together first
+            shard = all_gather(shard, dim, mesh.group((axis,)))
+        shard = shard.narrow(dim, 0, length)
+    return shard
 
 
 def named_specs(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, ParameterSpec]]:

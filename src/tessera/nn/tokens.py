@@ -1,5 +1,6 @@
 """The tokens of one micro-batch as one rank sees them: T = B · S of them, batch-major, cut as the two streams say."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,24 +12,30 @@ from tessera.mesh import Mesh
 
 @dataclass(frozen=True)
 class Tokens:
-    """`sequence` is S (padded); `dropout` the key of this micro-batch's masks, None in evaluation."""
+    """`sequence` is S (padded); `dropout` the key of this micro-batch's masks, None in evaluation.
+
+    `residual` are this rank's tokens in the residual stream, `attention` those of its whole sequences.
+    """
 
     sequence: int
     residual: slice
-    hidden: slice
+    attention: slice
     device: torch.device
     dropout: int | None = None
 
     @classmethod
-    def of(cls, input_ids: Tensor, residual: Layout, mesh: Mesh, dropout: int | None = None) -> "Tokens":
+    def of(
+        cls, input_ids: Tensor, residual: Layout, attention: Layout, mesh: Mesh, dropout: int | None = None
+    ) -> "Tokens":
         """Place the tokens of `input_ids` [B, S]. Raises ValueError when they do not divide by their axes."""
         B, S = input_ids.shape
-        whole_sequences = mesh.size(HIDDEN.tokens)
+        whole_sequences = mesh.size(attention.tokens)
         if B % whole_sequences:
             raise ValueError(
-                f"a batch of {B} sequences does not divide by the {whole_sequences} ranks along {HIDDEN.tokens}"
+                f"a batch of {B} sequences does not divide by the {whole_sequences} ranks along {attention.tokens}"
             )
-        return cls(S, _part(B * S, residual, mesh), _part(B * S, HIDDEN, mesh), input_ids.device, dropout)
+        _part(B * S, HIDDEN, mesh)  # the rest of the hidden stream must divide too
+        return cls(S, _part(B * S, residual, mesh), _part(B * S, attention, mesh), input_ids.device, dropout)
 
     def positions(self, part: slice) -> Tensor:
         """The position in its sequence of each token of `part`."""
@@ -48,6 +55,5 @@ def _part(total: int, layout: Layout, mesh: Mesh) -> slice:
 
 
 def length_multiple(batch: int, residual: Layout, mesh: Mesh) -> int:
-    """What sequence lengths must be a multiple of, so that `batch` sequences divide over the residual stream."""
-    ranks = mesh.size(residual.tokens)
-    return next(m for m in range(1, ranks + 1) if batch * m % ranks == 0)
+    """What sequence lengths must be a multiple of, so that the tokens of `batch` sequences divide over both streams."""
+    return math.lcm(*(ranks // math.gcd(ranks, batch) for ranks in map(mesh.size, (residual.tokens, HIDDEN.tokens))))
