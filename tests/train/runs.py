@@ -135,7 +135,7 @@ def refusal_on_rank(settings: dict[str, Any]) -> str:
 
 def run(settings: dict[str, Any]) -> Metrics:
     """Train on the worker pool of the size that the settings ask for; what metrics.jsonl then holds."""
-    pool(settings.get("tensor_parallel_size", 1)).run(train_on_rank, settings)
+    pool(TrainConfig.model_validate(settings).world_size).run(train_on_rank, settings)
     return metrics(settings)
 
 

@@ -29,7 +29,6 @@ NOT_DONE: dict[str, NotDone] = {
     "heads_k_stride": NotDone("context parallelism", _SIZE),
     "pipeline_parallel_size": NotDone("pipeline parallelism", _SIZE),
     "expert_parallel_size": NotDone("expert parallelism", _SIZE),
-    "tensor_parallel_mesh": NotDone("the axes of the 2d, 2.5d and 3d geometries"),
     "fsdp": NotDone("sharded data parallelism"),
     "fsdp_version": NotDone("sharded data parallelism"),
     "fsdp_config": NotDone("sharded data parallelism"),
@@ -125,7 +124,6 @@ NOT_DONE_IN_DATASETS: dict[str, NotDone] = {
 }
 
 NOT_DONE_VALUES: dict[str, tuple[str, ...]] = {
-    "tensor_parallel_mode": ("2d", "2.5d", "3d"),
     "save_strategy": ("epoch", "best"),
     "gradient_checkpointing": ("offload", "offload_disk", "unsloth"),
     "optimizer": (

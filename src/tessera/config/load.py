@@ -15,10 +15,14 @@ import yaml
 from pydantic import ValidationError
 
 from tessera.config import compat
-from tessera.config.schema import DatasetConfig, Section, TokenizerConfig, TrainConfig
+from tessera.config.schema import DatasetConfig, MeshConfig, Section, TokenizerConfig, TrainConfig
 from tessera.errors import UserError
 
-_SECTIONS: dict[str, type[Section]] = {"datasets": DatasetConfig, "tokenizer": TokenizerConfig}
+_SECTIONS: dict[str, type[Section]] = {
+    "datasets": DatasetConfig,
+    "tokenizer": TokenizerConfig,
+    "tensor_parallel_mesh": MeshConfig,
+}
 
 
 class ConfigError(UserError):

@@ -4,18 +4,31 @@ Relative paths (base_model, datasets, tokenizer, output_dir) count from the curr
 not fit raises a `UserError` naming the key. `compat.py` has the keys of other tools, `load.py` reads YAML.
 """
 
+import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from tessera.errors import UserError
+
+if TYPE_CHECKING:
+    from tessera.fitting import TensorParallel
+    from tessera.schedule import Schedule
 
 LocalPath = Annotated[str, Field(min_length=1), BeforeValidator(lambda v: _expand_home(v))]
 
 
 def _expand_home(value: object) -> object:
     return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~") else value
+
+
+def _geometry(mode: str) -> str:
+    from tessera.layout import GEOMETRIES
+
+    if mode not in GEOMETRIES:
+        raise UserError("tensor_parallel_mode", mode, "is not a geometry", f"one of {', '.join(GEOMETRIES)}")
+    return mode
 
 
 def _yaml_no(value: object) -> object:
@@ -56,6 +69,15 @@ TokenizerChoice = Annotated[
     Annotated[LocalPath, Tag("path")] | Annotated[TokenizerConfig, Tag("train")],
     Discriminator(_kind_of_tokenizer),
 ]
+
+
+class MeshConfig(Section):
+    """The sizes of the tensor axes, given one by one."""
+
+    inner: int = Field(1, ge=1, description="Cuts the features of the residual stream (3d).")
+    depth: int = Field(1, ge=1, description="Cuts tokens; weights are repeated along it (2.5d), or stored cut.")
+    row: int = Field(1, ge=1, description="Cuts tokens; weights are stored cut along it (2d, 2.5d, 3d).")
+    col: int = Field(1, ge=1, description="Cuts heads, feed-forward features and the vocabulary (all geometries).")
 
 
 class TrainConfig(Section):
@@ -136,10 +158,42 @@ class TrainConfig(Section):
     )
 
     # Layout
-    tensor_parallel_size: int = Field(1, ge=1, description="Devices over which each layer is cut.")
-    tensor_parallel_mode: Literal["1d"] = Field("1d", description="The geometry of that cut.")
+    tensor_parallel_size: int | None = Field(
+        None, ge=1, description="Devices over which each layer is cut. Unset: from tensor_parallel_mesh, or 1."
+    )
+    tensor_parallel_mode: Annotated[str, AfterValidator(lambda v: _geometry(v))] = Field(
+        "1d", description="The geometry of that cut: 1d (Megatron), 2d (SUMMA), 2.5d (Tesseract) or 3d."
+    )
+    tensor_parallel_depth: int | None = Field(
+        None, ge=1, description="Devices along depth in 2.5d. Unset: 2, or as tensor_parallel_mesh says."
+    )
+    tensor_parallel_mesh: MeshConfig | None = Field(
+        None, description="The sizes of the axes {inner, depth, row, col}. Unset: derived from mode and size."
+    )
+    tensor_parallel_depth_weights: Literal["replicate", "shard"] = Field(
+        "replicate", description="shard: store weights cut over depth too and gather them for each product."
+    )
+    tensor_parallel_schedule: Literal["gather", "summa", "cannon", "auto"] = Field(
+        "gather", description="How operands move: in one collective, in one of the loops, or as measured fastest."
+    )
+    tensor_parallel_slices: int = Field(
+        1, ge=1, description="Panels into which a gathered product is cut, each gathered while the last multiplies."
+    )
+    tensor_parallel_keep_gathered: bool = Field(
+        False, description="Keep gathered operands for the backward instead of gathering them again."
+    )
+    tensor_parallel_prefetch: bool = Field(True, description="Gather the weights of a product during the one before.")
+    tensor_parallel_defer: bool = Field(
+        True, description="Wait for the sum of a weight's gradient only when the next one is on its way."
+    )
+    tensor_parallel_overlap: bool = Field(
+        True, description="Sum the gradient of a product's input during the product that gives its weight's."
+    )
+    tensor_parallel_scratch_gib: float = Field(
+        2.0, gt=0, description="Memory that schedule auto may use for gathered operands on a device, in GiB."
+    )
     sequence_parallel: bool = Field(
-        True, description="Cut the residual stream over tokens on the tensor axis instead of repeating it."
+        True, description="Cut the residual stream over tokens along col instead of repeating it there."
     )
     group_timeout_minutes: float = Field(
         10, gt=0, description="Minutes a collective may wait for a rank before the run ends with an error."
@@ -167,7 +221,44 @@ class TrainConfig(Section):
     @property
     def world_size(self) -> int:
         """Processes that the sizes given make."""
-        return self.tensor_parallel_size
+        return math.prod(self.axes.values())
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """The sizes of inner, depth, row and col. Raises UserError when mode, size and mesh do not agree."""
+        return self.tensor_parallel.axes
+
+    @property
+    def tensor_parallel(self) -> "TensorParallel":
+        """The tensor axes as the keys ask for them; see `fitting.check_sizes`."""
+        from tessera.fitting import TensorParallel
+
+        mesh = self.tensor_parallel_mesh
+        return TensorParallel(
+            mode=self.tensor_parallel_mode,
+            size=self.tensor_parallel_size,
+            depth=self.tensor_parallel_depth,
+            mesh=None if mesh is None else mesh.model_dump(),
+            depth_weights=self.tensor_parallel_depth_weights,
+            schedule=self.tensor_parallel_schedule,
+            slices=self.tensor_parallel_slices,
+            keep_gathered=self.tensor_parallel_keep_gathered,
+            sequence_parallel=self.sequence_parallel,
+        )
+
+    @property
+    def schedule(self) -> "Schedule":
+        """How operands move; before auto has measured, gathered."""
+        from tessera.schedule import Schedule
+
+        return Schedule(
+            "gather" if self.tensor_parallel_schedule == "auto" else self.tensor_parallel_schedule,
+            self.tensor_parallel_slices,
+            keep=self.tensor_parallel_keep_gathered,
+            prefetch=self.tensor_parallel_prefetch,
+            defer=self.tensor_parallel_defer,
+            overlap=self.tensor_parallel_overlap,
+        )
 
     @model_validator(mode="after")
     def _keys_agree(self) -> "TrainConfig":
@@ -209,7 +300,12 @@ def defaults_taken(config: TrainConfig) -> dict[str, Any]:
 def keys_table() -> str:
     """Every key with its default and meaning, as a Markdown table."""
     lines = ["| key | default | meaning |", "|---|---|---|"]
-    sections: dict[str, type[Section]] = {"": TrainConfig, "datasets[].": DatasetConfig, "tokenizer.": TokenizerConfig}
+    sections: dict[str, type[Section]] = {
+        "": TrainConfig,
+        "datasets[].": DatasetConfig,
+        "tokenizer.": TokenizerConfig,
+        "tensor_parallel_mesh.": MeshConfig,
+    }
     for prefix, section in sections.items():
         for name, field in section.model_fields.items():
             default = "required" if field.is_required() else f"`{_as_yaml(field.default)}`"

@@ -84,13 +84,20 @@ def _load(config_path: str | Path, overrides: Sequence[str], say: bool) -> "Trai
 
 
 def _check_world(config: "TrainConfig", processes: int | None, key: str) -> int:
-    if processes in (None, config.world_size):
-        return config.world_size
+    try:
+        made = config.world_size
+    except UserError:
+        from tessera.train.preflight import resolve
+
+        resolve(config)  # raises too, and knows which sizes fit the model
+        raise
+    if processes in (None, made):
+        return made
     raise UserError(
         key,
         processes,
-        f"the sizes given make {config.world_size}: tensor_parallel_size {config.tensor_parallel_size}",
-        f"use {config.world_size} processes, or tensor_parallel_size: {processes}",
+        f"the sizes given make {made}: tensor axes {config.axes}",
+        f"use {made} processes, or tensor_parallel_size: {processes}",
     )
 
 

@@ -8,9 +8,14 @@ from typing import TYPE_CHECKING
 from tessera.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from tessera.config.schema import TrainConfig
     from tessera.data.prepare import Prepared
+    from tessera.mesh import Mesh
     from tessera.models.config import ModelConfig
+    from tessera.nn.parameter import Parallel
+    from tessera.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,7 @@ class Run:
 
 def resolve(config: "TrainConfig") -> Run:
     """Read what the config names and check that the sizes fit; writes nothing, starts nothing. Raises UserError."""
-    from tessera.layout import check_sizes
+    from tessera.fitting import check_sizes
     from tessera.models.hub import read_model_config, resolve_model_folder
 
     folder = resolve_model_folder(config.base_model)
@@ -32,11 +37,37 @@ def resolve(config: "TrainConfig") -> Run:
         reason = "is base_model too, whose weights would be overwritten"
         raise UserError("output_dir", config.output_dir, reason, "give the run a folder of its own")
     model = read_model_config(folder)
-    check_sizes(config.tensor_parallel_mode, config.tensor_parallel_size, model.dimensions)
+    check_sizes(config.tensor_parallel, model.dimensions, config.micro_batch_size)
     if model.rope is None and config.sequence_len > model.max_positions:
         reason = f"the model has {model.max_positions} positions"
         raise UserError("sequence_len", config.sequence_len, reason, f"at most {model.max_positions}")
     return Run(folder, model, checkpoint_to_resume(config))
+
+
+def parallel_for(
+    config: "TrainConfig",
+    mesh: "Mesh",
+    schedule: "Schedule | None" = None,
+    dtype: "torch.dtype | None" = None,
+    compute: "torch.dtype | None" = None,
+) -> "Parallel":
+    """The layouts that `config` asks for, on `mesh`; `schedule` where auto has chosen one; float32 unless given."""
+    import torch
+
+    from tessera.layout import attention_layout, residual_layout
+    from tessera.nn.parameter import Parallel
+
+    schedule = schedule or config.schedule
+    sharded = config.tensor_parallel_depth_weights == "shard"
+    return Parallel(
+        mesh,
+        residual_layout(config.sequence_parallel, schedule.name),
+        dtype or torch.float32,
+        compute or dtype or torch.float32,
+        schedule,
+        attention_layout(mesh.sizes, config.micro_batch_size),
+        ("depth", "row") if sharded else ("row",),
+    )
 
 
 def checkpoint_to_resume(config: "TrainConfig") -> Path | None:

@@ -18,18 +18,18 @@ from tessera.data.loader import Loader
 from tessera.data.prepare import TRAINED, Prepared, open_prepared
 from tessera.data.rows import Split, open_rows
 from tessera.errors import RunFailed, UserError
-from tessera.layout import HIDDEN, mesh_sizes, residual_layout
+from tessera.layout import HIDDEN
 from tessera.mesh import MODEL_AXES, Mesh
 from tessera.models.decoder import Decoder
 from tessera.models.hub import export, load_weights
-from tessera.nn.parameter import Parallel, to_local
+from tessera.nn.parameter import to_local
 from tessera.nn.tokens import length_multiple
 from tessera.observe.memory import parameter_elements
 from tessera.parallel.gradients import first_copy
 from tessera.train import checkpoint
 from tessera.train.log import Log, Stopwatch
 from tessera.train.optimizer import build_optimizer, learning_rate
-from tessera.train.preflight import Run, prepare_data, resolve
+from tessera.train.preflight import Run, parallel_for, prepare_data, resolve
 from tessera.train.step import Step, StepResult
 
 if TYPE_CHECKING:
@@ -87,14 +87,13 @@ class Trainer:
 
     def __init__(self, config: "TrainConfig", device: torch.device) -> None:
         self.config = config
-        self.mesh = Mesh(mesh_sizes(config.tensor_parallel_mode, config.tensor_parallel_size), device)
+        self.mesh = Mesh(config.axes, device)
         self.first = self.mesh.rank == 0
         self.output = Path(config.output_dir)
         self.resolved: Run = resolve(config)
         self.prepared: Prepared = self._prepare()
-        residual = residual_layout(config.sequence_parallel)
         bf16 = devices.has_bf16(device) if config.bf16 == "auto" else config.bf16
-        parallel = Parallel(self.mesh, residual, compute=torch.bfloat16 if bf16 else torch.float32)
+        parallel = parallel_for(config, self.mesh, compute=torch.bfloat16 if bf16 else torch.float32)
         self.model = Decoder(self.resolved.model, parallel, gradient_checkpointing=config.gradient_checkpointing)
         self.optimizer = build_optimizer(
             self.model,
@@ -131,7 +130,7 @@ class Trainer:
 
     def _loader(self, split: Split, *, shuffle: bool) -> Loader:
         config = self.config
-        multiple = length_multiple(config.micro_batch_size, residual_layout(config.sequence_parallel), self.mesh)
+        multiple = length_multiple(config.micro_batch_size, self.model.residual, self.mesh)
         return Loader(
             open_rows(self.prepared.folder, split),
             config.micro_batch_size,
