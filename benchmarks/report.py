@@ -74,20 +74,28 @@ class Outcome:
 
 def describe_run(rounds: int, steps: int, warm_up: int) -> str:
     """Heading: date, commit, command, hardware, versions, settings. Call it before the run, for the load."""
+    return "\n".join(
+        (
+            describe_machine("bench.py", "torch", "transformers", "accelerate"),
+            f"- steps: {warm_up} to warm up, then {rounds} rounds of {steps}, interleaved; gloo, one thread a rank,"
+            " fp32, AdamW fused, clipping 1.0, constant learning rate",
+        )
+    )
+
+
+def describe_machine(script: str, *packages: str) -> str:
+    """Date, command, commit, hardware, versions."""
     from importlib.metadata import version
 
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "accelerate"))
-    command = shlex.join(["python", "benchmarks/bench.py", *sys.argv[1:]])
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
     return "\n".join(
         (
             f"# Benchmark of {time.strftime('%Y-%m-%d %H:%M')}",
             "",
-            f"- command: `{command}`",
+            f"- command: `{shlex.join(['python', f'benchmarks/{script}', *sys.argv[1:]])}`",
             f"- commit: {_commit()}",
             f"- hardware: {_processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before the run",
-            f"- versions: Python {platform.python_version()}, {packages}, {platform.system()}",
-            f"- steps: {warm_up} to warm up, then {rounds} rounds of {steps}, interleaved; gloo, one thread a rank,"
-            " fp32, AdamW fused, clipping 1.0, constant learning rate",
+            f"- versions: Python {platform.python_version()}, {versions}, {platform.system()}",
         )
     )
 

@@ -129,7 +129,6 @@ def _three_dimensional(size: int, depth: int) -> dict[str, int]:
 
 
 # tensor_parallel_mode → the sizes of (inner, depth, row, col) that a tensor_parallel_size (and depth) gives.
-# The config opens 1d; the layers hold for all.
 GEOMETRIES: dict[str, Callable[[int, int], dict[str, int]]] = {
     "1d": _one_dimensional,
     "2d": _two_dimensional,

@@ -190,24 +190,52 @@ class _Panels:
             self.r = Shifts(along_col, mesh.coordinates["row"])
             self.w = Shifts(roles.tokens, mesh.coordinates["col"])
 
+    # Where the sum over `inner` scatters features, each of its ranks gets its part of every H: the joined weight has
+    # a block for each rank, with its part of every weight.
+
+    @property
+    def _blocks(self) -> int:
+        return self.inner.size if self.inner is not None and self.h_dim == 1 else 1
+
+    def join(self, weights: Sequence[Tensor]) -> Tensor:
+        """The weights as one."""
+        pieces = zip(*(w.chunk(self._blocks) for w in weights), strict=True)
+        return _cat([piece for block in pieces for piece in block], 0)
+
+    def part(self, joined: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+        """The conjugate of `join`."""
+        blocks = [block.split(self.widths(weights)) for block in joined.chunk(self._blocks)]
+        return [_cat(pieces, 0) for pieces in zip(*blocks, strict=True)]
+
+    def widths(self, weights: Sequence[Tensor]) -> list[int]:
+        """How many features of each H this rank gets."""
+        return [w.shape[0] // self._blocks for w in weights]
+
+
+def _cat(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
+
 
 class _ColumnProduct(torch.autograd.Function):
+    """H_i = R · W_iᵀ; the weights move and multiply as one, joined anew in the backward: a copy is not kept."""
+
     @staticmethod
-    def forward(ctx, r: Tensor, w: Tensor, panels: _Panels) -> Tensor:
-        H, kept = None, []
+    def forward(ctx, r: Tensor, panels: _Panels, *weights: Tensor) -> tuple[Tensor, ...]:
+        w, H, kept = panels.join(weights), None, []
         for r_p, w_p in zip(panels.r.incoming(r), panels.w.incoming(w), strict=True):
             H = r_p @ w_p.T if H is None else H.addmm_(r_p, w_p.T)
             if panels.keep:
                 kept += [r_p, w_p]
         assert H is not None
-        ctx.panels = panels
-        ctx.save_for_backward(r, w, *kept)
-        return start_reduce(H, panels.h_dim, panels.inner).wait()
+        ctx.panels, ctx.count = panels, len(weights)
+        ctx.save_for_backward(r, *weights, *kept)
+        return start_reduce(H, panels.h_dim, panels.inner).wait().split(panels.widths(weights), 1)
 
     @staticmethod
-    def backward(ctx, dh: Tensor):
-        (r, w, *kept), panels = ctx.saved_tensors, ctx.panels
-        dH = start_unshard(dh, panels.h_dim, panels.inner).wait()
+    def backward(ctx, *dh: Tensor):
+        (r, *saved), panels = ctx.saved_tensors, ctx.panels
+        weights, kept = saved[: ctx.count], saved[ctx.count :]
+        dH, w = start_unshard(_cat(dh, 1), panels.h_dim, panels.inner).wait(), panels.join(weights)
         dR, dW = panels.r.outgoing(r), panels.w.outgoing(w)
         coming = zip(kept[::2], kept[1::2], strict=True)
         if not panels.keep:
@@ -215,7 +243,7 @@ class _ColumnProduct(torch.autograd.Function):
         for r_p, w_p in coming:
             dR.add(dH @ w_p)
             dW.add(dH.T @ r_p)
-        return dR.result(), dW.result(), None
+        return dR.result(), None, *panels.part(dW.result(), weights)
 
 
 class _RowProduct(torch.autograd.Function):
@@ -252,11 +280,7 @@ def panel_product(x: Tensor, weights: Sequence[Tensor], plan: LinearPlan, parall
     """
     panels = _Panels(plan, parallel)
     if panels.column:
-        # where the sum over `inner` scatters features, each of its ranks must get its part of every Y
-        parts = panels.inner.size if panels.inner is not None and panels.h_dim == 1 else 1
-        pieces = [piece for part in zip(*(w.chunk(parts) for w in weights), strict=True) for piece in part]
-        joined = torch.cat(pieces) if len(pieces) > 1 else weights[0]
-        return _ColumnProduct.apply(x, joined, panels).split([w.shape[0] // parts for w in weights], 1)
+        return _ColumnProduct.apply(x, panels, *weights)
     (w,) = weights
     mesh, schedule = parallel.mesh, parallel.schedule
     tokens = x.shape[0] * mesh.size(plan.input.tokens) // mesh.size(plan.output.tokens)

@@ -130,7 +130,7 @@ class DistributedProduct(torch.autograd.Function):
                 reducing_x.wait()
         if needs_w:
             X = gathering_x.wait()
-            reducing_w = Together(start_reduce, [dy.T @ X for dy in dY], roles.w_dim, 1 - roles.w_dim, roles.tokens)
+            reducing_w = _start_weight_sums(dY, X, roles)
         db = [dy.sum(0) if has else None for dy, has in zip(dy_TN, ctx.has_bias, strict=True)]
         if needs_x:
             dX = reducing_x.wait()
@@ -148,6 +148,28 @@ def _start_weights(weights: Sequence[Tensor], roles: Roles, schedule: Schedule, 
     return site.overlap.gather(
         site.key, lambda: Together(start_unshard, site.weights(), roles.w_dim, 1 - roles.w_dim, roles.tokens)
     )
+
+
+def _start_weight_sums(dY: Sequence[Tensor], X: Tensor, roles: Roles) -> Moving:
+    """dW_i = dY_iᵀ X on their way to the shards; where inputs are scattered, formed as [K, N]: none is copied."""
+    if roles.tokens is None or roles.w_dim == 0:
+        return Together(start_reduce, [dy.T @ X for dy in dY], roles.w_dim, 1 - roles.w_dim, roles.tokens)
+    widths = [dy.shape[1] for dy in dY]
+    joined_KN = X.new_empty(X.shape[1], sum(widths))
+    for dy, place in zip(dY, joined_KN.split(widths, 1), strict=True):
+        torch.mm(X.T, dy, out=place)
+    return _Split(start_reduce(joined_KN.T, 1, roles.tokens), widths)
+
+
+@dataclass(frozen=True)
+class _Split:
+    """Tensors that move joined along dim 0."""
+
+    pending: Pending
+    lengths: list[int]
+
+    def wait(self) -> list[Tensor]:
+        return list(self.pending.wait().split(self.lengths))
 
 
 def distributed_product(

@@ -75,6 +75,7 @@ class Overlap:
     def begin(self, key: Hashable) -> None:
         """A forward begins; those with the same `key` ask for the same weights in the same order."""
         self._expected, self._asked, self._ahead = self._orders.get(key, []), [], None
+        self._late.clear()  # of a backward that failed
         self._orders[key] = self._asked
 
     def gather(self, site: Hashable, start: Callable[[], Moving]) -> Moving:

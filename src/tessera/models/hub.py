@@ -42,10 +42,10 @@ TOKENIZER_FILES = (
 SHARD_BYTES = 5_000_000_000
 
 
-def resolve_model_folder(base_model: str) -> Path:
+def resolve_model_folder(base_model: str, *, weights: bool = True) -> Path:
     """The folder of `base_model`: a local one, or that of a hub name, downloaded where the cache lacks it.
 
-    Only config, safetensors and tokenizer files are fetched, never pickles or code. UserError: neither such a
+    Only config, safetensors (if `weights`) and tokenizer files are fetched, never pickles or code. UserError: neither such a
     folder nor a hub name, or the hub does not give it and the cache has no copy.
     """
     folder = Path(base_model).expanduser()
@@ -59,7 +59,7 @@ def resolve_model_folder(base_model: str) -> Path:
     import huggingface_hub  # most runs name a folder and need none of it
 
     try:
-        patterns = ["*.json", "model*.safetensors", *TOKENIZER_FILES]
+        patterns = ["*.json", *TOKENIZER_FILES, *(["model*.safetensors"] if weights else [])]
         return Path(huggingface_hub.snapshot_download(base_model, allow_patterns=patterns))
     except Exception as error:  # the library and the network below it raise many kinds
         reason = f"no such folder, and the hub gives no model of this name: {str(error).partition(chr(10))[0]}"

@@ -29,19 +29,26 @@ class Run:
 
 def resolve(config: "TrainConfig") -> Run:
     """Read what the config names and check that the sizes fit; writes nothing, starts nothing. Raises UserError."""
-    from tessera.fitting import check_sizes
-    from tessera.models.hub import read_model_config, resolve_model_folder
+    from tessera.models.hub import resolve_model_folder
 
     folder = resolve_model_folder(config.base_model)
     if folder.resolve() == Path(config.output_dir).resolve():
         reason = "is base_model too, whose weights would be overwritten"
         raise UserError("output_dir", config.output_dir, reason, "give the run a folder of its own")
-    model = read_model_config(folder)
+    return Run(folder, fitting_model(config, folder), checkpoint_to_resume(config))
+
+
+def fitting_model(config: "TrainConfig", folder: Path | None = None) -> "ModelConfig":
+    """The model of base_model (of config.json in `folder`, where known); UserError when it does not fit `config`."""
+    from tessera.fitting import check_sizes
+    from tessera.models.hub import read_model_config, resolve_model_folder
+
+    model = read_model_config(folder or resolve_model_folder(config.base_model, weights=False))
     check_sizes(config.tensor_parallel, model.dimensions, config.micro_batch_size)
     if model.rope is None and config.sequence_len > model.max_positions:
         reason = f"the model has {model.max_positions} positions"
         raise UserError("sequence_len", config.sequence_len, reason, f"at most {model.max_positions}")
-    return Run(folder, model, checkpoint_to_resume(config))
+    return model
 
 
 def parallel_for(

@@ -1,0 +1,252 @@
+"""Schedules and geometries side by side: `python benchmarks/geometries.py`, some minutes.
+
+A stack of feed-forward layers, x + W₂ gelu(W₁ x), forward and backward, in float32, one thread a rank. All contenders
+of a world live in the same processes and take turns, so that whatever else the machine does falls on all alike; each is
+first held against one process. Reported: the best wall time of a step (the slowest rank's), the CPU time of all ranks
+in the step with the least of it, and the bytes and calls handed to torch.distributed, as c10d sees them.
+"""
+
+import argparse
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.update(OMP_NUM_THREADS="1", TORCH_CPP_LOG_LEVEL="ERROR")
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.contenders.dtensor_mlp import Stack as DTensorStack
+from benchmarks.measure import LiveTensors
+from benchmarks.report import describe_machine
+from tessera.layout import residual_layout
+from tessera.mesh import Mesh
+from tessera.nn.linear import ColumnParallelLinear, RowParallelLinear
+from tessera.nn.parameter import Parallel, gather_whole, named_specs, to_local
+from tessera.parallel.gradients import sum_replicated_gradients
+from tessera.schedule import Schedule
+
+LAYERS = 3
+Sizes = dict[str, int]
+
+
+class Shape(NamedTuple):
+    """Tokens, residual features, hidden features."""
+
+    tokens: int
+    features: int
+    hidden: int
+
+    def __str__(self) -> str:
+        return f"{self.tokens} tokens, {self.features} → {self.hidden}"
+
+
+class Contender(NamedTuple):
+    """A row of the table: Tessera with this schedule, or torch's DTensor (None)."""
+
+    name: str
+    sizes: Sizes
+    schedule: Schedule | None
+
+
+class Result(NamedTuple):
+    """Best wall seconds, least CPU seconds of all ranks, and one rank's calls and bytes in a step."""
+
+    wall: float
+    cpu: float
+    calls: int
+    payload: int
+
+
+SHAPES = [Shape(512, 512, 2048), Shape(2048, 512, 2048), Shape(512, 1024, 4096)]
+AHEAD = {"prefetch": True, "defer": True}
+GRID = {"row": 2, "col": 2}
+SCHEDULES = [
+    Contender("gather", GRID, Schedule(**AHEAD)),
+    Contender("gather, kept", GRID, Schedule(keep=True, **AHEAD)),
+    Contender("slices 2", GRID, Schedule(slices=2)),
+    Contender("slices 4", GRID, Schedule(slices=4)),
+    Contender("summa", GRID, Schedule("summa")),
+    Contender("cannon", GRID, Schedule("cannon")),
+]
+MESHES: dict[str, Sizes] = {
+    "2d 2×2": GRID,
+    "2.5d 2×1×2": {"depth": 2, "col": 2},
+    "3d 2×1×2": {"inner": 2, "col": 2},
+    "2.5d 2×2×2": {"depth": 2, "row": 2, "col": 2},
+    "3d 2×2×2": {"inner": 2, "row": 2, "col": 2},
+}
+AGAINST_DTENSOR = [
+    contender
+    for name, sizes in MESHES.items()
+    for contender in (
+        Contender(f"{name}, Tessera", sizes, Schedule(keep=True, **AHEAD)),
+        Contender(f"{name}, Tessera, gathered again", sizes, Schedule(**AHEAD)),
+        Contender(f"{name}, DTensor", sizes, None),
+    )
+]
+
+
+class TesseraStack(nn.Module):
+    """The same layers as Tessera's own; takes and gives this rank's residual shard."""
+
+    def __init__(self, weights: list[tuple[Tensor, Tensor]], mesh: Mesh, schedule: Schedule) -> None:
+        super().__init__()
+        self.parallel = Parallel(mesh, residual_layout(True, schedule.name), schedule=schedule)
+        self.layers = nn.ModuleList()
+        for up, down in weights:
+            pair = ColumnParallelLinear(*up.T.shape, self.parallel), RowParallelLinear(*down.T.shape, self.parallel)
+            self.layers.append(nn.ModuleList(pair))
+            with torch.no_grad():
+                for layer, whole in zip(pair, (up, down), strict=True):
+                    ((_, parameter, spec),) = named_specs(layer)
+                    to_local(parameter).copy_(whole[spec.local_slices(mesh)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.parallel.overlap.begin(True)
+        for up, down in self.layers:  # type: ignore[misc]
+            x = x + down(F.gelu(up(x)))
+        return x
+
+
+def draw(shape: Shape) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    generator = torch.Generator().manual_seed(0)
+    normal = lambda *size: torch.randn(*size, generator=generator) * 0.02  # noqa: E731
+    weights = [(normal(shape.hidden, shape.features), normal(shape.features, shape.hidden)) for _ in range(LAYERS)]
+    return 50 * normal(shape.tokens, shape.features), weights
+
+
+def alone(x: Tensor, weights: list[tuple[Tensor, Tensor]]) -> Tensor:
+    for up, down in weights:
+        x = x + F.gelu(x @ up.T) @ down.T
+    return x
+
+
+def prepare(contender: Contender, shape: Shape, meshes: dict[str, Mesh]) -> tuple[nn.Module, Callable[[], None]]:
+    """The contender's stack and its step, after its output has been held against one process."""
+    whole, weights = draw(shape)
+    mesh = meshes.setdefault(str(contender.sizes), Mesh(contender.sizes))
+    residual = residual_layout(True, contender.schedule.name if contender.schedule else "gather")
+    x = whole.chunk(mesh.size(residual.tokens))[mesh.index(residual.tokens)]
+    x = x.chunk(mesh.size(residual.features), 1)[mesh.index(residual.features)].contiguous().requires_grad_()
+    if contender.schedule is None:
+        stack: nn.Module = DTensorStack(weights, contender.sizes)
+    else:
+        stack = TesseraStack(weights, mesh, contender.schedule)
+
+    def step() -> None:
+        stack.zero_grad()
+        stack(x).square().sum().backward()
+        if contender.schedule is not None:  # DTensor has summed over depth in its own backward
+            sum_replicated_gradients(stack, mesh)
+
+    with torch.no_grad():
+        y = gather_whole(stack(x).detach(), tuple(whole.shape), (residual.tokens, residual.features), mesh)
+        difference = (y - alone(whole, weights)).norm() / y.norm()
+    if difference > 1e-5:
+        raise AssertionError(f"{contender.name} differs from one process by {difference:.1e}")
+    return stack, step
+
+
+def compare(contenders: list[Contender], shape: Shape, rounds: int, meshes: dict[str, Mesh]) -> list[tuple[Any, ...]]:
+    """On one rank: per contender (walls, CPU seconds, calls, bytes)."""
+    stacks = [prepare(contender, shape, meshes) for contender in contenders]
+    walls: list[list[float]] = [[] for _ in contenders]
+    cpus: list[list[float]] = [[] for _ in contenders]
+    for number in range(rounds + 2):
+        for place in range(len(contenders)):
+            index = (place + number) % len(contenders)
+            dist.barrier()
+            wall, cpu = time.perf_counter(), time.process_time()
+            stacks[index][1]()
+            walls[index].append(time.perf_counter() - wall)
+            cpus[index].append(time.process_time() - cpu)
+    answers = []
+    for (_, step), wall_times, cpu_times in zip(stacks, walls, cpus, strict=True):
+        with LiveTensors() as seen:
+            step()
+        calls, payload = dict(seen.calls), dict(seen.payload)
+        calls.pop("recv", None), payload.pop("recv", None)  # the other half of a send
+        answers.append((wall_times[2:], cpu_times[2:], sum(calls.values()), sum(payload.values())))
+    return answers
+
+
+def serve(rank: int, world: int, store: str, jobs: list[tuple[list[Contender], Shape]], rounds: int, pipe: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
+    meshes: dict[str, Mesh] = {}
+    for contenders, shape in jobs:
+        pipe.send(compare(contenders, shape, rounds, meshes))
+    dist.destroy_process_group()
+
+
+def run(world: int, jobs: list[tuple[list[Contender], Shape]], rounds: int) -> list[list[Result]]:
+    """The results of every job, in order of its contenders."""
+    context = multiprocessing.get_context("forkserver")
+    pipes, processes = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for rank in range(world):
+            ours, theirs = context.Pipe()
+            args = (rank, world, f"{folder}/store", jobs, rounds, theirs)
+            processes.append(context.Process(target=serve, args=args, daemon=True))
+            processes[-1].start()
+            theirs.close()
+            pipes.append(ours)
+        found = []
+        for contenders, shape in jobs:
+            by_rank = [pipe.recv() for pipe in pipes]
+            found.append([_result([ranks[i] for ranks in by_rank]) for i in range(len(contenders))])
+            print(f"{world} ranks, {shape}: done", file=sys.stderr, flush=True)
+        for process in processes:
+            process.join()
+    return found
+
+
+def _result(ranks: list[tuple[Any, ...]]) -> Result:
+    walls = [max(times) for times in zip(*(rank[0] for rank in ranks), strict=True)]
+    cpus = [sum(times) for times in zip(*(rank[1] for rank in ranks), strict=True)]
+    return Result(min(walls), min(cpus), ranks[0][2], ranks[0][3])
+
+
+def table(contenders: list[Contender], results: list[Result]) -> list[str]:
+    lines = ["| | best wall, ms | CPU of all ranks, ms | calls | MiB |", "|---|---|---|---|---|"]
+    for contender, r in zip(contenders, results, strict=True):
+        figures = f"{r.wall * 1e3:.1f} | {r.cpu * 1e3:.1f} | {r.calls} | {r.payload / 2**20:.2f}"
+        lines.append(f"| {contender.name} | {figures} |")
+    return [*lines, ""]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--quick", action="store_true", help="one small shape, two rounds: does it run?")
+    options = parser.parse_args()
+    shapes, rounds = (SHAPES, options.rounds) if not options.quick else ([Shape(64, 64, 128)], 2)
+    settings = (
+        f"- {rounds} rounds, interleaved, after two to warm up; {LAYERS} layers, gloo, one thread a rank, float32"
+    )
+    lines = [describe_machine("geometries.py", "torch"), settings, "", "## Schedules, 2d 2×2", ""]
+    for shape, results in zip(shapes, run(4, [(SCHEDULES, shape) for shape in shapes], rounds), strict=True):
+        lines += [f"### {shape}", "", *table(SCHEDULES, results)]
+    for world in (4, 8):
+        ours = [c for c in AGAINST_DTENSOR if torch.tensor(list(c.sizes.values())).prod() == world]
+        lines += [f"## Beside DTensor with explicit redistribute, {world} ranks", ""]
+        for shape, results in zip(shapes, run(world, [(ours, shape) for shape in shapes], rounds), strict=True):
+            lines += [f"### {shape}", "", *table(ours, results)]
+    text = "\n".join(lines)
+    print(text)
+    if options.output:
+        options.output.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
