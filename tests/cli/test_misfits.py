@@ -1,0 +1,131 @@
+"""`tessera train` with sizes that do not fit: one message with those that do, code 2, nothing started or written."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tessera.cli.main import main
+from tessera.train import launch
+from train.runs import LLAMA, SETTINGS, command, run_command, save_rows
+
+
+class Started(Exception):
+    """The launcher was about to start its ranks."""
+
+
+@pytest.fixture
+def settings(tmp_path) -> dict[str, Any]:
+    """Those of a run of a model with hidden 32, ffn 48, 8 heads, 2 kv heads (8 features), vocabulary 509, batch 3."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(LLAMA | {"model_type": "llama"}))
+    return SETTINGS | {
+        "base_model": str(tmp_path / "model"),
+        "random_init": True,
+        "datasets": [{"path": str(save_rows(tmp_path / "rows.jsonl"))}],
+        "output_dir": str(tmp_path / "run"),
+    }
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys, settings, tmp_path) -> Callable[..., str]:
+    """The complaint of `tessera train` in this process about `settings` with these changes."""
+
+    def start(arguments, world):
+        raise Started(world)
+
+    def call(*options: str, **changes: Any) -> str:
+        words = command(settings | changes, *options)
+        before = files(tmp_path)
+        monkeypatch.setattr("sys.argv", ["tessera", *words[3:]])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr()
+        assert ended.value.code == 2 and said.out.count("\n") <= 1, said.out  # the defaults taken
+        assert files(tmp_path) == before
+        assert "Traceback" not in said.err and len(re.findall(r"^\S", said.err, re.M)) == 1, said.err
+        return said.err
+
+    monkeypatch.setattr(launch, "run_workers", start)
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    return call
+
+
+def files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+MISFITS: dict[str, tuple[dict[str, Any], str, list[str]]] = {
+    "heads": ({"size": 5}, "tensor_parallel_size: 5", ["= 8 of the model 5 ways", "4 or 8 fits"]),
+    "batch": ({"mode": "2d", "size": 4}, "micro_batch_size: 3", ["or micro_batch_size: 2 or 4", "_size: 2 fits"]),
+    "hidden": (
+        {"mode": "2d", "mesh": {"row": 3, "col": 2}},
+        "tensor_parallel_mesh: {row: 3, col: 2}",
+        ["cuts hidden_size = 32 of the model 3 ways", "{row: 1, col: 4} or {row: 1, col: 8}", "hidden_size 30 or 33"],
+    ),
+    "not a cube": (
+        {"mode": "3d", "size": 6},
+        "tensor_parallel_size: 6",
+        ["is not a cube", "tensor_parallel_mesh: {inner: 2, row: 1, col: 2} or {inner: 2, row: 1, col: 4}"],
+    ),
+    "no depth": (
+        {"mode": "2.5d", "size": 3},
+        "tensor_parallel_size: 3",
+        ["the depth of 2", "tensor_parallel_depth: 3"],
+    ),
+    "not a square": (
+        {"mode": "2d", "size": 2, "schedule": "summa"},
+        "tensor_parallel_schedule: summa",
+        ["row 1 × col 2", "tensor_parallel_schedule: gather", "tensor_parallel_size: 1 fits"],
+    ),
+    "slices": ({"size": 2, "slices": 5}, "tensor_parallel_slices: 5", ["tensor_parallel_slices: 4 or 8"]),
+    "a wrong axis": (
+        {"mode": "2d", "mesh": {"inner": 2, "col": 2}},
+        "tensor_parallel_mesh: {inner: 2, row: 1, col: 2}",
+        ["tensor_parallel_mode: 3d"],
+    ),
+    "keys that disagree": ({"mode": "2d", "size": 4, "mesh": {"col": 2}}, "tensor_parallel_size: 4", ["makes 2"]),
+    "several at once": (
+        {"mode": "2d", "size": 4, "schedule": "summa", "slices": 2, "keep_gathered": True},
+        "tensor_parallel_keep_gathered: true",
+        ["tensor_parallel_schedule: gather, micro_batch_size: 2 or 4"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_a_misfit_is_told_before_anything_happens(refused, case):
+    changes, opening, told = MISFITS[case]
+    message = refused(**{f"tensor_parallel_{key}": value for key, value in changes.items()})
+    assert message.startswith(f"{opening}\n  "), message
+    for text in told:
+        assert text in message, message
+
+
+def test_what_a_message_proposes_starts(refused, settings, monkeypatch):
+    """The same command with the size that the message gives reaches the point where ranks are started."""
+    message = refused(tensor_parallel_mode="2d", tensor_parallel_size=4)
+    for batch in re.findall(r"\d", message.partition("or micro_batch_size: ")[2]):
+        fitting = {"tensor_parallel_mode": "2d", "tensor_parallel_size": 4, "micro_batch_size": int(batch)}
+        monkeypatch.setattr("sys.argv", ["tessera", *command(settings | fitting)[3:]])
+        with pytest.raises(Started) as started:
+            main()
+        assert started.value.args == (4,)
+
+
+def test_a_misfit_is_told_before_the_number_of_processes(refused):
+    message = refused("--num-processes", "6", tensor_parallel_mode="3d", tensor_parallel_size=6)
+    assert message.startswith("tensor_parallel_size: 6\n  is not a cube")
+
+
+def test_a_misfit_in_a_shell(settings, tmp_path):
+    before = files(tmp_path)
+    done = run_command(settings | {"tensor_parallel_mode": "3d", "tensor_parallel_size": 6})
+    assert done.returncode == 2, done.stderr
+    assert "fits this model and batch" in done.stderr and "Traceback" not in done.stderr
+    assert files(tmp_path).keys() - before.keys() == {tmp_path / "run.yaml"}
