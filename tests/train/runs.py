@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import transformers
@@ -15,6 +16,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
+from support.mesh import shared_mesh
 from support.pool import pool
 from tessera.config.schema import TrainConfig
 from tessera.errors import RunFailed, UserError
@@ -30,6 +32,13 @@ LLAMA = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 32,
 }
+LLAMA_64 = LLAMA | {"hidden_size": 64, "intermediate_size": 96}
+LLAMA_96 = LLAMA | {
+    "hidden_size": 96,
+    "intermediate_size": 192,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+}
 GPT2 = {
     "vocab_size": VOCABULARY,
     "n_embd": 32,
@@ -39,12 +48,20 @@ GPT2 = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
+GPT2_64 = GPT2 | {"n_embd": 64, "n_head": 8}
 NO_DROPOUT = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
 MODELS = {
     "llama": transformers.LlamaConfig(**LLAMA),
     "llama tied": transformers.LlamaConfig(**LLAMA, tie_word_embeddings=True),
     "gpt2": transformers.GPT2Config(**GPT2, **NO_DROPOUT),
     "gpt2 dropout": transformers.GPT2Config(**GPT2),
+    "llama 64": transformers.LlamaConfig(**LLAMA_64),
+    "llama 64 tied": transformers.LlamaConfig(**LLAMA_64, tie_word_embeddings=True),
+    "llama 64 biases": transformers.LlamaConfig(**LLAMA_64, attention_bias=True, mlp_bias=True),
+    "llama 96": transformers.LlamaConfig(**LLAMA_96),
+    "llama 96 tied": transformers.LlamaConfig(**LLAMA_96, tie_word_embeddings=True),
+    "gpt2 64": transformers.GPT2Config(**GPT2_64, **NO_DROPOUT),
+    "gpt2 64 dropout": transformers.GPT2Config(**GPT2_64),
 }
 SETTINGS: dict[str, Any] = {
     "sequence_len": 16,
@@ -122,7 +139,8 @@ class Workshop:
 
 def train_on_rank(settings: dict[str, Any]) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the pool talks over gloo
-    train(TrainConfig.model_validate(settings))
+    with patch("tessera.train.trainer.Mesh", lambda sizes, device: shared_mesh(sizes)):
+        train(TrainConfig.model_validate(settings))
 
 
 def refusal_on_rank(settings: dict[str, Any]) -> str:

@@ -1,0 +1,178 @@
+"""Five steps of the trainer in every geometry and schedule against transformers and torch.optim in a plain loop."""
+
+import json
+import shutil
+from typing import Any
+
+import pytest
+import torch
+
+from train.runs import Metrics, Workshop, exported, metrics, run
+from train.test_parity import SAME, SAME_WEIGHTS, check, without_key_bias, worst_difference
+
+SHARD = {"tensor_parallel_depth_weights": "shard"}
+
+
+def mesh(mode: str, **axes: int) -> dict[str, Any]:
+    return {"tensor_parallel_mode": mode, "tensor_parallel_mesh": axes, "micro_batch_size": 8}
+
+
+def size(mode: str, ranks: int) -> dict[str, Any]:
+    return {"tensor_parallel_mode": mode, "tensor_parallel_size": ranks, "micro_batch_size": 8}
+
+
+def schedule(name: str) -> dict[str, Any]:
+    kind, _, slices = name.partition(" ")
+    return {"tensor_parallel_slices": int(slices)} if kind == "slices" else {"tensor_parallel_schedule": kind}
+
+
+LAYOUTS = {
+    "2d 2×2": size("2d", 4),
+    "2d 1×4": mesh("2d", row=1, col=4),
+    "2d 4×1": mesh("2d", row=4, col=1),
+    "2d 2×3": size("2d", 6) | {"micro_batch_size": 6},
+    "2.5d 2×2×2": size("2.5d", 8),
+    "2.5d 2×2×2 shard": size("2.5d", 8) | SHARD,
+    "2.5d 2×1×2": size("2.5d", 4),
+    "2.5d 2×2×1 shard": mesh("2.5d", depth=2, row=2) | SHARD,
+    "3d 2×2×2": size("3d", 8),
+    "3d 1×2×4": mesh("3d", inner=1, row=2, col=4),
+    "3d 2×1×2": mesh("3d", inner=2, row=1, col=2),
+    "3d 2×1×2 by heads": mesh("3d", inner=2, row=1, col=2) | {"micro_batch_size": 3},
+}
+MODELS = ("llama 64", "llama 64 tied", "gpt2 64")
+RUNS = [
+    *(("2d 2×2", "gather", model) for model in MODELS),
+    *(("2d 1×4", "gather", model) for model in MODELS[1:]),
+    *(("2d 4×1", "gather", model) for model in MODELS[::2]),
+    *(("2d 2×3", "gather", model) for model in ("llama 96", "llama 96 tied")),
+    *(("2.5d 2×2×2", "gather", model) for model in MODELS[1:]),
+    *(("2.5d 2×2×2 shard", "gather", model) for model in MODELS[::2]),
+    *(("3d 2×2×2", "gather", model) for model in MODELS),
+    *(("3d 1×2×4", "gather", model) for model in MODELS[1:]),
+    *(("3d 2×1×2", "gather", model) for model in MODELS[::2]),
+    *(("3d 2×1×2 by heads", "gather", model) for model in MODELS[1:]),
+    ("2d 2×2", "summa", "llama 64 tied"),
+    ("2d 2×2", "cannon", "gpt2 64"),
+    ("2d 2×2", "slices 2", "gpt2 64"),
+    ("2d 2×2", "slices 4", "llama 64"),
+    ("2.5d 2×2×2", "summa", "gpt2 64"),
+    ("2.5d 2×2×2", "cannon", "llama 64"),
+    ("2.5d 2×2×1 shard", "slices 2", "llama 64 tied"),
+    ("2.5d 2×1×2", "slices 4", "gpt2 64"),
+    ("3d 2×2×2", "summa", "llama 64"),
+    ("3d 2×2×2", "cannon", "llama 64 tied"),
+    ("3d 2×2×2", "slices 2", "gpt2 64"),
+    ("3d 2×1×2 by heads", "slices 4", "llama 64 tied"),
+]
+LOOPS = {"summa": {"broadcast", "reduce"}, "cannon": {"shift"}}
+
+
+def settings_of(workshop: Workshop, folder: Any, layout: str, name: str, model: str, **changes: Any) -> dict[str, Any]:
+    return workshop.settings(model, folder, **LAYOUTS[layout] | schedule(name) | changes)
+
+
+def loop_kinds(folder: Any) -> set[str]:
+    """The collectives of a step that only the loops use."""
+    collectives = json.loads((folder / "summary.json").read_text())["collectives"]
+    return {row["kind"] for row in collectives} & set.union(*LOOPS.values())
+
+
+@pytest.mark.parametrize(("layout", "name", "model"), RUNS, ids=lambda value: value)
+def test_a_run_equals_the_plain_loop(workshop: Workshop, plain, tmp_path, layout, name, model):
+    settings = settings_of(workshop, tmp_path / "run", layout, name, model)
+    check(settings, run(settings), plain(model, micro_batch_size=settings["micro_batch_size"]))
+    assert loop_kinds(tmp_path / "run") == LOOPS.get(name, set()), "another schedule ran"
+
+
+@pytest.mark.parametrize("mode", ["2d", "2.5d", "3d"])
+def test_the_list_leaves_nothing_out(mode):
+    met = [(name, model) for layout, name, model in RUNS if layout.split()[0] == mode]
+    assert {model for _, model in met} >= set(MODELS)
+    assert {name for name, _ in met} == {"gather", "summa", "cannon", "slices 2", "slices 4"}
+
+
+SMOOTHING = {"label_smoothing_factor": 0.1}
+RECOMPUTED = {"gradient_checkpointing": True}
+ONE_EPOCH = {"max_steps": None}  # 26 rows do not fill its last step
+KEPT = {"tensor_parallel_keep_gathered": True}
+AT_ONCE = {f"tensor_parallel_{switch}": False for switch in ("prefetch", "defer", "overlap")}
+
+
+@pytest.mark.parametrize(
+    ("layout", "name", "model", "own"),
+    [
+        ("2d 2×2", "gather", "llama 64 biases", {}),
+        ("2d 2×2", "cannon", "llama 64 biases", {}),
+        ("2.5d 2×1×2", "slices 2", "llama 64 biases", KEPT),
+        ("3d 2×1×2", "gather", "gpt2 64", KEPT),
+        ("3d 2×1×2 by heads", "gather", "llama 64 biases", AT_ONCE),
+    ],
+)
+def test_everything_else_at_once_equals_the_plain_loop(workshop: Workshop, plain, tmp_path, layout, name, model, own):
+    """Label smoothing, recomputed layers, a last step that the rows do not fill."""
+    settings = settings_of(
+        workshop, tmp_path / "run", layout, name, model, **SMOOTHING, **RECOMPUTED, **ONE_EPOCH, **own
+    )
+    batch = settings["micro_batch_size"]
+    found = run(settings)
+    check(settings, found, plain(model, micro_batch_size=batch, **SMOOTHING, **ONE_EPOCH))
+    assert worst_difference(found, plain(model, micro_batch_size=batch, **ONE_EPOCH)) > 100 * SAME
+
+
+# ---- What transformers has no like of: one process is the reference
+
+COURSE = {"micro_batch_size": 4, "max_steps": 4, "save_steps": 2, "val_set_size": 5, "eval_steps": 2, "shuffle": True}
+
+
+@pytest.fixture(scope="module")
+def alone(workshop, tmp_path_factory):
+    """A run with dropout and evaluation in one process."""
+    settings = workshop.settings("gpt2 64 dropout", tmp_path_factory.mktemp("alone") / "run", **COURSE)
+    return run(settings), exported(settings)
+
+
+def numbers(found: Metrics, key: str) -> list[float]:
+    return [line[key] for line in found if key in line]
+
+
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    [("2d 2×2", "summa"), ("2.5d 2×2×1 shard", "gather"), ("3d 2×1×2", "gather")],
+)
+def test_dropout_evaluation_and_resume(workshop: Workshop, alone, tmp_path, layout, name):
+    """Those of one process; and a run that goes on from its own checkpoint is bit for bit the whole one."""
+    settings = settings_of(workshop, tmp_path / "whole", layout, name, "gpt2 64 dropout", **COURSE)
+    found, (want, weights) = run(settings), alone
+    assert len(numbers(found, "eval_loss")) == 2
+    for key in ("loss", "grad_norm", "eval_loss"):
+        assert numbers(found, key) == pytest.approx(numbers(want, key), rel=SAME), key
+    ours, theirs = without_key_bias(exported(settings)), without_key_bias(weights)
+    assert max((ours[n] - w).norm() / w.norm() for n, w in theirs.items()) <= SAME_WEIGHTS
+
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoint-4")
+    resumed = settings | {"output_dir": str(tmp_path / "resumed"), "resume_from_checkpoint": True}
+    again = run(resumed)
+    assert [line["step"] for line in again] == [1, 2, 3, 4] and metrics(settings) != again
+    for key in ("loss", "grad_norm", "eval_loss"):
+        assert numbers(again, key) == numbers(found, key), key
+    whole = exported(settings)
+    assert all(torch.equal(tensor, whole[n]) for n, tensor in exported(resumed).items())
+
+
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    [("2d 2×2", "gather"), ("2d 2×2", "cannon"), ("2.5d 2×2×1 shard", "slices 2"), ("3d 2×1×2", "gather")],
+)
+def test_bf16_is_close_and_keeps_float32_parameters(workshop: Workshop, plain, tmp_path, layout, name):
+    settings = settings_of(workshop, tmp_path / "run", layout, name, "llama 64", bf16=True)
+    found, want = run(settings), plain("llama 64", micro_batch_size=8)
+    assert numbers(found, "loss") == pytest.approx(want.losses, rel=0.02)
+    assert worst_difference(found, want) > SAME, "this was not bfloat16"
+    assert {tensor.dtype for tensor in exported(settings).values()} == {torch.float32}
+
+
+def test_the_difference_of_another_batch_would_be_seen(workshop: Workshop, plain, tmp_path):
+    settings = settings_of(workshop, tmp_path / "run", "2d 2×2", "gather", "llama 64")
+    assert worst_difference(run(settings), plain("llama 64", micro_batch_size=3)) > 100 * SAME
