@@ -1,4 +1,4 @@
-.PHONY: demo demo-memory test lint bench clean
+.PHONY: demo demo-memory test lint bench figures clean
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -27,6 +27,19 @@ test: lint
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/bench.py
+
+# Every figure of docs/, in some three minutes, most of them for `tessera count`.
+INSPECT := $(BIN)/tessera inspect docs/figures/small.yaml
+
+figures: $(INSTALLED)
+	$(BIN)/python docs/figures/one_rule.py
+	$(BIN)/python docs/figures/panels.py
+	set -e; for mode in 1d 2d 2.5d 3d; do \
+	    $(INSPECT) --set tensor_parallel_mode=$$mode --picture docs/figures/$$mode.svg > /dev/null; done
+	$(INSPECT) --set tensor_parallel_mode=2d --set tensor_parallel_size=4 --set tensor_parallel_schedule=summa \
+	    --picture docs/figures/summa.svg > /dev/null
+	$(BIN)/tessera count --output docs/figures > /dev/null
+	rm docs/figures/scale.png
 
 clean:
 	rm -rf build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache

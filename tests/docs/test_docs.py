@@ -4,13 +4,14 @@ import re
 import shlex
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"(?:<!-- torchrun: (\d+) -->\n)?```(\w+)\n(.*?)```", re.DOTALL)
 
 
@@ -19,7 +20,7 @@ def blocks(language: str) -> list:
     for document in DOCUMENTS:
         for number, match in enumerate(BLOCK.finditer(document.read_text()), 1):
             if match[2] == language:
-                found.append(pytest.param(match[1], match[3], id=f"{document.name}-{number}"))
+                found.append(pytest.param(match[1], match[3], id=f"{document.relative_to(ROOT)}-{number}"))
     return found
 
 
@@ -28,7 +29,7 @@ def test_python_runs(ranks, code, tmp_path):
     script = tmp_path / "block.py"
     script.write_text(code)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks] if ranks else []
-    run = subprocess.run([sys.executable, *torchrun, str(script)], capture_output=True, text=True, timeout=120)
+    run = subprocess.run([sys.executable, *torchrun, str(script)], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
 
 
@@ -58,6 +59,7 @@ def test_commands_exist(_, text):
                 assert option in help_text, f"{option} of: {line}"
 
 
+@cache
 def tessera_help(command: str) -> str:
     environment = {"NO_COLOR": "1", "COLUMNS": "200", "PATH": "/usr/bin:/bin"}
     run = subprocess.run(
@@ -67,16 +69,24 @@ def tessera_help(command: str) -> str:
     return run.stdout
 
 
+def headings(document: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a document."""
+    texts = re.findall(r"^#+ (.*)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in texts}
+
+
 def test_links_lead_somewhere():
     for document in DOCUMENTS:
-        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
-            assert (document.parent / target).exists(), f"{document.name}: {target}"
+        for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", document.read_text()):
+            file = document.parent / target if target else document
+            assert file.exists(), f"{document}: {target}"
+            assert not anchor or anchor in headings(file), f"{document}: {target}#{anchor}"
 
 
 def test_paths_in_backquotes_exist():
     for document in DOCUMENTS:
         for path in re.findall(r"`((?:src|tests|docs|benchmarks)/[\w./-]+)`", document.read_text()):
-            assert (ROOT / path).exists(), f"{document.name}: {path}"
+            assert (ROOT / path).exists(), f"{document}: {path}"
 
 
 def test_the_table_of_keys_is_the_schema():
