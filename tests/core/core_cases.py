@@ -178,6 +178,8 @@ def c10d_calls(events: list[dict[str, Any]]) -> list[tuple[str, int]]:
 
 def step_peak(sizes: dict[str, int]) -> tuple[int, int]:
     """Peak bytes of building a model and training it for two steps; bytes left when all of it is gone."""
+    if sizes:
+        assert shared_mesh(sizes).device_mesh  # made before, and kept: it is not the step's
     with PeakMemory() as memory:
         step = step_of("gpt2", sizes)
         step(0)

@@ -74,6 +74,63 @@ def demo_memory(
 
 
 @app.command()
+def inspect(
+    config: Annotated[Path, typer.Argument(help="The YAML file of the run.", metavar="CONFIG")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Replace a key of the file (repeatable)."),
+    ] = None,
+    weight: Annotated[str | None, typer.Option(help="The parameter to picture; without it the first up.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw who holds which block into this .svg or .png.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Show what each rank of a layout holds and receives: parameters, bytes, blocks, collectives. Starts no ranks."""
+    from tessera.cli.inspect import inspect
+
+    inspect(config, overrides or [], weight, picture, as_json)
+
+
+@app.command()
+def count(
+    ranks: Annotated[str, typer.Option(help="Numbers of devices to compare, with commas between.")] = "8,16,64,512",
+    model: Annotated[str | None, typer.Option(help="A folder with config.json; unset: sizes of Llama 3 70B.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Layers; unset: those of the folder, or 16.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences of the micro-batch.")] = 512,
+    sequence: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 64,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep gathered copies for the backward.")] = False,
+    memory: Annotated[float, typer.Option(help="GB of a device, which the best mesh may hold.")] = 80.0,
+    output: Annotated[Path | None, typer.Option(help="A folder for scale.md, scale.svg and scale.png.")] = None,
+) -> None:
+    """Count words and memory of one device in every geometry, on up to hundreds of devices that are not there."""
+    from tessera.cli.count import count
+
+    count(ranks, model, layers, batch, sequence, keep, memory, output)
+
+
+@app.command()
+def verify(
+    config: Annotated[Path, typer.Argument(help="The YAML file of the run.", metavar="CONFIG")],
+    full: Annotated[bool, typer.Option("--full", help="At the model's own sizes instead of in miniature.")] = False,
+    all_layouts: Annotated[
+        int | None, typer.Option(min=1, metavar="RANKS", help="Verify every layout of so many ranks.")
+    ] = None,
+    inject: Annotated[
+        str | None,
+        typer.Option(metavar="K|all", help="Leave out the K-th collective of a step, or each in turn: is it caught?"),
+    ] = None,
+    report: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write what was found as JSON.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Replace a key of the file (repeatable)."),
+    ] = None,
+) -> None:
+    """Prove that a layout computes what one process computes: loss, every gradient, weights, and words by formula."""
+    from tessera.cli.verify import Asked, verify
+
+    verify(config, Asked(overrides or [], full, all_layouts, inject, report))
+
+
+@app.command()
 def config_schema() -> None:
     """Print the JSON Schema of the YAML file, for editors."""
     import json

@@ -113,6 +113,8 @@ class Attention(nn.Module):
         """x_TF in the residual layout; `rope` the table of `rope_table`, or None for positions learned elsewhere."""
         q, k, v = parallel_linear([self.q, self.k, self.v], x_TF)
         shape = (q.shape[0] // tokens.sequence, tokens.sequence)
+        if q.stride(-1) != 1:  # scattered over features: fused kernels want each head's features side by side
+            q = q.contiguous()
         q = q.view(*shape, -1, self.head_dim)
         k, v = self._key_value_heads(k, v, shape)
         if rope is not None:

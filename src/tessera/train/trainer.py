@@ -26,6 +26,7 @@ from tessera.nn.parameter import to_local
 from tessera.nn.tokens import length_multiple
 from tessera.observe.memory import parameter_elements
 from tessera.parallel.gradients import first_copy
+from tessera.plan.tune import tune
 from tessera.train import checkpoint
 from tessera.train.log import Log, Stopwatch
 from tessera.train.optimizer import build_optimizer, learning_rate
@@ -93,7 +94,10 @@ class Trainer:
         self.resolved: Run = resolve(config)
         self.prepared: Prepared = self._prepare()
         bf16 = devices.has_bf16(device) if config.bf16 == "auto" else config.bf16
-        parallel = parallel_for(config, self.mesh, compute=torch.bfloat16 if bf16 else torch.float32)
+        compute = torch.bfloat16 if bf16 else torch.float32
+        auto = config.tensor_parallel_schedule == "auto"
+        self.tuning = tune(config, self.resolved.model, self.mesh, compute) if auto else None
+        parallel = parallel_for(config, self.mesh, self.tuning.schedule if self.tuning else None, compute=compute)
         self.model = Decoder(self.resolved.model, parallel, gradient_checkpointing=config.gradient_checkpointing)
         self.optimizer = build_optimizer(
             self.model,
@@ -318,16 +322,24 @@ class Trainer:
         from tessera.config.load import dump_config
 
         self.output.mkdir(parents=True, exist_ok=True)
-        bf16 = self.model.parallel.compute is torch.bfloat16
-        resolved = self.config.model_copy(update={"bf16": bf16, "warmup_steps": self.warmup})
+        parallel = self.model.parallel
+        held = {
+            "bf16": parallel.compute is torch.bfloat16,
+            "warmup_steps": self.warmup,
+            "tensor_parallel_schedule": parallel.schedule.name,
+            "tensor_parallel_slices": parallel.schedule.slices,
+        }
+        resolved = self.config.model_copy(update=held)
         (self.output / "resolved_config.yaml").write_text(dump_config(resolved))
 
     def _say_start(self, log: Log) -> None:
+        for line in self.tuning.lines() if self.tuning else []:
+            log.say(line)
         parameters = sum(p.numel() for p in self.model.parameters())
         compute = str(self.model.parallel.compute).removeprefix("torch.")
         log.say(
             f"{self.resolved.model.family}, {parameters:,} parameters, on {self.mesh} "
-            f"({devices.describe(self.mesh.device)}), computing in {compute}"
+            f"({devices.describe(self.mesh.device)}), schedule {self.model.parallel.schedule}, computing in {compute}"
         )
         begun = f"from {self.resolved.resume}" if self.resolved.resume else "from the start"
         log.say(

@@ -1,0 +1,155 @@
+"""`tessera inspect CONFIG`: what each rank of a layout holds, a picture of it, and what travels on which axis.
+
+Needs config.json of the base model alone: no ranks, data or weights; writes nothing but the picture it is asked for.
+"""
+
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from tessera import device as devices
+from tessera.config.load import load_config
+from tessera.config.schema import TrainConfig
+from tessera.errors import UserError
+from tessera.mesh import MODEL_AXES, Mesh
+from tessera.observe.inspect import (
+    Held,
+    Inspection,
+    cut_in_words,
+    inspect_model,
+    padded,
+    placements_in_words,
+    streams,
+    traffic,
+)
+from tessera.observe.inspect_tables import WIDTH, Report, print_report
+from tessera.observe.picture import Grid, check_picture, draw
+from tessera.plan.words import StepShape
+from tessera.train.preflight import fitting_model, parallel_for
+
+
+def inspect(
+    config_path: Path, overrides: Sequence[str], weight: str | None, picture: Path | None, as_json: bool
+) -> None:
+    """Print the report on the config, as tables or JSON, and draw it into `picture`. Raises UserError first."""
+    if picture is not None:
+        check_picture(picture)
+    config, notes = load_config(config_path, overrides)
+    report = report_on(config, weight)
+    if picture is not None:
+        draw(report.title, report.inspection.mesh, report.grids, picture)
+    if as_json:
+        print(json.dumps(json_report(report), ensure_ascii=False, indent=1))
+        return
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = WIDTH
+    for note in notes:
+        console.print(note, markup=False)
+    print_report(console, report)
+    if picture is not None:
+        console.print(f"drawn into {picture}", markup=False)
+
+
+def report_on(config: TrainConfig, weight: str | None = None) -> Report:
+    """What there is to say of `config`. UserError: sizes that do not fit, no such model or weight."""
+    model = fitting_model(config)
+    bf16 = devices.has_bf16(devices.local_device()) if config.bf16 == "auto" else config.bf16
+    mesh = Mesh(config.axes, device="meta", rank=0)
+    parallel = parallel_for(config, mesh, compute=torch.bfloat16 if bf16 else torch.float32)
+    inspection = inspect_model(model, parallel)
+    shape = StepShape(
+        config.micro_batch_size,
+        padded(config.micro_batch_size, config.sequence_len, parallel),
+        config.gradient_accumulation_steps,
+        config.gradient_checkpointing,
+        config.label_smoothing_factor > 0,
+    )
+    ranks = f"{mesh} = {mesh.world} ranks" if mesh.world > 1 else str(mesh)
+    auto = " (auto, before it has measured)" if config.tensor_parallel_schedule == "auto" else ""
+    return Report(
+        f"{config.tensor_parallel_mode}: {ranks}, schedule {parallel.schedule}{auto}",
+        inspection,
+        shape,
+        streams(model, inspection, shape),
+        traffic(model, inspection, shape),
+        _chosen(inspection.parameters, weight),
+    )
+
+
+def _chosen(parameters: Sequence[Held], name: str | None) -> Held:
+    """The parameter of this name; unless given the first layer's up projection."""
+    by_name = {held.name: held for held in parameters}
+    wanted = "layers.0.mlp.up.weight" if name is None else name
+    if wanted not in by_name:
+        near = sorted(by_name, key=lambda name: -difflib.SequenceMatcher(None, wanted, name).ratio())[:3]
+        raise UserError("--weight", wanted, "is no parameter of this model", f"nearest: {', '.join(near)}")
+    return by_name[wanted]
+
+
+def json_report(report: Report) -> dict[str, Any]:
+    """The report for programs; sizes in elements or bytes, blocks as [first, last + 1]."""
+    inspection, mesh = report.inspection, report.inspection.mesh
+    return {
+        "layout": report.title,
+        "mesh": {axis: mesh.sizes[axis] for axis in MODEL_AXES},
+        "ranks": mesh.world,
+        "schedule": str(inspection.parallel.schedule),
+        "parameters": [_json_held(held, inspection) for held in inspection.parameters],
+        "streams": [_json_held(held, inspection) for held in report.streams],
+        "totals": {
+            name: {
+                "elements": totals.whole,
+                "elements_by_rank": totals.by_rank,
+                "parameter_bytes_by_rank": totals.parameter_bytes,
+                "gradient_bytes_by_rank": totals.gradient_bytes,
+                "optimizer_bytes_by_rank": totals.optimizer_bytes,
+            }
+            for name, totals in report.totals.items()
+        },
+        "matrices_are_one_of": inspection.share,
+        "blocks": [_json_grid(grid) for grid in report.grids],
+        "collectives": [
+            {
+                "place": move.row.place,
+                "pass": move.row.phase,
+                "what": move.row.what,
+                "kind": move.row.kind,
+                "axes": move.row.axes,
+                "calls": {"least": min(move.calls), "most": max(move.calls)},
+                "received_bytes": {"least": min(move.received), "most": max(move.received)},
+                "times_a_step": move.row.times,
+            }
+            for move in report.traffic
+        ],
+    }
+
+
+def _json_held(held: Held, inspection: Inspection) -> dict[str, Any]:
+    least, most = held.range
+    return {
+        "name": held.name,
+        "shape": held.spec.shape,
+        "cut": cut_in_words(held.dims, held.spec.cuts, inspection.mesh),
+        "placements": dict(
+            zip(inspection.mesh.present(MODEL_AXES), placements_in_words(held.spec, inspection.mesh), strict=True)
+        ),
+        "least_local_shape": least,
+        "most_local_shape": most,
+        "copies": held.copies,
+        "gradient_summed_over": inspection.mesh.present(held.spec.summed_axes),
+    }
+
+
+def _json_grid(grid: Grid) -> dict[str, Any]:
+    return {
+        "of": grid.title.partition("\n")[0],
+        "rows": [(row.start, row.stop) for row in grid.rows],
+        "columns": [(column.start, column.stop) for column in grid.columns],
+        "ranks": grid.ranks,
+    }

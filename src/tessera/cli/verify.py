@@ -1,0 +1,139 @@
+"""`tessera verify CONFIG`: a layout, or every layout of so many ranks, against one process on this machine.
+
+Needs config.json of the base model alone: ids are random. Writes nothing but the report it is asked for. The ranks run
+this command too, and read there again what is asked.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tessera.errors import RunFailed, UserError
+
+if TYPE_CHECKING:
+    from tessera.config.schema import TrainConfig
+    from tessera.verify.cases import Case
+
+EVERY = "all"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The options; `all_layouts` is a number of ranks, `inject` the number of a collective or "all"."""
+
+    overrides: Sequence[str] = ()
+    full: bool = False
+    all_layouts: int | None = None
+    inject: str | None = None
+    report: Path | None = None
+
+    def words(self) -> Iterator[str]:
+        """The same as words of a command line."""
+        for override in self.overrides:
+            yield from ("--set", override)
+        if self.full:
+            yield "--full"
+        for option, value in (("--all-layouts", self.all_layouts), ("--inject", self.inject), ("--json", self.report)):
+            if value is not None:
+                yield from (option, str(value))
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is asked, read: the layouts, why others do not fit, how many ranks they take."""
+
+    config: "TrainConfig"
+    cases: "list[Case]"
+    unfit: dict[str, str]
+    world: int
+
+
+def verify(config_path: Path, asked: Asked) -> None:
+    """Verify, and print what was found. Raises UserError before a rank is started, RunFailed for what is wrong."""
+    from tessera.train.launch import as_rank, run_workers
+
+    if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
+        as_rank(lambda _: _run_rank(config_path, asked))
+        return
+    from tessera.cli.demo import stay_on_cpu_without_gpus
+
+    work = _read(config_path, asked)
+    stay_on_cpu_without_gpus(work.world)
+    try:
+        run_workers(["-P", "-m", "tessera", "verify", str(config_path), *asked.words()], work.world)
+    except RunFailed as failure:
+        if failure.exit_code > 128:  # by a signal
+            raise RunFailed("stopped before everything was verified", failure.exit_code) from None
+        raise
+
+
+def _read(config_path: Path, asked: Asked) -> Work:
+    """The layouts asked for. Raises UserError for what does not fit."""
+    from tessera.config.load import load_config
+    from tessera.models.hub import read_model_config, resolve_model_folder
+    from tessera.verify.cases import cases_of, every_case
+
+    config, _ = load_config(config_path, asked.overrides)
+    model = read_model_config(resolve_model_folder(config.base_model))
+    if asked.report is not None and not asked.report.absolute().parent.is_dir():
+        raise UserError("--json", asked.report, "is in a folder that does not exist")
+    world = asked.all_layouts or config.world_size
+    if world == 1:
+        key, value = (
+            ("--all-layouts", 1) if asked.all_layouts else ("tensor_parallel_size", config.tensor_parallel_size)
+        )
+        raise UserError(key, value, "one process is what layouts are compared with", "at least 2")
+    if asked.all_layouts is None:
+        work = Work(config, cases_of(config, model, asked.full), {}, world)
+    else:
+        work = Work(config, *every_case(config, model, world, asked.full), world)
+    _check_injection(asked, work.cases)
+    return work
+
+
+def _check_injection(asked: Asked, cases: "list[Case]") -> None:
+    from tessera.verify.check import count_collectives
+
+    if asked.inject is None:
+        return
+    if asked.full:
+        raise UserError("--inject", asked.inject, "leaves collectives out of the miniature", "leave --full out")
+    if asked.inject == EVERY:
+        return
+    if len(cases) > 1:
+        raise UserError("--inject", asked.inject, f"there are {len(cases)} layouts", f"--inject {EVERY}, or one layout")
+    there_are = count_collectives(cases[0])
+    if not asked.inject.isdecimal() or not 1 <= int(asked.inject) <= there_are:
+        reason = f"is none of the {there_are} collectives of a step"
+        raise UserError("--inject", asked.inject, reason, f"1 to {there_are}, or {EVERY}")
+
+
+def _run_rank(config_path: Path, asked: Asked) -> None:
+    import torch.distributed as dist
+
+    from tessera import device as devices
+    from tessera.verify import report
+    from tessera.verify.check import Checker
+    from tessera.verify.session import Session, conclude
+
+    work = _read(config_path, asked)
+    if int(os.environ["WORLD_SIZE"]) != work.world:
+        raise UserError("WORLD_SIZE", os.environ["WORLD_SIZE"], f"the layout has {work.world} ranks")
+    device = devices.local_device()
+    devices.prepare(device, tf32=False)  # its products have three digits
+    dist.init_process_group(devices.backend(device), timeout=timedelta(minutes=work.config.group_timeout_minutes))
+    try:
+        first = dist.get_rank() == 0
+        session = Session(Checker(device), report.console() if first else None)
+        omit = None if asked.inject in (None, EVERY) else int(asked.inject)
+        several = len(work.cases) > 1
+        results = session.several(work.cases, work.unfit) if several else session.one(work.cases[0], omit)
+        right = all(result.ok for result in results)
+        unseen = session.leave_out_each(work.cases) if asked.inject == EVERY and right else []
+        if first:
+            conclude(results, work.unfit, unseen, asked.report)
+    finally:
+        dist.destroy_process_group()

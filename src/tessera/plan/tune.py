@@ -1,0 +1,225 @@
+"""The schedule of a run, chosen by measuring: the products of one decoder layer, forward and backward, on its own mesh.
+
+Candidates are the gathered product, whole and in slices, and the loops, as far as the config allows them. Those whose
+scratch memory (scratch.py) is above the limit are not run; if all are, the one that needs least is taken. What was
+measured is remembered in the user's cache folder, by everything that it depends on.
+
+Every rank decides by itself, from numbers that are the same on all: rank 0's memory, and the slowest rank's times.
+"""
+
+import math
+import os
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import tessera
+from tessera import device as devices
+from tessera.collectives import all_reduce, largest
+from tessera.fitting import Ask, first_misfit
+from tessera.mesh import MODEL_AXES, Mesh
+from tessera.models.config import ModelConfig
+from tessera.models.decoder import DecoderLayer
+from tessera.nn.linear import parallel_linear
+from tessera.nn.parameter import Parallel, to_local
+from tessera.nn.tokens import length_multiple
+from tessera.plan.remembered import Remembered
+from tessera.plan.scratch import scratch_bytes
+from tessera.schedule import Schedule
+from tessera.train.preflight import parallel_for
+
+if TYPE_CHECKING:
+    from tessera.config.schema import TrainConfig
+
+KINDS = (("gather", 1), ("gather", 2), ("gather", 4), ("gather", 8), ("summa", 1), ("cannon", 1))
+ROUNDS = 5
+BEHIND = 3.0
+"""A candidate that takes so many times the best one's time after a round is not run again."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A schedule with the layouts it needs: `tokens` of a (padded) micro-batch of `model`, and `scratch` bytes."""
+
+    model: ModelConfig
+    parallel: Parallel
+    tokens: int
+    recompute: bool
+
+    @property
+    def scratch(self) -> int:
+        return scratch_bytes(self.model, self.tokens, self.parallel, recompute=self.recompute)
+
+    @property
+    def name(self) -> str:
+        return str(self.parallel.schedule)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What was chosen, and from what. `milliseconds`: of those that were run, by name; `limit`: of scratch bytes."""
+
+    schedule: Schedule
+    candidates: Sequence[Candidate]
+    milliseconds: dict[str, float]
+    limit: int
+    source: str
+    trouble: str | None = None
+
+    def lines(self) -> list[str]:
+        """What a person wants to know: the source, a table of the candidates, and what went wrong beside."""
+        rows = ["  schedule     best ms   scratch MiB"]
+        for candidate in self.candidates:
+            took = self.milliseconds.get(candidate.name)
+            marks = ["chosen"] * (candidate.parallel.schedule == self.schedule)
+            marks += ["above the limit"] * (candidate.scratch > self.limit)
+            shown = "not run" if took is None else f"{took:.2f}"
+            rows.append(
+                f"  {candidate.name:10}{shown:>10}{candidate.scratch / 2**20:14.2f}   {', '.join(marks)}".rstrip()
+            )
+        return [
+            f"schedule auto: {self.schedule}, {self.source}",
+            *(rows if len(self.candidates) > 1 else []),
+            *([self.trouble] if self.trouble else []),
+        ]
+
+
+def tune(config: "TrainConfig", model: ModelConfig, mesh: Mesh, compute: torch.dtype) -> Tuning:
+    """The fastest schedule for `config` on `mesh`; every rank calls it, and gets the same."""
+    every, limit = candidates(config, model, mesh, compute), int(config.tensor_parallel_scratch_gib * 2**30)
+    running = [c for c in every if c.scratch <= limit]
+    if len(running) > 1:
+        return _fastest(running, every, limit, Remembered(_key(config, model, mesh, compute)))
+    key = f"tensor_parallel_scratch_gib: {config.tensor_parallel_scratch_gib:g}"
+    if len(every) == 1:
+        source = "the only one here"
+    elif running:
+        source = f"the only one within {key}"
+    else:
+        source = f"which needs least; all need more than {key}"
+    (chosen,) = running or [min(every, key=lambda c: c.scratch)]
+    return Tuning(chosen.parallel.schedule, every, {}, limit, source)
+
+
+def _fastest(running: list[Candidate], every: list[Candidate], limit: int, remembered: Remembered) -> Tuning:
+    """The fastest of those `running`: as remembered, else measured."""
+    mesh, names, trouble = running[0].parallel.mesh, [candidate.name for candidate in running], None
+    best = _from_first(remembered.read(names) if mesh.rank == 0 else None, len(names), mesh)
+    source = f"as measured before ({remembered.path})"
+    if best is None:
+        best = _measure([_Layer(candidate) for candidate in running])
+        source = (
+            f"measured: the products of a layer, forward and backward, {running[0].tokens} tokens, best of {ROUNDS}"
+        )
+        trouble = remembered.write(dict(zip(names, best, strict=True))) if mesh.rank == 0 else None
+    fastest = running[best.index(min(best))]
+    return Tuning(fastest.parallel.schedule, every, dict(zip(names, best, strict=True)), limit, source, trouble)
+
+
+def candidates(config: "TrainConfig", model: ModelConfig, mesh: Mesh, compute: torch.dtype) -> list[Candidate]:
+    """The schedules that fit the config's other keys and the model; one is enough where nothing moves."""
+    found = []
+    for name, slices in KINDS if mesh.world > 1 else KINDS[:1]:
+        tensor = replace(config.tensor_parallel, schedule=name, slices=slices)
+        if first_misfit(Ask(tensor, model.dimensions, config.micro_batch_size)) is None:
+            schedule = replace(config.schedule, name=name, slices=slices)
+            parallel = parallel_for(config, mesh, schedule, compute=compute)
+            multiple = length_multiple(config.micro_batch_size, parallel.residual, mesh)
+            tokens = config.micro_batch_size * -(-config.sequence_len // multiple) * multiple
+            found.append(Candidate(model, parallel, tokens, config.gradient_checkpointing))
+    return found
+
+
+def _key(config: "TrainConfig", model: ModelConfig, mesh: Mesh, compute: torch.dtype) -> dict[str, Any]:
+    """Everything that the times, and which candidates there are, depend on."""
+    shape = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "gated", "activation")
+    biases = ("norm", "qkv_bias", "attention_out_bias", "mlp_bias")
+    return {
+        "tessera": tessera.__version__,
+        "torch": torch.__version__,
+        "hardware": [devices.describe(mesh.device), platform.machine(), os.cpu_count()],
+        "ranks": [mesh.world, os.environ.get("LOCAL_WORLD_SIZE")],  # of which on this machine
+        "mesh": {axis: mesh.sizes[axis] for axis in MODEL_AXES},
+        "model": {name: getattr(model, name) for name in shape + biases},
+        "batch": [config.micro_batch_size, config.sequence_len],
+        "compute": [str(compute), config.tf32],
+        "switches": asdict(config.schedule) | {"recompute": config.gradient_checkpointing},
+        "layout": [config.sequence_parallel, config.tensor_parallel_depth_weights],
+        "scratch_gib": config.tensor_parallel_scratch_gib,
+    }
+
+
+def _from_first(numbers: list[float] | None, count: int, mesh: Mesh) -> list[float] | None:
+    """Rank 0's positive `numbers` on every rank; None when it has none."""
+    own = torch.tensor(numbers or [0.0] * count, dtype=torch.float64, device=mesh.device)
+    known = all_reduce(own, mesh.group(MODEL_AXES)).tolist()
+    return known if min(known) > 0 else None
+
+
+def _measure(layers: "Sequence[_Layer]") -> list[float]:
+    """The best milliseconds of each layer on the slowest rank.
+
+    The layers take turns, so that what disturbs disturbs all; after each round those left far behind drop out.
+    """
+    mesh, best = layers[0].mesh, [math.inf] * len(layers)
+    times, racing = best, list(range(len(layers)))
+    for turn in range(1 + ROUNDS):  # the first warms up
+        for place in racing:
+            seconds = layers[place].run()
+            if turn:
+                best[place] = min(best[place], 1e3 * seconds)
+        if turn:
+            own = torch.tensor(best, dtype=torch.float64, device=mesh.device)
+            times = largest(own, mesh.group(MODEL_AXES)).tolist()
+            racing = [place for place, took in enumerate(times) if took < BEHIND * min(times)]
+    return times
+
+
+class _Layer:
+    """The norms and products of a decoder layer as one candidate runs them, on random numbers."""
+
+    def __init__(self, candidate: Candidate) -> None:
+        model, self.parallel, self.recompute = candidate.model, candidate.parallel, candidate.recompute
+        self.mesh = mesh = self.parallel.mesh
+        self.layer = DecoderLayer(model, self.parallel, 0)
+        generator = torch.Generator(mesh.device).manual_seed(0)
+        for parameter in self.layer.parameters():
+            to_local(parameter).normal_(std=model.initializer_range, generator=generator)
+        residual = self.parallel.residual
+        shape = (candidate.tokens // mesh.size(residual.tokens), model.hidden_size // mesh.size(residual.features))
+        options: dict[str, Any] = {"dtype": self.parallel.compute, "device": mesh.device, "generator": generator}
+        self.x = torch.randn(shape, **options).requires_grad_()
+        self.dy = torch.randn(shape, **options)
+
+    def run(self) -> float:
+        """Seconds that a forward and backward take this rank, all ranks having begun together."""
+        self.layer.zero_grad(set_to_none=True)
+        self.x.grad = None
+        _finished(all_reduce(torch.zeros((), device=self.mesh.device), self.mesh.group(MODEL_AXES)))
+        begun = time.perf_counter()
+        self.parallel.overlap.begin("measured")
+        if self.recompute:
+            y = checkpoint(self._products, self.x, use_reentrant=False, preserve_rng_state=False)
+        else:
+            y = self._products(self.x)
+        y.backward(self.dy)
+        _finished(torch.zeros((), device=self.mesh.device))
+        return time.perf_counter() - begun
+
+    def _products(self, x: Tensor) -> Tensor:
+        """A decoder layer without attention itself, which is the same for all: q stands for its result."""
+        attention, layer = self.layer.attention, self.layer
+        q, _, _ = parallel_linear([attention.q, attention.k, attention.v], layer.attention_norm(x))
+        x = x + attention.out(q)
+        return x + layer.mlp(layer.mlp_norm(x))
+
+
+def _finished(scalar: Tensor) -> None:
+    """Reading a number waits for all that was queued on its device before it, whatever kind of device that is."""
+    scalar.item()

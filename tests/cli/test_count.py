@@ -1,0 +1,87 @@
+"""`tessera count`: the table, the files, and the mistakes of a user."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from tessera.cli.main import app
+from tessera.errors import RunFailed, UserError
+
+CONFIG = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "intermediate_size": 128,
+    "max_position_embeddings": 64,
+}
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["count", *arguments])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(CONFIG))
+    return tmp_path / "model"
+
+
+def test_table_and_figure(folder, tmp_path):
+    output = tmp_path / "out"
+    result = run(
+        "--model",
+        str(folder),
+        "--ranks",
+        "4,16",
+        "--batch",
+        "16",
+        "--sequence",
+        "8",
+        "--layers",
+        "1",
+        "--output",
+        str(output),
+    )
+    assert result.exit_code == 0, result.exception
+    assert "1 layers, hidden 64" in result.output
+    assert "16 devices, 1D: cuts num_attention_heads = 8" in result.output
+    text = (output / "scale.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    counted = [row for row in rows[2:] if row[3] != "—"]
+    assert len(counted) >= 10 and all(row[3] == row[4] for row in counted)
+    assert {row[1] for row in rows[2:]} >= {"1D", "1D + SP", "FSDP", "2D", "2.5D", "3D", "best mesh", "SUMMA loop"}
+    published = [row for row in rows if row[1] == "SUMMA, published"]
+    assert [row[0] for row in published] == ["4", "16"] and all(row[3] == "—" != row[4] for row in published)
+    assert "<svg" in (output / "scale.svg").read_text()
+    assert (output / "scale.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_an_output_nothing_is_written(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert run("--model", str(folder), "--ranks", "2", "--batch", "4", "--sequence", "8", "--keep").exit_code == 0
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("ranks", ["", "four", "0,8", "8;16"])
+def test_ranks_that_are_no_numbers(ranks):
+    error = run("--ranks", ranks).exception
+    assert isinstance(error, UserError) and error.key == "--ranks" and "8,16,64,512" in str(error)
+
+
+def test_an_output_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    error = run("--output", str(tmp_path / "file")).exception
+    assert isinstance(error, UserError) and error.key == "--output"
+
+
+def test_counts_that_are_not_the_formula_fail_the_command(folder, monkeypatch):
+    monkeypatch.setattr("tessera.cli.count.totals", lambda rows: {})
+    error = run("--model", str(folder), "--ranks", "2", "--batch", "4", "--sequence", "8").exception
+    assert isinstance(error, RunFailed) and "1D on 2 devices" in str(error)

@@ -1,0 +1,158 @@
+"""`tessera inspect` as a shell sees it, and in this process: one config.json and a YAML file are all it needs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tessera.cli.inspect import inspect
+from tessera.errors import UserError
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 509,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+}
+CONFIG = """\
+base_model: {folder}
+datasets: [{{path: does-not-exist.txt}}]
+sequence_len: 12
+micro_batch_size: 8
+bf16: false
+"""
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch) -> Path:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(LLAMA))
+    path = tmp_path / "run.yaml"
+    path.write_text(CONFIG.format(folder=model))
+    empty = tmp_path / "here"
+    empty.mkdir()
+    monkeypatch.chdir(empty)
+    return path
+
+
+def layout(mode: str, size: int, **more: object) -> list[str]:
+    settings = {"tensor_parallel_mode": mode, "tensor_parallel_size": size, **more}
+    return [f"{key}={value}" for key, value in settings.items()]
+
+
+def reported(config: Path, capsys: Any, *overrides: str, weight: str | None = None) -> dict[str, Any]:
+    inspect(config, overrides, weight, None, True)
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_command_fits_a_hundred_columns_and_writes_nothing(config):
+    command = [sys.executable, "-m", "tessera", "inspect", str(config)]
+    for setting in layout("3d", 8):
+        command += ["--set", setting]
+    env = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "FORCE_COLOR")}
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert max(map(len, lines)) <= 100 and "\x1b" not in result.stdout
+    assert lines[:2] == [
+        "3d: inner 2 × row 2 × col 2 = 8 ranks, schedule gather",
+        "rank = (inner · 2 + row) · 2 + col",
+    ]
+    for said in ("layers.0–2.mlp.up.weight", "[out: col][in: inner, row]", "S(1) S(1) S(0)", "1/8 of the matrices"):
+        assert said in result.stdout
+    assert "on average: embedding.weight, head.weight do not divide evenly" in " ".join(result.stdout.split())
+    assert list(Path().iterdir()) == []  # the current folder
+
+
+def test_json_has_every_parameter_total_block_and_collective(config, capsys):
+    report = reported(config, capsys, *layout("2.5d", 8), weight="layers.1.attention.q.weight")
+    assert report["ranks"] == 8 and report["mesh"] == {"inner": 1, "depth": 2, "row": 2, "col": 2}
+    by_name = {parameter["name"]: parameter for parameter in report["parameters"]}
+    assert len(by_name) == 3 * 9 + 3
+    assert by_name["layers.2.mlp.down.weight"] == {
+        "name": "layers.2.mlp.down.weight",
+        "shape": [64, 96],
+        "cut": "[out: row][in: col]",
+        "placements": {"depth": "R", "row": "S(0)", "col": "S(1)"},
+        "least_local_shape": [32, 48],
+        "most_local_shape": [32, 48],
+        "copies": 2,
+        "gradient_summed_over": ["depth"],
+    }
+    assert by_name["embedding.weight"]["least_local_shape"] == [254, 32]
+    totals = report["totals"]
+    matrices = totals["matrices, embeddings"]
+    assert report["matrices_are_one_of"] == 4
+    assert sum(matrices["elements_by_rank"]) * 4 == matrices["elements"] * 8
+    assert totals["all"]["parameter_bytes_by_rank"] == [4 * n for n in totals["all"]["elements_by_rank"]]
+    assert report["blocks"][0]["of"] == "layers.1.attention.q.weight"
+    assert report["blocks"][0]["ranks"] == [[[0, 4], [2, 6]], [[1, 5], [3, 7]]]
+    assert [block["of"] for block in report["blocks"][1:]] == ["residual stream", "hidden stream"]
+    rows = report["collectives"]
+    weights = [row for row in rows if row["what"] == "W" and row["place"] == "down" and row["pass"] == "forward"]
+    [row] = weights
+    one_rank = 32 * 48 * 4  # bytes: what the other rank of `row` sends
+    assert (row["kind"], row["axes"], row["received_bytes"]) == (
+        "all_gather",
+        ["row"],
+        {"least": one_rank, "most": one_rank},
+    )
+    assert {row["axes"][0] for row in rows if row["place"] == "gradients"} == {"depth"}
+
+
+def test_switches_of_the_config_change_what_is_said(config, capsys):
+    kinds = {}
+    for schedule in ("gather", "summa", "cannon"):
+        report = reported(config, capsys, *layout("2d", 4, tensor_parallel_schedule=schedule))
+        kinds[schedule] = {row["kind"] for row in report["collectives"] if row["place"] == "q·k·v"}
+        norm = next(p for p in report["parameters"] if p["name"] == "norm.weight")
+        assert norm["cut"] == ("[h]" if schedule == "gather" else "[h: col]")
+    assert kinds == {"gather": {"all_gather", "reduce_scatter"}, "summa": {"broadcast", "reduce"}, "cannon": {"shift"}}
+    shard = reported(config, capsys, *layout("2.5d", 8, tensor_parallel_depth_weights="shard"))
+    assert shard["matrices_are_one_of"] == 8
+
+
+def test_attention_by_heads_is_a_stream_of_its_own(config, capsys):
+    by_heads = ["tensor_parallel_mesh={inner: 2, row: 1, col: 1}", "tensor_parallel_mode=3d", "micro_batch_size=1"]
+    report = reported(config, capsys, *by_heads)
+    cuts = {stream["name"]: stream["cut"] for stream in report["streams"]}
+    assert cuts["hidden stream in attention"] == "[T][heads: inner]" != cuts["hidden stream"] == "[T: inner][ffn]"
+
+
+def test_the_picture_is_drawn_and_one_process_is_shown_too(config, tmp_path, capsys):
+    inspect(config, layout("2d", 4), "norm.weight", tmp_path / "norm.svg", False)
+    assert f"drawn into {tmp_path / 'norm.svg'}" in capsys.readouterr().out.replace("\n", "")
+    assert "norm.weight" in (tmp_path / "norm.svg").read_text()
+    inspect(config, [], None, None, False)
+    alone = capsys.readouterr().out
+    assert alone.startswith("1d: one process") and "collectives" not in alone
+
+
+@pytest.mark.parametrize(
+    ("weight", "picture", "overrides", "key", "said"),
+    [
+        ("layers.0.mlp.upp.weight", None, [], "--weight", "layers.0.mlp.up.weight"),
+        ("wte", None, [], "--weight", "nearest: "),
+        (None, "a.pdf", [], "--picture", ".svg, .png"),
+        (None, "nowhere/a.svg", [], "--picture", "does not exist"),
+        (None, None, layout("3d", 6), "tensor_parallel_size", "cube"),
+        (None, None, layout("1d", 5), "tensor_parallel_size", "heads"),
+        (None, None, ["base_model=nowhere/at/all"], "base_model", "no such folder"),
+    ],
+)
+def test_mistakes_are_named_and_nothing_is_drawn(config, weight, picture, overrides, key, said):
+    with pytest.raises(UserError) as caught:
+        inspect(config, overrides, weight, Path(picture or "a.svg"), False)
+    assert caught.value.key == key and said in str(caught.value)
+    assert list(Path().iterdir()) == []
