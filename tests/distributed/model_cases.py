@@ -15,7 +15,7 @@ from tessera.layout import residual_layout
 from tessera.mesh import Mesh
 from tessera.models.config import ModelConfig
 from tessera.models.decoder import Decoder
-from tessera.nn.parameter import Parallel
+from tessera.nn.parameter import Parallel, named_specs, to_local
 from tessera.nn.rope import RopeConfig
 from tessera.schedule import Schedule
 from tessera.train.optimizer import build_optimizer
@@ -109,20 +109,19 @@ def build(config: ModelConfig, mesh: Mesh, sequence_parallel: bool = True, **opt
 def train(
     model: Decoder, steps: int, smoothing: float = 0.0, dropout_seed: int = 11, size: int = 4, length: int = 12
 ) -> dict[str, Any]:
-    """Losses, norms, the first step's gradients and the last weights, whole."""
+    """Losses, norms, this rank's shards of the first step's gradients and of the last weights."""
     optimizer = build_optimizer(model, "adamw_torch_fused", (0.9, 0.95), 1e-6, 0.1)
     step = Step(model, optimizer, max_grad_norm=0.5, label_smoothing=smoothing, seed=dropout_seed)
     results, gradients = [], {}
     for index in range(steps):
         results.append(step(batches(model.config, 2, index, size, length), index, 1e-2))
         if index == 0:  # the update has scaled them by the clipping, alike everywhere
-            gradients = {n: full(p.grad) for n, p in model.named_parameters()}
-    weights = {n: full(p) for n, p in model.named_parameters()}
+            gradients = {n: to_local(p.grad) for n, p in model.named_parameters()}
     return {
         "loss": [r.loss for r in results],
         "norm": [r.grad_norm for r in results],
         "gradients": gradients,
-        "weights": weights,
+        "weights": {n: to_local(p).detach() for n, p in model.named_parameters()},
     }
 
 
@@ -153,8 +152,11 @@ def model_errors(
     relative = {
         key: max(abs(a - b) / abs(b) for a, b in zip(got[key], want[key], strict=True)) for key in ("loss", "norm")
     }
-    relative["gradients"], worst_gradient = worst(got["gradients"], want["gradients"])
-    relative["weights"], _ = worst(without_key_bias(got["weights"]), without_key_bias(want["weights"]))
+    # each rank's copy is compared where it lies: gathering one would not see that another has drifted
+    mine = {n: spec.local_slices(model.parallel.mesh) for n, _, spec in named_specs(model)}
+    gradients, weights = ({n: want[key][n][mine[n]] for n in mine} for key in ("gradients", "weights"))
+    relative["gradients"], worst_gradient = worst(got["gradients"], gradients)
+    relative["weights"], _ = worst(without_key_bias(got["weights"]), without_key_bias(weights))
     return relative, worst_gradient, [r.kind for r in recorder.records]
 
 

@@ -2,12 +2,12 @@
 
 from functools import cache
 
-from tessera.mesh import Mesh
+from tessera.mesh import AXES, Mesh
 
 
 def shared_mesh(sizes: dict[str, int]) -> Mesh:
     """The mesh of these sizes in this process."""
-    return _mesh(tuple(sizes.items()))
+    return _mesh(tuple((axis, sizes[axis]) for axis in AXES if sizes.get(axis, 1) > 1))
 
 
 @cache

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import transformers
@@ -16,11 +15,10 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from support.mesh import shared_mesh
 from support.pool import pool
 from tessera.config.schema import TrainConfig
-from tessera.errors import RunFailed, UserError
-from tessera.train.trainer import train
+from train.on_rank import refusal_on_rank as refusal_on_rank
+from train.on_rank import train_on_rank
 
 VOCABULARY = 509
 LLAMA = {
@@ -135,20 +133,6 @@ class Workshop:
             "output_dir": str(output),
         }
         return SETTINGS | own | changes
-
-
-def train_on_rank(settings: dict[str, Any]) -> None:
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the pool talks over gloo
-    with patch("tessera.train.trainer.Mesh", lambda sizes, device: shared_mesh(sizes)):
-        train(TrainConfig.model_validate(settings))
-
-
-def refusal_on_rank(settings: dict[str, Any]) -> str:
-    try:
-        train_on_rank(settings)
-    except (UserError, RunFailed) as error:
-        return str(error)
-    raise AssertionError("the run did not fail")
 
 
 def run(settings: dict[str, Any]) -> Metrics:
