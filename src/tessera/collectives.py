@@ -56,12 +56,14 @@ class Recorder:
 
     `leave_out` is the place in the list of one collective that is not performed, each rank going on with what it has
     alone: a test that still passes then does not test it. `delay` gives the seconds by which a collective is slowed.
+    `idle` are the places in the list before which others had something to shift and this rank had not.
     """
 
     leave_out: int | None = None
     delay: Callable[[Record], float] | None = None
     records: list[Record] = field(default_factory=list)
     events: list[tuple[str, Any]] = field(default_factory=list)
+    idle: list[int] = field(default_factory=list)
 
     def __enter__(self) -> "Recorder":
         _active.append(self)
@@ -223,6 +225,8 @@ class _Exchange:
 def start_shift(x: Tensor, by: int, group: Group | None) -> Pending:
     """Issue `shift`: receive from the rank `by` places further along the ring, send to the one as far behind."""
     if group is None or by % group.size == 0:
+        for recorder in _active if group is not None else ():
+            recorder.idle.append(len(recorder.records))
         return Pending(x)
     sent, received = x.detach().contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
     if _leaving_out():

@@ -27,7 +27,7 @@ from tessera.fitting import (
 from tessera.layout import GEOMETRIES, geometry_axes, mesh_sizes
 from tessera.mesh import MODEL_AXES
 
-Mesh = Mapping[str, int]
+Axes = Mapping[str, int]
 _PLAIN = {  # switches as they fit most
     "schedule": "gather",
     "slices": 1,
@@ -151,7 +151,7 @@ def _sizes(ask: Ask) -> Iterator[str]:
         yield f"tensor_parallel_mesh: {written}" + (" instead of tensor_parallel_size" if other else "")
 
 
-def _fitting_meshes(ask: Ask) -> list[Mesh]:
+def _fitting_meshes(ask: Ask) -> list[Axes]:
     """Every mesh of this geometry that fits with the same switches."""
     dimensions, own = ask.dimensions, geometry_axes(ask.tensor.mode)
     whole = {
@@ -165,29 +165,29 @@ def _fitting_meshes(ask: Ask) -> list[Mesh]:
     return [m for m in meshes if _fits(replace(ask, tensor=replace(ask.tensor, mesh=m, size=None)))]
 
 
-def _is_derived(mesh: Mesh, tensor: TensorParallel) -> bool:
+def _is_derived(mesh: Axes, tensor: TensorParallel) -> bool:
     """Whether a tensor size alone gives this mesh."""
     return mesh == _derived(tensor, math.prod(mesh.values()))
 
 
-def _derived(tensor: TensorParallel, size: int) -> Mesh | None:
+def _derived(tensor: TensorParallel, size: int) -> Axes | None:
     try:
         return mesh_sizes(tensor.mode, size, tensor.depth or 2)
     except UserError:
         return None
 
 
-def _nearest_meshes(meshes: list[Mesh], tensor: TensorParallel, size: int, sizes: list[int]) -> list[Mesh]:
+def _nearest_meshes(meshes: list[Axes], tensor: TensorParallel, size: int, sizes: list[int]) -> list[Axes]:
     """The most alike mesh of as many ranks, and of the nearest below and above where nearer than the given `sizes`."""
     own = geometry_axes(tensor.mode)
     evenly = dict.fromkeys(own, size ** (1 / len(own)))
     shape = tensor.mesh or _derived(tensor, size) or evenly
 
-    def unlike(mesh: Mesh) -> tuple[int, float, list[int]]:
+    def unlike(mesh: Axes) -> tuple[int, float, list[int]]:
         stretch = sum(abs(math.log(mesh[axis] / shape.get(axis, 1))) for axis in own)
         return abs(math.prod(mesh.values()) - size), round(stretch, 9), [mesh[axis] for axis in MODEL_AXES]
 
-    def best(among: Callable[[int], bool]) -> list[Mesh]:
+    def best(among: Callable[[int], bool]) -> list[Axes]:
         return sorted((mesh for mesh in meshes if among(math.prod(mesh.values()))), key=unlike)[:1]
 
     same = best(lambda n: n == size)

@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -124,10 +124,7 @@ def die_with_parent() -> bool:
 
 
 def _run_rank(config_path: str | Path, overrides: Sequence[str], num_processes: int | None) -> None:
-    ours = die_with_parent()
-    from torch.distributed.elastic.multiprocessing.errors import record
-
-    def rank() -> None:
+    def rank(ours: bool) -> None:
         config = _load(config_path, overrides, say=not ours and os.environ["RANK"] == "0")
         world = _check_world(config, int(os.environ["WORLD_SIZE"]), "WORLD_SIZE")
         _check_world(config, num_processes, "--num-processes")
@@ -138,8 +135,16 @@ def _run_rank(config_path: str | Path, overrides: Sequence[str], num_processes: 
 
         train(config)
 
+    as_rank(rank)
+
+
+def as_rank(work: Callable[[bool], None]) -> None:
+    """Do the `work` of a rank, which is told whether `run_workers` started this process; if so it tells of an error."""
+    ours = die_with_parent()
+    from torch.distributed.elastic.multiprocessing.errors import record
+
     try:
-        record(rank)()
+        record(work)(ours)
     except Exception as error:
         if not ours:
             raise

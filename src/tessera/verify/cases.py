@@ -1,0 +1,158 @@
+"""The layouts to verify: that of a config, or every one of a world of ranks."""
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tessera.errors import UserError
+from tessera.fitting import check_sizes
+from tessera.layout import GEOMETRIES, HIDDEN, attention_layout, geometry_axes
+from tessera.mesh import MODEL_AXES
+from tessera.models.config import ModelConfig
+from tessera.verify.problem import LENGTH, Problem, small_batch, small_model
+
+if TYPE_CHECKING:
+    from tessera.config.schema import TrainConfig
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout, as the config that asks for it, and what is computed in it: at `full` size or in miniature."""
+
+    config: "TrainConfig"
+    problem: Problem
+    full: bool = False
+
+    @property
+    def name(self) -> str:
+        return layout_name(self.config)
+
+
+def layout_name(config: "TrainConfig") -> str:
+    """A layout in few words: 2d row 2 × col 2, summa."""
+    axes = config.axes
+    sizes = " × ".join(f"{axis} {n}" for axis, n in axes.items() if n > 1) or "one rank"
+    words = [f"{config.tensor_parallel_mode} {sizes}", str(config.schedule)]
+    words += ["kept"] if config.tensor_parallel_keep_gathered else []
+    words += ["weights over depth"] if config.tensor_parallel_depth_weights == "shard" else []
+    words += ["heads over inner"] if attention_layout(axes, config.micro_batch_size) != HIDDEN else []
+    words += [] if config.sequence_parallel else ["no sequence parallel"]
+    return ", ".join(words)
+
+
+def cases_of(config: "TrainConfig", model: ModelConfig, full: bool) -> list[Case]:
+    """The layout of `config`, which has to fit `model`; with schedule auto in every schedule there is for it.
+
+    Raises UserError when the sizes do not fit.
+    """
+    check_sizes(config.tensor_parallel, model.dimensions, config.micro_batch_size)
+    ways = [config]
+    if config.tensor_parallel_schedule == "auto":
+        changed = [config.model_copy(update=keys) for keys in _schedules(config, config.axes)]
+        ways = [way for way in changed if not _misfit(way, model)]
+    return _cases(ways, model, full)
+
+
+def every_case(config: "TrainConfig", model: ModelConfig, world: int, full: bool) -> tuple[list[Case], dict[str, str]]:
+    """Every layout of `world` ranks that `model` allows, and of the others why not.
+
+    Each mesh, under the first geometry that has its axes; every schedule, both ways to store weights along depth, to
+    cut attention along inner, and in 1d the residual stream repeated too. Other keys are those of `config`, but for
+    batches, which are made to fit.
+    """
+    ways = list(_ways(config, world))
+    reasons = {layout_name(way): _misfit(way, model) for way in ways}
+    fitting = [way for way in ways if not reasons[layout_name(way)]]
+    return _cases(fitting, model, full), {name: reason for name, reason in reasons.items() if reason}
+
+
+def _cases(configs: list["TrainConfig"], model: ModelConfig, full: bool) -> list[Case]:
+    if full:
+        return [_at_full_size(c, model) for c in configs]
+    largest = math.lcm(*(c.tensor_parallel_slices for c in configs))
+    small = small_model(model, [c.axes for c in configs], largest)
+    steps = 2 if len(configs) == 1 else 1  # a second step only adds the optimizer's state to the first
+    return [_in_miniature(c, small, steps) for c in configs]
+
+
+def _at_full_size(config: "TrainConfig", model: ModelConfig) -> Case:
+    micro_batches = min(2, config.gradient_accumulation_steps)  # the others would repeat the second
+    return Case(config, Problem(model, config.micro_batch_size, config.sequence_len, micro_batches, steps=1), full=True)
+
+
+def in_miniature(case: Case) -> Case:
+    """The same layout with a small model."""
+    model = small_model(case.problem.model, [case.config.axes], case.config.tensor_parallel_slices)
+    return _in_miniature(case.config, model, steps=1)
+
+
+def _in_miniature(config: "TrainConfig", model: ModelConfig, steps: int) -> Case:
+    batch = small_batch(config.axes, _cuts_heads(config))
+    small = config.model_copy(update={"micro_batch_size": batch})
+    return Case(small, Problem(model, batch, LENGTH, micro_batches=2, steps=steps))
+
+
+def _cuts_heads(config: "TrainConfig") -> bool:
+    """Whether attention cuts heads along inner, because the batch does not divide by it."""
+    return attention_layout(config.axes, config.micro_batch_size) != HIDDEN
+
+
+def _misfit(config: "TrainConfig", model: ModelConfig) -> str:
+    """Why `model` does not fit this layout; empty when it does."""
+    try:
+        check_sizes(config.tensor_parallel, model.dimensions, config.micro_batch_size)
+    except UserError as error:
+        return error.reason
+    return ""
+
+
+def _ways(config: "TrainConfig", world: int) -> Iterator["TrainConfig"]:
+    from tessera.config.schema import MeshConfig
+
+    seen = []
+    for mode in GEOMETRIES:
+        for sizes in _meshes(geometry_axes(mode), world):
+            if sizes in seen:
+                continue
+            seen.append(sizes)
+            mesh = {
+                "tensor_parallel_mode": mode,
+                "tensor_parallel_size": None,
+                "tensor_parallel_depth": None,
+                "tensor_parallel_mesh": MeshConfig(**sizes),
+            }
+            batches = [small_batch(sizes, by_heads) for by_heads in ([False, True] if sizes["inner"] > 1 else [False])]
+            repeated = [True, False] if mode == "1d" else [True]
+            for keys, batch, cut in itertools.product(_schedules(config, sizes), batches, repeated):
+                if cut or keys["tensor_parallel_schedule"] == "gather":
+                    yield config.model_copy(update=mesh | keys | {"micro_batch_size": batch, "sequence_parallel": cut})
+
+
+def _meshes(axes: Iterable[str], world: int) -> Iterator[dict[str, int]]:
+    """The sizes of inner, depth, row and col whose product is `world`, all 1 but for `axes`."""
+    names = [axis for axis in MODEL_AXES if axis in set(axes)]
+    divisors = [n for n in range(1, world + 1) if world % n == 0]
+    for numbers in itertools.product(divisors, repeat=len(names)):
+        if math.prod(numbers) == world:
+            yield dict.fromkeys(MODEL_AXES, 1) | dict(zip(names, numbers, strict=True))
+
+
+def _schedules(config: "TrainConfig", sizes: Mapping[str, int]) -> Iterator[dict[str, Any]]:
+    """The keys of every schedule, and way to store weights along depth, that a mesh of `sizes` has."""
+
+    def keys(name: str, slices: int = 1, depth: str = "replicate", kept: bool = False) -> dict[str, Any]:
+        return {
+            "tensor_parallel_schedule": name,
+            "tensor_parallel_slices": slices,
+            "tensor_parallel_depth_weights": depth,
+            "tensor_parallel_keep_gathered": kept,
+        }
+
+    for slices in (1, max(2, config.tensor_parallel_slices)):
+        for depth in ("replicate", "shard") if sizes["depth"] > 1 else ("replicate",):
+            yield keys("gather", slices, depth, config.tensor_parallel_keep_gathered)
+    if sizes["row"] == sizes["col"]:
+        yield keys("summa")
+        yield keys("cannon")

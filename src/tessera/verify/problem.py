@@ -1,0 +1,100 @@
+"""What is computed: a model and batches, the same for a layout and for one process.
+
+In miniature the model keeps everything that a layout can get wrong: the family and its switches, the ratio of query to
+kv heads and whether each divides by the axes that cut it, dropout, a vocabulary that does not divide. Sizes shrink.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from tessera.data.loader import Batch
+from tessera.data.rows import IGNORED
+from tessera.models.config import ModelConfig
+
+LENGTH = 11  # a prime: sequences are padded wherever tokens are cut
+
+
+@dataclass(frozen=True)
+class Problem:
+    """`steps` optimizer steps of `micro_batches` random batches [batch, length] through `model`."""
+
+    model: ModelConfig
+    batch: int
+    length: int
+    micro_batches: int
+    steps: int
+    seed: int = 42
+
+    def batches(self, step: int, multiple: int = 1) -> list[Batch]:
+        """The micro-batches of a step, rows padded to a `multiple`; some targets, and one whole row, are ignored."""
+        return [self._batch(step * self.micro_batches + i, multiple) for i in range(self.micro_batches)]
+
+    def _batch(self, number: int, multiple: int) -> Batch:
+        generator = torch.Generator().manual_seed(self.seed + number)
+        ids = torch.randint(0, self.model.vocab_size, (self.batch, self.length), generator=generator)
+        targets = ids.roll(-1, 1)
+        targets[torch.rand(self.batch, self.length, generator=generator) < 0.1] = IGNORED
+        targets[:, -1] = IGNORED
+        if number % self.micro_batches == 0 and self.batch > 1:
+            targets[-1] = IGNORED
+        padding = -self.length % multiple
+        ids = torch.nn.functional.pad(ids, (0, padding))
+        targets = torch.nn.functional.pad(targets, (0, padding), value=IGNORED)
+        return Batch(ids, targets, int((targets != IGNORED).sum()))
+
+
+def small_model(model: ModelConfig, layouts: Sequence[Mapping[str, int]], slices: int) -> ModelConfig:
+    """`model` with two layers and the smallest sizes that every one of `layouts` can cut.
+
+    Each layout has the sizes of inner, depth, row and col; `slices` is the largest slice factor.
+    """
+    heads = math.lcm(*(sizes["inner"] * sizes["col"] for sizes in layouts))
+    features = math.lcm(*(math.prod(sizes.values()) for sizes in layouts)) * slices
+    hidden = _at_least(32, features)
+    kv_heads = _fewer(model.num_kv_heads, heads)
+    head_dim = math.lcm(4, heads // math.gcd(kv_heads, heads))
+    return replace(
+        model,
+        vocab_size=_prime_above(max(100, heads * heads)),
+        hidden_size=hidden,
+        num_layers=2,
+        num_heads=model.num_heads // model.num_kv_heads * kv_heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        ffn_size=_at_least(3 * hidden // 2, heads),
+        max_positions=LENGTH if model.rope is None else model.max_positions,
+        initializer_range=0.1,  # small models of the usual one hardly depend on their layers
+    )
+
+
+def small_batch(sizes: Mapping[str, int], by_heads: bool) -> int:
+    """Few sequences for a layout: as many as it takes times a number that leaves tokens uneven along the other axes.
+
+    With `by_heads` they do not divide by `inner`, so that attention cuts heads there instead of sequences.
+    """
+    whole, inner = sizes["depth"] * sizes["row"], sizes["inner"]
+    odd = next(n for n in range(2, 100) if math.gcd(n, inner * sizes["col"]) == 1)
+    return whole * odd if by_heads else whole * inner * odd
+
+
+def _at_least(size: int, divisor: int) -> int:
+    return -(-size // divisor) * divisor
+
+
+def _fewer(kv_heads: int, ranks: int) -> int:
+    """A small divisor of `kv_heads` that divides by exactly those divisors of `ranks` by which it does."""
+    fewest = math.gcd(kv_heads, ranks)
+    rest = ranks // fewest
+    more = (n for n in _divisors(kv_heads // fewest) if n > 1 and math.gcd(n, rest) == 1)
+    return fewest * next(more, 1)
+
+
+def _divisors(number: int) -> Iterator[int]:
+    return (n for n in range(1, number + 1) if number % n == 0)
+
+
+def _prime_above(number: int) -> int:
+    return next(n for n in range(number + 1, 2 * number + 2) if all(n % d for d in range(2, math.isqrt(n) + 1)))

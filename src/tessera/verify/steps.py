@@ -1,0 +1,94 @@
+"""The trainer's own optimizer steps on one mesh, and what is compared of them."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tessera.collectives import Recorder
+from tessera.models.decoder import Decoder
+from tessera.nn.parameter import Parallel, ParameterSpec, hash_seed, named_specs, to_local
+from tessera.nn.tokens import length_multiple
+from tessera.train.optimizer import build_optimizer
+from tessera.train.step import Step
+from tessera.verify.problem import Problem
+
+if TYPE_CHECKING:
+    from tessera.config.schema import TrainConfig
+
+LEARNING_RATE = 1e-3  # large enough for a wrong update to show, too small for AdamW to make rounding large
+CLIPPED_TO = 0.1  # below any norm that occurs, so that clipping takes place
+
+
+@dataclass
+class Outcome:
+    """What the steps gave on one rank: loss and norm of each, the first one's gradients and the last weights (shards).
+
+    Gradients are those before clipping.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    specs: dict[str, ParameterSpec] = field(default_factory=dict)
+
+
+def build(problem: Problem, parallel: Parallel, config: "TrainConfig") -> Decoder:
+    """The model of `problem`, every parameter random: biases and gains too, so that one in the wrong place shows."""
+    model = Decoder(problem.model, parallel, gradient_checkpointing=config.gradient_checkpointing)
+    model.initialize(problem.seed)
+    with torch.no_grad():
+        for name, parameter, spec in named_specs(model):
+            if not spec.init.std:
+                generator = torch.Generator().manual_seed(hash_seed(problem.seed, name))
+                noise = torch.randn(spec.shape, generator=generator)[spec.local_slices(parallel.mesh)]
+                to_local(parameter).add_(noise.to(parallel.mesh.device), alpha=0.1)
+    return model
+
+
+def stepper(model: Decoder, problem: Problem, config: "TrainConfig") -> Step:
+    """The trainer's step of `config` over `model`."""
+    betas = (config.adam_beta1, config.adam_beta2)
+    optimizer = build_optimizer(model, config.optimizer, betas, config.adam_epsilon, config.weight_decay)
+    return Step(
+        model,
+        optimizer,
+        max_grad_norm=CLIPPED_TO,
+        label_smoothing=config.label_smoothing_factor,
+        seed=problem.seed,
+    )
+
+
+def padding(model: Decoder, problem: Problem) -> int:
+    """What sequences are padded to a multiple of on this mesh."""
+    return length_multiple(problem.batch, model.residual, model.parallel.mesh)
+
+
+def take(problem: Problem, parallel: Parallel, config: "TrainConfig", recorder: Recorder | None = None) -> Outcome:
+    """All steps of `problem`; `recorder` sees the collectives of the first."""
+    model = build(problem, parallel, config)
+    step, multiple = stepper(model, problem, config), padding(model, problem)
+    outcome = Outcome(specs={name: spec for name, _, spec in named_specs(model)})
+    for index in range(problem.steps):
+        batches = problem.batches(index, multiple)
+        if index == 0 and recorder is not None:
+            with recorder:
+                result = step(batches, index, LEARNING_RATE)
+        else:
+            result = step(batches, index, LEARNING_RATE)
+        outcome.losses.append(result.loss)
+        outcome.norms.append(result.grad_norm)
+        if index == 0:
+            clipped = CLIPPED_TO / (result.grad_norm + 1e-6)
+            outcome.gradients = {n: _gradient(p) for n, p, _ in named_specs(model)}
+            if result.finite and clipped < 1:  # undone, so that a norm that is wrong leaves right gradients right
+                torch._foreach_div_(list(outcome.gradients.values()), clipped)
+    outcome.weights = {n: to_local(p) for n, p, _ in named_specs(model)}
+    return outcome
+
+
+def _gradient(parameter: torch.nn.Parameter) -> Tensor:
+    """The local gradient; none is zero."""
+    return torch.zeros_like(to_local(parameter)) if parameter.grad is None else to_local(parameter.grad)

@@ -1,0 +1,158 @@
+"""The activations of one optimizer step and their gradients, at the points of the model between its products.
+
+    forward     embedding · norm → [q, k, v, attention] → out → norm → [gate, up] → down → … → norm → loss
+    backward    the gradients of the same tensors, from the loss back
+
+A point is the output of a norm, of the embedding or of a row-parallel layer, or the input of a row-parallel layer: so
+between two points there is one product or norm, the `Operation` behind the later one.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from tessera.data.loader import Batch
+from tessera.layout import HIDDEN, Layout
+from tessera.mesh import Mesh
+from tessera.models.decoder import Decoder
+from tessera.nn.attention import Attention
+from tessera.nn.embedding import VocabParallelEmbedding
+from tessera.nn.linear import RowParallelLinear
+from tessera.nn.mlp import MLP
+from tessera.nn.norm import Norm
+from tessera.nn.parameter import local_slice
+from tessera.parallel.gradients import first_copy
+from tessera.train.step import Step
+
+
+class Point(NamedTuple):
+    """A tensor of one micro-batch: the input or output of the module `name`, or (`backward`) its gradient."""
+
+    micro_batch: int
+    backward: bool
+    name: str
+    output: bool
+
+    def __str__(self) -> str:
+        tensor = f"{'output' if self.output else 'input'} of {self.name}"
+        phase = "backward" if self.backward else "forward"
+        return (
+            f"the {'gradient of the ' if self.backward else ''}{tensor}, {phase} of micro-batch {self.micro_batch + 1}"
+        )
+
+
+class Operation(NamedTuple):
+    """What computes a point: its `places` and `phase` as `plan.words` calls them, and its modules.
+
+    `last` is the row-parallel layer whose output's gradient the operation's backward begins with.
+    """
+
+    places: tuple[str, ...]
+    phase: str
+    modules: tuple[str, ...]
+    last: str = ""
+
+
+@dataclass
+class Trace:
+    """What passed every point, [T, F] shards as `layouts` says, in the order in which it did."""
+
+    values: dict[Point, Tensor] = field(default_factory=dict)
+    layouts: dict[Point, Layout] = field(default_factory=dict)
+    arguments: dict[tuple[int, str], tuple[Any, ...]] = field(default_factory=dict)  # of modules, by micro-batch
+    micro_batch: int = -1
+    loss: float = 0.0
+
+    def see(self, point: Point, tensor: Tensor, layout: Layout) -> None:
+        """Note a tensor; a recomputed forward, which passes again, changes nothing."""
+        if point not in self.values:
+            self.values[point], self.layouts[point] = tensor.detach().clone(), layout
+
+    def pass_point(self, name: str, output: bool, layout: Layout, tensor: Tensor) -> None:
+        """Note a tensor of the forward, and its gradient when it comes."""
+        point = Point(self.micro_batch, False, name, output)
+        self.see(point, tensor, layout)
+        if tensor.requires_grad:
+            tensor.register_hook(lambda gradient: self.see(point._replace(backward=True), gradient, layout))
+
+
+def traced(step: Step, batches: Sequence[Batch]) -> Trace:
+    """The gradients of one step of `step`, what passed on the way, and this rank's part of the loss."""
+    trace = Trace()
+    with _hooks(step.model, trace):
+        loss = step.gradients(batches, 0)
+    trace.loss = loss.item() if first_copy(step.mesh, HIDDEN.tokens) else 0.0
+    return trace
+
+
+@contextmanager
+def _hooks(model: Decoder, trace: Trace) -> Iterator[None]:
+    def begin(*_: object) -> None:
+        trace.micro_batch += 1
+
+    def before(name: str, layout: Layout | None) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            trace.arguments.setdefault((trace.micro_batch, name), inputs)
+            if layout is not None:
+                trace.pass_point(name, False, layout, inputs[0])
+
+        return hook
+
+    def after(name: str, layout: Layout) -> Callable[[nn.Module, object, Tensor], None]:
+        return lambda _module, _inputs, output: trace.pass_point(name, True, layout, output)
+
+    handles = [model.register_forward_pre_hook(begin)]
+    for name, module in model.named_modules():
+        if isinstance(module, Attention | MLP | RowParallelLinear | VocabParallelEmbedding):
+            layout = module.input if isinstance(module, RowParallelLinear) else None
+            handles.append(module.register_forward_pre_hook(before(name, layout)))
+        if isinstance(module, Norm | VocabParallelEmbedding | RowParallelLinear):
+            handles.append(module.register_forward_hook(after(name, module.output)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def part(whole: Tensor, layout: Layout, mesh: Mesh) -> Tensor:
+    """What a rank holds of an activation [T, F]."""
+    rows, features = whole.shape
+    return whole[local_slice(rows, layout.tokens, mesh), local_slice(features, layout.features, mesh)]
+
+
+def behind(point: Point, model: Decoder) -> Operation:
+    """The operation whose result is at `point`."""
+    phase = "backward" if point.backward else "forward"
+    if point.name == "norm":
+        head = "embedding" if model.config.tied else "head"
+        return Operation(("head", "loss"), "forward", (head,)) if point.backward else _norm("norm", phase)
+    if point.name == "embedding":
+        return (
+            _norm("layers.0.attention_norm", phase)
+            if point.backward
+            else Operation(("embedding",), phase, (point.name,))
+        )
+    layer, inside = int(point.name.split(".")[1]), point.name.split(".", 2)[2]
+    here, up = f"layers.{layer}", "gate·up" if model.config.gated else "up"
+    columns: tuple[str, ...]
+    column_places: tuple[str, ...]
+    if inside.startswith("attention"):
+        columns, row, read_by = tuple(f"{here}.attention.{name}" for name in "qkv"), "attention out", f"{here}.mlp_norm"
+        column_places, last = ("q·k·v", "attention"), f"{here}.attention.out"
+    else:
+        columns, row = (f"{here}.mlp.gate", f"{here}.mlp.up"), "down"
+        read_by = f"layers.{layer + 1}.attention_norm" if layer + 1 < len(model.layers) else "norm"
+        column_places, last = (up,), f"{here}.mlp.down"
+    if inside.endswith("_norm"):
+        return Operation(column_places, phase, columns, last) if point.backward else _norm(point.name, phase)
+    if not point.output:  # of a row-parallel layer
+        return Operation((row,), phase, (last,), last) if point.backward else Operation(column_places, phase, columns)
+    return _norm(read_by, phase) if point.backward else Operation((row,), phase, (last,))
+
+
+def _norm(name: str, phase: str) -> Operation:
+    return Operation(("final norm" if name == "norm" else "layer norms",), phase, (name,))

@@ -1,0 +1,82 @@
+"""`tessera verify` as a shell sees it, and what it refuses before it starts anything."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from tessera.cli.verify import Asked, verify
+from tessera.errors import UserError
+from train.runs import environment
+from verify.verify_cases import save_models, settings
+
+GRID = {"tensor_parallel_mode": "2d", "tensor_parallel_size": 4}
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "run.yaml"
+    models = save_models(tmp_path)
+    path.write_text(yaml.safe_dump(settings(models["gpt2"], **GRID, output_dir=str(tmp_path / "run"))))
+    return path
+
+
+def run(config, *options):
+    words = [sys.executable, "-m", "tessera", "verify", str(config), *options]
+    return subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=300)
+
+
+def test_a_config_is_verified(config, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    result = run(config, "--json", str(tmp_path / "report.json"))
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == "" and "\x1b" not in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 100
+    for said in ("gpt2 in miniature", "dropout: embedding 0.1", "2d row 2 × col 2, gather", "1e-12", "all_gather"):
+        assert said in result.stdout
+    assert "The update of layers.0.attention.k.bias and 1 more is not compared" in result.stdout
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["ok"] and report["layouts"][0]["numbers"]["float64"]["gradients"] <= 1e-12
+    assert {row["axis"] for row in report["layouts"][0]["words"]} == {"row", "col", "row·col"}
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "report.json"])
+
+
+def test_a_fault_ends_with_code_1_and_its_name(config):
+    """The third collective of a step gathers the embedding's output for q, k and v."""
+    result = run(config, "--inject", "3")
+    assert result.returncode == 1
+    assert "left out: collective 3 of the step, all_gather over col" in result.stdout
+    assert result.stderr.startswith("2d row 2 × col 2, gather: not the numbers of one process\n")
+    assert "parameter: layers.0.attention.q.weight" in result.stderr
+    assert "likely missing: all_gather of X over col (q·k·v, forward)" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "asked, said",
+    [
+        (Asked(inject="all", overrides=["tensor_parallel_size=3"]), "tensor_parallel_size: 3"),
+        (Asked(overrides=["tensor_parallel_mode=1d", "tensor_parallel_size=1"]), "tensor_parallel_size: 1"),
+        (Asked(all_layouts=1), "--all-layouts: 1"),
+        (Asked(inject="0"), "--inject: 0"),
+        (Asked(inject="1000"), "--inject: 1000\n  is none of the"),
+        (Asked(inject="first"), "--inject: first"),
+        (Asked(inject="all", full=True), "--inject: all"),
+        (Asked(inject="1", all_layouts=4), "--inject: 1\n  there are 40 layouts"),
+        (Asked(overrides=["base_model=nowhere"]), "base_model: nowhere"),
+    ],
+)
+def test_mistakes_are_told_before_a_rank_starts(config, asked, said, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("tessera.train.launch.run_workers", lambda *_: pytest.fail("ranks were started"))
+    with pytest.raises(UserError) as mistake:
+        verify(config, asked)
+    assert str(mistake.value).startswith(said)
+
+
+def test_a_report_needs_a_folder(config, tmp_path):
+    with pytest.raises(UserError, match="--json"):
+        verify(config, Asked(report=tmp_path / "nowhere" / "report.json"))

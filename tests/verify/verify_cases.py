@@ -1,0 +1,173 @@
+"""Runs on every rank of a pool: layouts checked as `tessera verify` does, some with a fault put in."""
+
+import io
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from rich.console import Console
+
+from tessera.collectives import Pending, all_gather
+from tessera.config.load import make_config
+from tessera.models.hub import read_model_config
+from tessera.nn.linear import RowParallelLinear
+from tessera.nn.norm import Norm, RMSNorm
+from tessera.nn.parameter import ParameterSpec, named_specs, to_local
+from tessera.parallel.gradients import sum_replicated_gradients
+from tessera.verify.cases import Case, cases_of, every_case
+from tessera.verify.check import Checker, Result
+from tessera.verify.report import fault
+from tessera.verify.session import Session
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 1000,
+    "hidden_size": 96,
+    "intermediate_size": 192,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+GPT2 = {"model_type": "gpt2", "vocab_size": 1000, "n_embd": 96, "n_layer": 6, "n_head": 8, "n_positions": 64}
+
+
+def save_models(folder: Path) -> dict[str, str]:
+    """Folders with config.json alone."""
+    for name, content in (("llama", LLAMA), ("gpt2", GPT2)):
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(content))
+    return {name: str(folder / name) for name in ("llama", "gpt2")}
+
+
+def settings(model: str, **keys: Any) -> dict[str, Any]:
+    return {"base_model": model, "datasets": [{"path": "none.txt"}], "micro_batch_size": 4, "bf16": False} | keys
+
+
+@cache
+def checker() -> Checker:
+    """One for all tests of a worker, whose meshes and references it keeps."""
+    return Checker(torch.device("cpu"))
+
+
+def case_of(keys: dict[str, Any], layers: int = 2, micro_batches: int = 2) -> Case:
+    config, _ = make_config(keys)
+    (case,) = cases_of(config, read_model_config(Path(config.base_model)), full=False)
+    return shorter(case, layers, micro_batches)
+
+
+def shorter(case: Case, layers: int, micro_batches: int) -> Case:
+    model = replace(case.problem.model, num_layers=layers)
+    return replace(case, problem=replace(case.problem, model=model, micro_batches=micro_batches, steps=1))
+
+
+def check(keys: dict[str, Any]) -> Result:
+    return checker().check(case_of(keys))
+
+
+def check_every_layout(keys: dict[str, Any], world: int) -> tuple[list[Result], str]:
+    """All layouts of a world, with one layer, and what is printed of them."""
+    config, _ = make_config(keys)
+    cases, unfit = every_case(config, read_model_config(Path(config.base_model)), world, full=False)
+    said = io.StringIO()
+    results = Session(checker(), Console(file=said, width=100)).several([shorter(case, 1, 2) for case in cases], unfit)
+    return results, said.getvalue()
+
+
+def leave_out_each(keys: dict[str, Any]) -> list[tuple[str, str, bool]]:
+    """Every collective of a short step, (kind, axis) and whether it was caught."""
+    case = case_of(keys, layers=1, micro_batches=1)
+    omissions = checker().omissions(case)
+    return [(o.kind, o.axis, checker().catches(case, o)) for o in omissions]
+
+
+def diagnoses(keys: dict[str, Any], kinds: tuple[str, ...]) -> list[tuple[str, str, list[str]]]:
+    """What is said of every other collective of these kinds when it is left out of a short step."""
+    case = case_of(keys, layers=1, micro_batches=1)
+    chosen = [o for o in checker().omissions(case) if o.kind in kinds][::2]
+    return [(o.kind, o.axis, checker().check(case, o).diagnosis) for o in chosen]
+
+
+# ---- Faults that other implementations had
+
+
+@contextmanager
+def no_sum_over_depth() -> Iterator[None]:
+    summed = ParameterSpec.summed_axes.fget
+    assert summed is not None
+    with mock.patch.object(
+        ParameterSpec, "summed_axes", property(lambda s: tuple(a for a in summed(s) if a != "depth"))
+    ):
+        yield
+
+
+@contextmanager
+def bias_on_each_rank() -> Iterator[None]:
+    """As if each rank of col added the bias of a row-parallel layer before the sum."""
+    once = RowParallelLinear.local_bias
+
+    def on_each(layer: RowParallelLinear) -> torch.Tensor | None:
+        bias = once(layer)
+        return None if bias is None else layer.parallel.mesh.sizes["col"] * bias
+
+    with mock.patch.object(RowParallelLinear, "local_bias", on_each):
+        yield
+
+
+@contextmanager
+def norms_not_summed() -> Iterator[None]:
+    def matrices_only(model: torch.nn.Module, mesh: Any) -> None:
+        held = {p: to_local(p.grad).clone() for _, p, spec in named_specs(model) if len(spec.shape) == 1}
+        sum_replicated_gradients(model, mesh)
+        for parameter, gradient in held.items():
+            to_local(parameter.grad).copy_(gradient)
+
+    with mock.patch("tessera.train.step.sum_replicated_gradients", matrices_only):
+        yield
+
+
+@contextmanager
+def no_sum_over_col() -> Iterator[None]:
+    """The scatter-sum of row-parallel outputs (and of input gradients) along col is never asked for."""
+    import tessera.product
+
+    real = tessera.product.start_reduce
+
+    def forgetful(x: torch.Tensor, dim: int | None, group: Any) -> Pending:
+        if group is None or group.axes != ("col",) or dim is None:
+            return real(x, dim, group)
+        return Pending(x.chunk(group.size, dim)[group.rank].contiguous())
+
+    with mock.patch("tessera.product.start_reduce", forgetful):
+        yield
+
+
+@contextmanager
+def gathered_for_nothing() -> Iterator[None]:
+    """Right numbers, needless words."""
+    real = RMSNorm.forward
+
+    def wasteful(norm: Norm, x: torch.Tensor) -> torch.Tensor:
+        all_gather(x.detach(), 0, norm.parallel.mesh.group(("col",)))
+        return real(norm, x)
+
+    with mock.patch.object(RMSNorm, "forward", wasteful):
+        yield
+
+
+FAULTS: dict[str, Callable[[], Any]] = {
+    f.__name__: f
+    for f in (no_sum_over_depth, bias_on_each_rank, norms_not_summed, no_sum_over_col, gathered_for_nothing)
+} | {"none": nullcontext}
+
+
+def told(keys: dict[str, Any], name: str) -> str:
+    """What is said of a layout with a fault."""
+    with FAULTS[name]():
+        return fault(check(keys))
