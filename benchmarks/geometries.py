@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-os.environ.update(OMP_NUM_THREADS="1", TORCH_CPP_LOG_LEVEL="ERROR")
+os.environ.update(OMP_NUM_THREADS="1", TORCH_CPP_LOG_LEVEL="ERROR", TORCH_LOGS="-all")
 
 import torch
 import torch.distributed as dist
@@ -242,10 +242,9 @@ def main() -> None:
         lines += [f"## Beside DTensor with explicit redistribute, {world} ranks", ""]
         for shape, results in zip(shapes, run(world, [(ours, shape) for shape in shapes], rounds), strict=True):
             lines += [f"### {shape}", "", *table(ours, results)]
-    text = "\n".join(lines)
-    print(text)
-    if options.output:
-        options.output.write_text(text)
+        if options.output:  # what is there, should the next world not end
+            options.output.write_text("\n".join(lines))
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -61,6 +61,7 @@ MODELS = {
     "llama": LLAMA,
     "llama tied": replace(LLAMA, tied=True),
     "llama kv4": replace(LLAMA, num_kv_heads=4, qkv_bias=True),
+    "llama q/k norm": replace(LLAMA, qk_norm=True),
     "gpt2": GPT2,
     "gpt2 tied": replace(GPT2, tied=True, head_bias=False),
     "gpt2 not causal": replace(GPT2, causal=False, attention_dropout=0.0),
@@ -158,21 +159,3 @@ def model_errors(
     relative["gradients"], worst_gradient = worst(got["gradients"], gradients)
     relative["weights"], _ = worst(without_key_bias(got["weights"]), without_key_bias(weights))
     return relative, worst_gradient, [r.kind for r in recorder.records]
-
-
-def initial_weights(name, sizes):
-    """Whether every initial weight is bit for bit the one of a single process."""
-    config = MODELS[name]
-    one = dict(build(config, Mesh(rank=0)).named_parameters())
-    return all(torch.equal(full(p), one[n].detach()) for n, p in build(config, shared_mesh(sizes)).named_parameters())
-
-
-def model_step_counts(config, sizes, shape, size, length):
-    """Calls and bytes by kind of one optimizer step in float32, as the recorder counts them."""
-    options = {"schedule": Schedule(keep=shape.keep_gathered), "gradient_checkpointing": shape.recompute}
-    model = build(config, shared_mesh(sizes), shape.sequence_parallel, dtype=torch.float32, **options)
-    optimizer = build_optimizer(model, "adamw_torch_fused", (0.9, 0.95), 1e-8, 0.0)
-    step = Step(model, optimizer, max_grad_norm=1.0, label_smoothing=0.1 if shape.label_smoothing else 0.0)
-    with Recorder() as recorder:
-        step(batches(config, shape.micro_batches, size=size, length=length), 0, 1e-3)
-    return {row["kind"]: (row["calls"], row["bytes"]) for row in recorder.table()}

@@ -47,6 +47,7 @@ MODELS = {
     "llama biases head_dim rope": transformers.LlamaConfig(
         **LLAMA, attention_bias=True, mlp_bias=True, head_dim=10, rope_parameters=dict(ROPE)
     ),
+    "qwen3": transformers.Qwen3Config(**LLAMA, head_dim=10),
     "gpt2": transformers.GPT2Config(**GPT2),
     "gpt2 untied n_inner gelu": transformers.GPT2Config(
         **GPT2, tie_word_embeddings=False, n_inner=56, activation_function="gelu"

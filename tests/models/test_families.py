@@ -1,6 +1,7 @@
 """config.json of each family against transformers' reading of it; the table of names against its models."""
 
 import copy
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,7 @@ def as_llama(theirs: transformers.LlamaConfig) -> ModelConfig:
         rope=RopeConfig(theirs.rope_parameters["rope_theta"]),
         qkv_bias=theirs.attention_bias,
         attention_out_bias=theirs.attention_bias,
-        mlp_bias=theirs.mlp_bias,
+        mlp_bias=getattr(theirs, "mlp_bias", False),  # Qwen 3 has none
         tied=theirs.tie_word_embeddings,
         attention_dropout=theirs.attention_dropout,
         initializer_range=theirs.initializer_range,
@@ -123,6 +124,13 @@ UNLIKE_GPT2_DEFAULTS = {
 def test_missing_keys_take_the_defaults_of_transformers():
     assert read(LLAMA) == as_llama(transformers.LlamaConfig())
     assert read(GPT2) == as_gpt2(transformers.GPT2Config())
+    qwen3 = as_llama(transformers.Qwen3Config())
+    assert read({"model_type": "qwen3"}) == dataclasses.replace(qwen3, family="qwen3", qk_norm=True)
+
+
+def test_attention_within_a_window_is_refused():
+    with pytest.raises(UserError, match="use_sliding_window"):
+        read({"model_type": "qwen3", "use_sliding_window": True})
 
 
 @pytest.mark.parametrize("key", UNLIKE_LLAMA_DEFAULTS)

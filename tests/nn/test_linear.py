@@ -9,8 +9,10 @@ from nn.shards import label, world
 from support.pool import pool
 from tessera.layout import residual_layout
 from tessera.mesh import Mesh
+from tessera.nn.linear import ColumnParallelLinear
 from tessera.nn.mlp import MLP, gelu, gelu_tanh, swiglu
 from tessera.nn.parameter import Parallel
+from tessera.schedule import Schedule
 
 TOLERANCE = 1e-12
 MESHES = [{"col": 2}, {"col": 4}]
@@ -115,3 +117,10 @@ def test_gelu_equals_its_definition():
 def test_blocks_that_are_not_built_are_refused(activation, gated):
     with pytest.raises(ValueError, match=f"activation '{activation}' with"):
         MLP(8, 8, Parallel(Mesh(rank=0), residual_layout(True)), activation=activation, gated=gated)
+
+
+def test_panels_refuse_an_input_that_is_not_cut():
+    """Gathered a second time it would have twice the tokens."""
+    parallel = Parallel(Mesh(rank=0), residual_layout(True), schedule=Schedule(slices=2))
+    with pytest.raises(ValueError, match="slices 2 takes x cut"):
+        ColumnParallelLinear(8, 8, parallel)(torch.zeros(4, 8), uncut=True)

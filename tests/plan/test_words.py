@@ -135,10 +135,14 @@ def test_counts_at_scale(world, sizes):
         LLAMA, vocab_size=128256, hidden_size=8192, num_heads=64, num_kv_heads=8, head_dim=128, ffn_size=28672
     )
     square = sizes.get("row") == sizes.get("col", 1)
-    schedules = [Schedule(keep=world == 64), *(LOOPS if square and world < 512 else ())]
-    shape = StepShape(batch=512, sequence=64)
-    for schedule in schedules:
-        case, rank = Case(sizes, schedule, shape=shape), world // 2 + 1
+    schedules = [Schedule(), Schedule(keep=True), Schedule(slices=2), *(LOOPS if square else ())]
+    shape, rank = StepShape(batch=512, sequence=64), world // 2 + 1
+    cases = [Case(sizes, schedule, shape=shape) for schedule in schedules]
+    if "depth" in sizes:
+        cases.append(Case(sizes, shape=shape, weights_over=OVER_DEPTH))
+    if set(sizes) == {"col"}:
+        cases.append(Case(sizes, shape=shape, sequence_parallel=False))
+    for case in cases:
         counted = counted_step(replace(model, num_layers=1), shape, case.parallel(Mesh(sizes, rank=rank)))
         assert counted.totals == formula(replace(model, num_layers=1), case, rank), str(case)
 

@@ -58,6 +58,7 @@ MODELS = {
     "llama 64 biases": transformers.LlamaConfig(**LLAMA_64, attention_bias=True, mlp_bias=True),
     "llama 96": transformers.LlamaConfig(**LLAMA_96),
     "llama 96 tied": transformers.LlamaConfig(**LLAMA_96, tie_word_embeddings=True),
+    "qwen3 64": transformers.Qwen3Config(**LLAMA_64, head_dim=8),
     "gpt2 64": transformers.GPT2Config(**GPT2_64, **NO_DROPOUT),
     "gpt2 64 dropout": transformers.GPT2Config(**GPT2_64),
 }

@@ -119,7 +119,7 @@ def _model(folder: str | None, layers: int | None) -> ModelConfig:
         return default_model(layers or LAYERS)
     from tessera.models.hub import read_model_config, resolve_model_folder
 
-    config = read_model_config(resolve_model_folder(folder))
+    config = read_model_config(resolve_model_folder(folder, weights=False))
     config = replace(config, embedding_dropout=0.0, attention_dropout=0.0, residual_dropout=0.0)
     return replace(config, num_layers=layers or config.num_layers)
 

@@ -73,13 +73,13 @@ def verify(config_path: Path, asked: Asked) -> None:
 def _read(config_path: Path, asked: Asked) -> Work:
     """The layouts asked for. Raises UserError for what does not fit."""
     from tessera.config.load import load_config
-    from tessera.models.hub import read_model_config, resolve_model_folder
+    from tessera.train.preflight import model_of
     from tessera.verify.cases import cases_of, every_case
 
     config, _ = load_config(config_path, asked.overrides)
-    model = read_model_config(resolve_model_folder(config.base_model))
-    if asked.report is not None and not asked.report.absolute().parent.is_dir():
-        raise UserError("--json", asked.report, "is in a folder that does not exist")
+    model = model_of(config)
+    if asked.report is not None and (asked.report.is_dir() or not asked.report.absolute().parent.is_dir()):
+        raise UserError("--json", asked.report, "is a folder, or in one that does not exist")
     world = asked.all_layouts or config.world_size
     if world == 1:
         key, value = (
@@ -133,6 +133,8 @@ def _run_rank(config_path: Path, asked: Asked) -> None:
         results = session.several(work.cases, work.unfit) if several else session.one(work.cases[0], omit)
         right = all(result.ok for result in results)
         unseen = session.leave_out_each(work.cases) if asked.inject == EVERY and right else []
+        if omit is not None and right:
+            unseen = [f"{work.cases[0].name}: collective {omit} of a step"]
         if first:
             conclude(results, work.unfit, unseen, asked.report)
     finally:

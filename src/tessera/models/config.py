@@ -27,6 +27,7 @@ class ModelConfig:
     gated: bool = True
     rope: RopeConfig | None = None
     qkv_bias: bool = False
+    qk_norm: bool = False
     attention_out_bias: bool = False
     mlp_bias: bool = False
     head_bias: bool = False

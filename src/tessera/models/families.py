@@ -6,7 +6,7 @@ names of Hugging Face. Keys that config.json lacks take the defaults of transfor
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +228,15 @@ def _llama(keys: Keys) -> ModelConfig:
     )
 
 
+def _qwen3(keys: Keys) -> ModelConfig:
+    """Llama with a norm of each query and key head; its config class has other defaults."""
+    if keys.flag("use_sliding_window", False):
+        raise keys.error("use_sliding_window", "attention within a window is not built", "use_sliding_window: false")
+    sizes = {"vocab_size": 151936, "intermediate_size": 22016, "max_position_embeddings": 32768, "head_dim": 128}
+    keys.content = {"num_key_value_heads": 32, **sizes, **keys.content}
+    return replace(_llama(keys), family="qwen3", qk_norm=True)
+
+
 def _gpt2(keys: Keys) -> ModelConfig:
     for key, built in GPT2_SWITCHES.items():
         if keys.flag(key, built) != built:
@@ -271,6 +280,21 @@ GPT2_SWITCHES = {
     "add_cross_attention": False,
 }
 
+LLAMA_MODULES = (
+    Module("model.embed_tokens", ("embedding",)),
+    Module("model.layers.{i}.input_layernorm", ("layers.{i}.attention_norm",)),
+    Module("model.layers.{i}.self_attn.q_proj", ("layers.{i}.attention.q",)),
+    Module("model.layers.{i}.self_attn.k_proj", ("layers.{i}.attention.k",)),
+    Module("model.layers.{i}.self_attn.v_proj", ("layers.{i}.attention.v",)),
+    Module("model.layers.{i}.self_attn.o_proj", ("layers.{i}.attention.out",)),
+    Module("model.layers.{i}.post_attention_layernorm", ("layers.{i}.mlp_norm",)),
+    Module("model.layers.{i}.mlp.gate_proj", ("layers.{i}.mlp.gate",)),
+    Module("model.layers.{i}.mlp.up_proj", ("layers.{i}.mlp.up",)),
+    Module("model.layers.{i}.mlp.down_proj", ("layers.{i}.mlp.down",)),
+    Module("model.norm", ("norm",)),
+    Module("lm_head", ("head",), kinds=("weight",)),
+)
+
 FAMILIES: dict[str, Family] = {
     "gpt2": Family(
         architecture="GPT2LMHeadModel",
@@ -304,20 +328,17 @@ FAMILIES: dict[str, Family] = {
         architecture="LlamaForCausalLM",
         prefix="model.",
         read=_llama,
-        modules=(
-            Module("model.embed_tokens", ("embedding",)),
-            Module("model.layers.{i}.input_layernorm", ("layers.{i}.attention_norm",)),
-            Module("model.layers.{i}.self_attn.q_proj", ("layers.{i}.attention.q",)),
-            Module("model.layers.{i}.self_attn.k_proj", ("layers.{i}.attention.k",)),
-            Module("model.layers.{i}.self_attn.v_proj", ("layers.{i}.attention.v",)),
-            Module("model.layers.{i}.self_attn.o_proj", ("layers.{i}.attention.out",)),
-            Module("model.layers.{i}.post_attention_layernorm", ("layers.{i}.mlp_norm",)),
-            Module("model.layers.{i}.mlp.gate_proj", ("layers.{i}.mlp.gate",)),
-            Module("model.layers.{i}.mlp.up_proj", ("layers.{i}.mlp.up",)),
-            Module("model.layers.{i}.mlp.down_proj", ("layers.{i}.mlp.down",)),
-            Module("model.norm", ("norm",)),
-            Module("lm_head", ("head",), kinds=("weight",)),
-        ),
+        modules=LLAMA_MODULES,
         buffers=(".rotary_emb.inv_freq",),
+    ),
+    "qwen3": Family(
+        architecture="Qwen3ForCausalLM",
+        prefix="model.",
+        read=_qwen3,
+        modules=(
+            *LLAMA_MODULES,
+            Module("model.layers.{i}.self_attn.q_norm", ("layers.{i}.attention.q_norm",)),
+            Module("model.layers.{i}.self_attn.k_norm", ("layers.{i}.attention.k_norm",)),
+        ),
     ),
 }

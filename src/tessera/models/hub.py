@@ -45,8 +45,8 @@ SHARD_BYTES = 5_000_000_000
 def resolve_model_folder(base_model: str, *, weights: bool = True) -> Path:
     """The folder of `base_model`: a local one, or that of a hub name, downloaded where the cache lacks it.
 
-    Only config, safetensors (if `weights`) and tokenizer files are fetched, never pickles or code. UserError: neither such a
-    folder nor a hub name, or the hub does not give it and the cache has no copy.
+    Only config, safetensors (if `weights`) and tokenizer files are fetched, never pickles or code. UserError: neither
+    such a folder nor a hub name, or the hub does not give it and the cache has no copy.
     """
     folder = Path(base_model).expanduser()
     if folder.is_dir():

@@ -19,6 +19,7 @@ from tessera.mesh import Mesh
 from tessera.nn.dropout import keep_mask
 from tessera.nn.linear import ColumnParallelLinear, RowParallelLinear, parallel_linear
 from tessera.nn.moves import gather_then_reduce_scatter
+from tessera.nn.norm import HeadNorm
 from tessera.nn.parameter import Init, Parallel
 from tessera.nn.rope import rotate
 from tessera.nn.tokens import Tokens
@@ -73,6 +74,7 @@ class Attention(nn.Module):
         qkv_bias: bool = False,
         out_bias: bool = False,
         dropout: float = 0.0,
+        qk_norm_eps: float | None = None,
         init: Init = Init(std=0.02),
         out_init: Init = Init(std=0.02),
     ) -> None:
@@ -84,6 +86,10 @@ class Attention(nn.Module):
         self.q = ColumnParallelLinear(features, num_heads * head_dim, parallel, bias=qkv_bias, init=init, hidden=hidden)
         self.k = ColumnParallelLinear(features, kv_features, parallel, bias=qkv_bias, init=init, hidden=hidden)
         self.v = ColumnParallelLinear(features, kv_features, parallel, bias=qkv_bias, init=init, hidden=hidden)
+        self.q_norm = self.k_norm = None
+        if qk_norm_eps is not None:
+            self.q_norm = HeadNorm(head_dim, hidden, parallel, qk_norm_eps)
+            self.k_norm = HeadNorm(head_dim, hidden, parallel, qk_norm_eps)
         self.out = RowParallelLinear(
             num_heads * head_dim, features, parallel, bias=out_bias, init=out_init, hidden=hidden
         )
@@ -117,6 +123,8 @@ class Attention(nn.Module):
             q = q.contiguous()
         q = q.view(*shape, -1, self.head_dim)
         k, v = self._key_value_heads(k, v, shape)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))

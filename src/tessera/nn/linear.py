@@ -75,6 +75,8 @@ def parallel_linear(layers: Sequence[ParallelLinear], x: Tensor, *, uncut: bool 
     plan, parallel = layers[0].plan, layers[0].parallel
     roles = plan.roles(parallel.mesh)
     if uncut:
+        if parallel.schedule.in_panels:
+            raise ValueError(f"schedule {parallel.schedule} takes x cut as the layer's input is")
         x, roles = _cut_for(plan, x, roles, parallel)
     weights = [layer.local("weight") for layer in layers]
     biases = [layer.local_bias() for layer in layers]

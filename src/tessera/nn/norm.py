@@ -106,6 +106,24 @@ class RMSNorm(Norm):
         return _RMSNorm.apply(x, self.stored("weight"), self.eps, self.features, self._group())
 
 
+class HeadNorm(ParallelModule):
+    """RMSNorm of each query or key head on its own (Henry et al. 2020); one gain [head_dim] for all heads.
+
+    Every rank holds the gain whole; it acts on heads and tokens that the ranks share, so its gradient is summed over
+    all axes that cut either.
+    """
+
+    def __init__(self, head_dim: int, hidden: Layout, parallel: Parallel, eps: float) -> None:
+        super().__init__(parallel)
+        self.head_dim, self.eps = head_dim, eps
+        self.declare("weight", ParameterSpec((head_dim,), ((),), hidden, Init(value=1.0)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., head_dim], whole heads."""
+        rows = x.reshape(-1, self.head_dim)
+        return _RMSNorm.apply(rows, self.stored("weight"), self.eps, self.head_dim, None).view(x.shape)
+
+
 class LayerNorm(Norm):
     """(x − mean) / std · gain + bias."""
 

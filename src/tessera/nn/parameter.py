@@ -142,10 +142,13 @@ class _Local(torch.autograd.Function):
     @staticmethod
     def forward(ctx, parameter: DTensor) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.spec = parameter._spec
+        ctx.set_materialize_grads(False)  # none comes from a product that gives its gradient late
         return parameter._local_tensor.view_as(parameter._local_tensor)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    def backward(ctx, gradient: Tensor | None) -> Tensor | None:  # type: ignore[no-untyped-def]
+        if gradient is None:
+            return None
         # contiguous: an expanded gradient would corrupt accumulation into it
         return DTensor(gradient.contiguous(), ctx.spec, requires_grad=False)
 

@@ -94,6 +94,8 @@ def _saved_by_layer(model: ModelConfig, shape: StepShape, parallel: Parallel, st
         result = q if inner == 1 else q + q * inner  # attention keeps its own
         weights = matrices * rows if rows > 1 else weights
     attention = q + (3 if model.rope else 2) * kv + result + softmax
+    if model.qk_norm:  # their inputs, and a statistic for each head
+        attention += q + kv + softmax * (q + kv) // q
     return 2 * stream + inputs + attention + (2 if model.gated else 1) * f + product + weights
 
 

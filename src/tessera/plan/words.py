@@ -238,6 +238,7 @@ class _Step:
         elements: Counter[tuple[str, ...]] = Counter()
         elements[self.mesh.present(parallel.residual.tokens)] += held.residual
         elements[self.mesh.present(("depth", "row", "inner"))] += held.hidden
+        elements[self.mesh.present(MODEL_AXES)] += held.heads
         if "depth" not in parallel.weights_over:
             elements[self.mesh.present(("depth",))] += held.matrices
         for axes in sorted(axes for axes, count in elements.items() if count):
@@ -247,15 +248,16 @@ class _Step:
 
 @dataclass(frozen=True)
 class Held:
-    """Elements of the parameters that a rank holds: matrices, and vectors over features of either stream."""
+    """Elements of the parameters that a rank holds: matrices, vectors over features of either stream or of a head."""
 
     matrices: int
     residual: int
     hidden: int
+    heads: int
 
     @property
     def total(self) -> int:
-        return self.matrices + self.residual + self.hidden
+        return self.matrices + self.residual + self.hidden + self.heads
 
 
 def held_elements(model: ModelConfig, parallel: Parallel) -> Held:
@@ -272,7 +274,8 @@ def held_elements(model: ModelConfig, parallel: Parallel) -> Held:
     positions = 0 if model.rope else model.max_positions
     residual = (norms + biases + positions) * h // mesh.size(parallel.residual.features)
     hidden = L * ((q + 2 * kv if model.qkv_bias else 0) + (ups if model.mlp_bias else 0)) // col
-    return Held(matrices, residual, hidden + (rows if model.head_bias else 0))
+    heads = 2 * L * model.head_dim if model.qk_norm else 0
+    return Held(matrices, residual, hidden + (rows if model.head_bias else 0), heads)
 
 
 def _one_by_one(model: ModelConfig, parallel: Parallel) -> bool:

@@ -41,10 +41,17 @@ def resolve(config: "TrainConfig") -> Run:
 def fitting_model(config: "TrainConfig", folder: Path | None = None) -> "ModelConfig":
     """The model of base_model (of config.json in `folder`, where known); UserError when it does not fit `config`."""
     from tessera.fitting import check_sizes
+
+    model = model_of(config, folder)
+    check_sizes(config.tensor_parallel, model.dimensions, config.micro_batch_size)
+    return model
+
+
+def model_of(config: "TrainConfig", folder: Path | None = None) -> "ModelConfig":
+    """The same, whatever the layout; UserError when its positions are fewer than `sequence_len`."""
     from tessera.models.hub import read_model_config, resolve_model_folder
 
     model = read_model_config(folder or resolve_model_folder(config.base_model, weights=False))
-    check_sizes(config.tensor_parallel, model.dimensions, config.micro_batch_size)
     if model.rope is None and config.sequence_len > model.max_positions:
         reason = f"the model has {model.max_positions} positions"
         raise UserError("sequence_len", config.sequence_len, reason, f"at most {model.max_positions}")

@@ -96,8 +96,10 @@ class Trainer:
         bf16 = devices.has_bf16(device) if config.bf16 == "auto" else config.bf16
         compute = torch.bfloat16 if bf16 else torch.float32
         auto = config.tensor_parallel_schedule == "auto"
-        self.tuning = tune(config, self.resolved.model, self.mesh, compute) if auto else None
-        parallel = parallel_for(config, self.mesh, self.tuning.schedule if self.tuning else None, compute=compute)
+        tuning = tune(config, self.resolved.model, self.mesh, compute) if auto else None
+        self.tuned = tuning.lines() if tuning else []  # only words: the candidates hold layers
+        parallel = parallel_for(config, self.mesh, tuning.schedule if tuning else None, compute=compute)
+        del tuning
         self.model = Decoder(self.resolved.model, parallel, gradient_checkpointing=config.gradient_checkpointing)
         self.optimizer = build_optimizer(
             self.model,
@@ -178,6 +180,7 @@ class Trainer:
             "learning_rate": config.learning_rate,
             "lr_scheduler": config.lr_scheduler,
             "warmup_steps": self.warmup,
+            "tensor_parallel_schedule": str(self.model.parallel.schedule),
         }
 
     def run(self, stop: StopRequest) -> None:
@@ -333,7 +336,7 @@ class Trainer:
         (self.output / "resolved_config.yaml").write_text(dump_config(resolved))
 
     def _say_start(self, log: Log) -> None:
-        for line in self.tuning.lines() if self.tuning else []:
+        for line in self.tuned:
             log.say(line)
         parameters = sum(p.numel() for p in self.model.parameters())
         compute = str(self.model.parallel.compute).removeprefix("torch.")

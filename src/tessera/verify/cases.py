@@ -11,6 +11,7 @@ from tessera.fitting import check_sizes
 from tessera.layout import GEOMETRIES, HIDDEN, attention_layout, geometry_axes
 from tessera.mesh import MODEL_AXES
 from tessera.models.config import ModelConfig
+from tessera.plan.tune import KINDS
 from tessera.verify.problem import LENGTH, Problem, small_batch, small_model
 
 if TYPE_CHECKING:
@@ -43,14 +44,17 @@ def layout_name(config: "TrainConfig") -> str:
 
 
 def cases_of(config: "TrainConfig", model: ModelConfig, full: bool) -> list[Case]:
-    """The layout of `config`, which has to fit `model`; with schedule auto in every schedule there is for it.
+    """The layout of `config`, which has to fit `model`; with schedule auto in every schedule that it chooses from.
 
     Raises UserError when the sizes do not fit.
     """
     check_sizes(config.tensor_parallel, model.dimensions, config.micro_batch_size)
     ways = [config]
     if config.tensor_parallel_schedule == "auto":
-        changed = [config.model_copy(update=keys) for keys in _schedules(config, config.axes)]
+        changed = [
+            config.model_copy(update={"tensor_parallel_schedule": name, "tensor_parallel_slices": slices})
+            for name, slices in KINDS
+        ]
         ways = [way for way in changed if not _misfit(way, model)]
     return _cases(ways, model, full)
 
