@@ -7,6 +7,7 @@ in the step with the least of it, and the bytes and calls handed to torch.distri
 """
 
 import argparse
+import math
 import multiprocessing
 import os
 import sys
@@ -227,22 +228,24 @@ def table(contenders: list[Contender], results: list[Result]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument(
+        "--parts", default="schedules,4,8", help="the schedules; DTensor beside Tessera at 4, at 8 ranks"
+    )
     parser.add_argument("--output", type=Path)
     parser.add_argument("--quick", action="store_true", help="one small shape, two rounds: does it run?")
     options = parser.parse_args()
     shapes, rounds = (SHAPES, options.rounds) if not options.quick else ([Shape(64, 64, 128)], 2)
-    settings = (
-        f"- {rounds} rounds, interleaved, after two to warm up; {LAYERS} layers, gloo, one thread a rank, float32"
-    )
-    lines = [describe_machine("geometries.py", "torch"), settings, "", "## Schedules, 2d 2×2", ""]
-    for shape, results in zip(shapes, run(4, [(SCHEDULES, shape) for shape in shapes], rounds), strict=True):
-        lines += [f"### {shape}", "", *table(SCHEDULES, results)]
-    for world in (4, 8):
-        ours = [c for c in AGAINST_DTENSOR if torch.tensor(list(c.sizes.values())).prod() == world]
-        lines += [f"## Beside DTensor with explicit redistribute, {world} ranks", ""]
-        for shape, results in zip(shapes, run(world, [(ours, shape) for shape in shapes], rounds), strict=True):
-            lines += [f"### {shape}", "", *table(ours, results)]
-        if options.output:  # what is there, should the next world not end
+    settings = f"{rounds} rounds, interleaved, after two to warm up; {LAYERS} layers, gloo, one thread a rank, float32"
+    lines = [describe_machine("geometries.py", "torch"), f"- {settings}", ""]
+    for part in options.parts.split(","):
+        world, title, rows = 4, "Schedules, 2d 2×2", SCHEDULES
+        if part != "schedules":
+            world, title = int(part), f"Beside DTensor with explicit redistribute, {part} ranks"
+            rows = [c for c in AGAINST_DTENSOR if math.prod(c.sizes.values()) == world]
+        lines += [f"## {title}", ""]
+        for shape, results in zip(shapes, run(world, [(rows, shape) for shape in shapes], rounds), strict=True):
+            lines += [f"### {shape}", "", *table(rows, results)]
+        if options.output:  # what is there, should the next part not end
             options.output.write_text("\n".join(lines))
     print("\n".join(lines))
 

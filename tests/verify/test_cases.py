@@ -105,7 +105,8 @@ def test_auto_stands_for_every_schedule_there_is(models):
     keys = {"tensor_parallel_mode": "2d", "tensor_parallel_size": 4, "tensor_parallel_schedule": "auto"}
     config, _ = make_config(settings(models["llama"], **keys))
     cases = cases_of(config, read_model_config(Path(models["llama"])), full=False)
-    assert [str(case.config.schedule) for case in cases] == ["gather", "slices 2", "summa", "cannon"]
+    chosen_from = ["gather", "slices 2", "slices 4", "slices 8", "summa", "cannon"]
+    assert [str(case.config.schedule) for case in cases] == chosen_from
 
 
 def test_at_full_size_nothing_is_small(models):

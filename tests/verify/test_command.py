@@ -19,7 +19,7 @@ GRID = {"tensor_parallel_mode": "2d", "tensor_parallel_size": 4}
 def config(tmp_path):
     path = tmp_path / "run.yaml"
     models = save_models(tmp_path)
-    path.write_text(yaml.safe_dump(settings(models["gpt2"], **GRID, output_dir=str(tmp_path / "run"))))
+    path.write_text(yaml.safe_dump(settings(models["gpt2"], **GRID, sequence_len=48, output_dir=str(tmp_path / "run"))))
     return path
 
 
@@ -66,6 +66,7 @@ def test_a_fault_ends_with_code_1_and_its_name(config):
         (Asked(inject="all", full=True), "--inject: all"),
         (Asked(inject="1", all_layouts=4), "--inject: 1\n  there are 40 layouts"),
         (Asked(overrides=["base_model=nowhere"]), "base_model: nowhere"),
+        (Asked(overrides=["sequence_len=65"]), "sequence_len: 65\n  the model has 64 positions"),
     ],
 )
 def test_mistakes_are_told_before_a_rank_starts(config, asked, said, monkeypatch):
