@@ -25,6 +25,7 @@ from tessera.train.preflight import parallel_for
 LAYOUTS = {
     "1d": ("llama", {"tensor_parallel_size": 4}),
     "1d, residual whole": ("gpt2 tied", {"tensor_parallel_size": 4, "sequence_parallel": False}),
+    "2d, q/k norm": ("llama q/k norm", {"tensor_parallel_mode": "2d", "tensor_parallel_size": 4}),
     "2d": ("gpt2", {"tensor_parallel_mode": "2d", "tensor_parallel_size": 4}),
     "2d summa": (
         "llama",
@@ -41,7 +42,16 @@ LAYOUTS = {
     ),
     "3d": ("gpt2", {"tensor_parallel_mode": "3d", "tensor_parallel_size": 8}),
 }
-SHARES = {"1d": 4, "1d, residual whole": 4, "2d": 4, "2d summa": 4, "2d cannon": 4, "2.5d": 4, "3d": 8}
+SHARES = {
+    "1d": 4,
+    "1d, residual whole": 4,
+    "2d": 4,
+    "2d, q/k norm": 4,
+    "2d summa": 4,
+    "2d cannon": 4,
+    "2.5d": 4,
+    "3d": 8,
+}
 SHARES["2.5d, weights cut over depth"] = 8
 SHAPE = StepShape(BATCH, LENGTH, micro_batches=2)
 

@@ -23,6 +23,7 @@ from tessera.train.step import Step
 MODELS = {
     "llama": LLAMA,
     "llama tied, kv 8": replace(LLAMA, tied=True, num_kv_heads=8),
+    "llama q/k norm": replace(LLAMA, qk_norm=True),
     "gpt2": GPT2,
     "gpt2 tied, kv 4": replace(GPT2, tied=True, head_bias=False, num_kv_heads=4),
 }

@@ -18,7 +18,7 @@ from tessera.models.config import ModelConfig
 from tessera.models.decoder import Decoder, OutputHead
 from tessera.nn.embedding import LearnedPositions, VocabParallelEmbedding
 from tessera.nn.linear import ParallelLinear
-from tessera.nn.norm import Norm
+from tessera.nn.norm import HeadNorm, Norm
 from tessera.nn.parameter import Init, Parallel, ParameterSpec, named_specs
 from tessera.nn.tokens import length_multiple
 from tessera.plan.words import Row, StepShape, step_rows
@@ -33,6 +33,7 @@ _DIMS: dict[type[nn.Module], tuple[str, ...]] = {
     ParallelLinear: ("out", "in"),
     OutputHead: ("V", "h"),
     Norm: ("h",),
+    HeadNorm: ("D",),
 }
 
 
