@@ -96,14 +96,14 @@ class Pending:
     """A collective on its way: `wait()` blocks until it is done and returns the result."""
 
     def __init__(self, result: Tensor, work: Any = None, record: Record | None = None) -> None:
-        self._result, self._work, self._record = result, work, record
+        self._result, self.work, self._record = result, work, record
 
     def wait(self) -> Tensor:
-        if self._work is not None:
-            self._work.wait()
+        if self.work is not None:
+            self.work.wait()
             for recorder in _active:
                 recorder.events.append(("wait", self._record))
-            self._work = None
+            self.work = None
         return self._result
 
 
@@ -172,6 +172,22 @@ def start_reduce_scatter(x: Tensor, dim: int, group: Group | None) -> Pending:
         shard.movedim(0, dim),
         lambda: _reduce_scatter(shard, whole, group=group.process_group, async_op=True),
     )
+
+
+def gather_into(whole: Tensor, shard: Tensor, group: Group, async_op: bool) -> Any:
+    """`all_gather` along dim 0 between memory that FSDP2 owns; returns torch's handle when `async_op`, as it waits."""
+    if _leaving_out():
+        whole.zero_()
+    call = lambda: _all_gather(whole, shard, group=group.process_group, async_op=async_op)  # noqa: E731
+    return _issue("all_gather", group, whole, whole, call).work
+
+
+def reduce_scatter_into(shard: Tensor, whole: Tensor, group: Group, async_op: bool) -> Any:
+    """`reduce_scatter` along dim 0 between memory that FSDP2 owns; returns as `gather_into`."""
+    if _leaving_out():
+        shard.copy_(whole.view(group.size, -1)[group.rank].view_as(shard))
+    call = lambda: _reduce_scatter(shard, whole, group=group.process_group, async_op=async_op)  # noqa: E731
+    return _issue("reduce_scatter", group, whole, shard, call).work
 
 
 def start_all_reduce(x: Tensor, group: Group | None, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Pending:

@@ -7,9 +7,8 @@ dimension of the DeviceMesh, have no process group, and every collective along t
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -60,6 +59,7 @@ class Mesh:
         for axis in reversed(AXES):
             rest, self.coordinates[axis] = divmod(rest, self.sizes[axis])
         self._groups: dict[tuple[str, ...], Group] = {}
+        self._arranged: dict[tuple[tuple[str, ...], ...], DeviceMesh] = {}
 
     def __str__(self) -> str:
         return " × ".join(f"{axis} {size}" for axis, size in self.sizes.items() if size > 1) or "one process"
@@ -96,21 +96,44 @@ class Mesh:
         return self._groups[present]
 
     def _new_process_group(self, present: tuple[str, ...]) -> ProcessGroup:
-        if len(present) == 1 and self.device_mesh is not None and present[0] in MODEL_AXES:
-            return self.device_mesh.get_group(present[0])
-        ranks = torch.arange(self.world).reshape(tuple(self.sizes.values()))
+        for arranged in self._arranged.values():
+            if name_of(present) in (arranged.mesh_dim_names or ()):
+                return arranged.get_group(name_of(present))
+        if len(present) == 1 and self.world == self.size(MODEL_AXES):
+            return self.arranged([(axis,) for axis in self.present(MODEL_AXES)]).get_group(present[0])
         dims = [AXES.index(axis) for axis in present]
-        rows = ranks.movedim(dims, tuple(range(-len(dims), 0))).reshape(-1, self.size(present)).tolist()
+        rows = self._ranks().movedim(dims, tuple(range(-len(dims), 0))).reshape(-1, self.size(present)).tolist()
         mine, _ = dist.new_subgroups_by_enumeration(rows)
         return mine
 
-    @cached_property
+    def arranged(self, dims: Sequence[tuple[str, ...]]) -> DeviceMesh:
+        """All ranks as a DeviceMesh with one dim for each of `dims`, the axes of one taken together, the first major.
+
+        Axes in none of them are one more dim, before the others, if they have more than one rank. Making one is
+        collective; it is made once. `name_of` says what the dims are called.
+        """
+        key = tuple(dims)
+        if key not in self._arranged:
+            rest = self.present(axis for axis in AXES if not any(axis in dim for dim in key))
+            every = [rest, *key] if rest else list(key)
+            order = [AXES.index(axis) for dim in every for axis in dim]
+            ones = [place for place in range(len(AXES)) if place not in order]
+            ranks = self._ranks().permute(*ones, *order).reshape([self.size(dim) for dim in every])
+            names = tuple(map(name_of, every))
+            self._arranged[key] = DeviceMesh(self.device.type, ranks, mesh_dim_names=names)
+        return self._arranged[key]
+
+    def _ranks(self) -> torch.Tensor:
+        """Every rank, at its coordinates."""
+        return torch.arange(self.world).reshape(tuple(self.sizes.values()))
+
+    @property
     def device_mesh(self) -> DeviceMesh | None:
         """The DeviceMesh of the model axes above size 1, on which parameters are DTensors; None for one process."""
         present = self.present(MODEL_AXES)
-        if not present:
-            return None
-        if self.present(AXES) != present:
-            raise NotImplementedError(f"{self}: data, sequence and pipeline axes are not built yet")
-        ranks = torch.arange(self.world).reshape([self.sizes[axis] for axis in present])
-        return DeviceMesh(self.device.type, ranks, mesh_dim_names=present)
+        return self.arranged([(axis,) for axis in present])[present] if present else None
+
+
+def name_of(axes: Iterable[str]) -> str:
+    """Axes taken together as one name."""
+    return "·".join(axes)

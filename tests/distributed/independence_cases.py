@@ -14,7 +14,7 @@ from tessera.nn.tokens import Tokens
 from tessera.train.optimizer import build_optimizer
 from tessera.train.step import Step
 
-LENGTH, KEY = 4, dropout_key(seed=1, step=2, micro_batch=3)
+LENGTH, KEY = 4, dropout_key(seed=1, step=2)
 TINY = replace(GPT2, vocab_size=61, hidden_size=32, num_heads=4, num_kv_heads=4, ffn_size=32, max_positions=LENGTH)
 
 

@@ -72,6 +72,7 @@ MODELS = {
 class Batch:
     input_ids: Tensor
     targets: Tensor
+    first_row: int = 0
 
     @property
     def valid(self) -> int:
@@ -82,12 +83,12 @@ def batches(config: ModelConfig, count: int, seed: int = 3, size: int = 4, lengt
     """Random token ids; a quarter of the targets ignored, among them the whole last sequence of each micro-batch."""
     generator = torch.Generator().manual_seed(seed)
     made = []
-    for _ in range(count):
+    for place in range(count):
         ids = torch.randint(0, config.vocab_size, (size, length), generator=generator)
         targets = ids.roll(-1, 1)
         targets[torch.rand(size, length, generator=generator) < 0.1] = -100
         targets[-1] = -100
-        made.append(Batch(ids, targets))
+        made.append(Batch(ids, targets, place * size))
     return made
 
 
@@ -154,7 +155,7 @@ def model_errors(
         key: max(abs(a - b) / abs(b) for a, b in zip(got[key], want[key], strict=True)) for key in ("loss", "norm")
     }
     # each rank's copy is compared where it lies: gathering one would not see that another has drifted
-    mine = {n: spec.local_slices(model.parallel.mesh) for n, _, spec in named_specs(model)}
+    mine = {n: spec.stored_slices(model.parallel.mesh) for n, _, spec in named_specs(model)}
     gradients, weights = ({n: want[key][n][mine[n]] for n in mine} for key in ("gradients", "weights"))
     relative["gradients"], worst_gradient = worst(got["gradients"], gradients)
     relative["weights"], _ = worst(without_key_bias(got["weights"]), without_key_bias(weights))

@@ -113,10 +113,18 @@ def test_parity_of_four_corners_is_random():
     assert abs(parity.double().mean() - 0.5) <= SIGMAS * 0.5 / 999
 
 
-def test_keys_differ_by_seed_step_and_micro_batch():
-    keys = [dropout_key(*parts) for parts in itertools.product((1, 2), (1, 11), (0, 1, 11))]
+def test_keys_differ_by_seed_and_step():
+    keys = [dropout_key(*parts) for parts in itertools.product((1, 2, 12), (0, 1, 11))]
     assert len(set(keys)) == len(keys)
-    assert dropout_key(1, 2, 3) == dropout_key(1, 2, 3)
+    assert dropout_key(1, 2) == dropout_key(1, 2)
+
+
+def test_sequences_of_another_micro_batch_have_other_masks():
+    first, second = (parallel_of({}) for _ in range(2))
+    ids = torch.zeros(2, 4, dtype=torch.int64)
+    a, b = (Tokens.of(ids, p.residual, HIDDEN, p.mesh, 1, first_row=n) for p, n in ((first, 0), (second, 1)))
+    assert torch.equal(a.rows(a.residual)[4:], b.rows(b.residual)[:4]), "row 1 of the one is row 0 of the other"
+    assert not torch.isin(a.rows(a.residual)[:4], b.rows(b.residual)).any()
 
 
 # ------------------------------------------------------------------------------------------------- recompute

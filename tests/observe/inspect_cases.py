@@ -73,5 +73,5 @@ def first_held(sizes: dict[str, int], shape: tuple[int, ...], cuts: tuple[tuple[
     mesh = shared_mesh(sizes)
     assert mesh.device_mesh is not None
     whole = torch.arange(torch.Size(shape).numel()).view(shape)
-    placements = ParameterSpec(shape, cuts, HIDDEN, Init()).placements(mesh)
+    placements = ParameterSpec(shape, cuts, HIDDEN, Init()).placements(mesh.present(MODEL_AXES))
     return int(distribute_tensor(whole, mesh.device_mesh, placements).to_local()[0, 0])

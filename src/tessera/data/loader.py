@@ -1,8 +1,9 @@
 """The micro-batches of an optimizer step, a pure function of the step: no state to save, so resume is exact.
 
 Samples form one endless stream, epoch after epoch, each in an order drawn from (seed, epoch). With M rows in
-a micro-batch, D data ranks and A accumulation steps, step s takes the G = M·D·A samples from s·G on:
-micro-batch a of rank r the M samples from s·G + (a·D + r)·M on. So D does not change the order.
+a micro-batch, D data ranks and A accumulation steps, a step takes the next G = M·D·A samples: from its first one on,
+micro-batch a of rank r the M samples from (a·D + r)·M on. So D does not change the order, and a run that goes on with
+another G (`start_at`) takes the samples that are left.
 """
 
 import math
@@ -22,12 +23,14 @@ from tessera.data.rows import EPOCH_ORDER, IGNORED, Rows, shuffled
 class Batch:
     """`input_ids` and `targets`, int64 [B, S]; targets[b, t] is the label of token t+1, or -100 for none.
 
-    `valid` is the number of targets that are not -100, in this batch alone.
+    `valid` is the number of targets that are not -100, in this batch alone; `first_row` the place of its first row
+    among those of its optimizer step.
     """
 
     input_ids: Tensor
     targets: Tensor
     valid: int
+    first_row: int = 0
 
 
 class Loader:
@@ -59,6 +62,7 @@ class Loader:
         self.length_multiple, self.pad_id, self.last_sample = length_multiple, pad_id, last_sample
         self.data_rank, self.data_ranks = data_rank, data_ranks
         self._seed, self._shuffle = seed, shuffle
+        self._first_step, self._first_sample = 0, 0
         self._order = lru_cache(maxsize=2)(self._draw_order)  # a step touches at most a few epochs
 
     @property
@@ -71,9 +75,19 @@ class Loader:
         """G: the samples of one optimizer step, over all data ranks."""
         return self.micro_batch_size * self.accumulation * self.data_ranks
 
+    def start_at(self, step: int, sample: int) -> None:
+        """Optimizer step `step` begins with `sample` of the stream: those before have been trained on."""
+        self._first_step, self._first_sample = step, sample
+
+    def samples_before(self, step: int) -> int:
+        """The samples that come before optimizer step `step`, the run's padding rows not among them."""
+        before = self._first_sample + (step - self._first_step) * self.samples_per_step
+        return before if self.last_sample is None else min(before, self.last_sample)
+
     def steps_for(self, num_epochs: float) -> int:
-        """The optimizer steps that see all of `num_epochs` epochs; the last one may go beyond them."""
-        return -(-self.samples_for(num_epochs) // self.samples_per_step)
+        """The optimizer steps after which all of `num_epochs` epochs is seen; the last one may go beyond them."""
+        left = max(0, self.samples_for(num_epochs) - self._first_sample)
+        return self._first_step + -(-left // self.samples_per_step)
 
     def samples_for(self, num_epochs: float) -> int:
         """The samples of `num_epochs` epochs, rounded up; what floating point adds does not count."""
@@ -82,8 +96,8 @@ class Loader:
     def step_batches(self, step: int) -> list[Batch]:
         """The micro-batches of optimizer step `step` (from 0), one for each accumulation step."""
         whole = self.micro_batch_size * self.data_ranks
-        first = step * self.samples_per_step
-        return [self._batch(range(first + a * whole, first + (a + 1) * whole)) for a in range(self.accumulation)]
+        first = self._first_sample + (step - self._first_step) * self.samples_per_step
+        return [self._batch(range(first + at, first + at + whole), at) for at in range(0, self.samples_per_step, whole)]
 
     def eval_batches(self) -> Iterator[Batch]:
         """Every row once, in file order whatever `shuffle` says; padding rows fill up the last batch."""
@@ -93,11 +107,11 @@ class Loader:
             indices: list[int | None] = [*present, *[None] * (whole - len(present))]
             yield self._assemble(indices, self._padded_length(present))
 
-    def _batch(self, samples: range) -> Batch:
+    def _batch(self, samples: range, place: int) -> Batch:
         indices = [self._row_of(sample) for sample in samples]
         end = samples.stop if self.last_sample is None else self.last_sample
         present = [index if sample < end else None for sample, index in zip(samples, indices, strict=True)]
-        return self._assemble(present, self._padded_length(indices))
+        return self._assemble(present, self._padded_length(indices), place)
 
     def _row_of(self, sample: int) -> int:
         epoch, position = divmod(sample, len(self.rows))
@@ -110,9 +124,10 @@ class Loader:
         longest = max(self.rows.length(index) for index in indices)
         return -(-longest // self.length_multiple) * self.length_multiple
 
-    def _assemble(self, indices: Sequence[int | None], length: int) -> Batch:
+    def _assemble(self, indices: Sequence[int | None], length: int, place: int = 0) -> Batch:
         """This rank's share of the rows `indices` (None: a padding row), as tensors of `length` tokens."""
-        mine = indices[self.data_rank * self.micro_batch_size :][: self.micro_batch_size]
+        before = self.data_rank * self.micro_batch_size
+        mine = indices[before:][: self.micro_batch_size]
         input_ids = np.full((len(mine), length), self.pad_id, np.int64)
         targets = np.full((len(mine), length), IGNORED, np.int64)
         for at, index in enumerate(mine):
@@ -121,4 +136,4 @@ class Loader:
                 input_ids[at, : len(tokens)] = tokens
                 targets[at, : len(labels) - 1] = labels[1:]
         valid = int(np.count_nonzero(targets != IGNORED))
-        return Batch(torch.from_numpy(input_ids), torch.from_numpy(targets), valid)
+        return Batch(torch.from_numpy(input_ids), torch.from_numpy(targets), valid, place + before)

@@ -68,8 +68,16 @@ class DecoderLayer(nn.Module):
         check_chain("attention", self.attention.output, "mlp_norm", self.mlp_norm.input)
         check_chain("mlp_norm", self.mlp_norm.output, "mlp", self.mlp.input)
 
-    def forward(self, x_TF: Tensor, tokens: Tokens, rope: tuple[Tensor, Tensor] | None) -> Tensor:
-        """x_TF and the result lie in the residual layout."""
+    def forward(
+        self, x_TF: Tensor, tokens: Tokens, rope: tuple[Tensor, Tensor] | None, recompute: bool = False
+    ) -> Tensor:
+        """x_TF and the result lie in the residual layout; `recompute` keeps x_TF alone for the backward."""
+        if recompute:  # inside the layer, so that FSDP2, which wraps it, gathers its weights once for both
+            # masks come from indices, not from a generator: there is no RNG state to preserve
+            return checkpoint(self._run, x_TF, tokens, rope, use_reentrant=False, preserve_rng_state=False)
+        return self._run(x_TF, tokens, rope)
+
+    def _run(self, x_TF: Tensor, tokens: Tokens, rope: tuple[Tensor, Tensor] | None) -> Tensor:
         attended = self.attention(self.attention_norm(x_TF), tokens, rope)
         x_TF = x_TF + drop(attended, tokens, self.p, self.attention_norm, f"{self.name}.attention")
         fed = self.mlp(self.mlp_norm(x_TF))
@@ -125,10 +133,10 @@ class Decoder(nn.Module):
         """Random weights from (seed, parameter name, global index), the same on every mesh."""
         initialize(self, self.parallel.mesh, seed)
 
-    def hidden_states(self, input_ids: Tensor, dropout_key: int | None = None) -> Tensor:
+    def hidden_states(self, input_ids: Tensor, dropout_key: int | None = None, first_row: int = 0) -> Tensor:
         """The normed residual stream of `input_ids` [B, S] (the same on every model rank), in the residual layout."""
         mesh, compute = self.parallel.mesh, self.parallel.compute
-        tokens = Tokens.of(input_ids, self.residual, self.parallel.attention, mesh, dropout_key)
+        tokens = Tokens.of(input_ids, self.residual, self.parallel.attention, mesh, dropout_key, first_row)
         self.parallel.overlap.begin(torch.is_grad_enabled())
         x = self.embedding(self._looked_up(input_ids))
         if self.positions is not None:
@@ -137,12 +145,9 @@ class Decoder(nn.Module):
         rope = None
         if self.config.rope is not None:
             rope = rope_table(tokens.sequence, self.config.head_dim, self.config.rope, compute, x.device)
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                # masks come from indices, not from a generator: there is no RNG state to preserve
-                x = checkpoint(layer, x, tokens, rope, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = layer(x, tokens, rope)
+            x = layer(x, tokens, rope, recompute)
         return self.norm(x)
 
     def _looked_up(self, ids: Tensor) -> Tensor:
@@ -164,14 +169,15 @@ class Decoder(nn.Module):
         denominator: float,
         *,
         dropout_key: int | None = None,
+        first_row: int = 0,
         label_smoothing: float = 0.0,
     ) -> Tensor:
         """The summed cross entropy over this rank's tokens divided by `denominator`.
 
         input_ids and targets are int64 [B, S] (targets already shifted, −100 ignored), the same on every model rank;
-        `dropout_key` switches dropout on (see nn/dropout.py).
+        `dropout_key` switches dropout on (see nn/dropout.py), with `first_row` the first sequence's place in the step.
         """
-        x = self.hidden_states(input_ids, dropout_key)
+        x = self.hidden_states(input_ids, dropout_key, first_row)
         head = Head(
             self.head.plan.roles(self.parallel.mesh),
             self.embedding.vocabulary,

@@ -27,7 +27,7 @@ from tessera.models.config import ModelConfig
 from tessera.models.decoder import Decoder
 from tessera.models.families import FAMILIES, HEAD, StoredTensor, model_config, stored_tensors
 from tessera.models.tensor_files import INDEX, ITEM_BYTES, SINGLE, Entry, broken, find_tensors
-from tessera.nn.parameter import Parallel, ParameterSpec, gather_whole, named_specs, to_local
+from tessera.nn.parameter import Parallel, ParameterSpec, gather_parameter, named_specs, to_local
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -170,7 +170,7 @@ def load_weights(model: Decoder, folder: Path) -> int:
             first = 0  # output of the part within the stored tensor
             for part in tensor.parts:
                 parameter, spec = parameters[part]
-                piece = stored[slices_in(tensor, spec.local_slices(mesh), first)]
+                piece = stored[slices_in(tensor, spec.stored_slices(mesh), first)]
                 bytes_read += piece.nbytes
                 to_local(parameter).copy_(piece.T if tensor.transposed else piece)
                 first += spec.shape[0]
@@ -247,7 +247,7 @@ def _plan_files(tensors: Sequence[StoredTensor], dtype: torch.dtype, limit: int)
 
 def _whole(parameter: nn.Parameter, spec: ParameterSpec, mesh: Mesh, dtype: torch.dtype, *, keep: bool) -> Tensor:
     """The full tensor, gathered on every rank; on the CPU of one that is to `keep` it, else nothing of it."""
-    whole = gather_whole(to_local(parameter), spec.shape, spec.cuts, mesh)
+    whole = gather_parameter(parameter, spec, mesh)
     return whole.to("cpu", dtype) if keep else whole.new_empty(0)
 
 

@@ -25,9 +25,9 @@ def _shift(z: Tensor, bits: int) -> Tensor:
     return (z >> bits) & ((1 << (64 - bits)) - 1)  # logical: an int64 shift repeats the sign
 
 
-def dropout_key(seed: int, step: int, micro_batch: int) -> int:
-    """The key of one micro-batch's masks."""
-    return hash_seed("dropout", seed, step, micro_batch)
+def dropout_key(seed: int, step: int) -> int:
+    """The key of one optimizer step's masks; which sequence of the step it is counts as a part of the token."""
+    return hash_seed("dropout", seed, step)
 
 
 def keep_mask(rows: Tensor, columns: Tensor, p: float, key: int, layer: str) -> Tensor:

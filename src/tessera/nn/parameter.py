@@ -7,15 +7,16 @@ and the tables that `inspect` prints. A parameter is a DTensor on the model mesh
 import hashlib
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from tessera.collectives import all_gather
 from tessera.layout import HIDDEN, Layout, LinearPlan, column_parallel, row_parallel
-from tessera.mesh import MODEL_AXES, Mesh
+from tessera.mesh import DATA_AXES, MODEL_AXES, SEQUENCE_AXES, Group, Mesh
 from tessera.schedule import Overlap, Schedule
 
 
@@ -29,30 +30,43 @@ class Init:
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """`shape` is global; `cuts[d]` the axes that cut dim d, major to minor; `acts_on` the stream it is applied to."""
+    """`shape` is global; `cuts[d]` the axes that cut dim d, major to minor; `acts_on` the stream it is applied to.
+
+    FSDP2 stores dim 0 of that cut again, over the axes `stored_over` taken together; it comes back whole before it is
+    used. Gradients are summed by FSDP2 along the axes `served`.
+    """
 
     shape: tuple[int, ...]
     cuts: tuple[tuple[str, ...], ...]
     acts_on: Layout
     init: Init
+    stored_over: tuple[str, ...] = ()
+    served: tuple[str, ...] = ()
 
     @property
     def cut_axes(self) -> set[str]:
-        return {axis for axes in self.cuts for axis in axes}
+        return {axis for axes in (*self.cuts, self.stored_over) for axis in axes}
 
     @property
     def summed_axes(self) -> tuple[str, ...]:
         """The axes over which the gradient must be summed: those that cut the activation but not the parameter."""
-        return tuple(axis for axis in self.acts_on.axes if axis not in self.cut_axes)
+        return tuple(axis for axis in self.acts_on.axes if axis not in self.cut_axes and axis not in self.served)
 
     def local_slices(self, mesh: Mesh) -> tuple[slice, ...]:
-        """The part of each dim that this rank holds; uneven ones as torch.chunk cuts (the last shards are shorter)."""
+        """The part of each dim that this rank uses; uneven ones as torch.chunk cuts (the last shards are shorter)."""
         return tuple(local_slice(n, axes, mesh) for n, axes in zip(self.shape, self.cuts, strict=True))
 
-    def placements(self, mesh: Mesh) -> list[Placement]:
-        """The DTensor placement on each dim of `mesh.device_mesh`."""
+    def stored_slices(self, mesh: Mesh) -> tuple[slice, ...]:
+        """The part of each dim that this rank holds: of dim 0 less than it uses, under FSDP2."""
+        used, *others = self.local_slices(mesh)
+        step = -(-(used.stop - used.start) // mesh.size(self.stored_over))
+        start = min(used.stop, used.start + step * mesh.index(self.stored_over))
+        return slice(start, min(used.stop, start + step)), *others
+
+    def placements(self, axes: Iterable[str]) -> list[Placement]:
+        """The DTensor placement along each of the mesh's `axes`, as the rank uses the parameter."""
         dim_of = {axis: dim for dim, axes in enumerate(self.cuts) for axis in axes}
-        return [Shard(dim_of[a]) if a in dim_of else Replicate() for a in mesh.present(MODEL_AXES)]
+        return [Shard(dim_of[a]) if a in dim_of else Replicate() for a in axes]
 
 
 def local_slice(n: int, axes: tuple[str, ...], mesh: Mesh) -> slice:
@@ -69,8 +83,9 @@ class Parallel:
     """What every layer of one model shares: the mesh, the layouts of the streams, the schedule and the dtypes.
 
     Parameters are held in `dtype`; products run in `compute` (bf16 over fp32 parameters, or the same). `attention` is
-    the hidden stream inside attention; `weights_over` the token axes along which weights are stored cut; `overlap`
-    moves weights early and their gradients late.
+    the hidden stream inside attention; `weights_over` the token axes along which weights are stored cut, and gathered
+    by the products; `overlap` moves weights early and their gradients late. `fsdp`, where data axes are above 1, are
+    the axes over which FSDP2 stores parameters cut (parallel/data.py); it gathers them layer by layer.
     """
 
     mesh: Mesh
@@ -81,6 +96,32 @@ class Parallel:
     attention: Layout = HIDDEN
     weights_over: tuple[str, ...] = ("row",)
     overlap: Overlap = field(default_factory=Overlap, compare=False)
+    fsdp: tuple[str, ...] | None = None
+
+    @property
+    def served(self) -> tuple[str, ...]:
+        """The axes along which FSDP2 sums every gradient: all that cut the batch, but for those of `weights_over`."""
+        batch = (*DATA_AXES, *SEQUENCE_AXES, "depth", "row")
+        return () if self.fsdp is None else tuple(axis for axis in batch if axis not in self.weights_over)
+
+    @property
+    def device_mesh(self) -> DeviceMesh | None:
+        """Where parameters are DTensors before FSDP2 has cut them; None where they are plain tensors."""
+        if self.fsdp is None:
+            return self.mesh.device_mesh
+        axes = self.parameter_axes
+        return self.data_mesh[axes] if axes else None
+
+    @property
+    def parameter_axes(self) -> tuple[str, ...]:
+        """The model axes above size 1 that FSDP2 leaves to the layers. It takes at most two."""
+        return tuple(axis for axis in self.mesh.present(MODEL_AXES) if axis not in self.served)
+
+    @property
+    def data_mesh(self) -> DeviceMesh:
+        """All ranks: the replicas, the axes `fsdp` as one dim, and the parameters' axes."""
+        assert self.fsdp is not None
+        return self.mesh.arranged([self.fsdp, *((axis,) for axis in self.parameter_axes)])
 
     def column(self, hidden: Layout = HIDDEN) -> LinearPlan:
         """The plan of a column-parallel layer, residual → hidden."""
@@ -101,15 +142,18 @@ class ParallelModule(nn.Module):
 
     def declare(self, name: str, spec: ParameterSpec) -> None:
         """Make the local shard of a parameter, uninitialised, and register it as a DTensor (plain in one process)."""
-        mesh = self.parallel.mesh
+        parallel, mesh = self.parallel, self.parallel.mesh
+        spec = replace(spec, stored_over=parallel.fsdp or (), served=parallel.served)
         shape = [s.stop - s.start for s in spec.local_slices(mesh)]
-        data: Tensor = torch.empty(shape, dtype=self.parallel.dtype, device=mesh.device)
-        if mesh.device_mesh is not None:
+        # under FSDP2 memory comes with its shards: no rank ever holds what it uses of the whole model
+        device = mesh.device if parallel.fsdp is None else "meta"
+        data: Tensor = torch.empty(shape, dtype=parallel.dtype, device=device)
+        if parallel.device_mesh is not None:
             whole = torch.empty(spec.shape, device="meta")
             data = DTensor.from_local(
                 data,
-                mesh.device_mesh,
-                spec.placements(mesh),
+                parallel.device_mesh,
+                spec.placements(parallel.parameter_axes),
                 run_check=False,
                 shape=whole.shape,
                 stride=whole.stride(),
@@ -180,13 +224,26 @@ def add_gradient(parameter: nn.Parameter | None, gradient: Tensor) -> None:
 def gather_whole(shard: Tensor, shape: tuple[int, ...], cuts: Iterable[tuple[str, ...]], mesh: Mesh) -> Tensor:
     """The whole of a tensor of which this rank holds `shard`, dim by dim; every rank gets it."""
     for dim, (length, axes) in enumerate(zip(shape, cuts, strict=True)):
-        missing = -(-length // mesh.size(axes)) - shard.shape[dim]
-        if missing:  # shards are as long as torch.chunk's: only what lies at the end is padding
-            shard = torch.cat([shard, shard.new_zeros(*shard.shape[:dim], missing, *shard.shape[dim + 1 :])], dim)
-        for axis in reversed(axes):  # the minor ones come together first
-            shard = all_gather(shard, dim, mesh.group((axis,)))
-        shard = shard.narrow(dim, 0, length)
+        groups = [mesh.group((axis,)) for axis in reversed(axes)]  # the minor ones come together first
+        shard = _joined(shard, dim, length, mesh.size(axes), groups)
     return shard
+
+
+def _joined(shard: Tensor, dim: int, length: int, ranks: int, groups: Iterable[Group | None]) -> Tensor:
+    missing = -(-length // ranks) - shard.shape[dim]
+    if missing:  # shards are as long as torch.chunk's: only what lies at the end is padding
+        shard = torch.cat([shard, shard.new_zeros(*shard.shape[:dim], missing, *shard.shape[dim + 1 :])], dim)
+    for group in groups:
+        shard = all_gather(shard, dim, group)
+    return shard.narrow(dim, 0, length)
+
+
+def gather_parameter(parameter: Tensor, spec: ParameterSpec, mesh: Mesh) -> Tensor:
+    """The whole of a parameter on every rank, on the mesh's device."""
+    used, stored_over = spec.local_slices(mesh)[0], spec.stored_over
+    shard = to_local(parameter).to(mesh.device)
+    shard = _joined(shard, 0, used.stop - used.start, mesh.size(stored_over), [mesh.group(stored_over)])
+    return gather_whole(shard, spec.shape, spec.cuts, mesh)
 
 
 def named_specs(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, ParameterSpec]]:
@@ -216,7 +273,7 @@ def initialize(model: nn.Module, mesh: Mesh, seed: int) -> None:
         if spec.init.std == 0:
             shard.fill_(spec.init.value)
         else:
-            shard.copy_(_normal(name, spec.shape, spec.local_slices(mesh), spec.init.std, seed))
+            shard.copy_(_normal(name, spec.shape, spec.stored_slices(mesh), spec.init.std, seed))
 
 
 def _normal(name: str, shape: tuple[int, ...], slices: tuple[slice, ...], std: float, seed: int) -> Tensor:

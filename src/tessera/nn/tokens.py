@@ -12,7 +12,7 @@ from tessera.mesh import Mesh
 
 @dataclass(frozen=True)
 class Tokens:
-    """`sequence` is S (padded); `dropout` the key of this micro-batch's masks, None in evaluation.
+    """`sequence` is S (padded); `dropout` the key of the step's masks, None in evaluation.
 
     `residual` are this rank's tokens in the residual stream, `attention` those of its whole sequences.
     """
@@ -22,10 +22,17 @@ class Tokens:
     attention: slice
     device: torch.device
     dropout: int | None = None
+    first_row: int = 0
 
     @classmethod
     def of(
-        cls, input_ids: Tensor, residual: Layout, attention: Layout, mesh: Mesh, dropout: int | None = None
+        cls,
+        input_ids: Tensor,
+        residual: Layout,
+        attention: Layout,
+        mesh: Mesh,
+        dropout: int | None = None,
+        first_row: int = 0,
     ) -> "Tokens":
         """Place the tokens of `input_ids` [B, S]. Raises ValueError when they do not divide by their axes."""
         B, S = input_ids.shape
@@ -35,15 +42,16 @@ class Tokens:
                 f"a batch of {B} sequences does not divide by the {whole_sequences} ranks along {attention.tokens}"
             )
         _part(B * S, HIDDEN, mesh)  # the rest of the hidden stream must divide too
-        return cls(S, _part(B * S, residual, mesh), _part(B * S, attention, mesh), input_ids.device, dropout)
+        return cls(S, _part(B * S, residual, mesh), _part(B * S, attention, mesh), input_ids.device, dropout, first_row)
 
     def positions(self, part: slice) -> Tensor:
         """The position in its sequence of each token of `part`."""
         return torch.arange(part.start, part.stop, device=self.device) % self.sequence
 
     def rows(self, part: slice) -> Tensor:
-        """A global index of each token of `part` that does not depend on padding: (sequence in the batch, position)."""
-        return (torch.arange(part.start, part.stop, device=self.device) // self.sequence << 32) + self.positions(part)
+        """An index of each token of `part` in the step that no layout changes, nor padding: (sequence, position)."""
+        sequences = torch.arange(part.start, part.stop, device=self.device) // self.sequence + self.first_row
+        return (sequences << 32) + self.positions(part)
 
 
 def _part(total: int, layout: Layout, mesh: Mesh) -> slice:

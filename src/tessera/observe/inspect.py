@@ -147,7 +147,7 @@ def inspect_model(model: ModelConfig, parallel: Parallel) -> Inspection:
     for name, _, spec in named_specs(alone):
         cut = (spec.shape, spec.cuts)
         if cut not in shapes:
-            shapes[cut] = tuple(tuple(s.stop - s.start for s in spec.local_slices(mesh)) for mesh in ranks)
+            shapes[cut] = tuple(tuple(s.stop - s.start for s in spec.stored_slices(mesh)) for mesh in ranks)
         dims = _dims(alone.get_submodule(name.rpartition(".")[0]))[: len(spec.shape)]
         parameters.append(Held(name, spec, dims, shapes[cut], _copies(spec, parallel.mesh)))
     return Inspection(parallel, ranks, tuple(parameters))
@@ -165,7 +165,7 @@ def streams(model: ModelConfig, inspection: Inspection, shape: StepShape) -> lis
     held = []
     for name, layout, features, count in chosen:
         spec = ParameterSpec((shape.tokens, count), (layout.tokens, layout.features), layout, Init())
-        shapes = tuple(tuple(s.stop - s.start for s in spec.local_slices(mesh)) for mesh in inspection.ranks)
+        shapes = tuple(tuple(s.stop - s.start for s in spec.stored_slices(mesh)) for mesh in inspection.ranks)
         held.append(Held(name, spec, ("T", features), shapes, _copies(spec, parallel.mesh)))
     return held
 
@@ -220,7 +220,7 @@ def cut_in_words(dims: Sequence[str], cuts: Sequence[Sequence[str]], mesh: Mesh)
 
 def placements_in_words(spec: ParameterSpec, mesh: Mesh) -> list[str]:
     """The DTensor placement on each axis above size 1, in short: S(1) for Shard(dim=1), R for Replicate()."""
-    return [f"S({p.dim})" if hasattr(p, "dim") else "R" for p in spec.placements(mesh)]
+    return [f"S({p.dim})" if hasattr(p, "dim") else "R" for p in spec.placements(mesh.present(MODEL_AXES))]
 
 
 def _dims(module: nn.Module) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tessera.collectives import all_reduce, start_all_reduce
-from tessera.mesh import MODEL_AXES, Mesh
+from tessera.mesh import AXES, Mesh
 from tessera.nn.parameter import named_specs, to_local
 
 
@@ -49,14 +49,14 @@ def gradient_norm(model: nn.Module, mesh: Mesh, *riders: Tensor) -> tuple[Tensor
     squares = torch.cat(counted).double().square().sum() if counted else torch.zeros((), dtype=torch.float64)
     squares = squares.to(mesh.device)
     numbers = torch.stack([squares, *(rider.to(squares) for rider in riders)])
-    total = all_reduce(numbers, mesh.group(MODEL_AXES))
+    total = all_reduce(numbers, mesh.group(AXES))
     return total[0].sqrt(), *total[1:]
 
 
 def first_copy(mesh: Mesh, cut_axes: Iterable[str]) -> bool:
     """Whether this rank is the first of those that hold the same part of something cut over `cut_axes`."""
     cut = set(cut_axes)
-    return all(mesh.coordinates[axis] == 0 for axis in MODEL_AXES if axis not in cut)
+    return all(mesh.coordinates[axis] == 0 for axis in AXES if axis not in cut)
 
 
 @torch.no_grad()

@@ -71,6 +71,7 @@ class _Batch:
 
     input_ids: torch.Tensor
     valid: int
+    first_row: int = 0
 
     @property
     def targets(self) -> torch.Tensor:

@@ -11,14 +11,20 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tessera.collectives import all_reduce
 from tessera.layout import HIDDEN
+from tessera.mesh import DATA_AXES
 from tessera.models.decoder import Decoder
 from tessera.nn.dropout import dropout_key
+from tessera.parallel.data import gradients_travel
 from tessera.parallel.gradients import clip_gradients, first_copy, gradient_norm, sum_replicated_gradients
 
 
 class MicroBatch(Protocol):
-    """input_ids and targets int64 [B, S], targets shifted and −100 where ignored; `valid` counts the others."""
+    """input_ids and targets int64 [B, S], targets shifted and −100 where ignored; `valid` counts the others.
+
+    `first_row`: the place of its first sequence among all of the step, those of other data ranks included.
+    """
 
     @property
     def input_ids(self) -> Tensor: ...
@@ -26,11 +32,16 @@ class MicroBatch(Protocol):
     def targets(self) -> Tensor: ...
     @property
     def valid(self) -> int: ...
+    @property
+    def first_row(self) -> int: ...
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: mean over the step's valid tokens; grad_norm: before clipping; stop: whether a rank asked to stop."""
+    """loss: mean over the step's valid tokens; grad_norm: before clipping; stop: whether a rank asked to stop.
+
+    tokens: valid ones of all data ranks.
+    """
 
     loss: float
     grad_norm: float
@@ -58,17 +69,27 @@ class Step:
         self.max_grad_norm, self.label_smoothing, self.seed = max_grad_norm, label_smoothing, seed
         self.mesh = model.parallel.mesh
 
-    def gradients(self, batches: Sequence[MicroBatch], step: int) -> Tensor:
-        """Accumulate the gradients of all micro-batches, complete their sums; returns this rank's part of the loss."""
-        denominator = float(max(1, sum(batch.valid for batch in batches)))
+    def valid_tokens(self, batches: Sequence[MicroBatch]) -> int:
+        """The targets that count in this step, of all data ranks."""
+        own = torch.tensor(sum(batch.valid for batch in batches), device=self.mesh.device)
+        return int(all_reduce(own, self.mesh.group(DATA_AXES)).item())
+
+    def gradients(self, batches: Sequence[MicroBatch], step: int, valid: int | None = None) -> Tensor:
+        """Accumulate the gradients of all micro-batches, complete their sums; returns this rank's part of the loss.
+
+        `valid` is what `valid_tokens` gives, where it is known.
+        """
+        denominator = float(max(1, self.valid_tokens(batches) if valid is None else valid))
         self.optimizer.zero_grad(set_to_none=True)
         losses = []
         for index, batch in enumerate(batches):
+            gradients_travel(self.model, index == len(batches) - 1)
             loss = self.model(
                 batch.input_ids.to(self.mesh.device),
                 batch.targets.to(self.mesh.device),
                 denominator,
-                dropout_key=dropout_key(self.seed, step, index),
+                dropout_key=dropout_key(self.seed, step),
+                first_row=batch.first_row,
                 label_smoothing=self.label_smoothing,
             )
             loss.backward()
@@ -88,11 +109,12 @@ class Step:
 
         `stop` is asked as late as possible; when it says yes on any rank, the result's `stop` is true on all.
         """
-        loss = self.gradients(batches, step)
-        own_part = loss if first_copy(self.mesh, HIDDEN.tokens) else torch.zeros_like(loss)
+        valid = self.valid_tokens(batches)
+        loss = self.gradients(batches, step, valid)
+        own_part = loss if first_copy(self.mesh, (*DATA_AXES, *HIDDEN.tokens)) else torch.zeros_like(loss)
         numbers = gradient_norm(self.model, self.mesh, own_part, loss.new_tensor(float(stop())))
         norm_value, loss_value, stopping = torch.stack(numbers).tolist()
-        result = StepResult(loss_value, norm_value, sum(batch.valid for batch in batches), stopping > 0)
+        result = StepResult(loss_value, norm_value, valid, stopping > 0)
         if result.finite and result.tokens:
             if self.max_grad_norm:
                 clip_gradients(self.model, norm_value, self.max_grad_norm)

@@ -103,7 +103,7 @@ class _Squares:
         for name, reference in _from_first_rank(whole, shards, specs, mesh):
             reference = reference.double()
             self.references[name] = reference.norm().item()
-            part = reference[specs[name].local_slices(mesh)]
+            part = reference[specs[name].stored_slices(mesh)]
             self.own[name] = (shards[name].double() - part).square().sum().item()
 
 

@@ -126,7 +126,7 @@ def _gradient(beside: Beside, name: str, spec: ParameterSpec) -> tuple[Tensor, T
     """This rank's gradient of a parameter, what it should be, and the norm of the whole, at least a share of all."""
     whole = beside.gradients[name]
     ours = beside.model.get_parameter(name).grad
-    want = whole[spec.local_slices(beside.mesh)]
+    want = whole[spec.stored_slices(beside.mesh)]
     least = 1e-3 * max(g.norm().item() for g in beside.gradients.values())
     return want.new_zeros(want.shape) if ours is None else to_local(ours), want, max(whole.norm().item(), least)
 
@@ -177,7 +177,7 @@ def _of_gradients(beside: Beside, wrong: dict[str, ParameterSpec]) -> list[str]:
 
     def own_part(axes: tuple[str, ...]) -> Tensor:
         whole = own.of_parameter(name, axes, tokens, beside.mesh, beside.reference, beside.batches)
-        return whole[spec.local_slices(beside.mesh)]
+        return whole[spec.stored_slices(beside.mesh)]
 
     present = beside.mesh.present(tokens)
     candidates = [axes for n in range(len(present)) for axes in itertools.combinations(present, n + 1)]

@@ -43,7 +43,8 @@ class Problem:
         padding = -self.length % multiple
         ids = torch.nn.functional.pad(ids, (0, padding))
         targets = torch.nn.functional.pad(targets, (0, padding), value=IGNORED)
-        return Batch(ids, targets, int((targets != IGNORED).sum()))
+        first_row = number % self.micro_batches * self.batch
+        return Batch(ids, targets, int((targets != IGNORED).sum()), first_row)
 
 
 def small_model(model: ModelConfig, layouts: Sequence[Mapping[str, int]], slices: int) -> ModelConfig:

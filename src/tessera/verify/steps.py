@@ -43,7 +43,7 @@ def build(problem: Problem, parallel: Parallel, config: "TrainConfig") -> Decode
         for name, parameter, spec in named_specs(model):
             if not spec.init.std:
                 generator = torch.Generator().manual_seed(hash_seed(problem.seed, name))
-                noise = torch.randn(spec.shape, generator=generator)[spec.local_slices(parallel.mesh)]
+                noise = torch.randn(spec.shape, generator=generator)[spec.stored_slices(parallel.mesh)]
                 to_local(parameter).add_(noise.to(parallel.mesh.device), alpha=0.1)
     return model
 

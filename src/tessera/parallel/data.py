@@ -1,0 +1,135 @@
+"""Sharded data parallelism: torch's FSDP2 around the layers of a decoder, its collectives through our one door.
+
+    axes              parameters                       gradients
+    inner · col       DTensors, cut as layout.py says  as the products and the gradient rule sum them
+    shard · row       dim 0 cut again by FSDP2         reduce-scatter, at the end of a step's last backward
+    replicate · depth repeated                         one all-reduce of what that left
+
+`row` cuts tokens, as `shard` does: its weights are gathered the same way, so FSDP2 serves both at once (`fsdp` of
+`Parallel`), in one gather for each layer, and all weights of a layer together. Only the loops of summa and cannon keep
+a leg of their own along `row`. Every sum is a sum: nothing is divided, as the loss already is.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+
+from tessera.collectives import all_reduce, gather_into, reduce_scatter_into
+from tessera.mesh import Group, name_of
+from tessera.models.config import ModelConfig
+from tessera.models.decoder import Decoder
+from tessera.nn.parameter import Parallel
+
+
+@dataclass(frozen=True)
+class Fsdp:
+    """What FSDP2 can be asked for.
+
+    `reshard`: a layer's weights are dropped after its forward and gathered again for its backward, else kept for it;
+    `prefetch`: the next layer's are gathered before this one's forward has been issued; `offload`: parameters,
+    gradients and optimizer live in host memory; `by_layer`: each decoder layer is gathered by itself, else all at once.
+    """
+
+    reshard: bool = True
+    prefetch: bool = False
+    offload: bool = False
+    by_layer: bool = True
+
+
+def build_decoder(
+    model: ModelConfig, parallel: Parallel, fsdp: Fsdp = Fsdp(), *, gradient_checkpointing: bool = False
+) -> Decoder:
+    """The model, its parameters in FSDP2's hands where `parallel` says so; they are empty, as in `Decoder`."""
+    decoder = Decoder(model, parallel, gradient_checkpointing=gradient_checkpointing)
+    if parallel.fsdp is not None:
+        _shard(decoder, fsdp)
+    return decoder
+
+
+def gradients_travel(decoder: Decoder, travel: bool) -> None:
+    """Whether the next backward sums gradients over the data axes: only a step's last one does, for all of them.
+
+    Where weights are kept after the forward, they stay until then too.
+    """
+    if isinstance(decoder, FSDPModule):
+        decoder.set_requires_gradient_sync(travel)
+        decoder.set_is_last_backward(travel)
+        if not decoder.reshards_after_forward:
+            decoder.set_reshard_after_backward(travel)
+
+
+def _shard(decoder: Decoder, fsdp: Fsdp) -> None:
+    parallel = decoder.parallel
+    mesh, over = parallel.mesh, parallel.fsdp
+    assert over is not None
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if parallel.compute != parallel.dtype:
+        policy = MixedPrecisionPolicy(parallel.compute, parallel.dtype, cast_forward_inputs=False)
+    on_cuda = mesh.device.type == "cuda"
+    options: dict[str, Any] = {
+        "mesh": parallel.data_mesh[name_of(over)],
+        "reshard_after_forward": fsdp.reshard,
+        "mp_policy": policy,
+        "offload_policy": CPUOffloadPolicy(pin_memory=on_cuda) if fsdp.offload else OffloadPolicy(),
+    }
+    units = [*decoder.layers, decoder] if fsdp.by_layer else [decoder]
+    stored, copies = mesh.group(over), mesh.group(axis for axis in parallel.served if axis not in over)
+    for unit in units:
+        made = fully_shard(unit, **options)
+        made.set_gradient_divide_factor(1.0)
+        made.set_force_sum_reduction_for_comms(True)
+        if stored is not None:
+            made.set_custom_all_gather(_Gather(stored))
+            made.set_custom_reduce_scatter(_Scatter(stored))
+        if copies is not None:
+            made.set_all_reduce_hook(_sum_over(copies))
+    if fsdp.prefetch and fsdp.by_layer:
+        for layer, following in zip(decoder.layers[:-1], decoder.layers[1:], strict=True):
+            layer.set_modules_to_forward_prefetch([following])
+    register_fsdp_forward_method(decoder, "logits")
+    decoder.reshards_after_forward = fsdp.reshard
+    decoder.to_empty(device="cpu" if fsdp.offload else mesh.device)
+
+
+def _sum_over(copies: Group) -> Any:
+    def hook(reduced: Tensor) -> None:
+        all_reduce(reduced, copies)
+
+    return hook
+
+
+class _Moves:
+    """FSDP2 asks for memory, then for a collective between two such pieces, which goes through our door."""
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+
+class _Gather(_Moves):
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> Any:
+        return gather_into(output_tensor, input_tensor, self.group, async_op)
+
+
+class _Scatter(_Moves):
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
+    ) -> Any:
+        if op != dist.ReduceOp.SUM:
+            raise AssertionError(f"gradients are sums here, FSDP2 asks for {op}")
+        return reduce_scatter_into(output_tensor, input_tensor, self.group, async_op)
