@@ -12,11 +12,12 @@ from support.compare import worst
 from support.mesh import shared_mesh
 from tessera.collectives import Recorder
 from tessera.layout import residual_layout
-from tessera.mesh import Mesh
+from tessera.mesh import DATA_AXES, Mesh
 from tessera.models.config import ModelConfig
 from tessera.models.decoder import Decoder
 from tessera.nn.parameter import Parallel, named_specs, to_local
 from tessera.nn.rope import RopeConfig
+from tessera.parallel.data import Fsdp, build_decoder
 from tessera.schedule import Schedule
 from tessera.train.optimizer import build_optimizer
 from tessera.train.step import Step
@@ -97,13 +98,22 @@ def full(tensor: Any) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def share(batch: Batch, mesh: Mesh) -> Batch:
+    """The rows of this data rank."""
+    rows = len(batch.targets) // mesh.size(DATA_AXES)
+    first = mesh.index(DATA_AXES) * rows
+    mine = slice(first, first + rows)
+    return Batch(batch.input_ids[mine], batch.targets[mine], batch.first_row + first)
+
+
 def build(config: ModelConfig, mesh: Mesh, sequence_parallel: bool = True, **options: Any) -> Decoder:
     checkpointing = options.pop("gradient_checkpointing", False)
     dtype = options.pop("dtype", torch.float64)
+    asked = options.pop("asked", Fsdp())
     options.setdefault("compute", dtype)
     residual = residual_layout(sequence_parallel, options.get("schedule", Schedule()).name)
     parallel = Parallel(mesh, residual, dtype=dtype, **options)
-    model = Decoder(config, parallel, gradient_checkpointing=checkpointing)
+    model = build_decoder(config, parallel, asked, gradient_checkpointing=checkpointing)
     model.initialize(seed=5)
     return model
 
@@ -116,7 +126,8 @@ def train(
     step = Step(model, optimizer, max_grad_norm=0.5, label_smoothing=smoothing, seed=dropout_seed)
     results, gradients = [], {}
     for index in range(steps):
-        results.append(step(batches(model.config, 2, index, size, length), index, 1e-2))
+        mine = [share(batch, model.parallel.mesh) for batch in batches(model.config, 2, index, size, length)]
+        results.append(step(mine, index, 1e-2))
         if index == 0:  # the update has scaled them by the clipping, alike everywhere
             gradients = {n: to_local(p.grad) for n, p in model.named_parameters()}
     return {

@@ -30,7 +30,7 @@ from tessera.observe.inspect import (
 from tessera.observe.inspect_tables import WIDTH, Report, print_report
 from tessera.observe.picture import Grid, check_picture, draw
 from tessera.plan.words import StepShape
-from tessera.train.preflight import fitting_model, parallel_for
+from tessera.train.preflight import compute_dtype, fitting_model, parallel_for
 
 
 def inspect(
@@ -59,9 +59,8 @@ def inspect(
 def report_on(config: TrainConfig, weight: str | None = None) -> Report:
     """What there is to say of `config`. UserError: sizes that do not fit, no such model or weight."""
     model = fitting_model(config)
-    bf16 = devices.has_bf16(devices.local_device()) if config.bf16 == "auto" else config.bf16
     mesh = Mesh(config.axes, device="meta", rank=0)
-    parallel = parallel_for(config, mesh, compute=torch.bfloat16 if bf16 else torch.float32)
+    parallel = parallel_for(config, mesh, compute=compute_dtype(config, devices.local_device()))
     inspection = inspect_model(model, parallel)
     shape = StepShape(
         config.micro_batch_size,

@@ -20,8 +20,6 @@ _SWITCH_OFF = (None, False)
 
 NOT_DONE: dict[str, NotDone] = {
     # Layout
-    "dp_shard_size": NotDone("sharded data parallelism", _SIZE),
-    "dp_replicate_size": NotDone("replicated data parallelism", _SIZE),
     "context_parallel_size": NotDone("context parallelism", _SIZE),
     "context_parallel_degree": NotDone("context parallelism", _SIZE),
     "sequence_parallel_degree": NotDone("context parallelism", _SIZE),
@@ -29,11 +27,9 @@ NOT_DONE: dict[str, NotDone] = {
     "heads_k_stride": NotDone("context parallelism", _SIZE),
     "pipeline_parallel_size": NotDone("pipeline parallelism", _SIZE),
     "expert_parallel_size": NotDone("expert parallelism", _SIZE),
-    "fsdp": NotDone("sharded data parallelism"),
-    "fsdp_version": NotDone("sharded data parallelism"),
-    "fsdp_config": NotDone("sharded data parallelism"),
+    "fsdp": NotDone("FSDP1; dp_shard_size asks for FSDP2"),
     "deepspeed": NotDone("DeepSpeed"),
-    "ddp": NotDone("replicated data parallelism", _SWITCH_OFF),
+    "ddp": NotDone("DistributedDataParallel; dp_replicate_size asks for replicas", _SWITCH_OFF),
     # Numbers and memory
     "fp16": NotDone("float16 compute with loss scaling; bf16 is done", _SWITCH_OFF),
     "bfloat16": NotDone("bfloat16 parameters; bf16 (compute) is done", _SWITCH_OFF),
@@ -126,6 +122,7 @@ NOT_DONE_IN_DATASETS: dict[str, NotDone] = {
 NOT_DONE_VALUES: dict[str, tuple[str, ...]] = {
     "save_strategy": ("epoch", "best"),
     "gradient_checkpointing": ("offload", "offload_disk", "unsloth"),
+    "fsdp_config.auto_wrap_policy": ("SIZE_BASED_WRAP",),
     "optimizer": (
         "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "adamw_torch_8bit",
         "adamw_torch_4bit", "adafactor", "sgd", "adamw_hf", "lion_8bit", "muon", "galore_adamw",
@@ -183,6 +180,27 @@ NO_EFFECT: dict[str, str] = {
     "logging_first_step": "output_dir/metrics.jsonl has every step",
     "low_cpu_mem_usage": "every rank reads only its slices of the weights",
     "use_cpu": "a GPU is used where there is one; hide it with CUDA_VISIBLE_DEVICES=''",
+}
+
+_SHARDED = "checkpoints are always sharded, and the final model is always a whole Hugging Face folder"
+_FROM_SHARDS = "every rank reads only its own shards of the weights, or draws only its own"
+
+# Keys of fsdp_config, also as `fsdp_...`, as accelerate writes them.
+NO_EFFECT_IN_FSDP: dict[str, str] = {
+    "state_dict_type": _SHARDED,
+    "final_state_dict_type": _SHARDED,
+    "transformer_layer_cls_to_wrap": "the decoder layers are wrapped, whatever the model calls them",
+    "cpu_ram_efficient_loading": _FROM_SHARDS,
+    "sync_module_states": _FROM_SHARDS,
+    "use_orig_params": "FSDP2 always keeps the parameters as they are",
+    "version": "there is FSDP2 alone",
+    "cpu_offload_pin_memory": "host memory is pinned where there is a GPU",
+}
+NOT_DONE_IN_FSDP: dict[str, NotDone] = {
+    "activation_checkpointing": NotDone("this place for it; write gradient_checkpointing: true", _SWITCH_OFF),
+    "min_num_params": NotDone("wrapping by size", (None, 0)),
+    "backward_prefetch": NotDone("a choice; FSDP2 always gathers the next layer early", (None, "BACKWARD_PRE")),
+    "sharding_strategy": NotDone("FSDP1's strategies; dp_shard_size, dp_replicate_size, reshard_after_forward say it"),
 }
 
 # The other plugins are not done.

@@ -15,13 +15,14 @@ import yaml
 from pydantic import ValidationError
 
 from tessera.config import compat
-from tessera.config.schema import DatasetConfig, MeshConfig, Section, TokenizerConfig, TrainConfig
+from tessera.config.schema import DatasetConfig, FsdpConfig, MeshConfig, Section, TokenizerConfig, TrainConfig
 from tessera.errors import UserError
 
 _SECTIONS: dict[str, type[Section]] = {
     "datasets": DatasetConfig,
     "tokenizer": TokenizerConfig,
     "tensor_parallel_mesh": MeshConfig,
+    "fsdp_config": FsdpConfig,
 }
 
 
@@ -61,6 +62,9 @@ def make_config(values: Mapping[Any, Any], source: str = "config") -> tuple[Trai
             else row
             for i, row in enumerate(kept["datasets"])
         ]
+    if isinstance(kept.get("fsdp_config"), dict):
+        given = {str(key).removeprefix("fsdp_"): value for key, value in kept["fsdp_config"].items()}
+        kept["fsdp_config"] = _settle_other_tools(given, compat.NOT_DONE_IN_FSDP, "fsdp_config.", problems, notes)
     try:
         config = TrainConfig.model_validate(kept)
     except ValidationError as error:
@@ -176,6 +180,8 @@ def _settle_other_tools(
             ours = compat.SPELLED_HERE[key]
             problems.append(UserError(name, shown, f"is called {ours} here", f"write {ours}: {shown}"))
             kept.setdefault(ours, value)
+        elif prefix == "fsdp_config." and key in compat.NO_EFFECT_IN_FSDP:
+            notes.append(f"{name}: {shown} has no effect: {compat.NO_EFFECT_IN_FSDP[key]}")
         elif not prefix and key in compat.NO_EFFECT:
             others = [p for p in value if p not in compat.PLUGINS_WITHOUT_EFFECT] if key == "plugins" and value else []
             problems += [UserError(key, plugin, "this plugin is not done", "leave it out") for plugin in others]

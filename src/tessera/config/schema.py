@@ -80,6 +80,28 @@ class MeshConfig(Section):
     col: int = Field(1, ge=1, description="Cuts heads, feed-forward features and the vocabulary (all geometries).")
 
 
+def _upper(value: object) -> object:
+    return value.upper() if isinstance(value, str) else value
+
+
+class FsdpConfig(Section):
+    """How FSDP2 cuts and moves parameters along the data axes."""
+
+    reshard_after_forward: bool = Field(
+        True, description="Drop a layer's gathered weights after its forward, and gather them again for its backward."
+    )
+    forward_prefetch: bool = Field(False, description="Gather the next layer's weights before this one's forward.")
+    offload_params: bool = Field(
+        False, description="Keep parameters, gradients and optimizer in host memory; weights come in for each layer."
+    )
+    auto_wrap_policy: Annotated[Literal["TRANSFORMER_BASED_WRAP", "NO_WRAP"], BeforeValidator(_upper)] = Field(
+        "TRANSFORMER_BASED_WRAP", description="What is gathered at once: each decoder layer, or the whole model."
+    )
+    mixed_precision_policy: Literal["bf16", "fp32"] | None = Field(
+        None, description="The dtype of gathered weights and of compute; gradients are summed in float32. Unset: bf16's."
+    )
+
+
 class TrainConfig(Section):
     """One training run."""
 
@@ -158,6 +180,15 @@ class TrainConfig(Section):
     )
 
     # Layout
+    dp_shard_size: int | None = Field(
+        None,
+        ge=1,
+        description="Data-parallel devices over which FSDP2 cuts parameters, gradients and optimizer. "
+        "Unset: as many as the processes given leave, or 1.",
+    )
+    dp_replicate_size: int = Field(1, ge=1, description="Replicas of all that is cut otherwise (HSDP).")
+    fsdp_config: FsdpConfig = Field(FsdpConfig(), description="Switches of FSDP2.")
+    fsdp_version: Literal[2] = Field(2, description="There is FSDP2 alone.")
     tensor_parallel_size: int | None = Field(
         None, ge=1, description="Devices over which each layer is cut. Unset: from tensor_parallel_mesh, or 1."
     )
@@ -221,7 +252,30 @@ class TrainConfig(Section):
     @property
     def world_size(self) -> int:
         """Processes that the sizes given make."""
-        return math.prod(self.axes.values())
+        return math.prod(self.mesh_sizes.values())
+
+    @property
+    def data_sizes(self) -> dict[str, int]:
+        """The sizes of replicate and shard."""
+        return {"replicate": self.dp_replicate_size, "shard": self.dp_shard_size or 1}
+
+    @property
+    def mesh_sizes(self) -> dict[str, int]:
+        """The sizes of all axes. Raises UserError as `axes`."""
+        return self.data_sizes | self.axes
+
+    def filled_in(self, processes: int | None) -> "TrainConfig":
+        """With dp_shard_size, where it is unset, as large as so many processes make it; UserError if none fits."""
+        others = self.dp_replicate_size * math.prod(self.axes.values())
+        if self.dp_shard_size is not None or processes is None:
+            return self
+        if processes % others:
+            made = f"dp_replicate_size × tensor axes = {others}"
+            nearest = sorted({max(1, processes // others) * others, -(-processes // others) * others})
+            raise UserError(
+                "processes", processes, f"does not divide by {made}", f"{' or '.join(map(str, nearest))} processes"
+            )
+        return self.model_copy(update={"dp_shard_size": processes // others})
 
     @property
     def axes(self) -> dict[str, int]:
@@ -282,6 +336,14 @@ class TrainConfig(Section):
                 "neither a fraction below 1 nor a whole number of rows",
                 f"for rows, write {round(self.val_set_size)}",
             )
+        policy = self.fsdp_config.mixed_precision_policy
+        if policy is not None and self.bf16 != "auto" and self.bf16 != (policy == "bf16"):
+            raise UserError(
+                "fsdp_config.mixed_precision_policy",
+                policy,
+                f"bf16 is {str(self.bf16).lower()}",
+                "leave one of the two out",
+            )
         if self.eval_steps is not None and not self.val_set_size:
             raise UserError(
                 "eval_steps",
@@ -305,10 +367,12 @@ def keys_table() -> str:
         "datasets[].": DatasetConfig,
         "tokenizer.": TokenizerConfig,
         "tensor_parallel_mesh.": MeshConfig,
+        "fsdp_config.": FsdpConfig,
     }
     for prefix, section in sections.items():
         for name, field in section.model_fields.items():
             default = "required" if field.is_required() else f"`{_as_yaml(field.default)}`"
+            default = "" if isinstance(field.default, Section) else default
             lines.append(f"| `{prefix}{name}` | {default} | {field.description} |")
     return "\n".join(lines)
 

@@ -79,14 +79,14 @@ def _shard(decoder: Decoder, fsdp: Fsdp) -> None:
     on_cuda = mesh.device.type == "cuda"
     options: dict[str, Any] = {
         "mesh": parallel.data_mesh[name_of(over)],
-        "reshard_after_forward": fsdp.reshard,
         "mp_policy": policy,
         "offload_policy": CPUOffloadPolicy(pin_memory=on_cuda) if fsdp.offload else OffloadPolicy(),
     }
-    units = [*decoder.layers, decoder] if fsdp.by_layer else [decoder]
+    units = [*(decoder.layers if fsdp.by_layer else []), decoder]
     stored, copies = mesh.group(over), mesh.group(axis for axis in parallel.served if axis not in over)
     for unit in units:
-        made = fully_shard(unit, **options)
+        # embedding and head are the first that the backward needs: they stay
+        made = fully_shard(unit, reshard_after_forward=fsdp.reshard and unit is not decoder, **options)
         made.set_gradient_divide_factor(1.0)
         made.set_force_sum_reduction_for_comms(True)
         if stored is not None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tessera.mesh import Mesh
     from tessera.models.config import ModelConfig
     from tessera.nn.parameter import Parallel
+    from tessera.parallel.data import Fsdp
     from tessera.schedule import Schedule
 
 
@@ -65,14 +66,23 @@ def parallel_for(
     dtype: "torch.dtype | None" = None,
     compute: "torch.dtype | None" = None,
 ) -> "Parallel":
-    """The layouts that `config` asks for, on `mesh`; `schedule` where auto has chosen one; float32 unless given."""
+    """The layouts that `config` asks for, on `mesh`; `schedule` where auto has chosen one; float32 unless given.
+
+    Where the mesh has data axes, FSDP2 serves `row` (and depth, if weights are cut over it) beside `shard`: only loops
+    move weights along row themselves.
+    """
     import torch
 
     from tessera.layout import attention_layout, residual_layout
+    from tessera.mesh import DATA_AXES
     from tessera.nn.parameter import Parallel
 
     schedule = schedule or config.schedule
-    sharded = config.tensor_parallel_depth_weights == "shard"
+    weights_over: tuple[str, ...] = ("depth", "row") if config.tensor_parallel_depth_weights == "shard" else ("row",)
+    fsdp = None
+    if mesh.size(DATA_AXES) > 1:
+        loop = schedule.name in ("summa", "cannon")
+        fsdp, weights_over = ("shard", *(() if loop else weights_over)), weights_over if loop else ()
     return Parallel(
         mesh,
         residual_layout(config.sequence_parallel, schedule.name),
@@ -80,8 +90,29 @@ def parallel_for(
         compute or dtype or torch.float32,
         schedule,
         attention_layout(mesh.sizes, config.micro_batch_size),
-        ("depth", "row") if sharded else ("row",),
+        weights_over,
+        fsdp=fsdp,
     )
+
+
+def fsdp_of(config: "TrainConfig") -> "Fsdp":
+    """What the config's fsdp_config asks of FSDP2."""
+    from tessera.parallel.data import Fsdp
+
+    keys = config.fsdp_config
+    by_layer = keys.auto_wrap_policy == "TRANSFORMER_BASED_WRAP"
+    return Fsdp(keys.reshard_after_forward, keys.forward_prefetch, keys.offload_params, by_layer)
+
+
+def compute_dtype(config: "TrainConfig", device: "torch.device") -> "torch.dtype":
+    """What the config computes in, over parameters in float32."""
+    import torch
+
+    from tessera.device import has_bf16
+
+    policy = config.fsdp_config.mixed_precision_policy
+    bf16 = config.bf16 if policy is None else policy == "bf16"
+    return torch.bfloat16 if (has_bf16(device) if bf16 == "auto" else bf16) else torch.float32
 
 
 def checkpoint_to_resume(config: "TrainConfig") -> Path | None:

@@ -19,18 +19,18 @@ from tessera.data.prepare import TRAINED, Prepared, open_prepared
 from tessera.data.rows import Split, open_rows
 from tessera.errors import RunFailed, UserError
 from tessera.layout import HIDDEN
-from tessera.mesh import MODEL_AXES, Mesh
-from tessera.models.decoder import Decoder
+from tessera.mesh import AXES, DATA_AXES, Mesh
 from tessera.models.hub import export, load_weights
 from tessera.nn.parameter import to_local
 from tessera.nn.tokens import length_multiple
 from tessera.observe.memory import parameter_elements
+from tessera.parallel.data import build_decoder
 from tessera.parallel.gradients import first_copy
 from tessera.plan.tune import tune
 from tessera.train import checkpoint
 from tessera.train.log import Log, Stopwatch
 from tessera.train.optimizer import build_optimizer, learning_rate
-from tessera.train.preflight import Run, parallel_for, prepare_data, resolve
+from tessera.train.preflight import Run, compute_dtype, fsdp_of, parallel_for, prepare_data, resolve
 from tessera.train.step import Step, StepResult
 
 if TYPE_CHECKING:
@@ -88,19 +88,20 @@ class Trainer:
 
     def __init__(self, config: "TrainConfig", device: torch.device) -> None:
         self.config = config
-        self.mesh = Mesh(config.axes, device)
+        self.mesh = Mesh(config.mesh_sizes, device)
         self.first = self.mesh.rank == 0
         self.output = Path(config.output_dir)
         self.resolved: Run = resolve(config)
         self.prepared: Prepared = self._prepare()
-        bf16 = devices.has_bf16(device) if config.bf16 == "auto" else config.bf16
-        compute = torch.bfloat16 if bf16 else torch.float32
+        compute = compute_dtype(config, device)
         auto = config.tensor_parallel_schedule == "auto"
         tuning = tune(config, self.resolved.model, self.mesh, compute) if auto else None
         self.tuned = tuning.lines() if tuning else []  # only words: the candidates hold layers
         parallel = parallel_for(config, self.mesh, tuning.schedule if tuning else None, compute=compute)
         del tuning
-        self.model = Decoder(self.resolved.model, parallel, gradient_checkpointing=config.gradient_checkpointing)
+        self.model = build_decoder(
+            self.resolved.model, parallel, fsdp_of(config), gradient_checkpointing=config.gradient_checkpointing
+        )
         self.optimizer = build_optimizer(
             self.model,
             config.optimizer,
@@ -144,6 +145,8 @@ class Trainer:
             config.seed,
             shuffle,
             multiple,
+            data_rank=self.mesh.index(DATA_AXES),
+            data_ranks=self.mesh.size(DATA_AXES),
         )
 
     def _start(self) -> Progress:
@@ -228,12 +231,10 @@ class Trainer:
 
     def _record(self, result: StepResult, rate: float, seconds: float, recorder: Recorder) -> dict[str, Any]:
         """The line of metrics.jsonl. Memory is a maximum over ranks, taken on logging steps only."""
-        step, seen = self.progress.step, self.progress.step * self.loader.samples_per_step
-        if self.loader.last_sample is not None:
-            seen = min(seen, self.loader.last_sample)
+        step, seen = self.progress.step, self.loader.samples_before(self.progress.step)
         if step % self.config.logging_steps == 0 or self._memory is None:
             own = torch.tensor(float(devices.peak_memory_bytes(self.mesh.device)), device=self.mesh.device)
-            self._memory = largest(own, self.mesh.group(MODEL_AXES)).item() / 2**30
+            self._memory = largest(own, self.mesh.group(AXES)).item() / 2**30
         return {
             "step": step,
             "loss": result.loss,
@@ -251,14 +252,17 @@ class Trainer:
     def _evaluate(self) -> float:
         """The mean loss over the held-out rows."""
         batches = self._loader("eval", shuffle=False).eval_batches()
-        total, valid = torch.zeros((), dtype=torch.float64, device=self.mesh.device), 0
+        total, valid = torch.zeros(2, dtype=torch.float64, device=self.mesh.device), 0
         for batch in batches:
             ids, targets = batch.input_ids.to(self.mesh.device), batch.targets.to(self.mesh.device)
-            total += self.model(ids, targets, 1.0)
+            total[0] += self.model(ids, targets, 1.0)
             valid += batch.valid
-        if not first_copy(self.mesh, HIDDEN.tokens):
-            total.zero_()
-        return all_reduce(total, self.mesh.group(MODEL_AXES)).item() / max(1, valid)
+        total[1] = valid
+        for place, cut in enumerate(((*DATA_AXES, *HIDDEN.tokens), DATA_AXES)):
+            if not first_copy(self.mesh, cut):
+                total[place] = 0
+        loss, count = all_reduce(total, self.mesh.group(AXES)).tolist()
+        return loss / max(1, count)
 
     def _save(self) -> Path:
         self._check_weights()
@@ -285,7 +289,7 @@ class Trainer:
     def _summarise(self) -> None:
         """Write summary.json: what each rank held, and the collectives of a step."""
         own = [parameter_elements(self.model), devices.peak_memory_bytes(self.mesh.device)]
-        held = all_gather(torch.tensor([own], device=self.mesh.device), 0, self.mesh.group(MODEL_AXES)).tolist()
+        held = all_gather(torch.tensor([own], device=self.mesh.device), 0, self.mesh.group(AXES)).tolist()
         summary = {
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "ranks": [{"parameters": count, "peak_memory_bytes": peak} for count, peak in held],
@@ -299,7 +303,7 @@ class Trainer:
         """No weights that are not finite are saved or handed out; a finite step may still have made them so."""
         spoilt = sum((~torch.isfinite(to_local(p))).any().double() for p in self.model.parameters())
         spoilt = torch.as_tensor(spoilt, dtype=torch.float64, device=self.mesh.device)
-        if all_reduce(spoilt, self.mesh.group(MODEL_AXES)).item():
+        if all_reduce(spoilt, self.mesh.group(AXES)).item():
             raise self._diverged(self.progress.step, "the update made weights that are not finite; they were not saved")
 
     def _set_aside(self) -> None:

@@ -34,7 +34,7 @@ class Case:
 def layout_name(config: "TrainConfig") -> str:
     """A layout in few words: 2d row 2 × col 2, summa."""
     axes = config.axes
-    sizes = " × ".join(f"{axis} {n}" for axis, n in axes.items() if n > 1) or "one rank"
+    sizes = " × ".join(f"{axis} {n}" for axis, n in config.mesh_sizes.items() if n > 1) or "one rank"
     words = [f"{config.tensor_parallel_mode} {sizes}", str(config.schedule)]
     words += ["kept"] if config.tensor_parallel_keep_gathered else []
     words += ["weights over depth"] if config.tensor_parallel_depth_weights == "shard" else []
@@ -83,7 +83,8 @@ def _cases(configs: list["TrainConfig"], model: ModelConfig, full: bool) -> list
 
 def _at_full_size(config: "TrainConfig", model: ModelConfig) -> Case:
     micro_batches = min(2, config.gradient_accumulation_steps)  # the others would repeat the second
-    return Case(config, Problem(model, config.micro_batch_size, config.sequence_len, micro_batches, steps=1), full=True)
+    batch = config.micro_batch_size * math.prod(config.data_sizes.values())
+    return Case(config, Problem(model, batch, config.sequence_len, micro_batches, steps=1), full=True)
 
 
 def in_miniature(case: Case) -> Case:
@@ -95,7 +96,8 @@ def in_miniature(case: Case) -> Case:
 def _in_miniature(config: "TrainConfig", model: ModelConfig, steps: int) -> Case:
     batch = small_batch(config.axes, _cuts_heads(config))
     small = config.model_copy(update={"micro_batch_size": batch})
-    return Case(small, Problem(model, batch, LENGTH, micro_batches=2, steps=steps))
+    everyone = batch * math.prod(config.data_sizes.values())
+    return Case(small, Problem(model, everyone, LENGTH, micro_batches=2, steps=steps))
 
 
 def _cuts_heads(config: "TrainConfig") -> bool:

@@ -1,20 +1,18 @@
 """One layout against one process, on every rank: numbers in float64 and in the training dtype, and words."""
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from tessera import device as devices
 from tessera.collectives import Recorder
 from tessera.layout import residual_layout
-from tessera.mesh import Mesh
+from tessera.mesh import DATA_AXES, Mesh
 from tessera.nn.parameter import Parallel
 from tessera.nn.tokens import length_multiple
 from tessera.plan.words import Row, StepShape, step_rows, totals
-from tessera.train.preflight import parallel_for
+from tessera.train.preflight import compute_dtype, parallel_for
 from tessera.verify.cases import Case, in_miniature
 from tessera.verify.compare import Comparison, Words, compare, counted, gathered
 from tessera.verify.diagnose import diagnose
@@ -72,14 +70,14 @@ class Checker:
 
     def mesh(self, config: "TrainConfig") -> Mesh:
         """The mesh of a config's layout."""
-        key = tuple(config.axes.values())
+        key = tuple(config.mesh_sizes.values())
         if key not in self._meshes:
-            self._meshes[key] = Mesh(config.axes, self.device)
+            self._meshes[key] = Mesh(config.mesh_sizes, self.device)
         return self._meshes[key]
 
     def check(self, case: Case, omission: Omission | None = None) -> Result:
         """Run the layout of `case` beside one process, without one collective of the first step if one is given."""
-        mesh, compute = self.mesh(case.config), training_dtype(case.config, self.device)
+        mesh, compute = self.mesh(case.config), compute_dtype(case.config, self.device)
         leave_out = omission and self._program(case).place(omission)
         comparisons: list[Comparison] = []
         for dtype, computed in ((EXACT, EXACT), (torch.float32, compute)):
@@ -139,12 +137,6 @@ class Checker:
         return reference
 
 
-def training_dtype(config: "TrainConfig", device: torch.device) -> torch.dtype:
-    """What the config computes in, over parameters in float32."""
-    bf16 = devices.has_bf16(device) if config.bf16 == "auto" else config.bf16
-    return torch.bfloat16 if bf16 else torch.float32
-
-
 def formula(case: Case, parallel: Parallel) -> Words:
     """What the closed form says that this rank calls and receives in a step."""
     return totals(_rows(case, parallel))
@@ -152,9 +144,10 @@ def formula(case: Case, parallel: Parallel) -> Words:
 
 def _rows(case: Case, parallel: Parallel) -> list[Row]:
     problem, config = case.problem, case.config
-    multiple = length_multiple(problem.batch, parallel.residual, parallel.mesh)
+    batch = problem.batch // parallel.mesh.size(DATA_AXES)
+    multiple = length_multiple(batch, parallel.residual, parallel.mesh)
     shape = StepShape(
-        problem.batch,
+        batch,
         problem.length + -problem.length % multiple,
         problem.micro_batches,
         recompute=config.gradient_checkpointing,
@@ -165,8 +158,8 @@ def _rows(case: Case, parallel: Parallel) -> list[Row]:
 
 def count_collectives(case: Case) -> int:
     """How many collectives of a step can be left out: by formula, for which no rank has to run."""
-    axes = case.config.axes
-    everyone = [_rows(case, parallel_for(case.config, Mesh(axes, rank=r))) for r in range(math.prod(axes.values()))]
+    meshes = [Mesh(case.config.mesh_sizes, rank=rank) for rank in range(case.config.world_size)]
+    everyone = [_rows(case, parallel_for(case.config, mesh)) for mesh in meshes]
     return sum(max(row.times * row.calls for row in rows) for rows in zip(*everyone, strict=True))
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tessera.collectives import Recorder, start_broadcast
-from tessera.mesh import MODEL_AXES, Mesh
+from tessera.mesh import AXES, Mesh
 from tessera.nn.parameter import ParameterSpec
 from tessera.verify.steps import Outcome
 
@@ -111,7 +111,7 @@ def _from_first_rank(
     whole: Mapping[str, Tensor] | None, shards: Mapping[str, Tensor], specs: Mapping[str, ParameterSpec], mesh: Mesh
 ) -> Iterator[tuple[str, Tensor]]:
     """Every whole tensor that rank 0 has, on all ranks: never more than a bundle of them at once."""
-    names, group = list(specs), mesh.group(MODEL_AXES)
+    names, group = list(specs), mesh.group(AXES)
     while names:
         bundle, names = [names.pop(0)], names
         sizes = [math.prod(specs[bundle[0]].shape)]
@@ -126,8 +126,8 @@ def _from_first_rank(
 
 def _over_ranks(squares: list[float], spec: ParameterSpec, mesh: Mesh) -> float:
     """The norm over the shards of one copy, of the copy that is furthest off."""
-    by_rank = torch.tensor(squares, dtype=torch.float64).view([mesh.sizes[axis] for axis in MODEL_AXES])
-    for dim, axis in enumerate(MODEL_AXES):
+    by_rank = torch.tensor(squares, dtype=torch.float64).view([mesh.sizes[axis] for axis in AXES])
+    for dim, axis in enumerate(AXES):
         by_rank = by_rank.sum(dim, keepdim=True) if axis in spec.cut_axes else by_rank.amax(dim, keepdim=True)
     return by_rank.sqrt().item()
 

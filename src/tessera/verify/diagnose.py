@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tessera.collectives import Recorder
 from tessera.data.loader import Batch
-from tessera.mesh import MODEL_AXES, Mesh
+from tessera.mesh import DATA_AXES, MODEL_AXES, Mesh
 from tessera.models.decoder import Decoder
 from tessera.nn.parameter import Parallel, ParameterSpec, local_slice, named_specs, to_local
 from tessera.plan.words import Row, StepShape, step_rows
@@ -28,7 +28,7 @@ from tessera.train.step import Step
 from tessera.verify import own
 from tessera.verify.cases import Case
 from tessera.verify.compare import gathered
-from tessera.verify.steps import build, stepper
+from tessera.verify.steps import batches_of, build, stepper
 from tessera.verify.trace import Operation, Point, Trace, behind, part, traced
 
 ARRIVING = ("all_gather", "broadcast", "shift")
@@ -108,18 +108,20 @@ def _run_beside(case: Case, parallel: Parallel, alone: Parallel, leave_out: int 
     step, reference_step = (stepper(m, problem, config) for m in (model, reference))
     batches = problem.batches(0)
     with Recorder(leave_out):
-        trace = traced(step, batches)
+        trace = traced(step, batches_of(problem, model, 0))
     expected = traced(reference_step, batches)
     gradients = {name: to_local(parameter.grad).clone() for name, parameter, _ in named_specs(reference)}
-    shape = StepShape(problem.batch, problem.length, problem.micro_batches, recompute=config.gradient_checkpointing)
+    rows_here = problem.batch // parallel.mesh.size(DATA_AXES)
+    shape = StepShape(rows_here, problem.length, problem.micro_batches, recompute=config.gradient_checkpointing)
     rows = step_rows(problem.model, shape, parallel)
     return Beside(model, trace, reference_step, expected, gradients, batches, rows)
 
 
 def _at(beside: Beside, point: Point) -> tuple[Tensor, Tensor, float]:
     """This rank's tensor at a point, what it should be, and the norm of the whole."""
-    whole = beside.expected.values[point]
-    return beside.trace.values[point], part(whole, beside.trace.layouts[point], beside.mesh), whole.norm().item()
+    whole, mesh = beside.expected.values[point], beside.mesh
+    share = whole.chunk(mesh.size(DATA_AXES))[mesh.index(DATA_AXES)]
+    return beside.trace.values[point], part(share, beside.trace.layouts[point], mesh), whole.norm().item()
 
 
 def _gradient(beside: Beside, name: str, spec: ParameterSpec) -> tuple[Tensor, Tensor, float]:

@@ -7,9 +7,10 @@ from pathlib import Path
 from rich.console import Console
 
 from tessera.errors import RunFailed
+from tessera.train.preflight import compute_dtype
 from tessera.verify import report
 from tessera.verify.cases import Case
-from tessera.verify.check import Checker, Result, training_dtype
+from tessera.verify.check import Checker, Result
 
 TOLD = 5  # faults told in full
 
@@ -37,7 +38,7 @@ class Session:
     def several(self, cases: Sequence[Case], unfit: Mapping[str, str]) -> list[Result]:
         """Many layouts, a line each."""
         report.say_problem(self.out, cases[0], batch="as many rows as each layout takes")
-        report.say_layouts_heading(self.out, training_dtype(cases[0].config, self.checker.device))
+        report.say_layouts_heading(self.out, compute_dtype(cases[0].config, self.checker.device))
         results = []
         for case in cases:
             results.append(self.checker.check(case))

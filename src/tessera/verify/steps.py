@@ -7,10 +7,15 @@ import torch
 from torch import Tensor
 
 from tessera.collectives import Recorder
+from tessera.data.loader import Batch
+from tessera.data.rows import IGNORED
+from tessera.mesh import DATA_AXES
 from tessera.models.decoder import Decoder
 from tessera.nn.parameter import Parallel, ParameterSpec, hash_seed, named_specs, to_local
 from tessera.nn.tokens import length_multiple
+from tessera.parallel.data import build_decoder
 from tessera.train.optimizer import build_optimizer
+from tessera.train.preflight import fsdp_of
 from tessera.train.step import Step
 from tessera.verify.problem import Problem
 
@@ -37,7 +42,8 @@ class Outcome:
 
 def build(problem: Problem, parallel: Parallel, config: "TrainConfig") -> Decoder:
     """The model of `problem`, every parameter random: biases and gains too, so that one in the wrong place shows."""
-    model = Decoder(problem.model, parallel, gradient_checkpointing=config.gradient_checkpointing)
+    recompute = config.gradient_checkpointing
+    model = build_decoder(problem.model, parallel, fsdp_of(config), gradient_checkpointing=recompute)
     model.initialize(problem.seed)
     with torch.no_grad():
         for name, parameter, spec in named_specs(model):
@@ -61,18 +67,27 @@ def stepper(model: Decoder, problem: Problem, config: "TrainConfig") -> Step:
     )
 
 
-def padding(model: Decoder, problem: Problem) -> int:
-    """What sequences are padded to a multiple of on this mesh."""
-    return length_multiple(problem.batch, model.residual, model.parallel.mesh)
+def batches_of(problem: Problem, model: Decoder, step: int) -> list[Batch]:
+    """This data rank's share of the micro-batches of a step, padded as its mesh needs it."""
+    mesh = model.parallel.mesh
+    rows = problem.batch // mesh.size(DATA_AXES)
+    first = mesh.index(DATA_AXES) * rows
+    whole = problem.batches(step, length_multiple(rows, model.residual, mesh))
+    return [_rows_of(batch, slice(first, first + rows)) for batch in whole]
+
+
+def _rows_of(batch: Batch, rows: slice) -> Batch:
+    targets = batch.targets[rows]
+    return Batch(batch.input_ids[rows], targets, int((targets != IGNORED).sum()), batch.first_row + rows.start)
 
 
 def take(problem: Problem, parallel: Parallel, config: "TrainConfig", recorder: Recorder | None = None) -> Outcome:
     """All steps of `problem`; `recorder` sees the collectives of the first."""
     model = build(problem, parallel, config)
-    step, multiple = stepper(model, problem, config), padding(model, problem)
+    step = stepper(model, problem, config)
     outcome = Outcome(specs={name: spec for name, _, spec in named_specs(model)})
     for index in range(problem.steps):
-        batches = problem.batches(index, multiple)
+        batches = batches_of(problem, model, index)
         if index == 0 and recorder is not None:
             with recorder:
                 result = step(batches, index, LEARNING_RATE)
