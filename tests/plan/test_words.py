@@ -14,7 +14,8 @@ from tessera.layout import HIDDEN_BY_HEADS, residual_layout
 from tessera.mesh import Mesh
 from tessera.nn.parameter import Parallel
 from tessera.plan.count import counted_step
-from tessera.plan.words import StepShape, held_elements, received_bytes, step_rows, totals
+from tessera.plan.held import Parameters
+from tessera.plan.words import StepShape, received_bytes, step_rows, totals
 from tessera.schedule import Schedule
 
 EARLY = Schedule(prefetch=True, defer=True)
@@ -208,9 +209,10 @@ def test_held_elements_are_those_of_the_memory_experiment():
     from tessera.cli.demo_memory import experiment_model
 
     model = experiment_model(False)
-    alone = held_elements(model, Parallel(Mesh(rank=0), residual_layout(True)))
-    assert alone.total == 18_397_184
-    assert sum(alone.residual) == 549_888
-    half = held_elements(model, Parallel(Mesh({"col": 2}, rank=0), residual_layout(True)))
-    assert 2 * sum(half.matrices) == sum(alone.matrices) and 2 * sum(half.hidden) == sum(alone.hidden)
+    alone = Parameters(model, Parallel(Mesh(rank=0), residual_layout(True))).all()
+    assert alone.elements == 18_397_184
+    assert sum(s.elements for s in alone.residual) == 549_888
+    half = Parameters(model, Parallel(Mesh({"col": 2}, rank=0), residual_layout(True))).all()
+    for ours, whole in ((half.matrices, alone.matrices), (half.hidden, alone.hidden)):
+        assert 2 * sum(s.elements for s in ours) == sum(s.elements for s in whole)
     assert half.residual == alone.residual

@@ -22,7 +22,8 @@ import torch
 from tessera.models.config import ModelConfig
 from tessera.nn.attention import kv_heads_of
 from tessera.nn.parameter import Parallel, local_slice
-from tessera.plan.words import StepShape, held_elements
+from tessera.plan.held import Parameters
+from tessera.plan.words import StepShape
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class StepMemory:
 
 def state_bytes(model: ModelConfig, parallel: Parallel) -> int:
     """Parameters, gradients and AdamW's two moments of this rank's shards."""
-    return 4 * held_elements(model, parallel).total * parallel.dtype.itemsize
+    return 4 * Parameters(model, parallel).all().elements * parallel.dtype.itemsize
 
 
 def saved_bytes(model: ModelConfig, shape: StepShape, parallel: Parallel) -> int:

@@ -27,16 +27,20 @@ from dataclasses import dataclass
 
 import torch
 
-from tessera.mesh import MODEL_AXES
+from tessera.mesh import AXES, DATA_AXES, MODEL_AXES
 from tessera.models.config import ModelConfig
 from tessera.nn.parameter import Parallel, local_slice
 from tessera.parallel.gradients import LARGE
+from tessera.plan.held import Parameters
 from tessera.schedule import GATHER, Schedule
 
 
 @dataclass(frozen=True)
 class StepShape:
-    """What one optimizer step runs: `micro_batches` of `batch` sequences of `sequence` tokens (padded)."""
+    """What one optimizer step runs on a data rank: `micro_batches` of `batch` sequences of `sequence` tokens (padded).
+
+    `reshard` and `by_layer` are those of `parallel.data.Fsdp`.
+    """
 
     batch: int
     sequence: int
@@ -44,6 +48,8 @@ class StepShape:
     recompute: bool = False
     label_smoothing: bool = False
     chunk_tokens: int = 1024  # of the loss, see nn/loss.py
+    reshard: bool = True
+    by_layer: bool = True
 
     @property
     def tokens(self) -> int:
@@ -234,59 +240,51 @@ class _Step:
         self.add("head", "forward", "dW", W.axes, times, W.out())
 
     def replicas(self) -> None:
-        """Gradients of what is stored whole along token axes: for each set of axes the large ones each alone, the
-        others in one all-reduce."""
-        held, parallel = held_elements(self.model, self.parallel), self.parallel
+        """Gradients of what is stored whole along token axes, as far as FSDP2 does not serve them: for each set of axes
+        the large ones each alone, the others in one all-reduce."""
+        parallel, held = self.parallel, Parameters(self.model, self.parallel).all()
         gradients: defaultdict[tuple[str, ...], list[int]] = defaultdict(list)
-        for axes, elements in (
+        for axes, shapes in (
             (parallel.residual.tokens, held.residual),
             (("depth", "row", "inner"), held.hidden),
             (MODEL_AXES, held.heads),
             (("depth",) if "depth" not in parallel.weights_over else (), held.matrices),
         ):
-            gradients[self.mesh.present(axes)] += [n * self.stored for n in elements]
+            own = self.mesh.present(axis for axis in axes if axis not in parallel.served)
+            gradients[own] += [shape.elements * self.stored for shape in shapes if shape.elements]
         for axes in sorted(axes for axes, sizes in gradients.items() if axes and sizes):
             wholes = [size for size in gradients[axes] if size >= LARGE]
             if small := [size for size in gradients[axes] if size < LARGE]:
                 wholes.append(sum(small))
             received = sum(ring("all_reduce", whole, self.mesh.size(axes)) for whole in wholes)
             self.add("gradients", "step", "replicas", axes, 1, ("all_reduce", len(wholes), received))
-        self.one("gradients", "step", "norm, loss, stop", MODEL_AXES, 1, "all_reduce", 3 * 8)
+        self.one("gradients", "step", "norm, loss, stop", AXES, 1, "all_reduce", 3 * 8)
+        self.one("loss", "step", "targets", DATA_AXES, 1, "all_reduce", 8)
 
+    def data(self) -> None:
+        """What FSDP2 moves: the weights of each layer together, those of the rest together, padded to equal shards.
 
-@dataclass(frozen=True)
-class Held:
-    """Elements of each parameter that a rank holds: matrices, what lies along features of either stream, of a head.
-
-    Learned positions are among the residual stream's.
-    """
-
-    matrices: list[int]
-    residual: list[int]
-    hidden: list[int]
-    heads: list[int]
-
-    @property
-    def total(self) -> int:
-        return sum(self.matrices + self.residual + self.hidden + self.heads)
-
-
-def held_elements(model: ModelConfig, parallel: Parallel) -> Held:
-    """What the rank of `parallel.mesh` holds of a model."""
-    mesh, L, col = parallel.mesh, model.num_layers, parallel.mesh.sizes["col"]
-    q, kv, f = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim, model.ffn_size
-    ups = [f] * (2 if model.gated else 1)
-    vocabulary = local_slice(model.vocab_size, ("col",), mesh)
-    rows = vocabulary.stop - vocabulary.start
-    width = model.hidden_size // mesh.size(("inner", *parallel.weights_over))
-    matrices = [n // col * width for n in (q, kv, kv, q, *ups, f)] * L + [rows * width] * (1 if model.tied else 2)
-    features = model.hidden_size // mesh.size(parallel.residual.features)
-    norms = (2 * L + 1) * (2 if model.norm == "layer" else 1)
-    biases = L * (int(model.attention_out_bias) + int(model.mlp_bias))
-    residual = [features] * (norms + biases) + ([] if model.rope else [model.max_positions * features])
-    layer = ([q, kv, kv] if model.qkv_bias else []) + (ups if model.mlp_bias else [])
-    hidden = [n // col for n in layer] * L + ([rows] if model.head_bias else [])
-    return Held(matrices, residual, hidden, [model.head_dim] * (2 * L if model.qk_norm else 0))
+        Gathered for every forward, a layer again for its backward unless kept, which holds for all micro-batches; their
+        gradients once a step.
+        """
+        parallel, shape, L = self.parallel, self.shape, self.model.num_layers
+        assert parallel.fsdp is not None
+        ranks = self.mesh.size(parallel.fsdp)
+        copies = tuple(axis for axis in parallel.served if axis not in parallel.fsdp)
+        parameters = Parameters(self.model, parallel)
+        layer, rest = ([*unit.every] for unit in (parameters.layer(), parameters.rest()))
+        units = [("layers", layer, L), ("embedding and head", rest, 1)]
+        if not shape.by_layer:
+            units = [("embedding and head", layer * L + rest, 1)]
+        forwards = shape.micro_batches if shape.reshard else 1
+        for place, unit, times in units:
+            shard = sum(-(-each.rows // ranks) * each.width for each in unit)
+            again = forwards * times if shape.reshard and place == "layers" else 0
+            weights, sums = shard * ranks * self.element, shard * ranks * self.stored
+            self.one(place, "forward", "W", parallel.fsdp, forwards * times, "all_gather", weights)
+            self.one(place, "backward", "W", parallel.fsdp, again, "all_gather", weights)
+            self.one(place, "backward", "dW", parallel.fsdp, times, "reduce_scatter", sums)
+            self.one(place, "backward", "dW", copies, times, "all_reduce", shard * self.stored)
 
 
 def _one_by_one(model: ModelConfig, parallel: Parallel) -> bool:
@@ -315,5 +313,7 @@ def step_rows(model: ModelConfig, shape: StepShape, parallel: Parallel) -> list[
     step.product("down", False, model.ffn_size, forwards, layers)
     step.norms("final norm", once, once)
     step.head(once)
+    if parallel.fsdp is not None:
+        step.data()
     step.replicas()
     return step.rows

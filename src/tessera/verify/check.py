@@ -12,7 +12,7 @@ from tessera.mesh import DATA_AXES, Mesh
 from tessera.nn.parameter import Parallel
 from tessera.nn.tokens import length_multiple
 from tessera.plan.words import Row, StepShape, step_rows, totals
-from tessera.train.preflight import compute_dtype, parallel_for
+from tessera.train.preflight import compute_dtype, fsdp_of, parallel_for
 from tessera.verify.cases import Case, in_miniature
 from tessera.verify.compare import Comparison, Words, compare, counted, gathered
 from tessera.verify.diagnose import diagnose
@@ -144,6 +144,7 @@ def formula(case: Case, parallel: Parallel) -> Words:
 
 def _rows(case: Case, parallel: Parallel) -> list[Row]:
     problem, config = case.problem, case.config
+    fsdp = fsdp_of(config)
     batch = problem.batch // parallel.mesh.size(DATA_AXES)
     multiple = length_multiple(batch, parallel.residual, parallel.mesh)
     shape = StepShape(
@@ -152,6 +153,8 @@ def _rows(case: Case, parallel: Parallel) -> list[Row]:
         problem.micro_batches,
         recompute=config.gradient_checkpointing,
         label_smoothing=bool(config.label_smoothing_factor),
+        reshard=fsdp.reshard,
+        by_layer=fsdp.by_layer,
     )
     return step_rows(problem.model, shape, parallel)
 
