@@ -2,13 +2,16 @@
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from distributed.model_cases import MODELS, batches, build, full
-from nn.shards import chunk, drawer, mesh_of
+from nn.shards import chunk, drawer, mesh_of, parallel_of
 from tessera.collectives import Recorder, all_reduce
-from tessera.mesh import MODEL_AXES
+from tessera.layout import HIDDEN
+from tessera.mesh import MODEL_AXES, Mesh
 from tessera.models.decoder import Decoder
-from tessera.nn.parameter import named_specs, to_local
+from tessera.nn.parameter import Init, Parallel, ParallelModule, ParameterSpec, named_specs, to_local
+from tessera.observe.memory import PeakMemory
 from tessera.parallel.gradients import clip_gradients, gradient_norm, sum_replicated_gradients
 
 
@@ -69,6 +72,48 @@ def sums(name: str, sizes: dict[str, int], sequence_parallel: bool) -> tuple[lis
         sum_replicated_gradients(model, model.parallel.mesh)
     small = sum(p.numel() for n, p in model.named_parameters() if is_small(n))
     return [(r.kind, r.axis, r.bytes) for r in recorder.records], small
+
+
+def sums_of_large(sizes: dict[str, int]) -> tuple[dict[str, tuple[bool, bool]], list[int], int]:
+    """Gradients of whole numbers, whose sums are exact: of each, whether it is right, and was so before it was summed.
+
+    Then the bytes of each collective, and the most that was held beside the gradients.
+    """
+    mesh = mesh_of(sizes)
+    model, everyone = Large(parallel_of(sizes, dtype=torch.float32)), [Mesh(sizes, rank=r) for r in range(mesh.world)]
+    own, want = {}, {}
+    for number, (name, parameter, spec) in enumerate(named_specs(model)):
+        fixed = set(MODEL_AXES) - set(spec.summed_axes)
+        copies = [m.rank for m in everyone if all(m.coordinates[a] == mesh.coordinates[a] for a in fixed)]
+        parts = {rank: _whole_numbers(to_local(parameter).shape, 8 * number + rank) for rank in copies}
+        own[name], want[name] = parts[mesh.rank].clone(), sum(parts.values())
+        gradient = parts[mesh.rank].T.contiguous().T if name == "turned" else parts[mesh.rank]
+        parameter.grad = DTensor(gradient, parameter._spec, requires_grad=False)
+    with Recorder() as recorder, PeakMemory() as memory:
+        seen = [to_local(p.grad).detach() for p in model.parameters()]
+        before = memory.peak = memory.current
+        sum_replicated_gradients(model, mesh)
+    assert before == sum(g.nbytes for g in seen)
+    found = {
+        n: (torch.equal(to_local(p.grad), want[n]), torch.equal(own[n], want[n])) for n, p, _ in named_specs(model)
+    }
+    return found, [record.bytes for record in recorder.records], memory.peak - before
+
+
+class Large(ParallelModule):
+    """A matrix that is large on both ranks of col, one on the first only, one whose gradient is not contiguous, two
+    small vectors."""
+
+    def __init__(self, parallel: Parallel) -> None:
+        super().__init__(parallel)
+        for name, shape in {"uneven": (1023, 512), "even": (1024, 768), "turned": (1024, 512)}.items():
+            self.declare(name, ParameterSpec(shape, (("col",), ("inner", "row")), parallel.residual, Init()))
+        for name in ("gain", "bias"):
+            self.declare(name, ParameterSpec((512,), (("col",),), HIDDEN, Init()))
+
+
+def _whole_numbers(shape: torch.Size, seed: int) -> Tensor:
+    return torch.randint(-99, 99, shape, generator=torch.Generator().manual_seed(seed)).float()
 
 
 def is_small(name: str) -> bool:

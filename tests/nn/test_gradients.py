@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from distributed.model_cases import GPT2, LLAMA, MODELS, build
-from nn.gradient_cases import norm_and_clipping, sums
+from nn.gradient_cases import norm_and_clipping, sums, sums_of_large
 from nn.shards import label, parallel_of, world
 from support.pool import pool
 from tessera.mesh import Mesh
@@ -87,6 +87,16 @@ def test_small_gradients_travel_together(size, name):
 def test_one_all_reduce_for_each_set_of_axes():
     for records, _ in pool(4).run(sums, "gpt2", {"depth": 2, "col": 2}, True):
         assert [(kind, axis) for kind, axis, _ in records] == [("all_reduce", "depth"), ("all_reduce", "depth·col")]
+
+
+def test_large_gradients_are_summed_in_place():
+    """Each by itself, of a MiB and more; beside them are held the bucket of the others, and what was not contiguous."""
+    even, turned, first, second, vectors = 512 * 768 * 4, 2**20, 512 * 512 * 4, 511 * 512 * 4, 2 * 256 * 4
+    for rank, (found, sent, held) in enumerate(pool(4).run(sums_of_large, {"depth": 2, "col": 2})):
+        assert all(right and not before for right, before in found.values()), found
+        bucket = vectors + (second if rank % 2 else 0)
+        assert sent == [*([] if rank % 2 else [first]), even, turned, bucket]
+        assert held == turned + bucket
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama tied"])

@@ -27,6 +27,8 @@ MODELS = {
     "gpt2": GPT2,
     "gpt2 tied, kv 4": replace(GPT2, tied=True, head_bias=False, num_kv_heads=4),
 }
+BULKY = replace(GPT2, vocab_size=1023, hidden_size=512, num_layers=1, ffn_size=1536, max_positions=1024)
+"""Over two ranks of col: MLP and positions above 1 MiB, attention below; of the words 1 MiB on the first rank only."""
 SHAPE = StepShape(batch=8, sequence=6)
 EVERYTHING = StepShape(batch=8, sequence=6, micro_batches=2, recompute=True, label_smoothing=True)
 
@@ -76,11 +78,9 @@ def run_step(model: ModelConfig, case: Case, mesh: Mesh, steps: int = 1) -> tupl
     return totals(recorder.records), decoder
 
 
-def counted_on_ranks(model: str, cases: list[Case]) -> list[Any]:
+def counted_on_ranks(model: ModelConfig, cases: list[Case]) -> list[Any]:
     """On a rank of a pool: the totals of each case; twice where weights come early, as their order is learnt first."""
-    return [
-        run_step(MODELS[model], case, shared_mesh(case.sizes), 2 if case.schedule.prefetch else 1)[0] for case in cases
-    ]
+    return [run_step(model, case, shared_mesh(case.sizes), 2 if case.schedule.prefetch else 1)[0] for case in cases]
 
 
 def counted_in_fake_world(model: ModelConfig, case: Case, rank: int) -> Any:

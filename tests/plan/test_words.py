@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from distributed.model_cases import LLAMA
-from plan.count_cases import EVERYTHING, MODELS, SHAPE, Case, counted_in_fake_world, counted_on_ranks
+from plan.count_cases import BULKY, EVERYTHING, MODELS, SHAPE, Case, counted_in_fake_world, counted_on_ranks
 from support.pool import pool
 from tessera.layout import HIDDEN_BY_HEADS, residual_layout
 from tessera.mesh import Mesh
@@ -57,7 +57,7 @@ REAL = {
 
 @pytest.mark.parametrize(("world", "model"), [(4, "llama"), (8, "gpt2")])
 def test_counts_of_real_ranks_equal_the_formula(world, model):
-    for rank, counted in enumerate(pool(world).run(counted_on_ranks, model, REAL[world])):
+    for rank, counted in enumerate(pool(world).run(counted_on_ranks, MODELS[model], REAL[world])):
         for case, got in zip(REAL[world], counted, strict=True):
             assert got == formula(MODELS[model], case, rank), f"{case}, rank {rank}"
 
@@ -110,6 +110,31 @@ def test_counts_of_an_uneven_vocabulary_differ_by_rank():
     of_ranks = [counted_in_fake_world(LLAMA, case, rank) for rank in range(4)]
     assert of_ranks == [formula(LLAMA, case, rank) for rank in range(4)]
     assert of_ranks[0]["row", "all_gather"] == of_ranks[2]["row", "all_gather"] != of_ranks[3]["row", "all_gather"]
+
+
+def test_large_gradients_are_counted_one_by_one():
+    """Along depth up, down and, on the first rank of col, both tables of words go alone; positions along depth·col."""
+    case = Case({"depth": 2, "col": 2})
+    of_ranks = pool(4).run(counted_on_ranks, BULKY, [case])
+    for rank, (counted,) in enumerate(of_ranks):
+        assert counted == formula(BULKY, case, rank), rank
+        assert counted["depth", "all_reduce"][0] == (5, 3)[rank % 2]
+        replicas = [
+            row for row in step_rows(BULKY, SHAPE, case.parallel(Mesh(case.sizes, rank=rank))) if row.what == "replicas"
+        ]
+        assert [row.calls for row in replicas] == [(5, 3)[rank % 2], 2]
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"depth": 2, "row": 2, "col": 2}, {"depth": 4, "col": 2}, {"depth": 2, "inner": 2}, {"col": 8}], ids=str
+)
+def test_large_gradients_of_every_mesh(sizes):
+    model, last = replace(BULKY, num_layers=2, ffn_size=6144), math.prod(sizes.values()) - 1
+    cases = [Case(sizes), Case(sizes, compute=torch.bfloat16, sequence_parallel=False)]
+    cases += [Case(sizes, weights_over=OVER_DEPTH)] if "depth" in sizes else []
+    for case, rank in product(cases, (0, last)):
+        counted = counted_step(model, case.shape, case.parallel(Mesh(sizes, rank=rank)))
+        assert counted.totals == formula(model, case, rank), f"{case}, rank {rank}"
 
 
 def test_several_chunks_of_the_loss_exchange_once_each():
@@ -185,7 +210,7 @@ def test_held_elements_are_those_of_the_memory_experiment():
     model = experiment_model(False)
     alone = held_elements(model, Parallel(Mesh(rank=0), residual_layout(True)))
     assert alone.total == 18_397_184
-    assert alone.residual == 549_888
+    assert sum(alone.residual) == 549_888
     half = held_elements(model, Parallel(Mesh({"col": 2}, rank=0), residual_layout(True)))
-    assert half.matrices == alone.matrices // 2 and half.hidden == alone.hidden // 2
+    assert 2 * sum(half.matrices) == sum(alone.matrices) and 2 * sum(half.hidden) == sum(alone.hidden)
     assert half.residual == alone.residual

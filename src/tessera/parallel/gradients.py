@@ -2,7 +2,8 @@
 
 A parameter's gradient is summed over every axis that cuts the activation it acts on and does not cut the parameter
 (`ParameterSpec.summed_axes`). Most sums happen inside the products; what is left (norms and biases under sequence
-parallelism, positions, replicas over depth) travels in one all-reduce for each set of axes, all parameters together.
+parallelism, positions, replicas over depth) is summed at the end of a step: for each set of axes, large gradients each
+in an all-reduce of its own, all others together in one.
 """
 
 from collections.abc import Iterable
@@ -14,22 +15,42 @@ from tessera.collectives import all_reduce, start_all_reduce
 from tessera.mesh import MODEL_AXES, Mesh
 from tessera.nn.parameter import named_specs, to_local
 
+LARGE = 2**20
+"""Bytes on a rank from which a gradient travels by itself: put into a bucket it would be held twice and copied twice,
+while a call more costs nothing beside a MiB on its way."""
+
 
 @torch.no_grad()
 def sum_replicated_gradients(model: nn.Module, mesh: Mesh) -> None:
     """Complete the gradients of parameters smaller than their activation's cut. Call once a step, before the norm."""
-    buckets: dict[tuple[tuple[str, ...], torch.dtype], list[Tensor]] = {}
+    by_axes: dict[tuple[tuple[str, ...], torch.dtype], list[Tensor]] = {}
     for _, parameter, spec in named_specs(model):
         axes = mesh.present(spec.summed_axes)
         if axes and parameter.grad is not None:
-            buckets.setdefault((axes, parameter.dtype), []).append(to_local(parameter.grad))
+            by_axes.setdefault((axes, parameter.dtype), []).append(to_local(parameter.grad))
     travelling = [
-        (grads, start_all_reduce(torch.cat([g.reshape(-1) for g in grads]), mesh.group(axes)))
-        for (axes, _), grads in sorted(buckets.items(), key=lambda item: (item[0][0], str(item[0][1])))
+        (grads, start_all_reduce(_flat(grads), mesh.group(axes)))
+        for (axes, _), every in sorted(by_axes.items(), key=lambda item: (item[0][0], str(item[0][1])))
+        for grads in _together(every)
     ]
     for grads, pending in travelling:
         parts = pending.wait().split([g.numel() for g in grads])
-        torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads, strict=True)])
+        if len(grads) > 1 or not grads[0].is_contiguous():
+            torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads, strict=True)])
+
+
+def _together(grads: list[Tensor]) -> list[list[Tensor]]:
+    """The gradients of one set of axes as they travel: the large ones each alone, then the others in one bucket.
+
+    All ranks of the group decide alike: along the axes that it spans their shards are copies, so of one size.
+    """
+    small = [g for g in grads if g.nbytes < LARGE]
+    return [[g] for g in grads if g.nbytes >= LARGE] + ([small] if small else [])
+
+
+def _flat(grads: list[Tensor]) -> Tensor:
+    """What is handed over for these: of one alone a view, if it is contiguous, so that it is summed in place."""
+    return grads[0].reshape(-1) if len(grads) == 1 else torch.cat([g.reshape(-1) for g in grads])
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ reduce-scatter in every schedule, and so do the embedding and the head. `tests/p
 against what a recorder counts.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -30,6 +30,7 @@ import torch
 from tessera.mesh import MODEL_AXES
 from tessera.models.config import ModelConfig
 from tessera.nn.parameter import Parallel, local_slice
+from tessera.parallel.gradients import LARGE
 from tessera.schedule import GATHER, Schedule
 
 
@@ -233,49 +234,59 @@ class _Step:
         self.add("head", "forward", "dW", W.axes, times, W.out())
 
     def replicas(self) -> None:
-        """Gradients of what is stored whole along token axes: one all-reduce for each set of axes."""
+        """Gradients of what is stored whole along token axes: for each set of axes the large ones each alone, the
+        others in one all-reduce."""
         held, parallel = held_elements(self.model, self.parallel), self.parallel
-        elements: Counter[tuple[str, ...]] = Counter()
-        elements[self.mesh.present(parallel.residual.tokens)] += held.residual
-        elements[self.mesh.present(("depth", "row", "inner"))] += held.hidden
-        elements[self.mesh.present(MODEL_AXES)] += held.heads
-        if "depth" not in parallel.weights_over:
-            elements[self.mesh.present(("depth",))] += held.matrices
-        for axes in sorted(axes for axes, count in elements.items() if count):
-            self.one("gradients", "step", "replicas", axes, 1, "all_reduce", elements[axes] * self.stored)
+        gradients: defaultdict[tuple[str, ...], list[int]] = defaultdict(list)
+        for axes, elements in (
+            (parallel.residual.tokens, held.residual),
+            (("depth", "row", "inner"), held.hidden),
+            (MODEL_AXES, held.heads),
+            (("depth",) if "depth" not in parallel.weights_over else (), held.matrices),
+        ):
+            gradients[self.mesh.present(axes)] += [n * self.stored for n in elements]
+        for axes in sorted(axes for axes, sizes in gradients.items() if axes and sizes):
+            wholes = [size for size in gradients[axes] if size >= LARGE]
+            if small := [size for size in gradients[axes] if size < LARGE]:
+                wholes.append(sum(small))
+            received = sum(ring("all_reduce", whole, self.mesh.size(axes)) for whole in wholes)
+            self.add("gradients", "step", "replicas", axes, 1, ("all_reduce", len(wholes), received))
         self.one("gradients", "step", "norm, loss, stop", MODEL_AXES, 1, "all_reduce", 3 * 8)
 
 
 @dataclass(frozen=True)
 class Held:
-    """Elements of the parameters that a rank holds: matrices, vectors over features of either stream or of a head."""
+    """Elements of each parameter that a rank holds: matrices, what lies along features of either stream, of a head.
 
-    matrices: int
-    residual: int
-    hidden: int
-    heads: int
+    Learned positions are among the residual stream's.
+    """
+
+    matrices: list[int]
+    residual: list[int]
+    hidden: list[int]
+    heads: list[int]
 
     @property
     def total(self) -> int:
-        return self.matrices + self.residual + self.hidden + self.heads
+        return sum(self.matrices + self.residual + self.hidden + self.heads)
 
 
 def held_elements(model: ModelConfig, parallel: Parallel) -> Held:
     """What the rank of `parallel.mesh` holds of a model."""
-    mesh, h, L, col = parallel.mesh, model.hidden_size, model.num_layers, parallel.mesh.sizes["col"]
-    q, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    ups = model.ffn_size * (2 if model.gated else 1)
+    mesh, L, col = parallel.mesh, model.num_layers, parallel.mesh.sizes["col"]
+    q, kv, f = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim, model.ffn_size
+    ups = [f] * (2 if model.gated else 1)
     vocabulary = local_slice(model.vocab_size, ("col",), mesh)
     rows = vocabulary.stop - vocabulary.start
-    layer = 2 * q + 2 * kv + ups + model.ffn_size  # times h: q, k, v, out, gate, up, down
-    matrices = (L * layer // col + rows * (1 if model.tied else 2)) * h // mesh.size(("inner", *parallel.weights_over))
+    width = model.hidden_size // mesh.size(("inner", *parallel.weights_over))
+    matrices = [n // col * width for n in (q, kv, kv, q, *ups, f)] * L + [rows * width] * (1 if model.tied else 2)
+    features = model.hidden_size // mesh.size(parallel.residual.features)
     norms = (2 * L + 1) * (2 if model.norm == "layer" else 1)
     biases = L * (int(model.attention_out_bias) + int(model.mlp_bias))
-    positions = 0 if model.rope else model.max_positions
-    residual = (norms + biases + positions) * h // mesh.size(parallel.residual.features)
-    hidden = L * ((q + 2 * kv if model.qkv_bias else 0) + (ups if model.mlp_bias else 0)) // col
-    heads = 2 * L * model.head_dim if model.qk_norm else 0
-    return Held(matrices, residual, hidden + (rows if model.head_bias else 0), heads)
+    residual = [features] * (norms + biases) + ([] if model.rope else [model.max_positions * features])
+    layer = ([q, kv, kv] if model.qkv_bias else []) + (ups if model.mlp_bias else [])
+    hidden = [n // col for n in layer] * L + ([rows] if model.head_bias else [])
+    return Held(matrices, residual, hidden, [model.head_dim] * (2 * L if model.qk_norm else 0))
 
 
 def _one_by_one(model: ModelConfig, parallel: Parallel) -> bool:
