@@ -177,7 +177,9 @@ def start_reduce_scatter(x: Tensor, dim: int, group: Group | None) -> Pending:
 def gather_into(whole: Tensor, shard: Tensor, group: Group, async_op: bool) -> Any:
     """`all_gather` along dim 0 between memory that FSDP2 owns; returns torch's handle when `async_op`, as it waits."""
     if _leaving_out():
+        own = shard.clone()  # a part of `whole` already
         whole.zero_()
+        shard.copy_(own)
     call = lambda: _all_gather(whole, shard, group=group.process_group, async_op=async_op)  # noqa: E731
     return _issue("all_gather", group, whole, whole, call).work
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tessera.collectives import Recorder
 from tessera.data.loader import Batch
-from tessera.mesh import DATA_AXES, MODEL_AXES, Mesh
+from tessera.mesh import AXES, DATA_AXES, Mesh
 from tessera.models.decoder import Decoder
 from tessera.nn.parameter import Parallel, ParameterSpec, local_slice, named_specs, to_local
 from tessera.plan.words import Row, StepShape, step_rows
@@ -95,7 +95,7 @@ def diagnose(case: Case, parallel: Parallel, alone: Parallel, leave_out: int | N
         return _of_gradients(
             beside, {name: spec for (name, spec), flag in zip(specs.items(), wrong, strict=True) if flag}
         )
-    axes = "·".join(beside.mesh.present(MODEL_AXES))
+    axes = "·".join(beside.mesh.present(AXES))
     return [
         "every activation and every gradient of a step is right: what is wrong comes after them",
         f"likely missing: the sum over {axes} of the loss and the squared gradients (all_reduce), or the update itself",
@@ -143,7 +143,8 @@ def _is_wrong(ours: Tensor, want: Tensor, scale: float) -> bool:
 def _of_point(beside: Beside, point: Point) -> list[str]:
     operation = behind(point, beside.model)
     names = [n for n, _, _ in named_specs(beside.model) if n.rpartition(".")[0] in operation.modules]
-    rows = [row for row in beside.rows if row.place in operation.places and row.phase == operation.phase]
+    places = {*operation.places, *map(_unit, names)}
+    rows = [row for row in beside.rows if row.place in places and row.phase == operation.phase]
     rows = [row for row in rows if row.what in _on_the_way(beside, operation)]
     ours, want, scale = _at(beside, point)
 
@@ -175,7 +176,7 @@ def _on_the_way(beside: Beside, operation: Operation) -> tuple[str, ...]:
 def _of_gradients(beside: Beside, wrong: dict[str, ParameterSpec]) -> list[str]:
     name, spec = next(iter(wrong.items()))
     ours, want, scale = _gradient(beside, name, spec)
-    tokens = spec.acts_on.tokens
+    tokens = (*DATA_AXES, *spec.acts_on.tokens)
 
     def own_part(axes: tuple[str, ...]) -> Tensor:
         whole = own.of_parameter(name, axes, tokens, beside.mesh, beside.reference, beside.batches)
@@ -190,7 +191,7 @@ def _of_gradients(beside: Beside, wrong: dict[str, ParameterSpec]) -> list[str]:
     )
     others = f" and {len(wrong) - 1} others" if len(wrong) > 1 else ""
     held = [row for row in beside.rows if row.what == "replicas" and not set(row.axes) & spec.cut_axes]
-    own_product = [row for row in beside.rows if row.place in _places(name, beside.model)]
+    own_product = [row for row in beside.rows if row.place in (*_places(name, beside.model), _unit(name))]
     moved = ("dY", "dW") if name == "embedding.weight" else ("X", "dW")
     rows = [row for row in own_product if row.what in moved and (row.phase == "backward" or row.what == "dW")] + held
     return [
@@ -198,6 +199,11 @@ def _of_gradients(beside: Beside, wrong: dict[str, ParameterSpec]) -> list[str]:
         "first wrong: its gradient; every activation, and the gradient of every one, is right",
         *_told(hint or Hint(), rows),
     ]
+
+
+def _unit(name: str) -> str:
+    """What FSDP2 moves a parameter with, as `plan.words` calls it."""
+    return "layers" if name.startswith("layers.") else "embedding and head"
 
 
 def _places(name: str, model: Decoder) -> tuple[str, ...]:
@@ -221,7 +227,7 @@ def _places(name: str, model: Decoder) -> tuple[str, ...]:
 def _zero_or_multiple(beside: Beside, ours: Tensor, want: Tensor, scale: float) -> Hint | None:
     if beside.everywhere(not ours.any().item()):
         return Hint("it is zero: an operand did not arrive", kinds=ARRIVING)
-    for axis in beside.mesh.present(MODEL_AXES):
+    for axis in beside.mesh.present(AXES):
         times = beside.mesh.sizes[axis]
         if beside.everywhere(not _is_wrong(ours, times * want, times * scale)):
             said = f"it is {times} times what it should be"
@@ -255,7 +261,7 @@ def _bias(beside: Beside, point: Point, difference: Tensor, scale: float) -> Hin
     if whole is None or point.backward or not point.output or point.name.endswith("norm"):
         return None
     bias = whole.detach()[local_slice(len(whole), beside.trace.layouts[point].features, beside.mesh)]
-    for axis in beside.mesh.present(MODEL_AXES):
+    for axis in beside.mesh.present(AXES):
         times = beside.mesh.sizes[axis]
         if beside.everywhere(not _is_wrong(difference, (times - 1) * bias.expand_as(difference), scale)):
             likely = f"likely: each of the {times} ranks of {axis} adds it; it is added once, after the sum over {axis}"
@@ -267,7 +273,7 @@ def _one_place(beside: Beside, ours: Tensor, want: Tensor, scale: float) -> Hint
     """Whether wrong and right ranks differ by their place along one axis."""
     mesh, wrong = beside.mesh, gathered(_is_wrong(ours, want, scale), beside.mesh)
     places = [Mesh(mesh.sizes, rank=rank).coordinates for rank in range(mesh.world)]
-    for axis in mesh.present(MODEL_AXES):
+    for axis in mesh.present(AXES):
         for alone in range(mesh.sizes[axis]):
             at_it = [place[axis] == alone for place in places]
             if wrong in (at_it, [not there for there in at_it]):
