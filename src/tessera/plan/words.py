@@ -259,7 +259,7 @@ class _Step:
             received = sum(ring("all_reduce", whole, self.mesh.size(axes)) for whole in wholes)
             self.add("gradients", "step", "replicas", axes, 1, ("all_reduce", len(wholes), received))
         self.one("gradients", "step", "norm, loss, stop", AXES, 1, "all_reduce", 3 * 8)
-        self.one("loss", "step", "targets", DATA_AXES, 1, "all_reduce", 8)
+        self.one("loss", "forward", "targets", DATA_AXES, 1, "all_reduce", 8)
 
     def data(self) -> None:
         """What FSDP2 moves: the weights of each layer together, those of the rest together, padded to equal shards.

@@ -119,9 +119,14 @@ def _run_beside(case: Case, parallel: Parallel, alone: Parallel, leave_out: int 
 
 def _at(beside: Beside, point: Point) -> tuple[Tensor, Tensor, float]:
     """This rank's tensor at a point, what it should be, and the norm of the whole."""
-    whole, mesh = beside.expected.values[point], beside.mesh
-    share = whole.chunk(mesh.size(DATA_AXES))[mesh.index(DATA_AXES)]
-    return beside.trace.values[point], part(share, beside.trace.layouts[point], mesh), whole.norm().item()
+    whole = beside.expected.values[point]
+    return beside.trace.values[point], _here(beside, whole, point), whole.norm().item()
+
+
+def _here(beside: Beside, whole: Tensor, point: Point) -> Tensor:
+    """This rank's part of what is at a point: of its data rank's sequences, as its layout cuts them."""
+    mesh = beside.mesh
+    return part(whole.chunk(mesh.size(DATA_AXES))[mesh.index(DATA_AXES)], beside.trace.layouts[point], mesh)
 
 
 def _gradient(beside: Beside, name: str, spec: ParameterSpec) -> tuple[Tensor, Tensor, float]:
@@ -150,7 +155,7 @@ def _of_point(beside: Beside, point: Point) -> list[str]:
 
     def own_part(axes: tuple[str, ...]) -> Tensor | None:
         whole = own.of_point(point, axes[0], beside.model, beside.reference.model, beside.expected)
-        return None if whole is None else part(whole, beside.trace.layouts[point], beside.mesh)
+        return None if whole is None else _here(beside, whole, point)
 
     candidates = [(axis,) for axis in beside.mesh.present({axis for row in rows for axis in row.axes})]
     hint = (
@@ -167,7 +172,7 @@ def _on_the_way(beside: Beside, operation: Operation) -> tuple[str, ...]:
     if "head" in operation.places:  # forms its gradients in the forward
         parts = sum(gathered(beside.trace.loss, beside.mesh))
         right = abs(parts - beside.expected.loss) <= ROUNDING * abs(beside.expected.loss)
-        return ("dX", "dlogits") if right else ("X", "W", "logits", "log-sum-exp")
+        return ("dX", "dlogits") if right else ("X", "W", "logits", "log-sum-exp", "targets")
     if operation.phase == "forward":
         return ("X", "W", "Y", "k·v", "statistics")
     return ("dY", "W", "dX", "dk·dv", "statistics")
