@@ -22,7 +22,6 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
-    register_fsdp_forward_method,
 )
 
 from tessera.collectives import all_reduce, gather_into, reduce_scatter_into
@@ -97,9 +96,17 @@ def _shard(decoder: Decoder, fsdp: Fsdp) -> None:
     if fsdp.prefetch and fsdp.by_layer:
         for layer, following in zip(decoder.layers[:-1], decoder.layers[1:], strict=True):
             layer.set_modules_to_forward_prefetch([following])
-    register_fsdp_forward_method(decoder, "logits")
+    decoder.register_forward_hook(_cut_again)
     decoder.reshards_after_forward = fsdp.reshard
     decoder.to_empty(device="cpu" if fsdp.offload else mesh.device)
+
+
+def _cut_again(decoder: Any, *_: Any) -> None:
+    """After a forward that no backward follows: weights that would have been kept for it go back to their shards."""
+    if not torch.is_grad_enabled():
+        for module in decoder.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def _sum_over(copies: Group) -> Any:
