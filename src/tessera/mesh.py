@@ -92,6 +92,7 @@ class Mesh:
             return None
         if present not in self._groups:
             process_group = self._new_process_group(present)
+            _take_default_timeout(process_group)
             self._groups[present] = Group(present, self.size(present), self.index(present), process_group)
         return self._groups[present]
 
@@ -114,3 +115,13 @@ class Mesh:
             raise NotImplementedError(f"{self}: data, sequence and pipeline axes are not built yet")
         ranks = torch.arange(self.world).reshape([self.sizes[axis] for axis in present])
         return DeviceMesh(self.device.type, ranks, mesh_dim_names=present)
+
+
+def _take_default_timeout(group: ProcessGroup) -> None:
+    """Give `group` the timeout of the default group: torch gives groups made later its own default, half an hour."""
+    everyone = dist.distributed_c10d._get_default_group()
+    for device in group._device_types:
+        own, default = group._get_backend(device), everyone._get_backend(device)
+        # Only backends that wait have timeouts; the fake one of counting without devices has none.
+        if hasattr(own, "_set_default_timeout") and hasattr(default.options, "_timeout"):
+            own._set_default_timeout(default.options._timeout)
