@@ -37,9 +37,7 @@ def train(
     config: Annotated[Path, typer.Argument(help="The YAML file of the run.", metavar="CONFIG")],
     num_processes: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Processes of all machines; without it the product of the sizes in the file."
-        ),
+        typer.Option(min=1, help="Processes of all machines; without it the product of the sizes in the file."),
     ] = None,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Same as --set max_steps=N.")] = None,
     overrides: Annotated[
@@ -72,6 +70,31 @@ def train(
     by = known_launcher(launcher)
     options = LaunchOptions(per_machine, machines, machine, main_address, main_port, max_restarts, by)
     train(config, num_processes, max_steps, overrides or [], options)
+
+
+@app.command()
+def launch(
+    config: Annotated[Path, typer.Argument(help="The YAML file of the run.", metavar="CONFIG")],
+    slurm: Annotated[bool, typer.Option("--slurm", help="Write a batch script for Slurm.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Where to write it; unset: to the terminal.")] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="GPUs of each; unset: none are asked for.")] = None,
+    time: Annotated[str | None, typer.Option(help="The time limit, as Slurm writes it: 12:00:00.")] = None,
+    partition: Annotated[str | None, typer.Option(help="The partition.")] = None,
+    account: Annotated[str | None, typer.Option(help="The account.")] = None,
+    job_name: Annotated[str, typer.Option(help="The job's name.")] = "tessera",
+    main_process_port: Annotated[int, typer.Option(min=1, max=65535, help="Where machine 0 listens.")] = 29500,
+    max_restarts: Annotated[int, typer.Option(min=0, help="Restarts after a failure, within the job.")] = 0,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Replace a key of the file (repeatable)."),
+    ] = None,
+) -> None:
+    """Write a batch script that trains on several machines, saves before its time limit and goes on by itself."""
+    from tessera.cli.launch import Job, launch
+
+    job = Job(nodes, gpus_per_node, time, partition, account, job_name, main_process_port, max_restarts)
+    launch(config, job, overrides or [], slurm, output)
 
 
 @app.command()
