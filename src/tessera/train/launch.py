@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from tessera.errors import UserError
 from tessera.train.interface import interface_variables
-from tessera.train.machines import Machines
+from tessera.train.machines import Machines, Place
 from tessera.train.options import LaunchOptions
 from tessera.train.rank import as_rank as as_rank
 from tessera.train.rank import die_with_parent as die_with_parent
@@ -56,10 +56,18 @@ def launch(
         train(config)
     else:
         restarts = Restarts(options.max_restarts, _Resume(config).newest)
-        with environment(interface_variables(place.address) if place.machines > 1 else {}):  # noqa: SIM117
-            with Machines(place, here) as machines:
-                _preflight(config, here, prepare=place.rank == 0)
-                run_workers(["-P", *command], here, machines, restarts)
+        with environment(_variables(place)), Machines(place, here) as machines:
+            _preflight(config, here, prepare=place.rank == 0)
+            run_workers(["-P", *command], here, machines, restarts)
+
+
+def _variables(place: Place) -> dict[str, str]:
+    """What launcher and ranks need in their environment to work with other machines."""
+    if place.machines == 1:
+        return {}
+    # A store that is gone would be told in pages of C++ frames; torch reads this when it is imported.
+    quiet = {} if "TORCH_CPP_LOG_LEVEL" in os.environ else {"TORCH_CPP_LOG_LEVEL": "ERROR"}
+    return interface_variables(place.address) | quiet
 
 
 def _load(config_path: str | Path, overrides: Sequence[str], say: bool) -> "TrainConfig":

@@ -57,10 +57,11 @@ def as_rank(work: Callable[[bool], None]) -> None:
 
 
 def _show_stack_when_asked() -> None:
-    """Have SIGUSR1 write the stack from C: a rank that hangs runs no Python handler."""
+    """Have SIGUSR1 write the stack from C: a rank that hangs runs no Python handler. SIGTERM too, before it ends us."""
     if errors := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         file = open(Path(errors).with_name(STACK), "w")  # noqa: SIM115 - open as long as the process lives
         faulthandler.register(signal.SIGUSR1, file=file, all_threads=False)
+        faulthandler.register(signal.SIGTERM, file=file, all_threads=False, chain=True)  # until training handles it
 
 
 def restart_overrides(output_dir: str) -> list[str]:

@@ -76,7 +76,7 @@ class Watch:
         self.elsewhere_since = math.inf
         self.asked: set[int] = set()
         self.killed: set[int] = set()
-        self.hung: dict[int, str] = {}  # rank -> its stack
+        self.asked_for_stacks = False
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="tessera-launcher", daemon=True)
 
@@ -128,8 +128,9 @@ class Watch:
     def _ask_for_stacks(self, running: Processes) -> None:
         """The ranks that still run while others waited for them until the group's timeout are those that hang."""
         waited = any(timed_out(error_text(self._error_file(rank))) for rank in self.fallen)
-        if self.hung or self.killed or not (waited or self.elsewhere and self.elsewhere.timed_out):
+        if self.asked_for_stacks or not (waited or self.elsewhere and self.elsewhere.timed_out):
             return
+        self.asked_for_stacks = True
         files = {rank: self._error_file(rank).with_name(STACK) for rank in running}
         for rank, worker in running.items():
             if files[rank].exists():  # else it has no handler, and the signal would kill it
@@ -138,7 +139,6 @@ class Watch:
         while time.monotonic() < until and not all(f.exists() and f.stat().st_size for f in files.values()):
             time.sleep(0.05)
         time.sleep(0.05)  # so that what is being written is whole
-        self.hung = {rank: file.read_text() if file.exists() else "" for rank, file in files.items()}
 
     def _kill(self, running: Processes) -> None:
         for rank in running.keys() - self.killed:
@@ -154,7 +154,7 @@ class Watch:
         if not failures:
             return Outcome(stopped=stopped)
         texts = {rank: error_text(failure.error_file) for rank, failure in failures.items()}
-        any_timed_out = any(timed_out(text) for text in texts.values())
+        waited = any(timed_out(text) for text in texts.values())
 
         def follows(rank: int) -> bool:
             return rank in self.killed or follows_from_another(texts[rank], failures[rank].exitcode)
@@ -164,16 +164,21 @@ class Watch:
         if stopped and follows(rank):
             error = self.signals.error()
             return Outcome("own", str(error), error.exit_code, again=False, stopped=True)
-        if follows(rank) and self.hung:
-            return Outcome("hung", self._hung_text(failures), 1, timed_out=True)
+        if follows(rank) and (waited or self.elsewhere and self.elsewhere.timed_out):
+            # The agent asks the others to end with SIGTERM; who hangs before it handles that dies of it.
+            ended = {r: f for r, f in failures.items() if r in self.killed or f.exitcode == -signal.SIGTERM}
+            if ended:
+                return Outcome("hung", self._hung_text(ended), 1, timed_out=True)
         text, code, again = describe(rank, failures[rank], self.machines.where)
         kind: Kind = "follows" if follows(rank) else "own"
-        return Outcome(kind, text, code, again or kind == "follows", stopped, any_timed_out)
+        return Outcome(kind, text, code, again or kind == "follows", stopped, waited)
 
     def _hung_text(self, failures: Mapping[int, "ProcessFailure"]) -> str:
         lines = []
-        for rank, stack in sorted(self.hung.items()):
-            who = f"rank {rank} (process {failures[rank].pid}{self.machines.where})" if rank in failures else f"{rank}"
+        for rank, failure in sorted(failures.items()):
+            who = f"rank {rank} (process {failure.pid}{self.machines.where})"
             lines.append(f"{who} hung: the others waited for it until group_timeout_minutes had passed")
-            lines += [f"  {line}" for line in stack.splitlines()] or ["  it gave no stack"]
+            stack = Path(failure.error_file).with_name(STACK)
+            words = stack.read_text().splitlines() if stack.exists() else []
+            lines += [f"  {line}" for line in words] or ["  it gave no stack"]
         return "\n".join(lines)
