@@ -71,6 +71,10 @@ class Mesh:
             raise ValueError(f"unknown mesh axes {sorted(wanted - set(AXES))}; the axes are {', '.join(AXES)}")
         return tuple(axis for axis in AXES if axis in wanted and self.sizes[axis] > 1)
 
+    def name(self, axes: Sequence[str]) -> str:
+        """Axes taken together as one name."""
+        return "·".join(self.present(axes)) or axes[0]
+
     def size(self, axes: Iterable[str]) -> int:
         """How many ranks lie along `axes` together."""
         return math.prod(self.sizes[axis] for axis in axes)
@@ -92,13 +96,14 @@ class Mesh:
             return None
         if present not in self._groups:
             process_group = self._new_process_group(present)
+            _take_default_timeout(process_group)
             self._groups[present] = Group(present, self.size(present), self.index(present), process_group)
         return self._groups[present]
 
     def _new_process_group(self, present: tuple[str, ...]) -> ProcessGroup:
         for arranged in self._arranged.values():
-            if name_of(present) in (arranged.mesh_dim_names or ()):
-                return arranged.get_group(name_of(present))
+            if self.name(present) in (arranged.mesh_dim_names or ()):
+                return arranged.get_group(self.name(present))
         if len(present) == 1 and self.world == self.size(MODEL_AXES):
             return self.arranged([(axis,) for axis in self.present(MODEL_AXES)]).get_group(present[0])
         dims = [AXES.index(axis) for axis in present]
@@ -110,7 +115,7 @@ class Mesh:
         """All ranks as a DeviceMesh with one dim for each of `dims`, the axes of one taken together, the first major.
 
         Axes in none of them are one more dim, before the others, if they have more than one rank. Making one is
-        collective; it is made once. `name_of` says what the dims are called.
+        collective; it is made once. `name` says what its dims are called.
         """
         key = tuple(dims)
         if key not in self._arranged:
@@ -119,7 +124,7 @@ class Mesh:
             order = [AXES.index(axis) for dim in every for axis in dim]
             ones = [place for place in range(len(AXES)) if place not in order]
             ranks = self._ranks().permute(*ones, *order).reshape([self.size(dim) for dim in every])
-            names = tuple(map(name_of, every))
+            names = tuple(map(self.name, every))
             self._arranged[key] = DeviceMesh(self.device.type, ranks, mesh_dim_names=names)
         return self._arranged[key]
 
@@ -134,6 +139,11 @@ class Mesh:
         return self.arranged([(axis,) for axis in present])[present] if present else None
 
 
-def name_of(axes: Iterable[str]) -> str:
-    """Axes taken together as one name."""
-    return "·".join(axes)
+def _take_default_timeout(group: ProcessGroup) -> None:
+    """Give `group` the timeout of the default group: torch gives groups made later its own default, half an hour."""
+    everyone = dist.distributed_c10d._get_default_group()
+    for device in group._device_types:
+        own, default = group._get_backend(device), everyone._get_backend(device)
+        # Only backends that wait have timeouts; the fake one of counting without devices has none.
+        if hasattr(own, "_set_default_timeout") and hasattr(default.options, "_timeout"):
+            own._set_default_timeout(default.options._timeout)

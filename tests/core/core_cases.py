@@ -3,6 +3,8 @@
 import json
 import math
 import tempfile
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -186,3 +188,26 @@ def step_peak(sizes: dict[str, int]) -> tuple[int, int]:
         step(1)
         del step
     return memory.peak, memory.current
+
+
+def hang_in_a_group(seconds: float) -> tuple[list[float], str, float]:
+    """Rank 0 does not come to a collective along col: the groups' timeouts, what the others are told, and when."""
+    everyone = dist.distributed_c10d._get_default_group()
+    before = everyone._get_backend(torch.device("cpu")).options._timeout
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), everyone)
+    try:
+        mesh = Mesh({"row": 2, "col": 2})  # not the shared one: its groups are not used again
+        groups = [mesh.group(axes) for axes in (("col",), ("row",), ("row", "col"))]
+    finally:
+        dist.distributed_c10d._set_pg_timeout(before, everyone)
+    cpu = torch.device("cpu")
+    timeouts = [group.process_group._get_backend(cpu).options._timeout.total_seconds() for group in groups]
+    began, told = time.monotonic(), ""
+    if mesh.rank == 0:
+        time.sleep(2 * seconds)
+    else:
+        try:
+            all_reduce(torch.ones(4), groups[0])
+        except RuntimeError as error:
+            told = str(error)
+    return timeouts, told, time.monotonic() - began

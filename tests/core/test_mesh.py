@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from core.core_cases import members, wrong_world
+from core.core_cases import hang_in_a_group, members, wrong_world
 from support.pool import pool
 from tessera.mesh import AXES, MODEL_AXES, Mesh
 
@@ -79,3 +79,12 @@ def test_sizes_must_equal_the_world():
     with pytest.raises(ValueError, match="a mesh row 2 × col 2 has 4 ranks, but 1 are running"):
         Mesh({"row": 2, "col": 2})
     assert pool(2).run(wrong_world) == ["a mesh col 4 has 4 ranks, but 2 are running"] * 2
+
+
+def test_a_rank_that_hangs_in_a_group_ends_the_others_at_the_timeout():
+    """Not half an hour later, which is what torch gives groups that are made after the default one."""
+    found = pool(4).run(hang_in_a_group, 1.5)
+    assert [timeouts for timeouts, _, _ in found] == [[1.5] * 3] * 4
+    _, told, seconds = found[1]
+    assert "Timed out waiting" in told and 1.4 < seconds < 2.9
+    assert found[2][1] == found[3][1] == "", "the other column group has nobody to wait for"

@@ -37,18 +37,64 @@ def train(
     config: Annotated[Path, typer.Argument(help="The YAML file of the run.", metavar="CONFIG")],
     num_processes: Annotated[
         int | None,
-        typer.Option(min=1, help="Processes to start; without it the product of the sizes in the file."),
+        typer.Option(min=1, help="Processes of all machines; without it the product of the sizes in the file."),
     ] = None,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Same as --set max_steps=N.")] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Replace a key of the file (repeatable)."),
     ] = None,
+    per_machine: Annotated[
+        int | None, typer.Option("--nproc-per-node", min=1, help="Processes to start on this machine.")
+    ] = None,
+    machines: Annotated[int | None, typer.Option("--num-machines", "--nnodes", min=1, help="Machines.")] = None,
+    machine: Annotated[
+        int | None, typer.Option("--machine-rank", "--node-rank", help="Which of them this is, from 0.")
+    ] = None,
+    main_address: Annotated[
+        str | None, typer.Option("--main-process-ip", "--master-addr", help="Address or host name of machine 0.")
+    ] = None,
+    main_port: Annotated[
+        int | None,
+        typer.Option("--main-process-port", "--master-port", min=1, max=65535, help="Its port; unset: 29500."),
+    ] = None,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="Start all ranks again, from the last checkpoint, so often after a failure.")
+    ] = 0,
+    launcher: Annotated[str, typer.Option(help="Who starts the ranks: tessera, torchrun or accelerate.")] = "tessera",
 ) -> None:
     """Train the model of a YAML file; starts its own ranks, or runs as one under torchrun."""
     from tessera.cli.train import train
+    from tessera.train.options import LaunchOptions, known_launcher
 
-    train(config, num_processes, max_steps, overrides or [])
+    by = known_launcher(launcher)
+    options = LaunchOptions(per_machine, machines, machine, main_address, main_port, max_restarts, by)
+    train(config, num_processes, max_steps, overrides or [], options)
+
+
+@app.command()
+def launch(
+    config: Annotated[Path, typer.Argument(help="The YAML file of the run.", metavar="CONFIG")],
+    slurm: Annotated[bool, typer.Option("--slurm", help="Write a batch script for Slurm.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Where to write it; unset: to the terminal.")] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="GPUs of each; unset: none are asked for.")] = None,
+    time: Annotated[str | None, typer.Option(help="The time limit, as Slurm writes it: 12:00:00.")] = None,
+    partition: Annotated[str | None, typer.Option(help="The partition.")] = None,
+    account: Annotated[str | None, typer.Option(help="The account.")] = None,
+    job_name: Annotated[str, typer.Option(help="The job's name.")] = "tessera",
+    main_process_port: Annotated[int, typer.Option(min=1, max=65535, help="Where machine 0 listens.")] = 29500,
+    max_restarts: Annotated[int, typer.Option(min=0, help="Restarts after a failure, within the job.")] = 0,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Replace a key of the file (repeatable)."),
+    ] = None,
+) -> None:
+    """Write a batch script that trains on several machines, saves before its time limit and goes on by itself."""
+    from tessera.cli.launch import Job, launch
+
+    job = Job(nodes, gpus_per_node, time, partition, account, job_name, main_process_port, max_restarts)
+    launch(config, job, overrides or [], slurm, output)
 
 
 @app.command()

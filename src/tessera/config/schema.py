@@ -264,17 +264,18 @@ class TrainConfig(Section):
         """The sizes of all axes. Raises UserError as `axes`."""
         return self.data_sizes | self.axes
 
-    def filled_in(self, processes: int | None) -> "TrainConfig":
-        """With dp_shard_size, where it is unset, as large as so many processes make it; UserError if none fits."""
+    def filled_in(self, processes: int | None, key: str = "processes") -> "TrainConfig":
+        """With dp_shard_size, where it is unset, as large as so many processes make it.
+
+        Raises UserError, naming `key`, which gave the number, when no size does.
+        """
         others = self.dp_replicate_size * math.prod(self.axes.values())
         if self.dp_shard_size is not None or processes is None:
             return self
         if processes % others:
-            made = f"dp_replicate_size × tensor axes = {others}"
             nearest = sorted({max(1, processes // others) * others, -(-processes // others) * others})
-            raise UserError(
-                "processes", processes, f"does not divide by {made}", f"{' or '.join(map(str, nearest))} processes"
-            )
+            reason = f"does not divide by dp_replicate_size × tensor axes = {others}"
+            raise UserError(key, processes, reason, f"use {' or '.join(map(str, nearest))} processes")
         return self.model_copy(update={"dp_shard_size": processes // others})
 
     @property

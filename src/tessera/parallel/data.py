@@ -25,7 +25,7 @@ from torch.distributed.fsdp import (
 )
 
 from tessera.collectives import all_reduce, gather_into, reduce_scatter_into
-from tessera.mesh import Group, name_of
+from tessera.mesh import Group
 from tessera.models.config import ModelConfig
 from tessera.models.decoder import Decoder
 from tessera.nn.parameter import Parallel
@@ -77,7 +77,7 @@ def _shard(decoder: Decoder, fsdp: Fsdp) -> None:
         policy = MixedPrecisionPolicy(parallel.compute, parallel.dtype, cast_forward_inputs=False)
     on_cuda = mesh.device.type == "cuda"
     options: dict[str, Any] = {
-        "mesh": parallel.data_mesh[name_of(over)],
+        "mesh": parallel.data_mesh[mesh.name(over)],
         "mp_policy": policy,
         "offload_policy": CPUOffloadPolicy(pin_memory=on_cuda) if fsdp.offload else OffloadPolicy(),
     }

@@ -1,6 +1,5 @@
 """Every check that needs no rank: before any process starts, and before anything is written."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -142,16 +141,20 @@ def prepare_data(config: "TrainConfig", run: Run) -> "Prepared":
     return prepare(config.model_copy(update={"base_model": str(run.folder)}), run.model.vocab_size)
 
 
-def preflight(config: "TrainConfig", world_size: int) -> None:
-    """Check everything, then prepare the data: what is left for the ranks is to train. Raises UserError."""
+def check(config: "TrainConfig", processes: int) -> Run:
+    """Check everything for a machine with so many `processes`; writes nothing. Raises UserError."""
     from tessera.device import gpus_missing
     from tessera.models.hub import check_weights
 
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    if missing := gpus_missing(here):
+    if missing := gpus_missing(processes):
         hint = "give one process each a GPU, or set CUDA_VISIBLE_DEVICES= (nothing) to train on CPU"
-        raise UserError("processes", here, f"this machine is {missing} GPUs short", hint)
+        raise UserError("processes", processes, f"this machine is {missing} GPUs short", hint)
     run = resolve(config)
     if not config.random_init and run.resume is None:
         check_weights(run.folder, run.model)
-    print(prepare_data(config, run).summary(), flush=True)
+    return run
+
+
+def preflight(config: "TrainConfig", processes: int) -> None:
+    """The same, then prepare the data: what is left for the ranks is to train. Raises UserError."""
+    print(prepare_data(config, check(config, processes)).summary(), flush=True)
