@@ -471,6 +471,7 @@ def alone(monkeypatch):
     """Any rank of any mesh in this process: collectives have the shapes of theirs, and nothing in them."""
     monkeypatch.setattr(Mesh, "device_mesh", None)
     monkeypatch.setattr(Mesh, "_new_process_group", lambda mesh, axes: None)
+    monkeypatch.setattr("tessera.mesh._take_default_timeout", lambda group: None)
     monkeypatch.setattr(collectives, "_issue", lambda kind, group, whole, result, *_, **__: collectives.Pending(result))
 
 
