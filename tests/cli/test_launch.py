@@ -110,6 +110,7 @@ def test_a_rank_that_ends_without_a_word_is_named(tmp_path, capfd):
 def test_a_killed_rank_is_named_and_takes_a_deaf_one_with_it(tmp_path):
     # rank 0 neither notices nor obeys SIGTERM: without the launcher's own kill the agent waits 30 seconds
     body = """
+while not (folder / "ready-0").exists(): time.sleep(0.02)
 if rank == 1: os.kill(os.getpid(), signal.SIGKILL)
 for turn in range(1_000_000):
     say("turn", turn)

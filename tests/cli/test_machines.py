@@ -169,8 +169,18 @@ def work(ours):
     WORK
 as_rank(work)
 """
+HANGS = """
+    hangs = folder / f"hangs-{attempt}"
+    if rank == 1:
+        hangs.touch()
+        time.sleep(1000)
+    while not hangs.exists(): time.sleep(0.02)
+    raise RuntimeError("Timed out waiting 1000ms for recv")  # as gloo says it
+"""
+HANGS_DEAF = "\n    import signal; signal.signal(signal.SIGTERM, lambda *_: None)" + HANGS  # as in training
 ENDS = {
-    "hung": "if rank == 1: time.sleep(1000)\n    raise RuntimeError('Timed out waiting 1000ms for recv')",
+    "hung": HANGS,
+    "hung in training": HANGS_DEAF,
     "mistake": "raise UserError('key', 1, 'does not fit')",
     "diverged": "raise RunFailed('the loss is not a number')",
     "always": "raise ArithmeticError('odd')",
@@ -181,6 +191,7 @@ ENDS = {
     ("end", "told", "attempts"),
     [
         ("hung", r"^rank 1 \(process \d+\) hung: (?s:.*)line \d+ in work", 2),
+        ("hung in training", r"^rank 1 \(process \d+\) hung: (?s:.*)line \d+ in work", 2),
         ("mistake", "^key: 1\n  does not fit", 1),
         ("diverged", "^the loss is not a number$", 1),
         ("always", r"(?s)^rank \d .* failed\n.*ArithmeticError: odd$", 2),

@@ -178,7 +178,7 @@ class Watch:
         for rank, failure in sorted(failures.items()):
             who = f"rank {rank} (process {failure.pid}{self.machines.where})"
             lines.append(f"{who} hung: the others waited for it until group_timeout_minutes had passed")
-            stack = Path(failure.error_file).with_name(STACK)
+            stack = self._error_file(rank).with_name(STACK)  # a rank that wrote no error has no file in its failure
             words = stack.read_text().splitlines() if stack.exists() else []
             lines += [f"  {line}" for line in words] or ["  it gave no stack"]
         return "\n".join(lines)
