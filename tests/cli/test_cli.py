@@ -107,10 +107,16 @@ def test_one_process_is_checked_and_trains_here(tmp_path, called, capsys):
     assert "sequence_len 2048" in out and "seed" not in out.partition("defaults:")[2]
 
 
-@pytest.mark.parametrize("sizes", [{"processes": 3, "tensor": 2}, {"processes": 2, "tensor": 1}])
-def test_a_world_that_does_not_fit_is_refused_before_anything(tmp_path, called, sizes):
-    with pytest.raises(UserError, match=f"make {sizes['tensor']}") as caught:
-        launch(write_config(tmp_path), [f"tensor_parallel_size={sizes['tensor']}"], sizes["processes"])
+@pytest.mark.parametrize(
+    ("processes", "sizes", "reason"),
+    [
+        (3, ["tensor_parallel_size=2"], "does not divide by .* = 2\n.*use 2 or 4 processes"),
+        (2, ["dp_shard_size=1"], "make 1: no axis above 1\n.*use 1 processes, or leave dp_shard_size out"),
+    ],
+)
+def test_a_world_that_does_not_fit_is_refused_before_anything(tmp_path, called, processes, sizes, reason):
+    with pytest.raises(UserError, match=reason) as caught:
+        launch(write_config(tmp_path), sizes, processes)
     assert caught.value.key == "--num-processes"
     assert called == []
 

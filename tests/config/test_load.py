@@ -185,7 +185,7 @@ def test_keys_not_done_say_so_unless_they_ask_for_nothing(key):
 
 
 def test_true_is_not_taken_for_the_size_one():
-    assert "not done yet" in str(problem_of(dp_shard_size=True))
+    assert "not done yet" in str(problem_of(context_parallel_size=True))
     assert "not done yet" in str(problem_of(cosine_min_lr_ratio=False))
 
 
@@ -244,5 +244,5 @@ def test_the_json_schema_knows_what_the_loader_lets_through():
     assert schema["additionalProperties"] is False
     assert set(schema["required"]) == {"base_model", "datasets"}
     assert schema["properties"]["micro_batch_size"]["minimum"] == 1
-    assert schema["properties"]["dp_shard_size"]["enum"] == [None, 1]
+    assert schema["properties"]["context_parallel_size"]["enum"] == [None, 1]
     assert "kernel" in schema["properties"]["flash_attention"]["description"]

@@ -356,8 +356,9 @@ class TrainConfig(Section):
 
 
 def defaults_taken(config: TrainConfig) -> dict[str, Any]:
-    """The keys that the user did not give, with the values that hold."""
-    return {key: getattr(config, key) for key in type(config).model_fields if key not in config.model_fields_set}
+    """The keys that the user did not give, with the values that hold; of sections none."""
+    values = {key: getattr(config, key) for key in type(config).model_fields if key not in config.model_fields_set}
+    return {key: value for key, value in values.items() if not isinstance(value, Section)}
 
 
 def keys_table() -> str:

@@ -85,13 +85,14 @@ def _load(config_path: str | Path, overrides: Sequence[str], say: bool) -> "Trai
 def _filled_in(config: "TrainConfig", processes: int | None, key: str) -> "TrainConfig":
     """The config for so many processes (None: as many as its sizes make); `key` said how many."""
     try:
-        config = config.filled_in(processes, key)
-        made = config.world_size
+        _ = config.axes
     except UserError:
         from tessera.train.preflight import resolve
 
         resolve(config)  # raises too, and knows which sizes fit the model
         raise
+    config = config.filled_in(processes, key)
+    made = config.world_size
     if processes in (None, made):
         return config
     sizes = ", ".join(f"{axis} {size}" for axis, size in config.mesh_sizes.items() if size > 1) or "no axis above 1"
@@ -105,12 +106,14 @@ def _filled_in(config: "TrainConfig", processes: int | None, key: str) -> "Train
 
 def _preflight(config: "TrainConfig", here: int, *, prepare: bool) -> None:
     """Check everything for `here` processes on this machine; the data is prepared on one machine only."""
-    from tessera.train import preflight
-
     if prepare:
-        preflight.preflight(config, here)
+        from tessera.train.preflight import preflight
+
+        preflight(config, here)
     else:
-        preflight.check(config, here)
+        from tessera.train.preflight import check
+
+        check(config, here)
 
 
 class _Resume:
