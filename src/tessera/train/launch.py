@@ -101,12 +101,14 @@ def _check_world(config: "TrainConfig", processes: int | None, key: str) -> int:
 
 def _preflight(config: "TrainConfig", here: int, *, prepare: bool) -> None:
     """Check everything for `here` processes on this machine; the data is prepared on one machine only."""
-    from tessera.train import preflight
-
     if prepare:
-        preflight.preflight(config, here)
+        from tessera.train.preflight import preflight
+
+        preflight(config, here)
     else:
-        preflight.check(config, here)
+        from tessera.train.preflight import check
+
+        check(config, here)
 
 
 class _Resume:
