@@ -34,7 +34,7 @@ def settings(tmp_path) -> dict[str, Any]:
 def refused(monkeypatch, capsys, settings, tmp_path) -> Callable[..., str]:
     """The complaint of `tessera train` in this process about `settings` with these changes."""
 
-    def start(arguments, world):
+    def start(arguments, world, *how):
         raise Started(world)
 
     def call(*options: str, **changes: Any) -> str:
