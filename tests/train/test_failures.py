@@ -29,7 +29,7 @@ from train.runs import Workshop, command, environment, exported, metrics, refusa
 def cli(monkeypatch, capsys) -> Callable[..., tuple[int, str]]:
     """`tessera train` in this process with ranks that must not be started; its exit code and complaint."""
 
-    def start(args, processes):
+    def start(args, processes, *how):
         raise AssertionError("a process was started")
 
     def call(settings: dict[str, Any], *options: str) -> tuple[int, str]:
