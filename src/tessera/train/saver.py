@@ -1,0 +1,190 @@
+"""Saves checkpoints beside the training: a copy of every tensor is taken, then written while training goes on.
+
+    main thread                         background thread of each rank
+    wait for the save in flight
+    copy tensors to host buffers   →    plan (own gloo group); rank 0 makes .checkpoint-N.part
+    train on                            write own shards, sync, hash
+                                        rank 0: state.json, SHA256SUMS, rename, LATEST, rotation
+
+All that rank 0 does for the others happens inside DCP's own agreement, which tells an error on one rank to every rank:
+none waits for a rank whose disk is full.
+"""
+
+import shutil
+import threading
+import warnings
+from collections.abc import Callable
+from concurrent.futures import Future
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.staging import AsyncStager
+from torch.distributed.tensor import DTensor
+
+from tessera.errors import RunFailed
+from tessera.nn.parameter import to_local
+from tessera.train.checkpoint import alone_is_fine, model_tensors, optimizer_tensors, reason_of
+from tessera.train.checkpoint_folder import discard_parts, latest, publish, rotate, seal, sums_of
+
+
+class Saver:
+    """Saves of one run, one in flight at a time. Every rank makes the same calls in the same order.
+
+    A save that fails leaves the checkpoints before it as they were, and is told through `say` on rank 0. `failure` is
+    what went wrong in the last save, the same on every rank; None when it went well. `close` at the end in any case.
+    """
+
+    def __init__(
+        self, output_dir: Path, keep: int | None, *, asynchronous: bool, timeout: timedelta, say: Callable[[str], None]
+    ) -> None:
+        self.output_dir, self.keep, self.asynchronous = output_dir, keep, asynchronous
+        self.timeout, self.say = timeout, say
+        self.failure: str | None = None
+        self.together = dist.is_initialized()
+        self.first = not self.together or dist.get_rank() == 0
+        self._group: dist.ProcessGroup | None = None
+        self._copies = HostCopies()
+        self._settled = threading.Event()
+        self._settled.set()
+
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Path:
+        """Begin to write `checkpoint-{state["step"]}` and return that path; when not asynchronous, finish it too."""
+        self.wait()
+        if self.together and self._group is None:
+            # collectives of training may run at the same time on its groups
+            self._group = dist.new_group(backend="gloo", timeout=self.timeout)
+        final = self.output_dir / f"checkpoint-{state['step']}"
+        tensors = model_tensors(model) | optimizer_tensors(model, optimizer)
+        writer = Writer(final, state | {"optimizer": True}, self.keep)
+        how: dict[str, Any] = {
+            "storage_writer": writer,
+            "process_group": self._group,
+            "no_dist": not self.together,
+        }
+        self._settled.clear()
+        if self.asynchronous:
+            # the warning of a lone process comes from the other thread, where a filter of this one would be a race
+            if not self.together:
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
+            future = dcp.async_save(tensors, async_stager=self._copies, **how)
+            assert isinstance(future, Future)
+            future.add_done_callback(lambda done: self._settle(writer, done.exception()))
+            return final
+        error: BaseException | None = None
+        try:
+            with alone_is_fine():
+                dcp.save(tensors, **how)
+        except Exception as raised:
+            error = raised
+        self._settle(writer, error)
+        return final
+
+    def _settle(self, writer: "Writer", error: BaseException | None) -> None:
+        """In the background, once every rank knows how the save has ended."""
+        try:
+            self.failure = None
+            if error is not None:
+                if self.first:
+                    shutil.rmtree(writer.part, ignore_errors=True)
+                last = latest(self.output_dir)
+                kept = f"the last whole checkpoint is {last}" if last else "there is no whole checkpoint"
+                self.failure = f"{writer.final.name} was not saved: {reason_of(error)}; {kept}"
+            if self.first and (told := self.failure or writer.unremoved):
+                self.say(told)
+        finally:
+            self._settled.set()
+
+    def wait(self) -> None:
+        """Until no save is in flight."""
+        self._settled.wait()
+
+    def finish(self) -> None:
+        """Wait for the save in flight. Raises RunFailed when the last one failed."""
+        self.wait()
+        if self.failure is not None:
+            raise RunFailed(self.failure)
+
+    def close(self) -> None:
+        """Wait for the save in flight and free what saves have used."""
+        self.wait()
+        self._copies.close()
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+            self._group = None
+
+
+class HostCopies(AsyncStager):
+    """Copies of this rank's shards in host memory, in buffers that are used again by the next save.
+
+    Fresh buffers would cost a page fault for every 4 KiB of each save; for a GPU's tensors they are pinned, too.
+    """
+
+    _synchronize_after_execute = False
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def stage(self, state_dict: dict[str, Tensor]) -> dict[str, Any]:
+        """The same tensors with other storage; when it returns, the originals may change."""
+        staged = {name: self._copy(name, tensor) for name, tensor in state_dict.items()}
+        if any(to_local(tensor).is_cuda for tensor in state_dict.values()):
+            torch.cuda.synchronize()
+        return staged
+
+    def _copy(self, name: str, tensor: Tensor) -> Tensor:
+        shard = to_local(tensor)
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape != shard.shape or buffer.dtype != shard.dtype:
+            buffer = torch.empty(shard.shape, dtype=shard.dtype, pin_memory=shard.is_cuda)
+            self._buffers[name] = buffer
+        buffer.copy_(shard, non_blocking=True)
+        return DTensor(buffer, tensor._spec, requires_grad=False) if isinstance(tensor, DTensor) else buffer
+
+    def synchronize_staging(self) -> None:
+        return None  # `stage` has waited
+
+    def close(self) -> None:
+        self._buffers.clear()
+
+
+class Writer(dcp.FileSystemWriter):
+    """Writes one checkpoint: each rank its files and their sums, rank 0 the rest."""
+
+    def __init__(self, final: Path, state: dict[str, Any], keep: int | None) -> None:
+        self.final, self.state, self.keep = final, state, keep
+        self.part = final.with_name(f".{final.name}.part")
+        self.unremoved = ""
+        super().__init__(self.part, sync_files=True)
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan  # rank 0 makes the folder, when it has removed what a killed run left
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        discard_parts(self.final.parent)
+        self.part.mkdir(parents=True)
+        return super().prepare_global_plan(plans)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
+        written = super().write_data(plan, planner).value()
+        names = sorted(path.name for path in self.part.glob(f"{plan.storage_data.prefix}*"))
+        future: torch.futures.Future[Any] = torch.futures.Future()
+        future.set_result((written, sums_of(self.part, names)))
+        return future
+
+    def finish(self, metadata: Metadata, results: list[Any]) -> None:
+        super().finish(metadata, [written for written, _ in results])
+        seal(self.part, self.state, {name: digest for _, sums in results for name, digest in sums.items()})
+        self.put_in_place()
+
+    def put_in_place(self) -> None:
+        """Make the sealed folder the run's latest checkpoint."""
+        publish(self.part, self.final)
+        self.unremoved = rotate(self.final.parent, self.final, self.keep)
