@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import AsyncStager
@@ -69,22 +70,28 @@ class Saver:
             "no_dist": not self.together,
         }
         self._settled.clear()
-        if self.asynchronous:
-            # the warning of a lone process comes from the other thread, where a filter of this one would be a race
-            if not self.together:
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
-            future = dcp.async_save(tensors, async_stager=self._copies, **how)
-            assert isinstance(future, Future)
-            future.add_done_callback(lambda done: self._settle(writer, done.exception()))
-            return final
+        try:
+            (self._begin if self.asynchronous else self._do)(writer, tensors, how)
+        except BaseException:  # host memory ran out, say: nothing is in flight that `close` could wait for
+            self._settled.set()
+            raise
+        return final
+
+    def _begin(self, writer: "Writer", tensors: dict[str, Tensor], how: dict[str, Any]) -> None:
+        if not self.together:  # the filter of `alone_is_fine` would end before the other thread does
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
+        future = dcp.async_save(tensors, async_stager=self._copies, **how)
+        assert isinstance(future, Future)
+        future.add_done_callback(lambda done: self._settle(writer, done.exception()))
+
+    def _do(self, writer: "Writer", tensors: dict[str, Tensor], how: dict[str, Any]) -> None:
         error: BaseException | None = None
         try:
             with alone_is_fine():
                 dcp.save(tensors, **how)
-        except Exception as raised:
+        except (Exception, CheckpointException) as raised:  # the latter is not among the former
             error = raised
         self._settle(writer, error)
-        return final
 
     def _settle(self, writer: "Writer", error: BaseException | None) -> None:
         """In the background, once every rank knows how the save has ended."""
@@ -168,7 +175,7 @@ class Writer(dcp.FileSystemWriter):
         return plan  # rank 0 makes the folder, when it has removed what a killed run left
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        discard_parts(self.final.parent)
+        self.make_room()
         self.part.mkdir(parents=True)
         return super().prepare_global_plan(plans)
 
@@ -183,6 +190,10 @@ class Writer(dcp.FileSystemWriter):
         super().finish(metadata, [written for written, _ in results])
         seal(self.part, self.state, {name: digest for _, sums in results for name, digest in sums.items()})
         self.put_in_place()
+
+    def make_room(self) -> None:
+        """Remove what saves that failed or were killed have left."""
+        discard_parts(self.final.parent)
 
     def put_in_place(self) -> None:
         """Make the sealed folder the run's latest checkpoint."""
