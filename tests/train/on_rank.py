@@ -17,7 +17,7 @@ from support.mesh import shared_mesh
 from tessera.config.schema import TrainConfig
 from tessera.errors import RunFailed, UserError
 from tessera.train.optimizer import learning_rate
-from tessera.train.saver import Writer
+from tessera.train.saver import HostCopies, Writer
 from tessera.train.trainer import train
 
 
@@ -88,7 +88,7 @@ def limited_on_rank(settings: dict[str, Any], step: int, limit: int) -> str:
 
 
 def slow_save_on_rank(settings: dict[str, Any], step: int, until: int) -> str:
-    """A run whose save of `step` writes nothing until step `until` has been done."""
+    """A run whose save of `step` copies slowly and writes nothing until step `until` has been done."""
     log = Path(settings["output_dir"]) / "metrics.jsonl"
 
     def wait(writer: Writer) -> None:
@@ -96,7 +96,12 @@ def slow_save_on_rank(settings: dict[str, Any], step: int, until: int) -> str:
         while writer.state["step"] == step and log.read_text().count("\n") < until and time.monotonic() < end:
             time.sleep(0.002)
 
-    with _writing(wait):
+    def copy(self: HostCopies, *args: Any) -> Any:
+        time.sleep(0.005)
+        return real(self, *args)
+
+    real = HostCopies._copy
+    with _writing(wait), patch.object(HostCopies, "_copy", copy):
         return said_on_rank(settings)
 
 

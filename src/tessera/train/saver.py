@@ -1,9 +1,10 @@
-"""Saves checkpoints beside the training: a copy of every tensor is taken, then written while training goes on.
+"""Saves checkpoints beside the training: tensors are copied before they change, and written while training goes on.
 
-    main thread                         background thread of each rank
+    main thread                         background threads of each rank
     wait for the save in flight
-    copy tensors to host buffers   →    plan (own gloo group); rank 0 makes .checkpoint-N.part
-    train on                            write own shards, sync, hash
+    next forward and backward           copy tensors to host buffers
+    optimizer step, train on            plan (own gloo group); rank 0 makes .checkpoint-N.part
+                                        write own shards, sync, hash
                                         rank 0: state.json, SHA256SUMS, rename, LATEST, rotation
 
 All that rank 0 does for the others happens inside DCP's own agreement, which tells an error on one rank to every rank:
@@ -14,7 +15,7 @@ import shutil
 import threading
 import warnings
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import AsyncStager
+from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
 
 from tessera.errors import RunFailed
 from tessera.nn.parameter import to_local
@@ -52,6 +55,7 @@ class Saver:
         self.first = not self.together or dist.get_rank() == 0
         self._group: dist.ProcessGroup | None = None
         self._copies = HostCopies()
+        self._hook: RemovableHandle | None = None
         self._settled = threading.Event()
         self._settled.set()
 
@@ -61,6 +65,8 @@ class Saver:
         if self.together and self._group is None:
             # collectives of training may run at the same time on its groups
             self._group = dist.new_group(backend="gloo", timeout=self.timeout)
+        if self.asynchronous and self._hook is None:
+            self._hook = optimizer.register_step_pre_hook(lambda *_: self._copies.wait())
         final = self.output_dir / f"checkpoint-{state['step']}"
         tensors = model_tensors(model) | optimizer_tensors(model, optimizer)
         writer = Writer(final, state | {"optimizer": True}, self.keep)
@@ -80,9 +86,9 @@ class Saver:
     def _begin(self, writer: "Writer", tensors: dict[str, Tensor], how: dict[str, Any]) -> None:
         if not self.together:  # the filter of `alone_is_fine` would end before the other thread does
             warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
-        future = dcp.async_save(tensors, async_stager=self._copies, **how)
-        assert isinstance(future, Future)
-        future.add_done_callback(lambda done: self._settle(writer, done.exception()))
+        response = dcp.async_save(tensors, async_stager=self._copies, **how)
+        assert isinstance(response, AsyncSaveResponse)
+        response.upload_completion.add_done_callback(lambda done: self._settle(writer, done.exception()))
 
     def _do(self, writer: "Writer", tensors: dict[str, Tensor], how: dict[str, Any]) -> None:
         error: BaseException | None = None
@@ -108,6 +114,11 @@ class Saver:
         finally:
             self._settled.set()
 
+    @property
+    def settled(self) -> bool:
+        """Whether no save is in flight."""
+        return self._settled.is_set()
+
     def wait(self) -> None:
         """Until no save is in flight."""
         self._settled.wait()
@@ -122,6 +133,8 @@ class Saver:
         """Wait for the save in flight and free what saves have used."""
         self.wait()
         self._copies.close()
+        if self._hook is not None:
+            self._hook.remove()
         if self._group is not None:
             dist.destroy_process_group(self._group)
             self._group = None
@@ -130,20 +143,33 @@ class Saver:
 class HostCopies(AsyncStager):
     """Copies of this rank's shards in host memory, in buffers that are used again by the next save.
 
-    Fresh buffers would cost a page fault for every 4 KiB of each save; for a GPU's tensors they are pinned, too.
+    Fresh buffers would cost a page fault for every 4 KiB of each save; for a GPU's tensors they are pinned, too. The
+    copying has a thread of its own: forward and backward only read parameters, so that `wait` before the optimizer's
+    step is early enough.
     """
 
     _synchronize_after_execute = False
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
+        self._thread = ThreadPoolExecutor(1, "checkpoint-copy")
+        self._copied: Future[dict[str, Tensor]] | None = None
+
+    def stage(self, state_dict: dict[str, Tensor]) -> Any:
+        """A future of the same tensors with other storage."""
+        stream = None
+        if any(to_local(tensor).is_cuda for tensor in state_dict.values()):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())  # for the last step
+        self._copied = self._thread.submit(self._stage, state_dict, stream)
+        return self._copied
 
     @torch.no_grad()
-    def stage(self, state_dict: dict[str, Tensor]) -> dict[str, Any]:
-        """The same tensors with other storage; when it returns, the originals may change."""
-        staged = {name: self._copy(name, tensor) for name, tensor in state_dict.items()}
-        if any(to_local(tensor).is_cuda for tensor in state_dict.values()):
-            torch.cuda.synchronize()
+    def _stage(self, tensors: dict[str, Tensor], stream: torch.cuda.Stream | None) -> dict[str, Tensor]:
+        with torch.cuda.stream(stream):  # nothing without one
+            staged = {name: self._copy(name, tensor) for name, tensor in tensors.items()}
+        if stream is not None:
+            stream.synchronize()
         return staged
 
     def _copy(self, name: str, tensor: Tensor) -> Tensor:
@@ -155,10 +181,16 @@ class HostCopies(AsyncStager):
         buffer.copy_(shard, non_blocking=True)
         return DTensor(buffer, tensor._spec, requires_grad=False) if isinstance(tensor, DTensor) else buffer
 
+    def wait(self) -> None:
+        """Until the originals may change."""
+        if self._copied is not None:
+            wait([self._copied])  # an error in it is told by the save
+
     def synchronize_staging(self) -> None:
-        return None  # `stage` has waited
+        self.wait()
 
     def close(self) -> None:
+        self._thread.shutdown()
         self._buffers.clear()
 
 
