@@ -83,10 +83,10 @@ def test_the_sums_are_those_of_sha256sum(done):
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_training_goes_on_during_a_save_and_does_not_reach_it(workshop: Workshop, tmp_path, size):
-    """The checkpoint of step 1 is written after step 3, and it is that of step 1."""
+    """The checkpoint of step 3 is copied slowly and written after step 4; it is that of a save that was waited for."""
     own = {"tensor_parallel_size": size, "save_steps": 1, "max_steps": 4, "shuffle": True}
     settings = workshop.settings("gpt2 dropout", tmp_path / "slow", **own)
-    with_one = settings | {"save_steps": 3}  # the next save waits for this one: let it be the fourth step's
+    with_one = settings | {"save_steps": 3}  # a next save would wait for this one
     pool(size).run(slow_save_on_rank, with_one, 3, 4)
     assert names(tmp_path / "slow") == ["checkpoint-3"]
     waiting = settings | {"save_async": False, "output_dir": str(tmp_path / "blocking")}
@@ -229,7 +229,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
 
 
 def test_a_full_disk(workshop: Workshop, small_disk):
-    """Of four checkpoints of 0.6 MB three fit; the fourth is tried and told, and the first three are whole."""
+    """The first checkpoint fits and stays whole; every later one is tried, told and removed."""
     settings = workshop.settings("llama", small_disk / "run", save_steps=1, max_steps=4)
     (said,) = pool(1).run(said_on_rank, settings | {"max_steps": 3, "save_steps": 3})
     one = sum(file.stat().st_size for file in (small_disk / "run/checkpoint-3").iterdir())
