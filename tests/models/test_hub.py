@@ -241,7 +241,7 @@ def test_a_failed_export_leaves_the_older_one(tmp_path, monkeypatch):
     def full_disk(*_: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(hub, "save_file", full_disk)
+    monkeypatch.setattr(hub, "write_tensors", full_disk)
     with torch.no_grad():
         to_local(model.norm.weight).add_(1)
     with pytest.raises(OSError, match="no space"):

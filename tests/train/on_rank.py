@@ -1,12 +1,23 @@
 """What runs on the ranks of a pool: a module of its own, so that no worker imports transformers."""
 
+import io
 import os
+import resource
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+
+import torch.distributed as dist
 
 from support.mesh import shared_mesh
 from tessera.config.schema import TrainConfig
 from tessera.errors import RunFailed, UserError
+from tessera.train.optimizer import learning_rate
+from tessera.train.saver import HostCopies, Writer
 from tessera.train.trainer import train
 
 
@@ -22,3 +33,89 @@ def refusal_on_rank(settings: dict[str, Any]) -> str:
     except (UserError, RunFailed) as error:
         return str(error)
     raise AssertionError("the run did not fail")
+
+
+def said_on_rank(settings: dict[str, Any]) -> str:
+    """What a run prints, and how it fails if it does."""
+    with redirect_stdout(io.StringIO()) as out:
+        try:
+            train_on_rank(settings)
+        except (UserError, RunFailed) as error:
+            print(f"{type(error).__name__}: {error}")
+    return out.getvalue()
+
+
+# ---- Saves that go wrong
+
+
+@contextmanager
+def _writing(act: Callable[[Writer], None]) -> Iterator[None]:
+    """`act` whenever this rank begins to write its tensors."""
+    real = Writer.write_data
+
+    def write_data(self: Writer, *args: Any) -> Any:
+        act(self)
+        return real(self, *args)
+
+    with patch.object(Writer, "write_data", write_data):
+        yield
+
+
+def failing_on_rank(settings: dict[str, Any], steps: set[int], rank: int) -> str:
+    """What a run prints in which this rank's disk is full at saves of these steps."""
+
+    def fill(writer: Writer) -> None:
+        if writer.state["step"] in steps and _rank() == rank:
+            raise OSError(28, "No space left on device")
+
+    with _writing(fill):
+        return said_on_rank(settings)
+
+
+def limited_on_rank(settings: dict[str, Any], step: int, limit: int) -> str:
+    """What a run prints in which the kernel lets files grow to `limit` bytes only, during the save of one step."""
+    none = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit_size(writer: Writer) -> None:
+        soft = limit if writer.state["step"] == step and _rank() == 1 else none[0]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, none[1]))
+
+    try:
+        with _writing(limit_size):
+            return said_on_rank(settings)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, none)
+
+
+def slow_save_on_rank(settings: dict[str, Any], step: int, until: int) -> str:
+    """A run whose save of `step` copies slowly and writes nothing until step `until` has been done."""
+    log = Path(settings["output_dir"]) / "metrics.jsonl"
+
+    def wait(writer: Writer) -> None:
+        end = time.monotonic() + 20
+        while writer.state["step"] == step and log.read_text().count("\n") < until and time.monotonic() < end:
+            time.sleep(0.002)
+
+    def copy(self: HostCopies, *args: Any) -> Any:
+        time.sleep(0.005)
+        return real(self, *args)
+
+    real = HostCopies._copy
+    with _writing(wait), patch.object(HostCopies, "_copy", copy):
+        return said_on_rank(settings)
+
+
+def stopped_on_rank(settings: dict[str, Any], step: int, fails: bool) -> str:
+    """What a run prints that is asked to stop during a step, and whose save then fails or not."""
+
+    def stop(index: int, *args: Any) -> float:
+        if index + 1 == step and _rank() == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return learning_rate(index, *args)
+
+    with patch("tessera.train.trainer.learning_rate", stop):
+        return failing_on_rank(settings, {step} if fails else set(), 1)
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0

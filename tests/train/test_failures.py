@@ -120,7 +120,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], None], dict[str, Any], list[str]]] = 
     "a world that is not the product": (
         nothing,
         {"tensor_parallel_size": 2, "--num-processes": "3"},
-        ["--num-processes: 3", "does not divide by dp_replicate_size × tensor axes = 2", "tensor_parallel_size: 3"],
+        ["--num-processes: 3", "does not divide by dp_replicate_size × tensor axes = 2", "use 2 or 4 processes"],
     ),
     "nothing to resume": (nothing, {"resume_from_checkpoint": True}, ["holds no whole checkpoint"]),
 }

@@ -15,7 +15,7 @@ import torch
 from support.pool import pool
 from tessera.config.schema import TrainConfig
 from tessera.errors import UserError
-from tessera.train import checkpoint
+from tessera.train import checkpoint, checkpoint_folder
 from tessera.train.preflight import checkpoint_to_resume
 from tessera.train.trainer import train
 from train.runs import Metrics, Workshop, exported, metrics, refusal_on_rank, run
@@ -206,26 +206,65 @@ def test_nothing_whole_to_resume_is_said(stopped):
         resumed_from(stopped)
 
 
+NOT_WHOLE = "is not a whole checkpoint: "
+
+
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
-        (lambda folder: (folder / "__1_0.distcp").unlink(), "__1_0.distcp is missing"),
-        (lambda folder: os.truncate(folder / "__0_0.distcp", 10_000), "__0_0.distcp is truncated, it has 10000 of"),
-        (lambda folder: os.truncate(folder / ".metadata", 1000), r"\.metadata: "),
-        (lambda folder: (folder / ".metadata").write_bytes(pickle.dumps({})), r"\.metadata holds something else"),
-        (lambda folder: os.truncate(folder / "state.json", 40), "state.json: "),
+        (lambda folder: (folder / "__1_0.distcp").unlink(), NOT_WHOLE + "__1_0.distcp is missing"),
+        (
+            lambda folder: os.truncate(folder / "__0_0.distcp", 10_000),
+            NOT_WHOLE + "__0_0.distcp is truncated, it has 10000 of",
+        ),
+        (lambda folder: os.truncate(folder / ".metadata", 1000), r"checkpoint-3/\.metadata does not match SHA256SUMS"),
+        (lambda folder: os.truncate(folder / "state.json", 40), "checkpoint-3/state.json does not match SHA256SUMS"),
+        (lambda folder: os.truncate(folder / "SHA256SUMS", 100), NOT_WHOLE + "SHA256SUMS is damaged"),
+        (lambda folder: (folder / "SHA256SUMS").unlink(), NOT_WHOLE + "SHA256SUMS is missing"),
     ],
 )
 def test_a_damaged_checkpoint_is_refused_before_any_process_starts(stopped, damage, told):
     damage(Path(stopped["output_dir"]) / "checkpoint-3")
-    with pytest.raises(UserError, match=f"checkpoint-3\n  is not a whole checkpoint: {told}"):
+    with pytest.raises(UserError, match=f"checkpoint-3\n  {told}"):
+        resumed_from(stopped)
+
+
+def reseal(folder: Path) -> None:
+    """As somebody would who changes a checkpoint on purpose: sums that fit what lies there."""
+    names = [path.name for path in folder.iterdir() if path.name != "SHA256SUMS"]
+    checkpoint_folder.write_sums(folder, checkpoint_folder.sums_of(folder, names))
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (pickle.dumps({}), r"\.metadata holds something else"),
+        (b"cmodule", r"\.metadata: "),
+    ],
+)
+def test_metadata_that_is_none_is_refused_even_with_sums_that_fit(stopped, content, told):
+    folder = Path(stopped["output_dir"]) / "checkpoint-3"
+    (folder / ".metadata").write_bytes(content)
+    reseal(folder)
+    with pytest.raises(UserError, match=NOT_WHOLE + told):
         resumed_from(stopped)
 
 
 def test_a_checkpoint_of_another_format_is_refused(stopped):
-    file = Path(stopped["output_dir"]) / "checkpoint-3" / "state.json"
+    folder = Path(stopped["output_dir"]) / "checkpoint-3"
+    file = folder / "state.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 99}))
-    with pytest.raises(UserError, match="has format 99, this version reads 1"):
+    reseal(folder)
+    with pytest.raises(UserError, match="has format 99, this version reads 2$"):
+        resumed_from(stopped)
+
+
+def test_a_checkpoint_of_the_format_without_sums_is_refused(stopped):
+    folder = Path(stopped["output_dir"]) / "checkpoint-3"
+    file = folder / "state.json"
+    file.write_text(json.dumps({"format": 1, "step": 3, "tokens": 1, "course": {}}))
+    (folder / "SHA256SUMS").unlink()
+    with pytest.raises(UserError, match="has format 1, this version reads 2\n  format 1 had no SHA256SUMS"):
         resumed_from(stopped)
 
 
@@ -240,7 +279,9 @@ class Malicious:
 def test_a_malicious_checkpoint_runs_nothing(stopped, tmp_path):
     mark = tmp_path / "ran"
     content = pickle.dumps(Malicious(mark))
-    (Path(stopped["output_dir"]) / "checkpoint-3" / ".metadata").write_bytes(content)
+    folder = Path(stopped["output_dir"]) / "checkpoint-3"
+    (folder / ".metadata").write_bytes(content)
+    reseal(folder)
     with pytest.raises(UserError, match=r"names posix\.system, which no checkpoint needs"):
         resumed_from(stopped)
     assert not mark.exists()
@@ -249,7 +290,7 @@ def test_a_malicious_checkpoint_runs_nothing(stopped, tmp_path):
 
 
 def test_paths_as_newer_pythons_pickle_them_are_read():
-    assert checkpoint._Unpickler(io.BytesIO(b"cpathlib._local\nPosixPath\n.")).load() is PosixPath
+    assert checkpoint_folder.MetadataUnpickler(io.BytesIO(b"cpathlib._local\nPosixPath\n.")).load() is PosixPath
 
 
 @pytest.mark.parametrize("case", ["llama", "gpt2 one layer", "gpt2 wider"])

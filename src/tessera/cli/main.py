@@ -177,6 +177,27 @@ def verify(
 
 
 @app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A checkpoint-N folder, or a Hugging Face one.", metavar="FROM")],
+    target: Annotated[Path, typer.Argument(help="The folder to write, new or empty.", metavar="TO")],
+    config: Annotated[
+        Path | None,
+        typer.Option(help="A folder with config.json and tokenizer; without it where the run had them."),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; without it as in the checkpoint.")
+    ] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="The largest file of weights, such as 500MB; without it 5GB.")
+    ] = None,
+) -> None:
+    """Turn a checkpoint into a Hugging Face folder, or such a folder into a checkpoint; starts no ranks."""
+    from tessera.cli.convert import convert
+
+    convert(source, target, config, dtype, max_shard_size)
+
+
+@app.command()
 def config_schema() -> None:
     """Print the JSON Schema of the YAML file, for editors."""
     import json

@@ -242,11 +242,15 @@ class TrainConfig(Section):
         None, ge=1, description="Optimizer steps between checkpoints. Unset: none along the way."
     )
     save_total_limit: int | None = Field(None, ge=1, description="Checkpoints kept, the newest ones. Unset: all.")
+    save_async: bool = Field(
+        True,
+        description="Write a checkpoint while training goes on, from a copy of model and optimizer in host memory.",
+    )
     resume_from_checkpoint: LocalPath | bool | None = Field(
-        None, description="A checkpoint-N folder to go on from; true: the newest whole one in output_dir."
+        None, description="A checkpoint-N folder to go on from; true: the latest whole one in output_dir."
     )
     auto_resume_from_checkpoints: bool = Field(
-        False, description="Go on from the newest whole checkpoint in output_dir if there is one."
+        False, description="Go on from the latest whole checkpoint in output_dir if there is one."
     )
 
     @property

@@ -10,14 +10,14 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tessera.errors import UserError
@@ -26,7 +26,7 @@ from tessera.mesh import Mesh
 from tessera.models.config import ModelConfig
 from tessera.models.decoder import Decoder
 from tessera.models.families import FAMILIES, HEAD, StoredTensor, model_config, stored_tensors
-from tessera.models.tensor_files import INDEX, ITEM_BYTES, SINGLE, Entry, broken, find_tensors
+from tessera.models.tensor_files import DTYPES, INDEX, ITEM_BYTES, SINGLE, Entry, broken, find_tensors, write_tensors
 from tessera.nn.parameter import Parallel, ParameterSpec, gather_parameter, named_specs, to_local
 
 TOKENIZER_FILES = (
@@ -83,6 +83,12 @@ def read_config_json(folder: Path) -> Any:
         raise UserError("base_model", folder / "config.json", f"cannot be read as JSON: {error}") from error
 
 
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The global shape of every parameter, by our names, in the order of declaration."""
+    meta = Parallel(Mesh(device="meta", rank=0), residual_layout(True))
+    return {name: spec.shape for name, _, spec in named_specs(Decoder(config, meta))}
+
+
 # ------------------------------------------------------------------------------------------- before a run
 
 
@@ -93,9 +99,7 @@ def check_weights(folder: Path, config: ModelConfig) -> None:
     that the model has no use for.
     """
     entries = find_tensors(folder)
-    meta = Parallel(Mesh(device="meta", rank=0), residual_layout(True))
-    shapes = {name: spec.shape for name, _, spec in named_specs(Decoder(config, meta))}
-    tensors = stored_tensors(config, shapes)
+    tensors = stored_tensors(config, parameter_shapes(config))
     for tensor in tensors:
         name = _name_in(entries, tensor, folder)
         entry = entries[name]
@@ -149,6 +153,42 @@ def _warn_unused(folder: Path, config: ModelConfig, entries: dict[str, Entry], t
 # ------------------------------------------------------------------------------------------- in each process
 
 
+class StoredParameters:
+    """Our parameters as the safetensors of a folder hold them, read slice by slice while the context is open.
+
+    `folder` has been checked by `check_weights`; `shapes` are global, by our names.
+    """
+
+    def __init__(self, folder: Path, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._entries = find_tensors(folder)
+        self._places: dict[str, tuple[StoredTensor, str, int]] = {}
+        for tensor in stored_tensors(config, shapes):
+            name = _name_in(self._entries, tensor, folder)
+            first = 0  # output of the part within the stored tensor
+            for part in tensor.parts:
+                self._places[part] = (tensor, name, first)
+                first += shapes[part][0]
+
+    def __enter__(self) -> "StoredParameters":
+        with ExitStack() as stack:
+            paths = {entry.file for entry in self._entries.values()}
+            self._files = {path: stack.enter_context(safe_open(path, "pt")) for path in paths}
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def dtype(self, part: str) -> torch.dtype:
+        return DTYPES[self._entries[self._places[part][1]].dtype]
+
+    def read(self, part: str, slices: tuple[slice, ...]) -> Tensor:
+        """These slices of a parameter, in the dtype that it is stored in."""
+        tensor, name, first = self._places[part]
+        piece = self._files[self._entries[name].file].get_slice(name)[slices_in(tensor, slices, first)]
+        return piece.T if tensor.transposed else piece
+
+
 @torch.no_grad()
 def load_weights(model: Decoder, folder: Path) -> int:
     """Fill this rank's shard of every parameter from the safetensors of `folder`, checked by `check_weights`.
@@ -156,24 +196,13 @@ def load_weights(model: Decoder, folder: Path) -> int:
     Reads the rank's slices and no more, casting to the parameters' dtype; a replicated parameter is read
     whole. Returns the bytes of tensors read.
     """
-    entries = find_tensors(folder)
-    mesh = model.parallel.mesh
-    parameters = {name: (parameter, spec) for name, parameter, spec in named_specs(model)}
-    tensors = stored_tensors(model.config, {name: spec.shape for name, (_, spec) in parameters.items()})
+    parameters = list(named_specs(model))
     bytes_read = 0
-    paths = {entry.file for entry in entries.values()}
-    with ExitStack() as stack:
-        files = {path: stack.enter_context(safe_open(path, "pt")) for path in paths}
-        for tensor in tensors:
-            name = _name_in(entries, tensor, folder)
-            stored = files[entries[name].file].get_slice(name)
-            first = 0  # output of the part within the stored tensor
-            for part in tensor.parts:
-                parameter, spec = parameters[part]
-                piece = stored[slices_in(tensor, spec.stored_slices(mesh), first)]
-                bytes_read += piece.nbytes
-                to_local(parameter).copy_(piece.T if tensor.transposed else piece)
-                first += spec.shape[0]
+    with StoredParameters(folder, model.config, {name: spec.shape for name, _, spec in parameters}) as stored:
+        for name, parameter, spec in parameters:
+            piece = stored.read(name, spec.stored_slices(model.parallel.mesh))
+            bytes_read += piece.nbytes
+            to_local(parameter).copy_(piece)
     return bytes_read
 
 
@@ -202,30 +231,59 @@ def export(
     Tokenizer files come from folder `tokenizer`, or from `source` too; `config_changes` go into its config.json.
 
     Collective: every rank of the model calls it, rank 0 writes, and the folder is whole when rank 0 returns.
-    Weights are written in `dtype` (the parameters' own unless given). One parameter at a time is gathered;
-    rank 0 also keeps the file of at most `max_shard_bytes` that it is filling. All is written aside, then
-    renamed, and an older export in `folder` goes.
+    Weights are written in `dtype` (the parameters' own unless given). One parameter at a time is gathered, and
+    one tensor of the files held on rank 0.
     """
+    mesh = model.parallel.mesh
+    writes, dtype = mesh.rank == 0, dtype or model.parallel.dtype
     parameters = {name: (parameter, spec) for name, parameter, spec in named_specs(model)}
-    tensors = stored_tensors(model.config, {name: spec.shape for name, (_, spec) in parameters.items()})
-    dtype = dtype or model.parallel.dtype
-    files = _plan_files(tensors, dtype, max_shard_bytes)
-    writer, aside = model.parallel.mesh.rank == 0, folder / ".export"
-    if writer:
+    write_model(
+        model.config,
+        {name: spec.shape for name, (_, spec) in parameters.items()},
+        lambda name: _whole(*parameters[name], mesh, dtype, keep=writes),
+        folder,
+        source,
+        dtype,
+        tokenizer=tokenizer,
+        config_changes=config_changes,
+        max_shard_bytes=max_shard_bytes,
+        writes=writes,
+    )
+
+
+def write_model(
+    config: ModelConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    whole: Callable[[str], Tensor],
+    folder: Path,
+    source: Path,
+    dtype: torch.dtype,
+    *,
+    tokenizer: Path | None = None,
+    config_changes: Mapping[str, Any] | None = None,
+    max_shard_bytes: int = SHARD_BYTES,
+    writes: bool = True,
+) -> None:
+    """As `export`, of parameters that `whole` gives by name: of their global `shapes`, in `dtype`, on the CPU.
+
+    With `writes` false it only asks for them, in the same order. All is written aside, then renamed, and an
+    older export in `folder` goes.
+    """
+    files = _plan_files(stored_tensors(config, shapes), dtype, max_shard_bytes)
+    aside = folder / ".export"
+    if writes:
         shutil.rmtree(aside, ignore_errors=True)  # what a killed run left
         aside.mkdir(parents=True)
     for name, content in files.items():
-        filled = {}
-        for tensor in content:
-            parts = [_whole(*parameters[part], model.parallel.mesh, dtype, keep=writer) for part in tensor.parts]
-            if writer:
-                filled[tensor.names[0]] = _joined(parts, tensor.transposed)
-        if writer:
-            save_file(filled, aside / name, {"format": "pt"})
-            (aside / name).chmod((aside / ".").stat().st_mode & 0o666)  # safetensors makes it readable by us alone
-    if writer:
+        parts = ([whole(part) for part in tensor.parts] for tensor in content)
+        if writes:
+            joined = (_joined(own, tensor.transposed) for own, tensor in zip(parts, content, strict=True))
+            write_tensors(aside / name, {tensor.names[0]: tensor.shape for tensor in content}, joined, dtype)
+        else:
+            deque(parts, maxlen=0)
+    if writes:
         _write_index(aside, files, dtype)
-        _write_rest(aside, source, tokenizer or source, model, dtype, config_changes or {})
+        _write_rest(aside, source, tokenizer or source, config, dtype, config_changes or {})
         _publish(aside, folder)
 
 
@@ -266,7 +324,7 @@ def _write_index(aside: Path, files: Mapping[str, Sequence[StoredTensor]], dtype
 
 
 def _write_rest(
-    aside: Path, source: Path, tokenizer: Path, model: Decoder, dtype: torch.dtype, changes: Mapping[str, Any]
+    aside: Path, source: Path, tokenizer: Path, model: ModelConfig, dtype: torch.dtype, changes: Mapping[str, Any]
 ) -> None:
     """config.json, true of what was written, and the files that go beside it."""
     config = read_config_json(source)
@@ -274,8 +332,8 @@ def _write_rest(
     config |= {key: name for key in ("dtype", "torch_dtype") if key in config} or {"dtype": name}
     config |= dict(changes)
     config |= {
-        "architectures": [FAMILIES[model.config.family].architecture],
-        "vocab_size": model.config.vocab_size,
+        "architectures": [FAMILIES[model.family].architecture],
+        "vocab_size": model.vocab_size,
     }
     _write_json(aside / "config.json", config)
     for home, file in [(source, "generation_config.json"), *((tokenizer, file) for file in TOKENIZER_FILES)]:

@@ -1,4 +1,4 @@
-"""The safetensors files of a folder: which tensors lie where, read from their headers alone and checked.
+"""The safetensors files of a folder: which tensors lie where, read from their headers alone and checked; and written.
 
 A file is 8 bytes (the header's length, little-endian), the header (JSON: name → dtype, shape, data_offsets),
 then the bytes of the tensors without gaps. A model is one file `model.safetensors`, or several that the
@@ -7,9 +7,13 @@ then the bytes of the tensors without gaps. A model is one file `model.safetenso
 
 import json
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from tessera.errors import UserError
 
@@ -19,6 +23,7 @@ LARGEST_HEADER = 100_000_000
 """Bytes; the safetensors library reads no larger one either."""
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """The dtypes that weights are read from, by safetensors' names."""
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -129,3 +134,29 @@ def _well_formed(entry: object) -> bool:
     if not (isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2):
         return False
     return isinstance(entry.get("dtype"), str) and all(type(n) is int and n >= 0 for n in [*shape, *offsets])
+
+
+# ------------------------------------------------------------------------------------------- written
+
+
+def write_tensors(
+    file: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[Tensor], dtype: torch.dtype
+) -> None:
+    """Write a safetensors file of `tensors`, on the CPU and in the order of `shapes`, of which one is held at a time.
+
+    The library's own `save_file` wants all of them at once.
+    """
+    name_of = {ours: name for name, ours in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, shape in shapes.items():
+        end = position + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": name_of[dtype], "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    content = json.dumps(header, separators=(",", ":")).encode()
+    content += b" " * (-len(content) % 8)  # so that the tensors are aligned
+    with file.open("wb") as stream:
+        stream.write(len(content).to_bytes(8, "little") + content)
+        for (name, shape), tensor in zip(shapes.items(), tensors, strict=True):
+            assert (tensor.shape, tensor.dtype) == (shape, dtype), name
+            stream.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)

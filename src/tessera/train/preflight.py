@@ -116,14 +116,14 @@ def compute_dtype(config: "TrainConfig", device: "torch.device") -> "torch.dtype
 
 def checkpoint_to_resume(config: "TrainConfig") -> Path | None:
     """The checkpoint that the config's resume keys mean, None to begin anew. Raises UserError when it is not whole."""
-    from tessera.train.checkpoint import read_state, whole_checkpoints
+    from tessera.train.checkpoint_folder import latest, read_state
 
     wanted, output = config.resume_from_checkpoint, Path(config.output_dir)
-    there = whole_checkpoints(output)
+    last = latest(output)
     if isinstance(wanted, str):
         resume = Path(wanted)
-    elif there and (wanted or config.auto_resume_from_checkpoints):
-        resume = there[-1]
+    elif last and (wanted or config.auto_resume_from_checkpoints):
+        resume = last
     elif wanted:
         raise UserError("resume_from_checkpoint", wanted, f"{output} holds no whole checkpoint")
     else:

@@ -27,10 +27,12 @@ from tessera.observe.memory import parameter_elements
 from tessera.parallel.data import build_decoder
 from tessera.parallel.gradients import first_copy
 from tessera.plan.tune import tune
-from tessera.train import checkpoint
+from tessera.train import checkpoint, checkpoint_folder
 from tessera.train.log import Log, Stopwatch
 from tessera.train.optimizer import build_optimizer, learning_rate
 from tessera.train.preflight import Run, compute_dtype, fsdp_of, parallel_for, prepare_data, resolve
+from tessera.train.resumed import differences
+from tessera.train.saver import Saver
 from tessera.train.step import Step, StepResult
 
 if TYPE_CHECKING:
@@ -154,6 +156,8 @@ class Trainer:
         if self.resolved.resume is not None:
             state = checkpoint.load(self.resolved.resume, self.model, self.optimizer)
             self._check_resumed(state)
+            if not state["optimizer"] and self.first:
+                print(f"{self.resolved.resume} has no optimizer state, which starts from zero", flush=True)
             if state["step"] > self.total_steps:
                 reason = f"the run is {self.total_steps} steps long, the checkpoint was made after {state['step']}"
                 raise UserError("resume_from_checkpoint", self.resolved.resume, reason, "raise max_steps or num_epochs")
@@ -165,25 +169,19 @@ class Trainer:
         return Progress()
 
     def _check_resumed(self, state: dict[str, Any]) -> None:
-        """Say, by key, what changes the course of a resumed run."""
-        now = self._course()
-        for key, value in state["course"].items():
-            if now.get(key) != value and self.first:
-                print(f"resuming with {key}: {now.get(key)}, the checkpoint was made with {value}", flush=True)
+        """Say, by key, what changes the course of a resumed run or its numbers."""
+        now = self.config.model_dump(mode="json") | self._course()
+        defaults = {key: field.get_default() for key, field in type(self.config).model_fields.items()}
+        for line in differences(state["config"] | state["course"], now, defaults) if self.first else []:
+            print(line, flush=True)
 
     def _course(self) -> dict[str, Any]:
-        """The settings on which the order of samples and the learning rate depend."""
-        config = self.config
+        """What follows from the settings, and the order of samples and the learning rate from it."""
         return {
-            "seed": config.seed,
-            "shuffle": config.shuffle,
             "samples_per_step": self.loader.samples_per_step,
             "data": self.prepared.manifest.key,
             "steps": self.total_steps,
-            "learning_rate": config.learning_rate,
-            "lr_scheduler": config.lr_scheduler,
             "warmup_steps": self.warmup,
-            "tensor_parallel_schedule": str(self.model.parallel.schedule),
         }
 
     def run(self, stop: StopRequest) -> None:
@@ -193,11 +191,19 @@ class Trainer:
             self._write_config()
             self._set_aside()
         log = Log(self.output, self.total_steps, self.progress.step, config.logging_steps, self.first)
+        self.saver = Saver(
+            self.output,
+            config.save_total_limit,
+            asynchronous=config.save_async,
+            timeout=timedelta(minutes=config.group_timeout_minutes),
+            say=log.say,
+        )
         try:
             self._say_start(log)
             if self._steps(log, stop):
                 self._finish(log)
         finally:
+            self.saver.close()
             log.close()
 
     def _steps(self, log: Log, stop: StopRequest) -> bool:
@@ -224,6 +230,7 @@ class Trainer:
             if config.save_steps and step % config.save_steps == 0 or result.stop and not done:
                 folder = self._save()
                 if result.stop and not done:
+                    self.saver.finish()
                     log.say(f"stopped after step {step}; saved {folder}")
                     return False
             watch.lap()
@@ -265,26 +272,48 @@ class Trainer:
         return loss / max(1, count)
 
     def _save(self) -> Path:
+        """Save a checkpoint, in the background if `save_async`; the path that it will have."""
         self._check_weights()
-        state = {"step": self.progress.step, "tokens": self.progress.tokens, "course": self._course()}
-        return checkpoint.save(self.output, self.model, self.optimizer, state, self.config.save_total_limit)
+        progress, source = self.progress, self._source()
+        samples = progress.step * self.loader.samples_per_step
+        state = {
+            "step": progress.step,
+            "tokens": progress.tokens,
+            "samples": min(samples, self.loader.last_sample or samples),
+            "seed": self.config.seed,
+            "skipped": 0,
+            "course": self._course(),
+            "config": self.config.model_dump(mode="json"),
+            "source": source | {key: str(source[key].resolve()) for key in ("folder", "tokenizer") if source[key]},
+        }
+        return self.saver.save(self.model, self.optimizer, state)
 
-    def _finish(self, log: Log) -> None:
-        self._check_weights()
+    def _source(self) -> dict[str, Any]:
+        """What goes beside the weights: the folders of config.json and tokenizer (or None), config.json's changes."""
         manifest = self.prepared.manifest
         # a config.json without weights says nothing of the tokenizer that was trained here
         marks = {"bos_token_id": manifest.eos_token_id, "eos_token_id": manifest.eos_token_id}
+        return {
+            "folder": self.resolved.folder,
+            "tokenizer": self.prepared.tokenizer_folder,
+            "config_changes": marks if manifest.tokenizer == TRAINED else {},
+        }
+
+    def _finish(self, log: Log) -> None:
+        self._check_weights()
+        source = self._source()
         export(
             self.model,
             self.output,
-            self.resolved.folder,
-            tokenizer=self.prepared.tokenizer_folder,
-            config_changes=marks if manifest.tokenizer == TRAINED else {},
+            source["folder"],
+            tokenizer=source["tokenizer"],
+            config_changes=source["config_changes"],
         )
         self._summarise()
         if self.mesh.world > 1:
             dist.barrier()  # no rank leaves before the folder is whole
         log.say(f"model written to {self.output}")
+        self.saver.finish()
 
     def _summarise(self) -> None:
         """Write summary.json: what each rank held, and the collectives of a step."""
@@ -310,19 +339,20 @@ class Trainer:
         """Checkpoints that this run does not continue (it began anew, or further back) get another name."""
         resume = self.resolved.resume
         continued = resume is not None and resume.resolve().parent == self.output.resolve()
-        for path in checkpoint.set_aside(self.output, self.progress.step if continued else 0):
+        for path in checkpoint_folder.set_aside(self.output, self.progress.step if continued else 0):
             print(f"a checkpoint that this run does not continue is now {path}", flush=True)
 
     def _diverged(self, step: int, found: str) -> RunFailed:
         """The run's end at a loss or gradient that is not finite, with what usually causes it."""
         config = self.config
-        kept = checkpoint.whole_checkpoints(self.output)
+        self.saver.wait()
+        kept = checkpoint_folder.latest(self.output)
         return RunFailed(
             f"step {step}: {found}\n"
             f"  likely causes: a learning rate too high (learning_rate: {config.learning_rate}), too short a warm-up "
             f"({self.warmup} steps), no clipping (max_grad_norm: {config.max_grad_norm}), or precision "
             f"(bf16: {config.bf16}, computing in {str(self.model.parallel.compute).removeprefix('torch.')})\n"
-            f"  last good checkpoint: {kept[-1] if kept else 'none was saved (save_steps)'}"
+            f"  last good checkpoint: {kept or 'none was saved (save_steps)'}"
         )
 
     def _write_config(self) -> None:

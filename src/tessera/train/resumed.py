@@ -1,0 +1,45 @@
+"""What a resumed run does differently from the one that made its checkpoint."""
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+QUIET = {
+    # where things go, and how often they are said or saved
+    "output_dir",
+    "logging_steps",
+    "eval_steps",
+    "save_*",
+    "resume_from_checkpoint",
+    "auto_resume_from_checkpoints",
+    # the layout: any reads any
+    "tensor_parallel_*",
+    "sequence_parallel",
+    "dp_*",
+    "fsdp*",
+    "group_timeout_minutes",
+    # of no effect once weights come from a checkpoint, or on memory alone
+    "random_init",
+    "gradient_checkpointing",
+}
+"""Patterns of keys that change neither the course of a run nor its numbers (but for rounding)."""
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
+    """One line for each key that is not as it was and matters.
+
+    A key that `then` lacks, because it came later, is taken to have been as in `defaults`.
+    """
+    lines = []
+    for key in dict.fromkeys([*now, *then]) if then else []:
+        if any(fnmatchcase(key, pattern) for pattern in QUIET):
+            continue
+        if key not in now:
+            lines.append(f"resuming without {key}, the checkpoint was made with {_shown(then[key])}")
+        elif (before := then.get(key, defaults.get(key, now[key]))) != now[key]:
+            lines.append(f"resuming with {key}: {_shown(now[key])}, the checkpoint was made with {_shown(before)}")
+    return lines
+
+
+def _shown(value: object) -> str:
+    return "unset" if value is None else str(value)
