@@ -4,6 +4,9 @@ A stack of feed-forward layers, x + W₂ gelu(W₁ x), forward and backward, in 
 of a world live in the same processes and take turns, so that whatever else the machine does falls on all alike; each is
 first held against one process. Reported: the best wall time of a step (the slowest rank's), the CPU time of all ranks
 in the step with the least of it, and the bytes and calls handed to torch.distributed, as c10d sees them.
+
+The part `auto` does the same with the trainer's own step of a decoder whose layers have these sizes, under each
+schedule that `auto` chooses from; then `auto` measures a layer of it, in the same processes, and chooses.
 """
 
 import argparse
@@ -14,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,15 +32,23 @@ from torch import Tensor, nn
 from benchmarks.contenders.dtensor_mlp import Stack as DTensorStack
 from benchmarks.measure import LiveTensors
 from benchmarks.report import describe_machine
+from tessera.config.schema import TrainConfig
 from tessera.layout import residual_layout
 from tessera.mesh import Mesh
+from tessera.models.config import ModelConfig
+from tessera.models.decoder import Decoder
 from tessera.nn.linear import ColumnParallelLinear, RowParallelLinear
 from tessera.nn.parameter import Parallel, gather_whole, named_specs, to_local
 from tessera.parallel.gradients import sum_replicated_gradients
+from tessera.plan.tune import Candidate, candidates, tune
 from tessera.schedule import Schedule
+from tessera.train.optimizer import build_optimizer
+from tessera.train.step import Step
 
 LAYERS = 3
+BATCH = 4  # sequences of a decoder's micro-batch
 Sizes = dict[str, int]
+Timed = tuple[list[float], list[float], int, int]  # on one rank: walls, CPU seconds, calls, bytes
 
 
 class Shape(NamedTuple):
@@ -56,6 +68,17 @@ class Contender(NamedTuple):
     name: str
     sizes: Sizes
     schedule: Schedule | None
+
+
+class Words(NamedTuple):
+    """A decoder's micro-batch."""
+
+    input_ids: Tensor
+    targets: Tensor
+
+    @property
+    def valid(self) -> int:
+        return self.targets.numel()
 
 
 class Result(NamedTuple):
@@ -157,21 +180,26 @@ def prepare(contender: Contender, shape: Shape, meshes: dict[str, Mesh]) -> tupl
     return stack, step
 
 
-def compare(contenders: list[Contender], shape: Shape, rounds: int, meshes: dict[str, Mesh]) -> list[tuple[Any, ...]]:
-    """On one rank: per contender (walls, CPU seconds, calls, bytes)."""
+def compare(contenders: list[Contender], shape: Shape, rounds: int, meshes: dict[str, Mesh]) -> list[Timed]:
+    """On one rank: the figures of each contender."""
     stacks = [prepare(contender, shape, meshes) for contender in contenders]
-    walls: list[list[float]] = [[] for _ in contenders]
-    cpus: list[list[float]] = [[] for _ in contenders]
+    return take_turns([step for _, step in stacks], rounds)
+
+
+def take_turns(steps: list[Callable[[], Any]], rounds: int) -> list[Timed]:
+    """On one rank: the figures of each step."""
+    walls: list[list[float]] = [[] for _ in steps]
+    cpus: list[list[float]] = [[] for _ in steps]
     for number in range(rounds + 2):
-        for place in range(len(contenders)):
-            index = (place + number) % len(contenders)
+        for place in range(len(steps)):
+            index = (place + number) % len(steps)
             dist.barrier()
             wall, cpu = time.perf_counter(), time.process_time()
-            stacks[index][1]()
+            steps[index]()
             walls[index].append(time.perf_counter() - wall)
             cpus[index].append(time.process_time() - cpu)
     answers = []
-    for (_, step), wall_times, cpu_times in zip(stacks, walls, cpus, strict=True):
+    for step, wall_times, cpu_times in zip(steps, walls, cpus, strict=True):
         with LiveTensors() as seen:
             step()
         calls, payload = dict(seen.calls), dict(seen.payload)
@@ -180,56 +208,155 @@ def compare(contenders: list[Contender], shape: Shape, rounds: int, meshes: dict
     return answers
 
 
-def serve(rank: int, world: int, store: str, jobs: list[tuple[list[Contender], Shape]], rounds: int, pipe: Any) -> None:
+def decoder_like(shape: Shape) -> ModelConfig:
+    """GPT-2 with layers of these sizes, heads of 64 and few words."""
+    head_dim = min(64, shape.features // 4)
+    heads = shape.features // head_dim
+    return ModelConfig(
+        family="gpt2",
+        vocab_size=256,
+        hidden_size=shape.features,
+        num_layers=LAYERS,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=head_dim,
+        ffn_size=shape.hidden,
+        max_positions=shape.tokens // BATCH,
+        norm="layer",
+        activation="gelu_tanh",
+        gated=False,
+        qkv_bias=True,
+        attention_out_bias=True,
+        mlp_bias=True,
+    )
+
+
+def train_step(candidate: Candidate, shape: Shape) -> Callable[[], float]:
+    """The trainer's step of one candidate's decoder, on the same words each time; gives its loss."""
+    decoder = Decoder(candidate.model, candidate.parallel)
+    decoder.initialize(seed=0)
+    optimizer = build_optimizer(decoder, "adamw_torch_fused", (0.9, 0.999), 1e-8, 0.0)
+    step = Step(decoder, optimizer, max_grad_norm=1.0)
+    size = (2, BATCH, shape.tokens // BATCH)
+    words = Words(*torch.randint(candidate.model.vocab_size, size, generator=torch.Generator().manual_seed(0)))
+    return lambda: step([words], 0, 1e-4).loss
+
+
+def choose(
+    shape: Shape, keep: bool, rounds: int, meshes: dict[str, Mesh]
+) -> tuple[list[str], list[Timed], dict[str, float], str]:
+    """On one rank: the candidates' names, the figures of their steps, auto's milliseconds of each, and its choice."""
+    settings: dict[str, Any] = {"base_model": "none", "datasets": [{"path": "none"}], "bf16": False}
+    settings |= {"micro_batch_size": BATCH, "sequence_len": shape.tokens // BATCH}
+    settings |= {"tensor_parallel_mode": "2d", "tensor_parallel_mesh": GRID, "tensor_parallel_keep_gathered": keep}
+    config = TrainConfig.model_validate(settings | {"tensor_parallel_schedule": "auto"})
+    asked = config, decoder_like(shape), meshes.setdefault(str(GRID), Mesh(GRID)), torch.float32
+    every = candidates(*asked)
+    steps = [train_step(candidate, shape) for candidate in every]
+    first, *others = [step() for step in steps]
+    if any(abs(loss / first - 1) > 1e-5 for loss in others):
+        raise AssertionError(f"the schedules differ in their loss: {first}, {others}")
+    timed = take_turns(steps, rounds)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["XDG_CACHE_HOME"] = folder  # measured here and now, and not remembered
+        tuning = tune(*asked)
+    return [candidate.name for candidate in every], timed, tuning.milliseconds, str(tuning.schedule)
+
+
+Job = Callable[[dict[str, Mesh]], Any]  # what every rank does, and sends
+
+
+def serve(rank: int, world: int, store: str, jobs: list[Job], pipe: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
     meshes: dict[str, Mesh] = {}
-    for contenders, shape in jobs:
-        pipe.send(compare(contenders, shape, rounds, meshes))
+    for job in jobs:
+        pipe.send(job(meshes))
     dist.destroy_process_group()
 
 
-def run(world: int, jobs: list[tuple[list[Contender], Shape]], rounds: int) -> list[list[Result]]:
-    """The results of every job, in order of its contenders."""
+def run(world: int, jobs: list[Job]) -> list[list[Any]]:
+    """What each rank sends of each job."""
     context = multiprocessing.get_context("forkserver")
     pipes, processes = [], []
     with tempfile.TemporaryDirectory() as folder:
         for rank in range(world):
             ours, theirs = context.Pipe()
-            args = (rank, world, f"{folder}/store", jobs, rounds, theirs)
-            processes.append(context.Process(target=serve, args=args, daemon=True))
+            processes.append(context.Process(target=serve, args=(rank, world, f"{folder}/store", jobs, theirs)))
+            processes[-1].daemon = True
             processes[-1].start()
             theirs.close()
             pipes.append(ours)
         found = []
-        for contenders, shape in jobs:
-            by_rank = [pipe.recv() for pipe in pipes]
-            found.append([_result([ranks[i] for ranks in by_rank]) for i in range(len(contenders))])
-            print(f"{world} ranks, {shape}: done", file=sys.stderr, flush=True)
+        for number in range(len(jobs)):
+            found.append([pipe.recv() for pipe in pipes])
+            print(f"{world} ranks, {number + 1} of {len(jobs)}: done", file=sys.stderr, flush=True)
         for process in processes:
             process.join()
     return found
 
 
-def _result(ranks: list[tuple[Any, ...]]) -> Result:
+def results_of(ranks: list[list[Timed]]) -> list[Result]:
+    """Those of each contender, from what each rank has timed of each."""
+    return [_result(list(of_ranks)) for of_ranks in zip(*ranks, strict=True)]
+
+
+def _result(ranks: list[Timed]) -> Result:
     walls = [max(times) for times in zip(*(rank[0] for rank in ranks), strict=True)]
     cpus = [sum(times) for times in zip(*(rank[1] for rank in ranks), strict=True)]
     return Result(min(walls), min(cpus), ranks[0][2], ranks[0][3])
 
 
-def table(contenders: list[Contender], results: list[Result]) -> list[str]:
-    lines = ["| | best wall, ms | CPU of all ranks, ms | calls | MiB |", "|---|---|---|---|---|"]
-    for contender, r in zip(contenders, results, strict=True):
-        figures = f"{r.wall * 1e3:.1f} | {r.cpu * 1e3:.1f} | {r.calls} | {r.payload / 2**20:.2f}"
-        lines.append(f"| {contender.name} | {figures} |")
-    return [*lines, ""]
+def side_by_side(part: str, shapes: list[Shape], rounds: int) -> list[str]:
+    """The schedules, or at so many ranks DTensor beside Tessera."""
+    world, title, rows = 4, "Schedules, 2d 2×2", SCHEDULES
+    if part != "schedules":
+        world, title = int(part), f"Beside DTensor with explicit redistribute, {part} ranks"
+        rows = [c for c in AGAINST_DTENSOR if math.prod(c.sizes.values()) == world]
+    lines = [f"## {title}", ""]
+    found = run(world, [partial(compare, rows, shape, rounds) for shape in shapes])
+    for shape, ranks in zip(shapes, found, strict=True):
+        lines += [
+            f"### {shape}",
+            "",
+            "| | best wall, ms | CPU of all ranks, ms | calls | MiB |",
+            "|---|---|---|---|---|",
+        ]
+        for contender, r in zip(rows, results_of(ranks), strict=True):
+            figures = f"{r.wall * 1e3:.1f} | {r.cpu * 1e3:.1f} | {r.calls} | {r.payload / 2**20:.2f}"
+            lines.append(f"| {contender.name} | {figures} |")
+        lines.append("")
+    return lines
+
+
+def what_auto_chooses(shapes: list[Shape], rounds: int) -> list[str]:
+    """The step of a decoder under each schedule, what `auto` measures of it, and how far its choice is behind."""
+    lines = ["## What `auto` chooses, 2d 2×2: the trainer's step of a decoder of such layers", ""]
+    asked = [(shape, keep) for shape in shapes for keep in (False, True)]
+    found = run(4, [partial(choose, shape, keep, rounds) for shape, keep in asked])
+    for (shape, keep), ranks in zip(asked, found, strict=True):
+        names, _, tuned, chosen = ranks[0]
+        results = dict(zip(names, results_of([rank[1] for rank in ranks]), strict=True))
+        fastest = min(names, key=lambda name: results[name].wall)
+        lines += [f"### {shape}{', copies kept' if keep else ''}", ""]
+        lines += ["| | best wall of the step, ms | CPU of all ranks, ms | auto's best of a layer, ms | |"]
+        lines += ["|---|---|---|---|---|"]
+        for name, r in results.items():
+            marks = ["fastest step"] * (name == fastest) + ["auto's choice"] * (name == chosen)
+            layer = f"{tuned[name]:.2f}" if name in tuned else "not run"
+            lines.append(f"| {name} | {r.wall * 1e3:.1f} | {r.cpu * 1e3:.1f} | {layer} | {', '.join(marks)} |")
+        behind = results[chosen].wall / results[fastest].wall - 1
+        lines += ["", f"auto chose {chosen}: {behind:.1%} behind the fastest step", ""]
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument(
-        "--parts", default="schedules,4,8", help="the schedules; DTensor beside Tessera at 4, at 8 ranks"
+        "--parts",
+        default="schedules,auto,4,8",
+        help="the schedules; what auto chooses; DTensor beside Tessera at 4, at 8 ranks",
     )
     parser.add_argument("--output", type=Path)
     parser.add_argument("--quick", action="store_true", help="one small shape, two rounds: does it run?")
@@ -238,13 +365,7 @@ def main() -> None:
     settings = f"{rounds} rounds, interleaved, after two to warm up; {LAYERS} layers, gloo, one thread a rank, float32"
     lines = [describe_machine("geometries.py", "torch"), f"- {settings}", ""]
     for part in options.parts.split(","):
-        world, title, rows = 4, "Schedules, 2d 2×2", SCHEDULES
-        if part != "schedules":
-            world, title = int(part), f"Beside DTensor with explicit redistribute, {part} ranks"
-            rows = [c for c in AGAINST_DTENSOR if math.prod(c.sizes.values()) == world]
-        lines += [f"## {title}", ""]
-        for shape, results in zip(shapes, run(world, [(rows, shape) for shape in shapes], rounds), strict=True):
-            lines += [f"### {shape}", "", *table(rows, results)]
+        lines += what_auto_chooses(shapes, rounds) if part == "auto" else side_by_side(part, shapes, rounds)
         if options.output:  # what is there, should the next part not end
             options.output.write_text("\n".join(lines))
     print("\n".join(lines))
