@@ -75,6 +75,7 @@ class Words(NamedTuple):
 
     input_ids: Tensor
     targets: Tensor
+    first_row: int = 0
 
     @property
     def valid(self) -> int:

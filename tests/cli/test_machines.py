@@ -225,7 +225,10 @@ MISFITS = {
     "a rank too high": ([*TWO[:-1], "2"], ["--machine-rank: 2", "there are 2 machines", "use 0 to 1"]),
     "a rank without machines": (["--machine-rank", "1"], ["--machine-rank: 1", "there is 1 machine"]),
     "processes not shared out": ([*TWO, "--num-processes", "3"], ["--num-processes: 3", "use 2 or 4"]),
-    "another world": ([*TWO, "--num-processes", "6", "--set", "dp_shard_size=2"], ["--num-processes: 6", "the sizes given make 4"]),
+    "another world": (
+        [*TWO, "--num-processes", "6", "--set", "dp_shard_size=2"],
+        ["--num-processes: 6", "the sizes given make 4"],
+    ),
     "another local world": (["--nproc-per-node", "3"], ["--nproc-per-node: 3", "does not divide by"]),
     "two counts": (["--nproc-per-node", "2", "--num-processes", "3"], ["--nproc-per-node: 2", "one of the two"]),
     "too many machines": (

@@ -1,4 +1,4 @@
-"""Data axes under FSDP2, with and without tensor axes, against one process in float64; and the plausible wrong answers."""
+"""Data axes under FSDP2, with and without tensor axes, against one process in float64."""
 
 from typing import Any
 

@@ -10,6 +10,7 @@ from support.mesh import shared_mesh
 from tessera.collectives import Recorder
 from tessera.config.load import make_config
 from tessera.layout import HIDDEN
+from tessera.mesh import MODEL_AXES
 from tessera.models.decoder import Decoder
 from tessera.nn.moves import cut
 from tessera.nn.parameter import Init, ParameterSpec, initialize, named_specs, to_local

@@ -13,8 +13,8 @@ from support.pool import pool
 from tessera.layout import HIDDEN_BY_HEADS
 from tessera.mesh import Mesh
 from tessera.plan.count import counted_step
-from tessera.plan.memory import saved_bytes, state_bytes
 from tessera.plan.held import Parameters
+from tessera.plan.memory import saved_bytes, state_bytes
 from tessera.plan.words import StepShape
 from tessera.schedule import Schedule
 

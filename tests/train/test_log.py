@@ -26,6 +26,7 @@ KEYS = {
     "step_seconds",
     "memory_gib",
     "communicated_bytes",
+    "skipped_steps",
 }
 
 

@@ -9,14 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from tessera import device as devices
 from tessera.config.load import load_config
 from tessera.config.schema import TrainConfig
 from tessera.errors import UserError
-from tessera.mesh import MODEL_AXES, Mesh
+from tessera.mesh import AXES, DATA_AXES, MODEL_AXES, Mesh
 from tessera.observe.inspect import (
     Held,
     Inspection,
@@ -30,7 +29,7 @@ from tessera.observe.inspect import (
 from tessera.observe.inspect_tables import WIDTH, Report, print_report
 from tessera.observe.picture import Grid, check_picture, draw
 from tessera.plan.words import StepShape
-from tessera.train.preflight import compute_dtype, fitting_model, parallel_for
+from tessera.train.preflight import compute_dtype, fitting_model, fsdp_of, parallel_for
 
 
 def inspect(
@@ -59,15 +58,17 @@ def inspect(
 def report_on(config: TrainConfig, weight: str | None = None) -> Report:
     """What there is to say of `config`. UserError: sizes that do not fit, no such model or weight."""
     model = fitting_model(config)
-    mesh = Mesh(config.axes, device="meta", rank=0)
+    mesh = Mesh(config.mesh_sizes, device="meta", rank=0)
     parallel = parallel_for(config, mesh, compute=compute_dtype(config, devices.local_device()))
-    inspection = inspect_model(model, parallel)
+    inspection, fsdp = inspect_model(model, parallel), fsdp_of(config)
     shape = StepShape(
         config.micro_batch_size,
         padded(config.micro_batch_size, config.sequence_len, parallel),
         config.gradient_accumulation_steps,
         config.gradient_checkpointing,
         config.label_smoothing_factor > 0,
+        reshard=fsdp.reshard,
+        by_layer=fsdp.by_layer,
     )
     ranks = f"{mesh} = {mesh.world} ranks" if mesh.world > 1 else str(mesh)
     auto = " (auto, before it has measured)" if config.tensor_parallel_schedule == "auto" else ""
@@ -96,7 +97,7 @@ def json_report(report: Report) -> dict[str, Any]:
     inspection, mesh = report.inspection, report.inspection.mesh
     return {
         "layout": report.title,
-        "mesh": {axis: mesh.sizes[axis] for axis in MODEL_AXES},
+        "mesh": {axis: mesh.sizes[axis] for axis in (*DATA_AXES, *MODEL_AXES)},
         "ranks": mesh.world,
         "schedule": str(inspection.parallel.schedule),
         "parameters": [_json_held(held, inspection) for held in inspection.parameters],
@@ -134,9 +135,9 @@ def _json_held(held: Held, inspection: Inspection) -> dict[str, Any]:
     return {
         "name": held.name,
         "shape": held.spec.shape,
-        "cut": cut_in_words(held.dims, held.spec.cuts, inspection.mesh),
+        "cut": cut_in_words(held.dims, held.spec.stored_cuts, inspection.mesh),
         "placements": dict(
-            zip(inspection.mesh.present(MODEL_AXES), placements_in_words(held.spec, inspection.mesh), strict=True)
+            zip(inspection.mesh.present(AXES), placements_in_words(held.spec, inspection.mesh), strict=True)
         ),
         "least_local_shape": least,
         "most_local_shape": most,

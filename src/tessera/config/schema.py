@@ -98,7 +98,9 @@ class FsdpConfig(Section):
         "TRANSFORMER_BASED_WRAP", description="What is gathered at once: each decoder layer, or the whole model."
     )
     mixed_precision_policy: Literal["bf16", "fp32"] | None = Field(
-        None, description="The dtype of gathered weights and of compute; gradients are summed in float32. Unset: bf16's."
+        None,
+        description="The dtype of gathered weights and of compute; gradients are summed in float32. "
+        "Unset: as bf16 says.",
     )
 
 
@@ -187,7 +189,7 @@ class TrainConfig(Section):
         "Unset: as many as the processes given leave, or 1.",
     )
     dp_replicate_size: int = Field(1, ge=1, description="Replicas of all that is cut otherwise (HSDP).")
-    fsdp_config: FsdpConfig = Field(FsdpConfig(), description="Switches of FSDP2.")
+    fsdp_config: FsdpConfig = Field(FsdpConfig.model_validate({}), description="Switches of FSDP2.")
     fsdp_version: Literal[2] = Field(2, description="There is FSDP2 alone.")
     tensor_parallel_size: int | None = Field(
         None, ge=1, description="Devices over which each layer is cut. Unset: from tensor_parallel_mesh, or 1."
@@ -228,6 +230,15 @@ class TrainConfig(Section):
     )
     group_timeout_minutes: float = Field(
         10, gt=0, description="Minutes a collective may wait for a rank before the run ends with an error."
+    )
+
+    nonfinite_step: Literal["stop", "skip"] = Field(
+        "stop",
+        description="A step whose loss or gradient is not finite never changes weights; it ends the run, or is skipped "
+        "and counted (10 in a row end it).",
+    )
+    check_replicas_steps: int | None = Field(
+        100, ge=1, description="Optimizer steps between comparisons, by hash, of weights that several ranks hold alike."
     )
 
     # Log, evaluation, checkpoints

@@ -111,6 +111,9 @@ class OutputHead(ParallelModule):
 class Decoder(nn.Module):
     """A language model of `config` on the mesh of `parallel`; its parameters are empty until `initialize` or a load."""
 
+    keeps_gathered = False
+    """Whether FSDP2 keeps gathered weights from the forward until gradients are summed (parallel/data.py)."""
+
     def __init__(self, config: ModelConfig, parallel: Parallel, *, gradient_checkpointing: bool = False) -> None:
         super().__init__()
         self.config, self.parallel, self.gradient_checkpointing = config, parallel, gradient_checkpointing

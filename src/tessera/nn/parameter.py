@@ -44,8 +44,13 @@ class ParameterSpec:
     served: tuple[str, ...] = ()
 
     @property
+    def stored_cuts(self) -> tuple[tuple[str, ...], ...]:
+        """The axes that cut each dim of what a rank holds."""
+        return (*self.cuts[0], *self.stored_over), *self.cuts[1:]
+
+    @property
     def cut_axes(self) -> set[str]:
-        return {axis for axes in (*self.cuts, self.stored_over) for axis in axes}
+        return {axis for axes in self.stored_cuts for axis in axes}
 
     @property
     def summed_axes(self) -> tuple[str, ...]:

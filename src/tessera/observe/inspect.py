@@ -13,7 +13,7 @@ from functools import cached_property
 from torch import nn
 
 from tessera.layout import HIDDEN
-from tessera.mesh import MODEL_AXES, Mesh
+from tessera.mesh import AXES, Mesh
 from tessera.models.config import ModelConfig
 from tessera.models.decoder import Decoder, OutputHead
 from tessera.nn.embedding import LearnedPositions, VocabParallelEmbedding
@@ -116,7 +116,7 @@ class Inspection:
     @property
     def share(self) -> int:
         """The parts into which matrices and embeddings are cut: one a rank, alike along what is left of the mesh."""
-        return self.mesh.size(("inner", "col", *self.parallel.weights_over))
+        return self.mesh.size(("inner", "col", *self.parallel.weights_over, *(self.parallel.fsdp or ())))
 
     def totals(self, matrices: bool | None = None) -> Totals:
         """Of the matrices and embeddings, of everything else, or (None) of all parameters."""
@@ -208,7 +208,7 @@ def traffic(model: ModelConfig, inspection: Inspection, shape: StepShape) -> lis
 
 def _copies(spec: ParameterSpec, mesh: Mesh) -> int:
     """How many ranks hold the same block."""
-    return mesh.size(axis for axis in MODEL_AXES if axis not in spec.cut_axes)
+    return mesh.size(axis for axis in AXES if axis not in spec.cut_axes)
 
 
 def cut_in_words(dims: Sequence[str], cuts: Sequence[Sequence[str]], mesh: Mesh) -> str:
@@ -220,7 +220,8 @@ def cut_in_words(dims: Sequence[str], cuts: Sequence[Sequence[str]], mesh: Mesh)
 
 def placements_in_words(spec: ParameterSpec, mesh: Mesh) -> list[str]:
     """The DTensor placement on each axis above size 1, in short: S(1) for Shard(dim=1), R for Replicate()."""
-    return [f"S({p.dim})" if hasattr(p, "dim") else "R" for p in spec.placements(mesh.present(MODEL_AXES))]
+    dim_of = {axis: dim for dim, axes in enumerate(spec.stored_cuts) for axis in axes}
+    return [f"S({dim_of[axis]})" if axis in dim_of else "R" for axis in mesh.present(AXES)]
 
 
 def _dims(module: nn.Module) -> tuple[str, ...]:

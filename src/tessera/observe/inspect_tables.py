@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tessera.mesh import MODEL_AXES, Mesh
+from tessera.mesh import AXES, Mesh
 from tessera.observe.inspect import Held, Inspection, Totals, Traffic, cut_in_words, placements_in_words
 from tessera.observe.picture import LABELS, Grid, colours, grid_of, mesh_grid, text_picture
 from tessera.plan.words import StepShape
@@ -35,7 +35,7 @@ class Report:
         """Who holds which block of the chosen weight and of the streams."""
         mesh, ranks = self.inspection.mesh, self.inspection.ranks
         return [
-            grid_of(f"{held.name}\n{_cut(held, mesh)}", held.spec.shape, held.spec.cuts, ranks)
+            grid_of(f"{held.name}\n{_cut(held, mesh)}", held.spec.shape, held.spec.cuts, ranks, held.spec.stored_over)
             for held in (self.weight, *self.streams)
         ]
 
@@ -56,7 +56,7 @@ def print_report(console: Console, report: Report) -> None:
     if mesh.world > 1:
         console.print(f"rank = {_rank_formula(mesh)}")
     console.print(f"{shape.micro_batches} × {shape.batch} × {shape.sequence} tokens a step, products in {compute}")
-    placed = f"placements on ({', '.join(mesh.present(MODEL_AXES))}), " if mesh.world > 1 else ""
+    placed = f"placements on ({', '.join(mesh.present(AXES))}), " if mesh.world > 1 else ""
     title = f"parameters: {placed}bytes of each on the rank that holds most"
     _print_table(console, title, parameter_table(inspection))
     _print_table(console, "on each rank", totals_table(report.totals))
@@ -80,7 +80,7 @@ def _print_table(console: Console, title: str, table: Table) -> None:
 
 def _rank_formula(mesh: Mesh) -> str:
     """`(inner · 2 + row) · 2 + col`: where the mesh puts a rank."""
-    formula, *rest = mesh.present(MODEL_AXES)
+    formula, *rest = mesh.present(AXES)
     for place, axis in enumerate(rest):
         formula = f"{f'({formula})' if place else formula} · {mesh.sizes[axis]} + {axis}"
     return formula
@@ -205,7 +205,7 @@ def _by_rank(moves: Sequence[Traffic]) -> Iterable[tuple[int, ...]]:
 
 
 def _cut(held: Held, mesh: Mesh) -> str:
-    return cut_in_words(held.dims, held.spec.cuts, mesh)
+    return cut_in_words(held.dims, held.spec.stored_cuts, mesh)
 
 
 def _by(shape: Sequence[object]) -> str:

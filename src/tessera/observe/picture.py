@@ -16,8 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from tessera.errors import UserError
-from tessera.mesh import MODEL_AXES, Mesh
-from tessera.nn.parameter import local_slice
+from tessera.layout import HIDDEN
+from tessera.mesh import AXES, Mesh
+from tessera.nn.parameter import Init, ParameterSpec
 
 FORMATS = (".svg", ".png")
 _DISTINCT = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#edc948", "#76b7b2", "#9c755f")
@@ -42,16 +43,22 @@ class Grid:
         return self.row_names or tuple(str(row.start) for row in self.rows)
 
 
-def grid_of(title: str, shape: Sequence[int], cuts: Sequence[Sequence[str]], ranks: Sequence[Mesh]) -> Grid:
+def grid_of(
+    title: str,
+    shape: Sequence[int],
+    cuts: Sequence[tuple[str, ...]],
+    ranks: Sequence[Mesh],
+    stored_over: tuple[str, ...] = (),
+) -> Grid:
     """Who holds which block of a tensor of one or two dims, of which the axes `cuts[d]` cut dim d, major to minor.
 
-    A tensor of one dim is drawn as a row.
+    `stored_over` as in `ParameterSpec`. A tensor of one dim is drawn as a row.
     """
-    if len(shape) == 1:
-        shape, cuts = (1, *shape), ((), *cuts)
+    spec = ParameterSpec(tuple(shape), tuple(cuts), HIDDEN, Init(), stored_over)
     held: dict[tuple[int, int, int, int], list[int]] = {}
     for mesh in ranks:
-        row, column = (local_slice(n, tuple(axes), mesh) for n, axes in zip(shape, cuts, strict=True))
+        *rows_held, column = spec.stored_slices(mesh)
+        row = rows_held[0] if rows_held else slice(0, 1)
         held.setdefault((row.start, row.stop, column.start, column.stop), []).append(mesh.rank)
     rows = sorted({(first, last) for first, last, _, _ in held if last > first})
     columns = sorted({(first, last) for _, _, first, last in held if last > first})
@@ -62,7 +69,7 @@ def grid_of(title: str, shape: Sequence[int], cuts: Sequence[Sequence[str]], ran
 def mesh_grid(mesh: Mesh) -> Grid:
     """The ranks as the mesh arranges them: `col` runs to the right, all other axes downwards."""
     col = mesh.sizes["col"]
-    down = [axis for axis in mesh.present(MODEL_AXES) if axis != "col"]
+    down = [axis for axis in mesh.present(AXES) if axis != "col"]
     firsts = range(0, mesh.world, col)
     ranks = tuple(tuple((first + i,) for i in range(col)) for first in firsts)
     coordinates = [Mesh(mesh.sizes, rank=first).coordinates for first in firsts]
@@ -136,7 +143,7 @@ def colours(mesh: Mesh) -> list[str]:
     """A colour for each rank: few differ in hue; many in hue along the outer axes and in lightness along the last."""
     if mesh.world <= len(_DISTINCT):
         return list(_DISTINCT[: mesh.world])
-    *outer, last = mesh.present(MODEL_AXES)
+    *outer, last = mesh.present(AXES)
     size = mesh.sizes[last] if outer else 1
     hues = mesh.world // size
     made = []

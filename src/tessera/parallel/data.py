@@ -10,6 +10,7 @@
 a leg of their own along `row`. Every sum is a sum: nothing is divided, as the loss already is.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +65,7 @@ def gradients_travel(decoder: Decoder, travel: bool) -> None:
     if isinstance(decoder, FSDPModule):
         decoder.set_requires_gradient_sync(travel)
         decoder.set_is_last_backward(travel)
-        if not decoder.reshards_after_forward:
+        if decoder.keeps_gathered:
             decoder.set_reshard_after_backward(travel)
 
 
@@ -94,10 +95,11 @@ def _shard(decoder: Decoder, fsdp: Fsdp) -> None:
         if copies is not None:
             made.set_all_reduce_hook(_sum_over(copies))
     if fsdp.prefetch and fsdp.by_layer:
-        for layer, following in zip(decoder.layers[:-1], decoder.layers[1:], strict=True):
+        layers = [layer for layer in decoder.layers if isinstance(layer, FSDPModule)]
+        for layer, following in itertools.pairwise(layers):
             layer.set_modules_to_forward_prefetch([following])
     decoder.register_forward_hook(_cut_again)
-    decoder.reshards_after_forward = fsdp.reshard
+    decoder.keeps_gathered = not fsdp.reshard
     decoder.to_empty(device="cpu" if fsdp.offload else mesh.device)
 
 

@@ -1,4 +1,4 @@
-"""The parameters that one rank uses and holds, in closed form: shapes from a model's config and the sizes of the axes."""
+"""The parameters that one rank uses and holds, in closed form: from a model's config and the sizes of the axes."""
 
 from dataclasses import dataclass
 

@@ -23,7 +23,7 @@ import tessera
 from tessera import device as devices
 from tessera.collectives import all_reduce, largest
 from tessera.fitting import Ask, first_misfit
-from tessera.mesh import MODEL_AXES, Mesh
+from tessera.mesh import DATA_AXES, MODEL_AXES, Mesh
 from tessera.models.config import ModelConfig
 from tessera.models.decoder import DecoderLayer
 from tessera.nn.linear import parallel_linear
@@ -125,7 +125,8 @@ def _fastest(running: list[Candidate], every: list[Candidate], limit: int, remem
 def candidates(config: "TrainConfig", model: ModelConfig, mesh: Mesh, compute: torch.dtype) -> list[Candidate]:
     """The schedules that fit the config's other keys and the model; one is enough where nothing moves."""
     found = []
-    for name, slices in KINDS if mesh.world > 1 else KINDS[:1]:
+    gathered_alone = mesh.world == 1 or mesh.size(DATA_AXES) > 1  # nothing moves, or FSDP2 moves the weights
+    for name, slices in KINDS[:1] if gathered_alone else KINDS:
         tensor = replace(config.tensor_parallel, schedule=name, slices=slices)
         if first_misfit(Ask(tensor, model.dimensions, config.micro_batch_size)) is None:
             schedule = replace(config.schedule, name=name, slices=slices)

@@ -132,7 +132,7 @@ class _Resume:
         """Whole checkpoints, oldest first, with the time of their last file: a number may be used again."""
         if not self.output.is_dir():  # no need to import torch
             return {}
-        from tessera.train.checkpoint import STATE, whole_checkpoints
+        from tessera.train.checkpoint_folder import STATE, whole_checkpoints
 
         return {path: (path / STATE).stat().st_mtime_ns for path in whole_checkpoints(self.output)}
 

@@ -48,13 +48,13 @@ class Log:
             return
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-        text = (
-            f"loss {record['loss']:.4f} · norm {record['grad_norm']:.3f} · lr {record['learning_rate']:.2e} · "
-            f"{record['tokens_per_second']:,.0f} tokens/s"
-        )
+        numbers = f"loss {record['loss']:.4f} · norm {record['grad_norm']:.3f}" if record["loss"] is not None else ""
+        skipped = f"not finite, skipped ({record['skipped_steps']} so far)"
+        rate, speed = f"lr {record['learning_rate']:.2e}", f"{record['tokens_per_second']:,.0f} tokens/s"
+        text = f"{numbers or skipped} · {rate} · {speed}"
         if self._bar is not None:
             self._bar.update(self._task, completed=record["step"], description=text)
-        elif record["step"] % self.every == 0:
+        elif record["step"] % self.every == 0 or not numbers:
             self.say(f"step {record['step']} · {text}")
         if "eval_loss" in record:
             self.say(f"step {record['step']} · held-out loss {record['eval_loss']:.4f}")

@@ -1,5 +1,6 @@
 """Every check that needs no rank: before any process starts, and before anything is written."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,6 +45,10 @@ def fitting_model(config: "TrainConfig", folder: Path | None = None) -> "ModelCo
 
     model = model_of(config, folder)
     check_sizes(config.tensor_parallel, model.dimensions, config.micro_batch_size)
+    loop, axes = config.tensor_parallel_schedule, config.axes
+    if loop in ("summa", "cannon") and axes["inner"] > 1 and config.world_size > math.prod(axes.values()):
+        reason = "beside data axes FSDP2 takes weights cut over two other axes, here they are inner, row and col"
+        raise UserError("tensor_parallel_schedule", loop, reason, "tensor_parallel_schedule: gather, or no data axes")
     return model
 
 

@@ -69,7 +69,7 @@ def restart_overrides(output_dir: str) -> list[str]:
     if int(os.environ.get(ATTEMPT, "0")):
         resume = os.environ.get(RESUME)
     elif int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):  # by another launcher, which knows of no checkpoints
-        from tessera.train.checkpoint import whole_checkpoints
+        from tessera.train.checkpoint_folder import whole_checkpoints
 
         resume = next((str(path) for path in reversed(whole_checkpoints(Path(output_dir)))), None)
     else:

@@ -26,8 +26,10 @@ from tessera.nn.tokens import length_multiple
 from tessera.observe.memory import parameter_elements
 from tessera.parallel.data import build_decoder
 from tessera.parallel.gradients import first_copy
+from tessera.parallel.replicas import drifted
 from tessera.plan.tune import tune
 from tessera.train import checkpoint, checkpoint_folder
+from tessera.train.announce import mesh_lines
 from tessera.train.log import Log, Stopwatch
 from tessera.train.optimizer import build_optimizer, learning_rate
 from tessera.train.preflight import Run, compute_dtype, fsdp_of, parallel_for, prepare_data, resolve
@@ -39,12 +41,21 @@ if TYPE_CHECKING:
     from tessera.config.schema import TrainConfig
 
 
+SKIPPED_IN_A_ROW = 10
+"""So many steps in a row whose numbers are not finite end a run that skips them: its weights will not mend."""
+
+
 @dataclass
 class Progress:
-    """What a checkpoint remembers beside tensors: optimizer steps done and targets trained on."""
+    """What a checkpoint remembers beside tensors: optimizer steps done, targets trained on, and steps without update.
+
+    `skipped` steps had a loss or gradient that was not finite, the last `in_a_row` of them one after another.
+    """
 
     step: int = 0
     tokens: int = 0
+    skipped: int = 0
+    in_a_row: int = 0
 
 
 class StopRequest:
@@ -119,6 +130,7 @@ class Trainer:
             seed=config.seed,
         )
         self.loader = self._loader("train", shuffle=config.shuffle)
+        self.progress, resumed = self._start()
         self.total_steps = config.max_steps or self.loader.steps_for(config.num_epochs)
         if config.max_steps is None:
             self.loader.last_sample = self.loader.samples_for(config.num_epochs)
@@ -126,8 +138,9 @@ class Trainer:
         if self.warmup is None:
             ratio = 0.0 if config.lr_scheduler == "constant" else config.warmup_ratio
             self.warmup = math.ceil(ratio * self.total_steps)
+        if resumed:
+            self._check_resumed(resumed)
         self._memory: float | None = None
-        self.progress = self._start()
         self.collectives: list[dict[str, Any]] = []
 
     def _prepare(self) -> Prepared:
@@ -151,25 +164,25 @@ class Trainer:
             data_ranks=self.mesh.size(DATA_AXES),
         )
 
-    def _start(self) -> Progress:
-        """Weights from the checkpoint to resume, from the model's safetensors, or random."""
+    def _start(self) -> tuple[Progress, dict[str, Any] | None]:
+        """Weights from the checkpoint to resume, whose state is given too, from the model's safetensors, or random."""
         if self.resolved.resume is not None:
             state = checkpoint.load(self.resolved.resume, self.model, self.optimizer)
-            self._check_resumed(state)
             if not state["optimizer"] and self.first:
                 print(f"{self.resolved.resume} has no optimizer state, which starts from zero", flush=True)
-            if state["step"] > self.total_steps:
-                reason = f"the run is {self.total_steps} steps long, the checkpoint was made after {state['step']}"
-                raise UserError("resume_from_checkpoint", self.resolved.resume, reason, "raise max_steps or num_epochs")
-            return Progress(state["step"], state["tokens"])
+            self.loader.start_at(state["step"], state["samples"])
+            return Progress(state["step"], state["tokens"], state["skipped"]), state
         if self.config.random_init:
             self.model.initialize(self.config.seed)
         else:
             load_weights(self.model, self.resolved.folder)
-        return Progress()
+        return Progress(), None
 
     def _check_resumed(self, state: dict[str, Any]) -> None:
-        """Say, by key, what changes the course of a resumed run or its numbers."""
+        """Say, by key, what changes the course of a resumed run or its numbers; UserError when it is past its end."""
+        if state["step"] > self.total_steps:
+            reason = f"the run is {self.total_steps} steps long, the checkpoint was made after {state['step']}"
+            raise UserError("resume_from_checkpoint", self.resolved.resume, reason, "raise max_steps or num_epochs")
         now = self.config.model_dump(mode="json") | self._course()
         defaults = {key: field.get_default() for key, field in type(self.config).model_fields.items()}
         for line in differences(state["config"] | state["course"], now, defaults) if self.first else []:
@@ -214,13 +227,12 @@ class Trainer:
             rate = learning_rate(index, config.learning_rate, config.lr_scheduler, self.warmup or 0, self.total_steps)
             with Recorder() as recorder:
                 result = self.step(self.loader.step_batches(index), index, rate, stop=lambda: stop.asked)
-            if not result.finite:
-                found = f"loss {result.loss}, gradient norm {result.grad_norm}; the weights were not updated"
-                raise self._diverged(index + 1, found)
+            self._count_skipped(result, index + 1)
             self.progress.step += 1
             self.progress.tokens += result.tokens
             record = self._record(result, rate, watch.lap(), recorder)
             self.collectives = recorder.table()
+            self._check_replicas()
             step, done = self.progress.step, self.progress.step == self.total_steps
             if self.prepared.manifest.eval_rows and (done or config.eval_steps and step % config.eval_steps == 0):
                 record["eval_loss"] = self._evaluate()
@@ -236,6 +248,18 @@ class Trainer:
             watch.lap()
         return True
 
+    def _count_skipped(self, result: StepResult, step: int) -> None:
+        """Count a step that changed no weight because a number was not finite, or end the run."""
+        progress = self.progress
+        progress.in_a_row = 0 if result.finite else progress.in_a_row + 1
+        if result.finite:
+            return
+        progress.skipped += 1
+        if self.config.nonfinite_step == "stop" or progress.in_a_row == SKIPPED_IN_A_ROW:
+            found = f"loss {result.loss}, gradient norm {result.grad_norm}; the weights were not updated"
+            found += f" in {progress.in_a_row} steps in a row" if progress.in_a_row > 1 else ""
+            raise self._diverged(step, found)
+
     def _record(self, result: StepResult, rate: float, seconds: float, recorder: Recorder) -> dict[str, Any]:
         """The line of metrics.jsonl. Memory is a maximum over ranks, taken on logging steps only."""
         step, seen = self.progress.step, self.loader.samples_before(self.progress.step)
@@ -244,8 +268,9 @@ class Trainer:
             self._memory = largest(own, self.mesh.group(AXES)).item() / 2**30
         return {
             "step": step,
-            "loss": result.loss,
-            "grad_norm": result.grad_norm,
+            "loss": result.loss if result.finite else None,
+            "grad_norm": result.grad_norm if result.finite else None,
+            "skipped_steps": self.progress.skipped,
             "learning_rate": rate,
             "epoch": round(seen / self.loader.samples_per_epoch, 6),
             "tokens": self.progress.tokens,
@@ -275,13 +300,12 @@ class Trainer:
         """Save a checkpoint, in the background if `save_async`; the path that it will have."""
         self._check_weights()
         progress, source = self.progress, self._source()
-        samples = progress.step * self.loader.samples_per_step
         state = {
             "step": progress.step,
             "tokens": progress.tokens,
-            "samples": min(samples, self.loader.last_sample or samples),
+            "samples": self.loader.samples_before(progress.step),
             "seed": self.config.seed,
-            "skipped": 0,
+            "skipped": progress.skipped,
             "course": self._course(),
             "config": self.config.model_dump(mode="json"),
             "source": source | {key: str(source[key].resolve()) for key in ("folder", "tokenizer") if source[key]},
@@ -327,6 +351,22 @@ class Trainer:
         if self.first:
             (self.output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 
+    def _check_replicas(self) -> None:
+        """Now and then: raise RunFailed when ranks that should hold the same weights do not."""
+        every, step = self.config.check_replicas_steps, self.progress.step
+        if every is None or self.mesh.world == 1 or step % every and step != self.total_steps:
+            return
+        if lines := drifted(self.model, self.mesh):
+            more = f"\n  and {len(lines) - 5} more" if len(lines) > 5 else ""
+            raise RunFailed(
+                f"step {step}: copies of the same weights differ\n  " + "\n  ".join(lines[:5]) + more + "\n"
+                f"  a rank missed an update or its memory is faulty; last good checkpoint: {self._last_checkpoint()}"
+            )
+
+    def _last_checkpoint(self) -> str:
+        self.saver.wait()
+        return str(checkpoint_folder.latest(self.output) or "none was saved (save_steps)")
+
     @torch.no_grad()
     def _check_weights(self) -> None:
         """No weights that are not finite are saved or handed out; a finite step may still have made them so."""
@@ -345,14 +385,12 @@ class Trainer:
     def _diverged(self, step: int, found: str) -> RunFailed:
         """The run's end at a loss or gradient that is not finite, with what usually causes it."""
         config = self.config
-        self.saver.wait()
-        kept = checkpoint_folder.latest(self.output)
         return RunFailed(
             f"step {step}: {found}\n"
             f"  likely causes: a learning rate too high (learning_rate: {config.learning_rate}), too short a warm-up "
             f"({self.warmup} steps), no clipping (max_grad_norm: {config.max_grad_norm}), or precision "
             f"(bf16: {config.bf16}, computing in {str(self.model.parallel.compute).removeprefix('torch.')})\n"
-            f"  last good checkpoint: {kept or 'none was saved (save_steps)'}"
+            f"  last good checkpoint: {self._last_checkpoint()}"
         )
 
     def _write_config(self) -> None:
@@ -370,14 +408,13 @@ class Trainer:
         (self.output / "resolved_config.yaml").write_text(dump_config(resolved))
 
     def _say_start(self, log: Log) -> None:
-        for line in self.tuned:
-            log.say(line)
+        parallel = self.model.parallel
         parameters = sum(p.numel() for p in self.model.parameters())
-        compute = str(self.model.parallel.compute).removeprefix("torch.")
-        log.say(
-            f"{self.resolved.model.family}, {parameters:,} parameters, on {self.mesh} "
-            f"({devices.describe(self.mesh.device)}), schedule {self.model.parallel.schedule}, computing in {compute}"
-        )
+        compute = str(parallel.compute).removeprefix("torch.")
+        held = f"{self.resolved.model.family}, {parameters:,} parameters"
+        log.say(f"{held}, schedule {parallel.schedule}, computing in {compute}")
+        for line in (*self.tuned, *mesh_lines(self.config, self.resolved.model, parallel)):
+            log.say(line)
         begun = f"from {self.resolved.resume}" if self.resolved.resume else "from the start"
         log.say(
             f"{self.total_steps} steps of {self.loader.samples_per_step} rows, {begun}; "
