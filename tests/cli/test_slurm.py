@@ -52,7 +52,7 @@ def test_the_script_starts_one_launcher_on_each_node(job, tmp_path):
         words = (tmp_path / f"log.{node}").read_text().split("|")[:-1]
         assert words == (
             f"train|{tmp_path}/run.yaml|--set|auto_resume_from_checkpoints=true|--set|output_dir=it's $HOME"
-            f"|--max-restarts|3|--num-machines|2|--machine-rank|{node}|--main-process-ip|first|--main-process-port|29500"
+            f"|--nproc-per-node|2|--max-restarts|3|--num-machines|2|--machine-rank|{node}|--main-process-ip|first|--main-process-port|29500"
         ).split("|")
     assert not (tmp_path / "log").exists(), "a run that is done is not begun again"
 
@@ -73,7 +73,7 @@ def test_a_failed_run_fails_the_job(job, tmp_path):
 
 @pytest.mark.parametrize(
     ("wanted", "told"),
-    [(Job(nodes=3), "--nodes: 3"), (Job(nodes=2, gpus_per_node=8), "--gpus-per-node: 8(?s:.*)use 2")],
+    [(Job(nodes=3), "--nodes: 3"), (Job(nodes=2, gpus_per_node=3), "--gpus-per-node × --nodes: 6(?s:.*)use 4 or 8")],
 )
 def test_sizes_that_do_not_fit_are_refused(tmp_path, wanted, told):
     (tmp_path / "run.yaml").write_text(CONFIG)

@@ -33,6 +33,12 @@ LAYOUTS = {
     "cannon, recomputed": (4, "llama", GRID | {"tensor_parallel_schedule": "cannon", "gradient_checkpointing": True}),
     "slices, bf16": (4, "llama", GRID | {"tensor_parallel_slices": 4, "bf16": True}),
     "heads over inner": (4, "llama", mesh("3d", inner=2, col=2) | {"micro_batch_size": 3}),
+    "hsdp beside 1d": (8, "gpt2", {"dp_shard_size": 2, "dp_replicate_size": 2, "tensor_parallel_size": 2}),
+    "fsdp beside 2.5d": (
+        8,
+        "llama",
+        mesh("2.5d", depth=2, col=2) | {"dp_shard_size": 2, "gradient_checkpointing": True},
+    ),
 }
 
 
@@ -51,6 +57,24 @@ def test_leaving_out_any_collective_is_caught(models):
     found = pool(4).run(leave_out_each, settings(models["llama"], **GRID))[0]
     assert {axis for _, axis, _ in found} == {"row", "col", "row·col"} and len(found) > 30
     assert [which for *which, caught in found if not caught] == []
+
+
+def test_leaving_out_any_collective_of_fsdp_is_caught(models):
+    for keys in ({"dp_replicate_size": 2}, {"tensor_parallel_size": 2}):
+        found = pool(4).run(leave_out_each, settings(models["llama"], dp_shard_size=2, **keys))[0]
+        axes = {"replicate", "replicate·shard"} if "dp_replicate_size" in keys else {"col", "shard·col"}
+        assert {axis for _, axis, _ in found} == {"shard", *axes}
+        assert [which for *which, caught in found if not caught] == []
+
+
+def test_gradients_that_fsdp_does_not_sum_are_named(models):
+    keys = settings(models["llama"], dp_shard_size=2, dp_replicate_size=2)
+    for kind, axis in (("all_reduce", "replicate"), ("reduce_scatter", "shard")):
+        found = [lines for _, along, lines in pool(4).run(diagnoses, keys, (kind,))[0] if along == axis]
+        assert len(found) == 3, "two layers, and the rest"
+        for _, _, said, likely in found:
+            assert f"own part along {axis}" in said
+            assert likely.startswith(f"likely missing: {kind} of dW over {axis} (")
 
 
 @pytest.mark.parametrize("kind, keys", [("reduce_scatter", {}), ("reduce", {"tensor_parallel_schedule": "summa"})])

@@ -32,7 +32,10 @@ def launch(config: Path, job: Job, overrides: Sequence[str], slurm: bool, output
 
     if not slurm:
         raise UserError("--slurm", None, "is the one batch system known so far", "add --slurm")
-    made = load_config(config, overrides)[0].world_size
+    loaded = load_config(config, overrides)[0]
+    if job.gpus_per_node is not None:
+        loaded = loaded.filled_in(job.gpus_per_node * job.nodes, "--gpus-per-node × --nodes")
+    made = loaded.world_size
     if made % job.nodes:
         raise UserError("--nodes", job.nodes, f"{made} processes, which the sizes make, cannot be shared out equally")
     if job.gpus_per_node is not None and job.gpus_per_node * job.nodes != made:
@@ -61,7 +64,9 @@ def slurm_script(config: Path, job: Job, overrides: Sequence[str]) -> str:
     lines = [f"#SBATCH --{key}={shlex.quote(str(value))}" for key, value in asked.items() if value is not None]
     # A job that is begun again goes on from its last checkpoint; given earlier, so that --set may say otherwise.
     settings = [word for value in ("auto_resume_from_checkpoints=true", *overrides) for word in ("--set", value)]
-    train = shlex.join(["tessera", "train", str(config), *settings, "--max-restarts", str(job.max_restarts)])
+    here = [] if job.gpus_per_node is None else ["--nproc-per-node", str(job.gpus_per_node)]
+    restarts = ["--max-restarts", str(job.max_restarts)]
+    train = shlex.join(["tessera", "train", str(config), *settings, *here, *restarts])
     return _SCRIPT.format(asked="\n".join(lines), train=train.replace("'", "'\\''"), port=job.port)
 
 
