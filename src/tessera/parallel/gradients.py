@@ -26,16 +26,17 @@ def sum_replicated_gradients(model: nn.Module, mesh: Mesh) -> None:
     by_axes: dict[tuple[tuple[str, ...], torch.dtype], list[Tensor]] = {}
     for _, parameter, spec in named_specs(model):
         axes = mesh.present(spec.summed_axes)
-        if axes and parameter.grad is not None:
+        if axes and parameter.grad is not None and to_local(parameter.grad).numel():
             by_axes.setdefault((axes, parameter.dtype), []).append(to_local(parameter.grad))
     travelling = [
-        (grads, start_all_reduce(_flat(grads), mesh.group(axes)))
+        (grads, start_all_reduce(_flat(grads).to(mesh.device), mesh.group(axes)))  # offloaded ones come back for it
         for (axes, _), every in sorted(by_axes.items(), key=lambda item: (item[0][0], str(item[0][1])))
         for grads in _together(every)
     ]
     for grads, pending in travelling:
         parts = pending.wait().split([g.numel() for g in grads])
-        if len(grads) > 1 or not grads[0].is_contiguous():
+        in_place = len(grads) == 1 and grads[0].is_contiguous() and grads[0].device == parts[0].device
+        if not in_place:
             torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads, strict=True)])
 
 
@@ -75,8 +76,11 @@ def gradient_norm(model: nn.Module, mesh: Mesh, *riders: Tensor) -> tuple[Tensor
 
 
 def first_copy(mesh: Mesh, cut_axes: Iterable[str]) -> bool:
-    """Whether this rank is the first of those that hold the same part of something cut over `cut_axes`."""
-    cut = set(cut_axes)
+    """Whether this rank is the first of those that hold the same part of something cut over `cut_axes`.
+
+    Stages of a pipeline hold different layers: none is the copy of another.
+    """
+    cut = {"pp", *cut_axes}
     return all(mesh.coordinates[axis] == 0 for axis in AXES if axis not in cut)
 
 
