@@ -1,0 +1,44 @@
+"""What a run says of its mesh: sizes, links, bytes by formula, the effective batch."""
+
+from distributed.model_cases import LLAMA
+from tessera.config.load import make_config
+from tessera.mesh import Mesh
+from tessera.plan.words import StepShape, received_bytes, step_rows
+from tessera.train.announce import mesh_lines
+from tessera.train.preflight import parallel_for
+
+
+def lines_of(monkeypatch, here, **keys):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
+    settings = {"base_model": "x", "datasets": [{"path": "y"}], "sequence_len": 12, "micro_batch_size": 4}
+    config, _ = make_config(settings | keys)
+    parallel = parallel_for(config, Mesh(config.mesh_sizes, rank=0))
+    return config, parallel, mesh_lines(config, LLAMA, parallel)
+
+
+def test_sixteen_ranks_on_two_machines(monkeypatch):
+    keys = {"dp_shard_size": 4, "dp_replicate_size": 2, "tensor_parallel_size": 2, "gradient_accumulation_steps": 3}
+    _, parallel, lines = lines_of(monkeypatch, 8, **keys)
+    axes = [line.split() for line in lines[2:5]]
+    assert [words[:5] for words in axes] == [
+        ["replicate", "2", "between", "machines", "rows"],
+        ["shard", "4", "in", "a", "machine"],
+        ["col", "2", "in", "a", "machine"],
+    ]
+    moved = {line.split()[0]: line.split() for line in lines[6:-1]}
+    assert moved["replicate"][1] == moved["replicate·shard·col"][1] == "between" and moved["shard"][1] == "in"
+    total = received_bytes(step_rows(LLAMA, StepShape(4, 12, 3), parallel)) / 2**20
+    assert abs(sum(float(words[-1]) for words in moved.values()) - total) < 0.05 * len(moved) + 0.01
+    assert lines[-1] == "effective batch: 4 (micro) × 3 (accumulation) × 16 (ranks) / 2 (tensor) = 96 rows"
+
+
+def test_a_busy_axis_between_machines_is_told(monkeypatch):
+    _, _, apart = lines_of(monkeypatch, 2, tensor_parallel_size=4, dp_shard_size=2)
+    _, _, together = lines_of(monkeypatch, 4, tensor_parallel_size=4, dp_shard_size=2)
+    assert any("col" in line and "between machines" in line for line in apart)
+    assert all("between machines" not in line for line in together if line.split()[0] == "col")
+
+
+def test_one_process_says_its_batch_alone(monkeypatch):
+    _, _, lines = lines_of(monkeypatch, 1)
+    assert len(lines) == 2 and lines[1].endswith("= 4 rows")
