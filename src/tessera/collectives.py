@@ -13,7 +13,7 @@ Each has a `start_` form that issues the collective and returns a `Pending`; `wa
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,6 +86,16 @@ class Recorder:
         for record in self.records:
             handed[record.axis, record.kind] += record.bytes
         return [{"axis": a, "kind": k, "calls": n, "bytes": handed[a, k]} for (a, k), n in sorted(counts.items())]
+
+
+def totals(records: Iterable[Record]) -> dict[tuple[str, str], tuple[int, int]]:
+    """(axis, kind) → calls and bytes received, as `plan.words.totals` gives them by formula."""
+    calls: Counter[tuple[str, str]] = Counter()
+    received: Counter[tuple[str, str]] = Counter()
+    for record in records:
+        calls[record.axis, record.kind] += 1
+        received[record.axis, record.kind] += record.received
+    return {key: (calls[key], received[key]) for key in sorted(calls)}
 
 
 # A plain list, not a context variable: on GPUs autograd runs backward, and its collectives, in threads of its own.

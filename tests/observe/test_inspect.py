@@ -9,11 +9,11 @@ from support.pool import pool
 from tessera.mesh import Mesh
 from tessera.models.decoder import Decoder
 from tessera.nn.parameter import Parallel, initialize, named_specs
+from tessera.nn.tokens import padded_length
 from tessera.observe.inspect import (
     Inspection,
     cut_in_words,
     inspect_model,
-    padded,
     placements_in_words,
     streams,
     traffic,
@@ -154,7 +154,8 @@ def test_ranks_of_cannon_receive_different_bytes():
 
 def test_sequences_are_padded_to_what_divides():
     parallel = inspected("llama", LAYOUTS["1d"][1]).parallel
-    assert [padded(1, n, parallel) for n in (8, 9)] == [8, 12] and padded(4, 9, parallel) == 9
+    lengths = [padded_length(n, batch, parallel.residual, parallel.mesh) for n, batch in ((8, 1), (9, 1), (9, 4))]
+    assert lengths == [8, 12, 9]
 
 
 def test_five_hundred_ranks_need_no_rank():

@@ -8,11 +8,11 @@ import torch
 from distributed.model_cases import MODELS, Batch, share
 from support.mesh import shared_mesh
 from tessera.collectives import Recorder
+from tessera.collectives import totals as counted
 from tessera.layout import residual_layout
 from tessera.mesh import DATA_AXES
 from tessera.nn.parameter import Parallel
 from tessera.parallel.data import Fsdp, build_decoder
-from tessera.plan.count import totals as counted
 from tessera.plan.words import StepShape, step_rows, totals
 from tessera.schedule import Schedule
 from tessera.train.optimizer import build_optimizer

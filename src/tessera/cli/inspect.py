@@ -21,15 +21,13 @@ from tessera.observe.inspect import (
     Inspection,
     cut_in_words,
     inspect_model,
-    padded,
     placements_in_words,
     streams,
     traffic,
 )
 from tessera.observe.inspect_tables import WIDTH, Report, print_report
 from tessera.observe.picture import Grid, check_picture, draw
-from tessera.plan.words import StepShape
-from tessera.train.preflight import compute_dtype, fitting_model, fsdp_of, parallel_for
+from tessera.train.preflight import compute_dtype, fitting_model, parallel_for, step_shape
 
 
 def inspect(
@@ -60,16 +58,7 @@ def report_on(config: TrainConfig, weight: str | None = None) -> Report:
     model = fitting_model(config)
     mesh = Mesh(config.mesh_sizes, device="meta", rank=0)
     parallel = parallel_for(config, mesh, compute=compute_dtype(config, devices.local_device()))
-    inspection, fsdp = inspect_model(model, parallel), fsdp_of(config)
-    shape = StepShape(
-        config.micro_batch_size,
-        padded(config.micro_batch_size, config.sequence_len, parallel),
-        config.gradient_accumulation_steps,
-        config.gradient_checkpointing,
-        config.label_smoothing_factor > 0,
-        reshard=fsdp.reshard,
-        by_layer=fsdp.by_layer,
-    )
+    inspection, shape = inspect_model(model, parallel), step_shape(config, parallel)
     ranks = f"{mesh} = {mesh.world} ranks" if mesh.world > 1 else str(mesh)
     auto = " (auto, before it has measured)" if config.tensor_parallel_schedule == "auto" else ""
     return Report(

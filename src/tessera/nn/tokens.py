@@ -62,6 +62,11 @@ def _part(total: int, layout: Layout, mesh: Mesh) -> slice:
     return slice(first, first + total // ranks)
 
 
+def padded_length(length: int, batch: int, residual: Layout, mesh: Mesh) -> int:
+    """Sequences of `length` tokens, padded so that the tokens of `batch` of them divide over both streams."""
+    return length + -length % length_multiple(batch, residual, mesh)
+
+
 def length_multiple(batch: int, residual: Layout, mesh: Mesh) -> int:
     """What sequence lengths must be a multiple of, so that the tokens of `batch` sequences divide over both streams."""
     return math.lcm(*(ranks // math.gcd(ranks, batch) for ranks in map(mesh.size, (residual.tokens, HIDDEN.tokens))))

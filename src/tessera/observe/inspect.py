@@ -20,7 +20,6 @@ from tessera.nn.embedding import LearnedPositions, VocabParallelEmbedding
 from tessera.nn.linear import ParallelLinear
 from tessera.nn.norm import HeadNorm, Norm
 from tessera.nn.parameter import Init, Parallel, ParameterSpec, named_specs
-from tessera.nn.tokens import length_multiple
 from tessera.plan.words import Row, StepShape, step_rows
 
 MOMENTS = 2  # AdamW keeps two for each element, in the parameter's dtype
@@ -168,12 +167,6 @@ def streams(model: ModelConfig, inspection: Inspection, shape: StepShape) -> lis
         shapes = tuple(tuple(s.stop - s.start for s in spec.stored_slices(mesh)) for mesh in inspection.ranks)
         held.append(Held(name, spec, ("T", features), shapes, _copies(spec, parallel.mesh)))
     return held
-
-
-def padded(batch: int, sequence: int, parallel: Parallel) -> int:
-    """The length of sequences of at most `sequence` tokens once tokens divide over the axes that cut them."""
-    multiple = length_multiple(batch, parallel.residual, parallel.mesh)
-    return -(-sequence // multiple) * multiple
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ the trainer's own step of a model of any size runs on a laptop, and what it hand
 it holds, are counted exactly.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from tessera.collectives import Record, Recorder
+from tessera.collectives import Record, Recorder, totals
 from tessera.mesh import MODEL_AXES, Mesh
 from tessera.models.config import ModelConfig
 from tessera.models.decoder import Decoder
@@ -94,16 +93,6 @@ class CountedStep:
     def totals(self) -> dict[tuple[str, str], tuple[int, int]]:
         """(axis, kind) → calls and bytes received."""
         return totals(self.records)
-
-
-def totals(records: list[Record]) -> dict[tuple[str, str], tuple[int, int]]:
-    """(axis, kind) → calls and bytes received, as `words.totals` gives them by formula."""
-    calls: Counter[tuple[str, str]] = Counter()
-    received: Counter[tuple[str, str]] = Counter()
-    for record in records:
-        calls[record.axis, record.kind] += 1
-        received[record.axis, record.kind] += record.received
-    return {key: (calls[key], received[key]) for key in sorted(calls)}
 
 
 def counted_step(model: ModelConfig, shape: StepShape, parallel: Parallel) -> CountedStep:

@@ -12,7 +12,7 @@ from tessera.layout import attention_layout, residual_layout
 from tessera.mesh import MODEL_AXES, Mesh
 from tessera.models.config import ModelConfig
 from tessera.nn.parameter import Parallel
-from tessera.nn.tokens import length_multiple
+from tessera.nn.tokens import padded_length
 from tessera.plan.memory import saved_bytes, state_bytes
 from tessera.plan.words import StepShape, received_bytes, step_rows
 from tessera.schedule import Schedule
@@ -34,8 +34,7 @@ def parallel_of(tensor: TensorParallel, batch: int, rank: int = 0) -> Parallel:
 
 def padded(shape: StepShape, parallel: Parallel) -> StepShape:
     """The shape with sequences as long as both streams need them to be cut evenly."""
-    multiple = length_multiple(shape.batch, parallel.residual, parallel.mesh)
-    return replace(shape, sequence=-(-shape.sequence // multiple) * multiple)
+    return replace(shape, sequence=padded_length(shape.sequence, shape.batch, parallel.residual, parallel.mesh))
 
 
 def words(model: ModelConfig, shape: StepShape, tensor: TensorParallel) -> int:

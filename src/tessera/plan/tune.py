@@ -28,7 +28,7 @@ from tessera.models.config import ModelConfig
 from tessera.models.decoder import DecoderLayer
 from tessera.nn.linear import parallel_linear
 from tessera.nn.parameter import Parallel, to_local
-from tessera.nn.tokens import length_multiple
+from tessera.nn.tokens import padded_length
 from tessera.plan.remembered import Remembered
 from tessera.plan.scratch import scratch_bytes
 from tessera.schedule import Schedule
@@ -131,8 +131,8 @@ def candidates(config: "TrainConfig", model: ModelConfig, mesh: Mesh, compute: t
         if first_misfit(Ask(tensor, model.dimensions, config.micro_batch_size)) is None:
             schedule = replace(config.schedule, name=name, slices=slices)
             parallel = parallel_for(config, mesh, schedule, compute=compute)
-            multiple = length_multiple(config.micro_batch_size, parallel.residual, mesh)
-            tokens = config.micro_batch_size * -(-config.sequence_len // multiple) * multiple
+            rows = config.micro_batch_size
+            tokens = rows * padded_length(config.sequence_len, rows, parallel.residual, mesh)
             found.append(Candidate(model, parallel, tokens, config.gradient_checkpointing))
     return found
 

@@ -8,8 +8,8 @@ from tessera import device as devices
 from tessera.mesh import AXES, DATA_AXES, Mesh
 from tessera.models.config import ModelConfig
 from tessera.nn.parameter import Parallel
-from tessera.nn.tokens import length_multiple
-from tessera.plan.words import StepShape, step_rows, totals
+from tessera.plan.words import step_rows, totals
+from tessera.train.preflight import step_shape
 
 if TYPE_CHECKING:
     from tessera.config.schema import TrainConfig
@@ -50,17 +50,7 @@ def _links(axes: tuple[str, ...], mesh: Mesh, here: int) -> str:
 
 def _traffic(config: "TrainConfig", model: ModelConfig, parallel: Parallel, here: int) -> list[str]:
     """Bytes along each group of axes in a step of full-length rows, by formula, the busiest first."""
-    mesh, keys = parallel.mesh, config.fsdp_config
-    multiple = length_multiple(config.micro_batch_size, parallel.residual, mesh)
-    shape = StepShape(
-        config.micro_batch_size,
-        config.sequence_len + -config.sequence_len % multiple,
-        config.gradient_accumulation_steps,
-        recompute=config.gradient_checkpointing,
-        label_smoothing=bool(config.label_smoothing_factor),
-        reshard=keys.reshard_after_forward,
-        by_layer=keys.auto_wrap_policy == "TRANSFORMER_BASED_WRAP",
-    )
+    mesh, shape = parallel.mesh, step_shape(config, parallel)
     received: dict[str, int] = {}
     for (axis, _), (_, count) in totals(step_rows(model, shape, parallel)).items():
         received[axis] = received.get(axis, 0) + count

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tessera.models.config import ModelConfig
     from tessera.nn.parameter import Parallel
     from tessera.parallel.data import Fsdp
+    from tessera.plan.words import StepShape
     from tessera.schedule import Schedule
 
 
@@ -106,6 +107,29 @@ def fsdp_of(config: "TrainConfig") -> "Fsdp":
     keys = config.fsdp_config
     by_layer = keys.auto_wrap_policy == "TRANSFORMER_BASED_WRAP"
     return Fsdp(keys.reshard_after_forward, keys.forward_prefetch, keys.offload_params, by_layer)
+
+
+def step_shape(
+    config: "TrainConfig",
+    parallel: "Parallel",
+    batch: int | None = None,
+    length: int | None = None,
+    micro_batches: int | None = None,
+) -> "StepShape":
+    """What a step of `config` runs on a data rank; of full-length rows unless `batch` (of a data rank) is given too."""
+    from tessera.nn.tokens import padded_length
+    from tessera.plan.words import StepShape
+
+    rows, fsdp = batch or config.micro_batch_size, fsdp_of(config)
+    return StepShape(
+        rows,
+        padded_length(length or config.sequence_len, rows, parallel.residual, parallel.mesh),
+        micro_batches or config.gradient_accumulation_steps,
+        recompute=config.gradient_checkpointing,
+        label_smoothing=config.label_smoothing_factor > 0,
+        reshard=fsdp.reshard,
+        by_layer=fsdp.by_layer,
+    )
 
 
 def compute_dtype(config: "TrainConfig", device: "torch.device") -> "torch.dtype":

@@ -412,8 +412,8 @@ class Trainer:
         parameters = sum(p.numel() for p in self.model.parameters())
         compute = str(parallel.compute).removeprefix("torch.")
         held = f"{self.resolved.model.family}, {parameters:,} parameters"
-        log.say(f"{held}, schedule {parallel.schedule}, computing in {compute}")
-        for line in (*self.tuned, *mesh_lines(self.config, self.resolved.model, parallel)):
+        said = f"{held}, schedule {parallel.schedule}, computing in {compute}"
+        for line in (*self.tuned, said, *mesh_lines(self.config, self.resolved.model, parallel)):
             log.say(line)
         begun = f"from {self.resolved.resume}" if self.resolved.resume else "from the start"
         log.say(

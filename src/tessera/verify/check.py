@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tessera import collectives
 from tessera.collectives import Recorder
 from tessera.layout import residual_layout
 from tessera.mesh import DATA_AXES, Mesh
 from tessera.nn.parameter import Parallel
-from tessera.nn.tokens import length_multiple
-from tessera.plan.words import Row, StepShape, step_rows, totals
-from tessera.train.preflight import compute_dtype, fsdp_of, parallel_for
+from tessera.plan.words import Row, step_rows, totals
+from tessera.train.preflight import compute_dtype, parallel_for, step_shape
 from tessera.verify.cases import Case, in_miniature
-from tessera.verify.compare import Comparison, Words, compare, counted, gathered
+from tessera.verify.compare import Comparison, Words, compare, gathered
 from tessera.verify.diagnose import diagnose
 from tessera.verify.inject import Omission, Program, omissions
 from tessera.verify.problem import Problem
@@ -84,7 +84,7 @@ class Checker:
             parallel = self._layout(case, dtype, computed)
             recorder, noise = Recorder(leave_out), comparisons[0].noise if comparisons else None
             comparisons.append(self._compare(case, parallel, recorder, noise))
-            words = _words_rows(counted(recorder), formula(case, parallel), mesh)
+            words = _words_rows(collectives.totals(recorder.records), formula(case, parallel), mesh)
         result = Result(case.name, comparisons, words)
         if comparisons[0].findings and case.full:
             small = self.check(in_miniature(case))
@@ -143,19 +143,8 @@ def formula(case: Case, parallel: Parallel) -> Words:
 
 
 def _rows(case: Case, parallel: Parallel) -> list[Row]:
-    problem, config = case.problem, case.config
-    fsdp = fsdp_of(config)
-    batch = problem.batch // parallel.mesh.size(DATA_AXES)
-    multiple = length_multiple(batch, parallel.residual, parallel.mesh)
-    shape = StepShape(
-        batch,
-        problem.length + -problem.length % multiple,
-        problem.micro_batches,
-        recompute=config.gradient_checkpointing,
-        label_smoothing=bool(config.label_smoothing_factor),
-        reshard=fsdp.reshard,
-        by_layer=fsdp.by_layer,
-    )
+    problem, rows = case.problem, case.problem.batch // parallel.mesh.size(DATA_AXES)
+    shape = step_shape(case.config, parallel, rows, problem.length, problem.micro_batches)
     return step_rows(problem.model, shape, parallel)
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tessera.collectives import Recorder, start_broadcast
+from tessera.collectives import start_broadcast
 from tessera.mesh import AXES, Mesh
 from tessera.nn.parameter import ParameterSpec
 from tessera.verify.steps import Outcome
@@ -139,12 +139,3 @@ def gathered(own: object, mesh: Mesh) -> list:
         return [own]
     dist.all_gather_object(everyone, own)
     return everyone
-
-
-def counted(recorder: Recorder) -> Words:
-    """Calls and bytes received of each kind of collective on each axis, as this rank recorded them."""
-    words: Words = {}
-    for record in recorder.records:
-        calls, received = words.get((record.axis, record.kind), (0, 0))
-        words[record.axis, record.kind] = (calls + 1, received + record.received)
-    return words
