@@ -74,19 +74,6 @@ def test_report_marks_a_loss_that_differs_and_a_contender_that_is_missing():
         assert "DIFFERS" in render_shape(SHAPES["tiny"], [outcome("transformers", 8.0), wrong])
 
 
-def test_the_step_under_each_schedule_beside_what_auto_chooses(tmp_path: Path):
-    command = [sys.executable, "benchmarks/geometries.py", "--quick", "--parts", "auto"]
-    command += ["--output", str(tmp_path / "report.md")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    gathered, kept = (tmp_path / "report.md").read_text().split("### ")[1:]
-    assert gathered.count("\n| ") == 7 and kept.count("\n| ") == 5  # heading, gather in four forms, loops
-    for section in (gathered, kept):
-        (choice,) = (line.split(" |")[0][2:] for line in section.splitlines() if "auto's choice" in line)
-        assert f"auto chose {choice}: " in section and section.count("fastest step") == 2
-        assert "not run" not in section
-
-
 def test_a_run_writes_its_report(tmp_path: Path):
     command = [sys.executable, "benchmarks/bench.py", "--shapes", "tiny", "--rounds", "1", "--steps", "1"]
     command += ["--only", "transformers", "--output", str(tmp_path / "report.md")]
