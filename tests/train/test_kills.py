@@ -88,7 +88,7 @@ def killed(settings: dict[str, Any], kill: Kill) -> str:
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen(command(settings, "--num-processes", "2"), env=environment(), **pipes)
     if kill.moment == "at the start":
-        time.sleep(0.5 + 4 * kill.wait)
+        time.sleep(0.5 + 3 * kill.wait)
         assert process.poll() is None, process.communicate()
         processes = family(process.pid)
     else:
@@ -111,9 +111,9 @@ def killed(settings: dict[str, Any], kill: Kill) -> str:
 
 
 def test_a_run_killed_again_and_again_is_the_run_that_never_was(workshop: Workshop, tmp_path):
-    """Its numbers at every step, bit for bit, one line a step, and its weights: no row is trained on twice or left out."""
+    """Its numbers at every step, bit for bit, and its weights: no row is trained on twice or left out."""
     output = tmp_path / "run"
-    own = {"save_steps": 1, "save_total_limit": 2, "max_steps": 20 + 8 * KILLS, "shuffle": True, "dp_shard_size": 2}
+    own = {"save_steps": 1, "save_total_limit": 2, "max_steps": 12 + 6 * KILLS, "shuffle": True, "dp_shard_size": 2}
     own |= {"auto_resume_from_checkpoints": True, "gradient_accumulation_steps": 4}
     settings = workshop.settings("gpt2 64 dropout", output, **own)
     for number, kill in enumerate(kills(KILLS)):

@@ -1,4 +1,4 @@
-"""Copies of a weight that are not the same any more end the run, and say which copies; healthy ones cost next to nothing."""
+"""Copies of a weight that are not the same any more end the run and are named; comparing them costs next to nothing."""
 
 from typing import Any
 
