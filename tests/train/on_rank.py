@@ -65,7 +65,7 @@ def failing_on_rank(settings: dict[str, Any], steps: set[int], rank: int) -> str
     """What a run prints in which this rank's disk is full at saves of these steps."""
 
     def fill(writer: Writer) -> None:
-        if writer.state["step"] in steps and _rank() == rank:
+        if writer.state["step"] in steps and own_rank() == rank:
             raise OSError(28, "No space left on device")
 
     with _writing(fill):
@@ -77,7 +77,7 @@ def limited_on_rank(settings: dict[str, Any], step: int, limit: int) -> str:
     none = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limit_size(writer: Writer) -> None:
-        soft = limit if writer.state["step"] == step and _rank() == 1 else none[0]
+        soft = limit if writer.state["step"] == step and own_rank() == 1 else none[0]
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, none[1]))
 
     try:
@@ -105,17 +105,25 @@ def slow_save_on_rank(settings: dict[str, Any], step: int, until: int) -> str:
         return said_on_rank(settings)
 
 
-def stopped_on_rank(settings: dict[str, Any], step: int, fails: bool) -> str:
-    """What a run prints that is asked to stop during a step, and whose save then fails or not."""
+@contextmanager
+def stopping(step: int | None) -> Iterator[None]:
+    """A request to stop during this step, on rank 0 alone."""
 
     def stop(index: int, *args: Any) -> float:
-        if index + 1 == step and _rank() == 0:
+        if index + 1 == step and own_rank() == 0:
             os.kill(os.getpid(), signal.SIGTERM)
         return learning_rate(index, *args)
 
     with patch("tessera.train.trainer.learning_rate", stop):
+        yield
+
+
+def stopped_on_rank(settings: dict[str, Any], step: int, fails: bool) -> str:
+    """What a run prints that is asked to stop during a step, and whose save then fails or not."""
+    with stopping(step):
         return failing_on_rank(settings, {step} if fails else set(), 1)
 
 
-def _rank() -> int:
+def own_rank() -> int:
+    """This process's rank; 0 where it is alone."""
     return dist.get_rank() if dist.is_initialized() else 0

@@ -200,7 +200,7 @@ def test_a_stopped_run_saves_and_goes_on_as_if_it_had_not_stopped(long_settings,
     settings = long_settings | {"output_dir": str(tmp_path / "run")}
     process = start(settings)
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=30)
     assert process.returncode == 0, err
     done = metrics(settings)[-1]["step"]
     assert 1 <= done < settings["max_steps"]

@@ -52,6 +52,26 @@ def test_the_resolved_config_gives_the_same_run_again(workshop: Workshop, tmp_pa
     assert config == TrainConfig.model_validate(settings) and not notes
 
 
+def test_a_run_killed_before_its_first_line_keeps_those_of_the_run_it_goes_on_from(tmp_path, monkeypatch):
+    """The lines beyond the checkpoint go in one move: at each moment the file holds those up to it."""
+    file = tmp_path / "metrics.jsonl"
+    before = "".join(f'{{"step": {step}}}\n' for step in (1, 2, 3)) + '{"step": 4, "lo'
+    file.write_text(before)
+
+    def killed(self: Path, text: str) -> int:
+        with self.open("w") as stream:
+            stream.write(text[:5])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "write_text", killed)
+        Log(tmp_path, 9, 2, 1, enabled=True)
+    assert file.read_text() == before
+    Log(tmp_path, 9, 2, 1, enabled=True).close()
+    assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
 class Calls(TorchDispatchMode):
     """Counts every call of torch.distributed, whether through our door or not."""
 

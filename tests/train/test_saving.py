@@ -116,6 +116,24 @@ def test_the_one_that_latest_names_is_never_rotated_away(done, tmp_path):
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-40"]
 
 
+def test_a_run_killed_while_it_removes_an_old_checkpoint_leaves_nothing_for_good(done, tmp_path, monkeypatch):
+    """Half removed it is no checkpoint, and the next save takes the rest away."""
+    for step in (2, 4):
+        shutil.copytree(Path(done["output_dir"]) / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+
+    def killed(folder: Path) -> None:
+        (folder / "__0_0.distcp").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(shutil, "rmtree", killed)
+        checkpoint_folder.rotate(tmp_path, tmp_path / "checkpoint-4", keep=1)
+    assert names(tmp_path) == [".checkpoint-2.removed.part", "checkpoint-4"]
+    assert latest(tmp_path) == tmp_path / "checkpoint-4"
+    checkpoint_folder.discard_parts(tmp_path)
+    assert names(tmp_path) == ["checkpoint-4"]
+
+
 # ---- Damage
 
 
@@ -280,13 +298,37 @@ def test_a_run_killed_during_a_save_leaves_a_whole_checkpoint(workshop: Workshop
 
 def test_a_resumed_run_says_what_is_not_as_it_was(copied):
     changes = {"learning_rate": 1e-4, "max_steps": 6, "save_steps": 3, "logging_steps": 2, "tensor_parallel_size": 1}
+    changes |= {"seed": 7, "micro_batch_size": 4}
     (said,) = pool(1).run(said_on_rank, copied | changes)
     told = [line for line in said.splitlines() if line.startswith("resuming")]
     assert told == [
+        "resuming with seed: 7, the checkpoint was made with 42",
+        "resuming with micro_batch_size: 4, the checkpoint was made with 3",
         "resuming with max_steps: 6, the checkpoint was made with 5",
         "resuming with learning_rate: 0.0001, the checkpoint was made with 0.001",
+        "resuming with samples_per_step: 8, the checkpoint was made with 6",
         "resuming with steps: 6, the checkpoint was made with 5",
     ]
+
+
+def test_every_key_of_the_course_and_the_numbers_is_said_and_only_those(done):
+    """All keys but those of layout, logging and saving; each to another value."""
+    then = TrainConfig.model_validate(done).model_dump(mode="json")
+    defaults = {key: field.get_default() for key, field in TrainConfig.model_fields.items()}
+    said = {key for key in then if differences(then, then | {key: "another"}, defaults)}
+    assert said >= {
+        "base_model", "datasets", "sequence_len", "shuffle", "seed", "val_set_size",
+        "micro_batch_size", "gradient_accumulation_steps", "num_epochs", "max_steps",
+        "optimizer", "learning_rate", "lr_scheduler", "warmup_steps", "warmup_ratio", "weight_decay",
+        "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor",
+        "bf16", "tf32", "nonfinite_step",
+    }  # fmt: skip
+    assert not said & {
+        "output_dir", "logging_steps", "eval_steps", "save_steps", "save_total_limit", "save_async",
+        "check_replicas_steps", "resume_from_checkpoint", "auto_resume_from_checkpoints",
+        "dp_shard_size", "dp_replicate_size",
+        "tensor_parallel_size", "tensor_parallel_mode", "sequence_parallel", "group_timeout_minutes",
+    }  # fmt: skip
 
 
 def test_differences_of_versions_that_know_other_keys():

@@ -238,7 +238,10 @@ class TrainConfig(Section):
         "and counted (10 in a row end it).",
     )
     check_replicas_steps: int | None = Field(
-        100, ge=1, description="Optimizer steps between comparisons, by hash, of weights that several ranks hold alike."
+        100,
+        ge=1,
+        description="Optimizer steps between comparisons, by hash, of weights that several ranks hold alike; they are "
+        "compared before each save too. null: never.",
     )
 
     # Log, evaluation, checkpoints

@@ -84,9 +84,10 @@ def rotate(output_dir: Path, last: Path, keep: int | None) -> str:
     # `last` always stays, even beside those with higher numbers
     others = [path for path in whole_checkpoints(output_dir) if path != last]
     for old in others[: max(0, len(others) - keep + 1)] if keep else []:
+        going = old.with_name(f".{old.name}.removed.part")  # a run killed meanwhile leaves what the next save removes
         try:
-            (old / STATE).unlink()  # half removed it is no checkpoint
-            shutil.rmtree(old)
+            old.rename(going)
+            shutil.rmtree(going)
         except OSError as error:
             return f"{old} could not be removed: {error}"
     return ""

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -20,7 +21,9 @@ class Log:
             return
         path = output_dir / "metrics.jsonl"
         kept = self._steps_before(path, first_step)
-        path.write_text("".join(kept))
+        new = path.with_name(f".{path.name}.part")
+        new.write_text("".join(kept))
+        os.replace(new, path)  # a run killed at this moment still has the lines of its steps
         self._file = path.open("a")
         self._console = Console(highlight=False, soft_wrap=True)
         self._bar: Progress | None = None

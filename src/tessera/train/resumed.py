@@ -10,6 +10,7 @@ QUIET = {
     "logging_steps",
     "eval_steps",
     "save_*",
+    "check_replicas_steps",
     "resume_from_checkpoint",
     "auto_resume_from_checkpoints",
     # the layout: any reads any

@@ -232,14 +232,15 @@ class Trainer:
             self.progress.tokens += result.tokens
             record = self._record(result, rate, watch.lap(), recorder)
             self.collectives = recorder.table()
-            self._check_replicas()
             step, done = self.progress.step, self.progress.step == self.total_steps
+            saving = config.save_steps and step % config.save_steps == 0 or result.stop and not done
+            self._check_replicas(always=done or bool(saving))
             if self.prepared.manifest.eval_rows and (done or config.eval_steps and step % config.eval_steps == 0):
                 record["eval_loss"] = self._evaluate()
                 if not math.isfinite(record["eval_loss"]):
                     raise self._diverged(step, f"held-out loss {record['eval_loss']}")
             log.step(record)
-            if config.save_steps and step % config.save_steps == 0 or result.stop and not done:
+            if saving:
                 folder = self._save()
                 if result.stop and not done:
                     self.saver.finish()
@@ -351,10 +352,10 @@ class Trainer:
         if self.first:
             (self.output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 
-    def _check_replicas(self) -> None:
-        """Now and then: raise RunFailed when ranks that should hold the same weights do not."""
+    def _check_replicas(self, always: bool) -> None:
+        """Now and then, and before weights are saved or handed out: raise RunFailed when copies of them differ."""
         every, step = self.config.check_replicas_steps, self.progress.step
-        if every is None or self.mesh.world == 1 or step % every and step != self.total_steps:
+        if every is None or self.mesh.world == 1 or step % every and not always:
             return
         if lines := drifted(self.model, self.mesh):
             more = f"\n  and {len(lines) - 5} more" if len(lines) > 5 else ""

@@ -1,0 +1,91 @@
+"""Runs with a fault on one rank, and runs that tell what they did: for the ranks of a pool, as on_rank.py."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+from tessera.collectives import Recorder
+from tessera.data.loader import Batch, Loader
+from tessera.mesh import Mesh
+from tessera.nn.parameter import to_local
+from tessera.parallel.replicas import drifted
+from tessera.train.step import MicroBatch, Step, StepResult
+from train.on_rank import own_rank, said_on_rank, stopping
+
+
+def altered_on_rank(settings: dict[str, Any], step: int, ranks: set[int], name: str) -> str:
+    """What a run prints in which, after a step, one element of a parameter changes on `ranks` alone."""
+    real = Step.__call__
+
+    def call(self: Step, batches: Sequence[MicroBatch], index: int, *args: Any, **how: Any) -> StepResult:
+        result = real(self, batches, index, *args, **how)
+        if index + 1 == step and own_rank() in ranks:
+            with torch.no_grad():
+                shard = to_local(self.model.get_parameter(name))
+                shard[(0,) * shard.ndim] += 1e-3
+        return result
+
+    with patch.object(Step, "__call__", call):
+        return said_on_rank(settings)
+
+
+def compared_on_rank(settings: dict[str, Any]) -> tuple[str, list[tuple[int, list[tuple[str, int, int]]]]]:
+    """What a run prints; of each comparison of copies the parameters, and kind, ranks and bytes of its collectives."""
+    comparisons = []
+
+    def watched(model: nn.Module, mesh: Mesh) -> list[str]:
+        with Recorder() as recorder:
+            lines = drifted(model, mesh)
+        moved = [(record.kind, record.ranks, record.bytes) for record in recorder.records]
+        comparisons.append((len(list(model.parameters())), moved))
+        return lines
+
+    with patch("tessera.train.trainer.drifted", watched):
+        return said_on_rank(settings), comparisons
+
+
+def spoilt_on_rank(settings: dict[str, Any], steps: set[int], rank: int, factor: float = math.nan) -> str:
+    """What a run prints in which, at these steps, the loss of `rank` is multiplied by `factor` before its backward."""
+    real = Step.gradients
+
+    def gradients(self: Step, batches: Sequence[MicroBatch], step: int, valid: int | None = None) -> Tensor:
+        if step + 1 not in steps or own_rank() != rank:
+            return real(self, batches, step, valid)
+        hook = self.model.register_forward_hook(lambda module, inputs, loss: loss * factor)
+        try:
+            return real(self, batches, step, valid)
+        finally:
+            hook.remove()
+
+    with patch.object(Step, "gradients", gradients):
+        return said_on_rank(settings)
+
+
+@contextmanager
+def _logged(seen: list[tuple[int, int, int]]) -> Iterator[None]:
+    real = Loader.step_batches
+
+    def step_batches(self: Loader, step: int) -> list[Batch]:
+        batches = real(self, step)
+        for batch in batches:
+            firsts = batch.input_ids[:, 0].tolist()
+            seen.extend((step + 1, batch.first_row + place, token) for place, token in enumerate(firsts))
+        return batches
+
+    with patch.object(Loader, "step_batches", step_batches):
+        yield
+
+
+def samples_on_rank(settings: dict[str, Any], stop_at: int | None) -> list[tuple[int, int, int]]:
+    """The rows that this rank trains on, until asked to stop at a step: (step, place in the step, first token)."""
+    seen: list[tuple[int, int, int]] = []
+    with _logged(seen), stopping(stop_at):
+        told = said_on_rank(settings)
+    if "Error: " in told or "Failed: " in told:
+        raise AssertionError(told)
+    return seen
