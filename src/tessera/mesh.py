@@ -60,6 +60,7 @@ class Mesh:
             rest, self.coordinates[axis] = divmod(rest, self.sizes[axis])
         self._groups: dict[tuple[str, ...], Group] = {}
         self._arranged: dict[tuple[tuple[str, ...], ...], DeviceMesh] = {}
+        self._described: dict[tuple[tuple[str, ...], ...], DeviceMesh] = {}
 
     def __str__(self) -> str:
         return " × ".join(f"{axis} {size}" for axis, size in self.sizes.items() if size > 1) or "one process"
@@ -119,14 +120,24 @@ class Mesh:
         """
         key = tuple(dims)
         if key not in self._arranged:
-            rest = self.present(axis for axis in AXES if not any(axis in dim for dim in key))
-            every = [rest, *key] if rest else list(key)
-            order = [AXES.index(axis) for dim in every for axis in dim]
-            ones = [place for place in range(len(AXES)) if place not in order]
-            ranks = self._ranks().permute(*ones, *order).reshape([self.size(dim) for dim in every])
-            names = tuple(map(self.name, every))
-            self._arranged[key] = DeviceMesh(self.device.type, ranks, mesh_dim_names=names)
+            self._arranged[key] = self._arrange(key, communicates=True)
         return self._arranged[key]
+
+    def described(self, dims: Sequence[tuple[str, ...]]) -> DeviceMesh:
+        """The same without process groups: it only says which rank is where."""
+        key = tuple(dims)
+        if key not in self._described:
+            self._described[key] = self._arrange(key, communicates=False)
+        return self._described[key]
+
+    def _arrange(self, dims: tuple[tuple[str, ...], ...], communicates: bool) -> DeviceMesh:
+        rest = self.present(axis for axis in AXES if not any(axis in dim for dim in dims))
+        every = [rest, *dims] if rest else list(dims)
+        order = [AXES.index(axis) for dim in every for axis in dim]
+        ones = [place for place in range(len(AXES)) if place not in order]
+        ranks = self._ranks().permute(*ones, *order).reshape([self.size(dim) for dim in every])
+        names = tuple(map(self.name, every))
+        return DeviceMesh(self.device.type, ranks, mesh_dim_names=names, _init_backend=communicates)
 
     def _ranks(self) -> torch.Tensor:
         """Every rank, at its coordinates."""

@@ -3,7 +3,9 @@
 from typing import Any
 
 import pytest
+import torch
 
+from distributed.data_cases import embedding_gradient, read_by_ranks, saved_by_ranks
 from distributed.model_cases import model_errors
 from support.pool import pool
 from tessera.parallel.data import Fsdp
@@ -75,3 +77,18 @@ def test_loops_keep_their_own_leg_along_row(name):
 def test_slices_and_weights_cut_over_depth():
     check("llama", LAYOUTS["fsdp 2 × 2d 2×2"], schedule=Schedule(slices=2))
     check("llama", LAYOUTS["fsdp 2 × 2.5d 2×1×2"], fsdp=("shard", "depth", "row"))
+
+
+@pytest.mark.parametrize(("vocabulary", "sizes"), [(257, {"shard": 4, "col": 2}), (101, {"shard": 3, "col": 2})])
+def test_a_vocabulary_cut_unevenly_twice_is_saved_and_read(vocabulary, sizes, tmp_path):
+    """The shards of col are themselves cut at different places: 33 33 33 30 and 32 32 32 32 of 257 words."""
+    world = sizes["shard"] * sizes["col"]
+    pool(world).run(saved_by_ranks, vocabulary, sizes, tmp_path)
+    assert max(pool(2).run(read_by_ranks, vocabulary, {"col": 2}, tmp_path)) == 0
+    pool(2).run(saved_by_ranks, vocabulary, {"col": 2}, tmp_path / "other")
+    assert max(pool(world).run(read_by_ranks, vocabulary, sizes, tmp_path / "other")) == 0
+
+
+def test_the_gradient_of_a_frequent_token_is_summed_in_float32():
+    exact, ours = (pool(2).run(embedding_gradient, dtype)[0] for dtype in (torch.float32, torch.bfloat16))
+    assert (ours - exact).norm() < 0.02 * exact.norm(), "added up in bfloat16 it is 8% off"

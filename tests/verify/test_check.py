@@ -59,6 +59,11 @@ def test_leaving_out_any_collective_is_caught(models):
     assert [which for *which, caught in found if not caught] == []
 
 
+def test_every_layout_of_a_world_leaves_data_axes_aside(models):
+    results, _ = pool(2).run(check_every_layout, settings(models["llama"], dp_shard_size=2), 2)[0]
+    assert results and all(result.ok and "shard" not in result.name for result in results)
+
+
 def test_leaving_out_any_collective_of_fsdp_is_caught(models):
     for keys in ({"dp_replicate_size": 2}, {"tensor_parallel_size": 2}):
         found = pool(4).run(leave_out_each, settings(models["llama"], dp_shard_size=2, **keys))[0]

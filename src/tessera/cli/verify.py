@@ -54,8 +54,9 @@ class Work:
 def verify(config_path: Path, asked: Asked) -> None:
     """Verify, and print what was found. Raises UserError before a rank is started, RunFailed for what is wrong."""
     from tessera.train.launch import as_rank, run_workers
+    from tessera.train.rank import is_rank
 
-    if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
+    if is_rank():
         as_rank(lambda _: _run_rank(config_path, asked))
         return
     from tessera.cli.demo import stay_on_cpu_without_gpus

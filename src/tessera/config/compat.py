@@ -193,7 +193,6 @@ NO_EFFECT_IN_FSDP: dict[str, str] = {
     "cpu_ram_efficient_loading": _FROM_SHARDS,
     "sync_module_states": _FROM_SHARDS,
     "use_orig_params": "FSDP2 always keeps the parameters as they are",
-    "version": "there is FSDP2 alone",
     "cpu_offload_pin_memory": "host memory is pinned where there is a GPU",
 }
 NOT_DONE_IN_FSDP: dict[str, NotDone] = {

@@ -226,6 +226,24 @@ def add_gradient(parameter: nn.Parameter | None, gradient: Tensor) -> None:
         parameter.grad = gradient.contiguous()
 
 
+def as_stored(tensor: Tensor, spec: ParameterSpec, parallel: Parallel) -> Tensor:
+    """A parameter, or what is shaped like it, as a DTensor that says what this rank holds; the memory is the same.
+
+    FSDP2's own DTensors say so only where every shard of the other axes is cut alike: theirs count rows as if `shard`
+    had cut first. Here it cuts last, as it does.
+    """
+    if not spec.stored_over:
+        return tensor.detach()
+    dims = [*((axis,) for axis in parallel.parameter_axes), spec.stored_over]
+    mesh = parallel.mesh.described(dims)
+    rest = [Replicate()] * (mesh.ndim - len(dims))
+    placements = [*rest, *spec.placements(parallel.parameter_axes), Shard(0)]
+    whole = torch.empty(spec.shape, device="meta")
+    return DTensor.from_local(
+        to_local(tensor), mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
+
+
 def gather_whole(shard: Tensor, shape: tuple[int, ...], cuts: Iterable[tuple[str, ...]], mesh: Mesh) -> Tensor:
     """The whole of a tensor of which this rank holds `shard`, dim by dim; every rank gets it."""
     for dim, (length, axes) in enumerate(zip(shape, cuts, strict=True)):

@@ -114,6 +114,8 @@ def _cut_again(decoder: Any, *_: Any) -> None:
 def _sum_over(copies: Group) -> Any:
     def hook(reduced: Tensor) -> None:
         all_reduce(reduced, copies)
+        if reduced.is_cuda:  # made on another stream, which would use its memory again when it is dropped
+            reduced.record_stream(torch.cuda.current_stream())
 
     return hook
 

@@ -24,19 +24,22 @@ def drifted(model: nn.Module, mesh: Mesh) -> list[str]:
     """
     parameters = list(named_specs(model))
     own = torch.stack([_hash(to_local(parameter)) for _, parameter, _ in parameters]).to(mesh.device)
-    hashes = all_gather(own.unsqueeze(0), 0, mesh.group(AXES)).tolist()
-    places = [Mesh(mesh.sizes, rank=rank).coordinates for rank in range(mesh.world)]
+    within = [axis for axis in AXES if axis != "pp"]  # other stages hold other layers
+    hashes = all_gather(own.unsqueeze(0), 0, mesh.group(within)).tolist()
+    everyone = {rank: Mesh(mesh.sizes, rank=rank).coordinates for rank in range(mesh.world)}
+    places = {rank: place for rank, place in everyone.items() if place["pp"] == mesh.coordinates["pp"]}
+    by_rank = dict(zip(places, hashes, strict=True))
     lines = []
     for index, (name, _, spec) in enumerate(parameters):
         cut = [axis for axis in AXES if axis in spec.cut_axes]
         copies: dict[tuple[int, ...], list[int]] = {}
-        for rank, place in enumerate(places):
+        for rank, place in places.items():
             copies.setdefault(tuple(place[axis] for axis in cut), []).append(rank)
         for ranks in copies.values():
-            found = Counter(hashes[rank][index] for rank in ranks)
+            found = Counter(by_rank[rank][index] for rank in ranks)
             (usual, count), *others = found.most_common()
-            odd = [str(rank) for rank in ranks if hashes[rank][index] != usual]
-            same = [str(rank) for rank in ranks if hashes[rank][index] == usual]
+            odd = [str(rank) for rank in ranks if by_rank[rank][index] != usual]
+            same = [str(rank) for rank in ranks if by_rank[rank][index] == usual]
             if others and count == others[0][1]:
                 lines.append(f"{name}: ranks {', '.join(map(str, ranks))} hold different copies of the same part")
             elif others:

@@ -122,11 +122,15 @@ def _fastest(running: list[Candidate], every: list[Candidate], limit: int, remem
     return Tuning(fastest.parallel.schedule, every, dict(zip(names, best, strict=True)), limit, source, trouble)
 
 
+def kinds(data_ranks: int) -> Sequence[tuple[str, int]]:
+    """The schedules, with slices, that auto chooses from; beside data axes FSDP2 moves the weights: one."""
+    return KINDS if data_ranks == 1 else KINDS[:1]
+
+
 def candidates(config: "TrainConfig", model: ModelConfig, mesh: Mesh, compute: torch.dtype) -> list[Candidate]:
     """The schedules that fit the config's other keys and the model; one is enough where nothing moves."""
     found = []
-    gathered_alone = mesh.world == 1 or mesh.size(DATA_AXES) > 1  # nothing moves, or FSDP2 moves the weights
-    for name, slices in KINDS[:1] if gathered_alone else KINDS:
+    for name, slices in kinds(mesh.size(DATA_AXES)) if mesh.world > 1 else KINDS[:1]:
         tensor = replace(config.tensor_parallel, schedule=name, slices=slices)
         if first_misfit(Ask(tensor, model.dimensions, config.micro_batch_size)) is None:
             schedule = replace(config.schedule, name=name, slices=slices)

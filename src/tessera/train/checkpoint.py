@@ -14,34 +14,38 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from tessera.errors import UserError
+from tessera.models.decoder import Decoder
+from tessera.nn.parameter import as_stored, named_specs
 from tessera.train.checkpoint_folder import Reader, read_metadata, read_state, verify
 
 MODEL = "model/"
 
 
-def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+def model_tensors(model: Decoder) -> dict[str, Tensor]:
     """Every parameter by its name in a checkpoint."""
-    return {f"{MODEL}{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    return {f"{MODEL}{name}": as_stored(p, spec, model.parallel) for name, p, spec in named_specs(model)}
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(model: Decoder, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state of each parameter (zeros before its first step) by its name in a checkpoint."""
     tensors: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter, spec in named_specs(model):
         state = optimizer.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter.detach())
             state["exp_avg_sq"] = torch.zeros_like(parameter.detach())
-        tensors |= {f"optimizer/{name}/{key}": value for key, value in state.items()}
+        for key, value in state.items():
+            moment = value.shape == parameter.shape  # else a count
+            tensors[f"optimizer/{name}/{key}"] = as_stored(value, spec, model.parallel) if moment else value
     return tensors
 
 
-def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def load(folder: Path, model: Decoder, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Read a checkpoint of any layout into `model` and `optimizer`; collective. Returns what was saved as its state.
 
     A checkpoint without optimizer state leaves `optimizer` as it is. Raises UserError, before any tensor is read, when

@@ -49,6 +49,7 @@ def launch(
     if options.launcher != "tessera":
         from tessera.train.foreign import run_foreign
 
+        os.environ.update(_variables(place))
         run_foreign(options, here, command)
     elif world == 1 and not options.max_restarts:
         _preflight(config, here, prepare=True)

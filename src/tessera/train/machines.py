@@ -135,7 +135,7 @@ class Machines:
         """Stay until the last word has been read: machine 0, which hosts it, until the others have left or are lost."""
         until, ticks = time.monotonic() + 2 * LOST, self.ticks
         while time.monotonic() < until and self.broken is None:
-            present = [rank for rank, line in self.lines.items() if line["left"] is None and not self._lost(rank)]
+            present = [rank for rank, line in list(self.lines.items()) if line["left"] is None and not self._lost(rank)]
             if self.ticks >= ticks + 2 and (self.place.rank != 0 or not present):
                 return
             time.sleep(_POLL)
@@ -189,7 +189,7 @@ class Machines:
         return self._lost_machine(rank) if self._lost(rank) else None
 
     def _disagreement(self) -> UserError | None:
-        for rank, line in self.lines.items():
+        for rank, line in list(self.lines.items()):
             for key, name in (("machines", "--num-machines"), ("processes", "processes on a machine")):
                 if line[key] != self.own[key]:
                     reason = f"{self._name(rank)} was started with {line[key]}"
@@ -239,8 +239,8 @@ class Machines:
                 raise trouble.error()
             if wrong := self._disagreement():
                 raise wrong
-            if time.monotonic() > until:
-                missing = ", ".join(self._name(rank) for rank in self.others if not self._came(rank, attempt))
+            if time.monotonic() > until and any(rank not in self.lines for rank in self.others):  # others are at work
+                missing = ", ".join(self._name(rank) for rank in self.others if rank not in self.lines)
                 raise RunFailed(f"waited {COMING:.0f} s in vain for {missing}: was it started?")
             time.sleep(_POLL)
 

@@ -42,15 +42,20 @@ def resolve(config: "TrainConfig") -> Run:
 
 def fitting_model(config: "TrainConfig", folder: Path | None = None) -> "ModelConfig":
     """The model of base_model (of config.json in `folder`, where known); UserError when it does not fit `config`."""
+    model = model_of(config, folder)
+    check_layout(config, model)
+    return model
+
+
+def check_layout(config: "TrainConfig", model: "ModelConfig") -> None:
+    """Raise UserError, with the nearest sizes that fit, when the config's layout does not fit `model` or FSDP2."""
     from tessera.fitting import check_sizes
 
-    model = model_of(config, folder)
     check_sizes(config.tensor_parallel, model.dimensions, config.micro_batch_size)
     loop, axes = config.tensor_parallel_schedule, config.axes
     if loop in ("summa", "cannon") and axes["inner"] > 1 and config.world_size > math.prod(axes.values()):
         reason = "beside data axes FSDP2 takes weights cut over two other axes, here they are inner, row and col"
         raise UserError("tensor_parallel_schedule", loop, reason, "tensor_parallel_schedule: gather, or no data axes")
-    return model
 
 
 def model_of(config: "TrainConfig", folder: Path | None = None) -> "ModelConfig":

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
@@ -33,6 +33,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from tessera.errors import RunFailed
+from tessera.models.decoder import Decoder
 from tessera.nn.parameter import to_local
 from tessera.train.checkpoint import alone_is_fine, model_tensors, optimizer_tensors, reason_of
 from tessera.train.checkpoint_folder import discard_parts, latest, publish, rotate, seal, sums_of
@@ -59,7 +60,7 @@ class Saver:
         self._settled = threading.Event()
         self._settled.set()
 
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Path:
+    def save(self, model: Decoder, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Path:
         """Begin to write `checkpoint-{state["step"]}` and return that path; when not asynchronous, finish it too."""
         self.wait()
         if self.together and self._group is None:
@@ -69,7 +70,7 @@ class Saver:
             self._hook = optimizer.register_step_pre_hook(lambda *_: self._copies.wait())
         final = self.output_dir / f"checkpoint-{state['step']}"
         tensors = model_tensors(model) | optimizer_tensors(model, optimizer)
-        writer = Writer(final, state | {"optimizer": True}, self.keep)
+        writer = Writer(final, state | {"optimizer": True}, self.keep, self._copies if self.asynchronous else None)
         how: dict[str, Any] = {
             "storage_writer": writer,
             "process_group": self._group,
@@ -154,6 +155,7 @@ class HostCopies(AsyncStager):
         self._buffers: dict[str, Tensor] = {}
         self._thread = ThreadPoolExecutor(1, "checkpoint-copy")
         self._copied: Future[dict[str, Tensor]] | None = None
+        self.error: Exception | None = None
 
     def stage(self, state_dict: dict[str, Tensor]) -> Any:
         """A future of the same tensors with other storage."""
@@ -166,10 +168,14 @@ class HostCopies(AsyncStager):
 
     @torch.no_grad()
     def _stage(self, tensors: dict[str, Tensor], stream: torch.cuda.Stream | None) -> dict[str, Tensor]:
-        with torch.cuda.stream(stream):  # nothing without one
-            staged = {name: self._copy(name, tensor) for name, tensor in tensors.items()}
-        if stream is not None:
-            stream.synchronize()
+        self.error = None
+        try:
+            with torch.cuda.stream(stream):  # nothing without one
+                staged = {name: self._copy(name, tensor) for name, tensor in tensors.items()}
+            if stream is not None:
+                stream.synchronize()
+        except (RuntimeError, MemoryError) as error:  # no host memory: told where all ranks listen, or they would wait
+            self.error, staged = error, tensors
         return staged
 
     def _copy(self, name: str, tensor: Tensor) -> Tensor:
@@ -197,13 +203,17 @@ class HostCopies(AsyncStager):
 class Writer(dcp.FileSystemWriter):
     """Writes one checkpoint: each rank its files and their sums, rank 0 the rest."""
 
-    def __init__(self, final: Path, state: dict[str, Any], keep: int | None) -> None:
-        self.final, self.state, self.keep = final, state, keep
+    def __init__(
+        self, final: Path, state: dict[str, Any], keep: int | None, copies: "HostCopies | None" = None
+    ) -> None:
+        self.final, self.state, self.keep, self.copies = final, state, keep, copies
         self.part = final.with_name(f".{final.name}.part")
         self.unremoved = ""
         super().__init__(self.part, sync_files=True)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        if self.copies is not None and self.copies.error is not None:  # here every rank learns of it
+            raise self.copies.error
         return plan  # rank 0 makes the folder, when it has removed what a killed run left
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:

@@ -105,6 +105,7 @@ class Trainer:
         self.first = self.mesh.rank == 0
         self.output = Path(config.output_dir)
         self.resolved: Run = resolve(config)
+        self._agree_on_resume()
         self.prepared: Prepared = self._prepare()
         compute = compute_dtype(config, device)
         auto = config.tensor_parallel_schedule == "auto"
@@ -143,6 +144,15 @@ class Trainer:
         self._memory: float | None = None
         self.collectives: list[dict[str, Any]] = []
 
+    def _agree_on_resume(self) -> None:
+        """Raise UserError on every rank when they see different checkpoints: some would read one, others not."""
+        if self.mesh.world > 1:
+            seen: list[Any] = [None] * self.mesh.world
+            dist.all_gather_object(seen, str(self.resolved.resume))
+            if other := next((rank for rank, path in enumerate(seen) if path != seen[0]), None):
+                reason = f"rank 0 would resume from {seen[0]}, rank {other} from {seen[other]}"
+                raise UserError("output_dir", self.output, reason, "a disk that every machine sees")
+
     def _prepare(self) -> Prepared:
         """Rank 0 prepares the data (most often it finds it done), the others open what it wrote."""
         prepared = prepare_data(self.config, self.resolved) if self.first else None
@@ -180,8 +190,11 @@ class Trainer:
 
     def _check_resumed(self, state: dict[str, Any]) -> None:
         """Say, by key, what changes the course of a resumed run or its numbers; UserError when it is past its end."""
-        if state["step"] > self.total_steps:
-            reason = f"the run is {self.total_steps} steps long, the checkpoint was made after {state['step']}"
+        last = self.loader.last_sample
+        if state["step"] > self.total_steps or last is not None and state["samples"] > last:
+            whole = f"{self.total_steps} steps" if last is None else f"{last} rows"
+            made = f"{state['step']} steps, {state['samples']} rows"
+            reason = f"the run is {whole} long, the checkpoint was made after {made}"
             raise UserError("resume_from_checkpoint", self.resolved.resume, reason, "raise max_steps or num_epochs")
         now = self.config.model_dump(mode="json") | self._course()
         defaults = {key: field.get_default() for key, field in type(self.config).model_fields.items()}
@@ -195,6 +208,7 @@ class Trainer:
             "data": self.prepared.manifest.key,
             "steps": self.total_steps,
             "warmup_steps": self.warmup,
+            "computing_in": str(self.model.parallel.compute).removeprefix("torch."),
         }
 
     def run(self, stop: StopRequest) -> None:
@@ -229,7 +243,7 @@ class Trainer:
                 result = self.step(self.loader.step_batches(index), index, rate, stop=lambda: stop.asked)
             self._count_skipped(result, index + 1)
             self.progress.step += 1
-            self.progress.tokens += result.tokens
+            self.progress.tokens += result.tokens if result.finite else 0
             record = self._record(result, rate, watch.lap(), recorder)
             self.collectives = recorder.table()
             step, done = self.progress.step, self.progress.step == self.total_steps

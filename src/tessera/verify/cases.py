@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tessera.errors import UserError
-from tessera.fitting import check_sizes
 from tessera.layout import GEOMETRIES, HIDDEN, attention_layout, geometry_axes
 from tessera.mesh import MODEL_AXES
 from tessera.models.config import ModelConfig
-from tessera.plan.tune import KINDS
+from tessera.plan.tune import kinds
+from tessera.train.preflight import check_layout
 from tessera.verify.problem import LENGTH, Problem, small_batch, small_model
 
 if TYPE_CHECKING:
@@ -48,19 +48,19 @@ def cases_of(config: "TrainConfig", model: ModelConfig, full: bool) -> list[Case
 
     Raises UserError when the sizes do not fit.
     """
-    check_sizes(config.tensor_parallel, model.dimensions, config.micro_batch_size)
+    check_layout(config, model)
     ways = [config]
     if config.tensor_parallel_schedule == "auto":
         changed = [
             config.model_copy(update={"tensor_parallel_schedule": name, "tensor_parallel_slices": slices})
-            for name, slices in KINDS
+            for name, slices in kinds(math.prod(config.data_sizes.values()))
         ]
         ways = [way for way in changed if not _misfit(way, model)]
     return _cases(ways, model, full)
 
 
 def every_case(config: "TrainConfig", model: ModelConfig, world: int, full: bool) -> tuple[list[Case], dict[str, str]]:
-    """Every layout of `world` ranks that `model` allows, and of the others why not.
+    """Every tensor-parallel layout of `world` ranks that `model` allows, and of the others why not.
 
     Each mesh, under the first geometry that has its axes; every schedule, both ways to store weights along depth, to
     cut attention along inner, and in 1d the residual stream repeated too. Other keys are those of `config`, but for
@@ -108,7 +108,7 @@ def _cuts_heads(config: "TrainConfig") -> bool:
 def _misfit(config: "TrainConfig", model: ModelConfig) -> str:
     """Why `model` does not fit this layout; empty when it does."""
     try:
-        check_sizes(config.tensor_parallel, model.dimensions, config.micro_batch_size)
+        check_layout(config, model)
     except UserError as error:
         return error.reason
     return ""
@@ -128,6 +128,8 @@ def _ways(config: "TrainConfig", world: int) -> Iterator["TrainConfig"]:
                 "tensor_parallel_size": None,
                 "tensor_parallel_depth": None,
                 "tensor_parallel_mesh": MeshConfig(**sizes),
+                "dp_shard_size": 1,
+                "dp_replicate_size": 1,
             }
             batches = [small_batch(sizes, by_heads) for by_heads in ([False, True] if sizes["inner"] > 1 else [False])]
             repeated = [True, False] if mode == "1d" else [True]

@@ -23,7 +23,8 @@ from tessera.data.loader import Batch
 from tessera.mesh import AXES, DATA_AXES, Mesh
 from tessera.models.decoder import Decoder
 from tessera.nn.parameter import Parallel, ParameterSpec, local_slice, named_specs, to_local
-from tessera.plan.words import Row, StepShape, step_rows
+from tessera.plan.words import Row, step_rows
+from tessera.train.preflight import step_shape
 from tessera.train.step import Step
 from tessera.verify import own
 from tessera.verify.cases import Case
@@ -111,8 +112,9 @@ def _run_beside(case: Case, parallel: Parallel, alone: Parallel, leave_out: int 
         trace = traced(step, batches_of(problem, model, 0))
     expected = traced(reference_step, batches)
     gradients = {name: to_local(parameter.grad).clone() for name, parameter, _ in named_specs(reference)}
-    rows_here = problem.batch // parallel.mesh.size(DATA_AXES)
-    shape = StepShape(rows_here, problem.length, problem.micro_batches, recompute=config.gradient_checkpointing)
+    shape = step_shape(
+        config, parallel, problem.batch // parallel.mesh.size(DATA_AXES), problem.length, problem.micro_batches
+    )
     rows = step_rows(problem.model, shape, parallel)
     return Beside(model, trace, reference_step, expected, gradients, batches, rows)
 
