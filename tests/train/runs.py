@@ -61,6 +61,7 @@ MODELS = {
     "qwen3 64": transformers.Qwen3Config(**LLAMA_64, head_dim=8),
     "gpt2 64": transformers.GPT2Config(**GPT2_64, **NO_DROPOUT),
     "gpt2 64 dropout": transformers.GPT2Config(**GPT2_64),
+    "gpt2 64 dropout one layer": transformers.GPT2Config(**GPT2_64 | {"n_layer": 1}),
 }
 SETTINGS: dict[str, Any] = {
     "sequence_len": 16,

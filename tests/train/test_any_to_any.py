@@ -54,7 +54,7 @@ TIED = [  # the rest of what is peculiar to it: one tensor for embedding and hea
     ("fsdp 2 × 1d 2", "3d 2×2×2"),
     ("2d 2×2", "hsdp 2×2"),
 ]
-MODELS = ("gpt2 64 dropout", "llama 64 tied")
+MODELS = ("gpt2 64 dropout one layer", "llama 64 tied")
 
 
 @pytest.fixture(scope="module")
