@@ -305,3 +305,10 @@ def test_a_checkpoint_of_another_model_is_refused(workshop: Workshop, stopped, c
         odd = workshop.model(case)
     told = pool(2).run(refusal_on_rank, stopped | {"base_model": str(odd)})
     assert all(re.search(r"^resume_from_checkpoint: .*\n  is of another model: model/", text) for text in told)
+
+
+def test_fewer_epochs_than_were_seen_are_refused(whole_run, tmp_path):
+    settings = copy_of(whole_run(1), tmp_path / "run", max_steps=None, num_epochs=0.5)
+    (told,) = pool(1).run(refusal_on_rank, settings)
+    assert "the run is 13 rows long, the checkpoint was made after 3 steps, 18 rows" in told
+    assert not (tmp_path / "run" / "abandoned-checkpoint-3").exists()
