@@ -77,7 +77,14 @@ def test_the_command_fits_a_hundred_columns_and_writes_nothing(config):
 
 def test_json_has_every_parameter_total_block_and_collective(config, capsys):
     report = reported(config, capsys, *layout("2.5d", 8), weight="layers.1.attention.q.weight")
-    assert report["ranks"] == 8 and report["mesh"] == {"inner": 1, "depth": 2, "row": 2, "col": 2}
+    assert report["ranks"] == 8 and report["mesh"] == {
+        "replicate": 1,
+        "shard": 1,
+        "inner": 1,
+        "depth": 2,
+        "row": 2,
+        "col": 2,
+    }
     by_name = {parameter["name"]: parameter for parameter in report["parameters"]}
     assert len(by_name) == 3 * 9 + 3
     assert by_name["layers.2.mlp.down.weight"] == {

@@ -52,7 +52,7 @@ def test_a_run_equals_the_plain_loop(workshop: Workshop, plain, tmp_path, layout
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
-@pytest.mark.parametrize("layout", ["fsdp 2", "hsdp 2×2 × tp 2", "fsdp 2 × 2d 2×2"])
+@pytest.mark.parametrize("layout", ["fsdp 2", "hsdp 2×2"])
 def test_switches_of_fsdp_change_no_number(workshop: Workshop, plain, tmp_path, layout, switch):
     settings = settings_of(workshop, tmp_path / "run", layout, MODELS[2], fsdp_config=SWITCHES[switch])
     check(settings, run(settings), plain(MODELS[2], micro_batch_size=ROWS))
