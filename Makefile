@@ -1,4 +1,4 @@
-.PHONY: demo demo-memory test lint bench figures clean
+.PHONY: demo demo-memory test test-all lint bench figures clean
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -24,6 +24,10 @@ lint: $(INSTALLED)
 
 test: lint
 	$(BIN)/pytest
+
+# What make test leaves out too: every pair of layouts, and others that repeat what is tested.
+test-all: lint
+	$(BIN)/pytest -m ""
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/bench.py

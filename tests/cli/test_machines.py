@@ -208,6 +208,7 @@ def test_only_what_may_go_better_is_tried_again(tmp_path, end, told, attempts, c
     assert capfd.readouterr().err.count("starting again") == attempts - 1
 
 
+@pytest.mark.slow
 def test_torchrun_starts_the_same_run(workshop, tmp_path, expected):
     settings = workshop.settings("llama", tmp_path / "run", tensor_parallel_size=2, max_steps=18)
     done = run_command(settings, "--launcher", "torchrun")

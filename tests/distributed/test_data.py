@@ -41,7 +41,7 @@ def check(name: str, sizes: dict[str, int], sequence_parallel: bool = True, **op
     assert max(found.values()) <= TOLERANCE, found
 
 
-@pytest.mark.parametrize("model", ["llama", "gpt2 tied"])
+@pytest.mark.parametrize("model", [pytest.param("llama", marks=pytest.mark.slow), "gpt2 tied"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_model_equals_one_process(layout, model):
     """Loss, norm, every gradient, updated weights; dropout in GPT-2, two micro-batches, vocabulary 509."""
@@ -53,7 +53,7 @@ def test_a_model_equals_one_process(layout, model):
     [Fsdp(reshard=False), Fsdp(prefetch=True), Fsdp(offload=True), Fsdp(by_layer=False)],
     ids=["weights kept", "prefetch", "offload", "one unit"],
 )
-@pytest.mark.parametrize("layout", ["hsdp 2×2", "fsdp 2 × tp 2"])
+@pytest.mark.parametrize("layout", [pytest.param("hsdp 2×2", marks=pytest.mark.slow), "fsdp 2 × tp 2"])
 def test_switches_change_no_number(layout, asked):
     check("llama tied", LAYOUTS[layout], asked=asked)
 

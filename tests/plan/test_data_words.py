@@ -29,8 +29,13 @@ def _with_options(name, sizes, asked, micro_batches, compute, options):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_equals_the_formula(layout):
-    words(layout)
     words(layout, "gpt2 tied", KEPT, compute=torch.bfloat16, recompute=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_equals_the_formula_with_weights_gathered_again(layout):
+    words(layout)
 
 
 def test_loops_and_weights_cut_over_depth_equal_the_formula():

@@ -105,14 +105,23 @@ def test_uninterrupted_runs_are_the_same_in_every_layout(whole, layout):
     assert worst(metrics(whole(layout)), metrics(whole(ALONE))) <= SAME
 
 
-@pytest.mark.parametrize("now", LAYOUTS)
-@pytest.mark.parametrize("then", LAYOUTS)
+def every_pair():
+    """All of them; without the slow ones each layout is gone on from, and in, by the next and by one process."""
+    names = list(LAYOUTS)
+    for place, then in enumerate(names):
+        for now in names:
+            near = now in (ALONE, names[(place + 1) % len(names)])
+            yield pytest.param(then, now, marks=[] if near else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize(("then", "now"), every_pair())
 def test_a_run_goes_on_in_any_layout(whole, tmp_path, then, now):
     settings = gone_on(whole(then), now, saved(whole(then)), tmp_path / "run")
     assert worst(run(settings), metrics(whole(ALONE))[SAVED:]) <= SAME
     assert apart(exported(settings), exported(whole(ALONE))) <= SAME
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("then", "now"), TIED)
 def test_a_tied_llama_goes_on_in_another_layout(whole, tmp_path, then, now):
     begun = whole(then, MODELS[1])
@@ -134,6 +143,7 @@ def test_every_layout_saves_the_same_model(whole, tmp_path, layout):
     assert apart(exported(whole(layout)), want) > 1e-3, "there were no updates that could differ"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("now", LAYOUTS)
 def test_every_layout_hands_out_a_checkpoint_to_the_last_bit(whole, tmp_path, now):
     """No step is left to do: what was read in one layout is gathered and written in another."""

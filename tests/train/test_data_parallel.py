@@ -43,7 +43,7 @@ def settings_of(workshop: Workshop, folder: Any, layout: str, model: str, **chan
     return workshop.settings(model, folder, micro_batch_size=ROWS // ranks, **keys)
 
 
-@pytest.mark.parametrize("model", MODELS[:2])
+@pytest.mark.parametrize("model", [pytest.param(MODELS[0], marks=pytest.mark.slow), MODELS[1]])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_run_equals_the_plain_loop(workshop: Workshop, plain, tmp_path, layout, model):
     """Two micro-batches a step; losses, gradient norms, and the weights that are handed out."""
@@ -52,7 +52,7 @@ def test_a_run_equals_the_plain_loop(workshop: Workshop, plain, tmp_path, layout
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
-@pytest.mark.parametrize("layout", ["fsdp 2", "hsdp 2×2"])
+@pytest.mark.parametrize("layout", ["fsdp 2", pytest.param("hsdp 2×2", marks=pytest.mark.slow)])
 def test_switches_of_fsdp_change_no_number(workshop: Workshop, plain, tmp_path, layout, switch):
     settings = settings_of(workshop, tmp_path / "run", layout, MODELS[2], fsdp_config=SWITCHES[switch])
     check(settings, run(settings), plain(MODELS[2], micro_batch_size=ROWS))

@@ -83,7 +83,17 @@ def loop_kinds(folder: Any) -> set[str]:
     return {row["kind"] for row in collectives} & set.union(*LOOPS.values())
 
 
-@pytest.mark.parametrize(("layout", "name", "model"), RUNS, ids=lambda value: value)
+def runs():
+    """All; of eight ranks with `gather` one model each unless the slow ones are wanted."""
+    met = set()
+    for layout, name, model in RUNS:
+        eight = "×2×2" in layout or "1×2×4" in layout
+        repeated = eight and (layout, name) in met
+        met.add((layout, name))
+        yield pytest.param(layout, name, model, marks=[pytest.mark.slow] if repeated else [])
+
+
+@pytest.mark.parametrize(("layout", "name", "model"), runs(), ids=lambda value: value)
 def test_a_run_equals_the_plain_loop(workshop: Workshop, plain, tmp_path, layout, name, model):
     settings = settings_of(workshop, tmp_path / "run", layout, name, model)
     check(settings, run(settings), plain(model, micro_batch_size=settings["micro_batch_size"]))

@@ -1,6 +1,6 @@
 """A run of real processes that is killed again and again, and each time goes on by itself as if nothing had been.
 
-Four kills by default, about ten seconds each; `TESSERA_KILLS=20 pytest tests/train/test_kills.py -s` makes twenty,
+Two kills by default, about ten seconds each; `TESSERA_KILLS=20 pytest tests/train/test_kills.py -s` makes twenty,
 every victim at every kind of moment, and prints what each left behind.
 """
 
@@ -23,7 +23,7 @@ import torch
 from tessera.train.checkpoint_folder import latest, read_state, verify
 from train.runs import Workshop, command, environment, exported, metrics, run
 
-KILLS = int(os.environ.get("TESSERA_KILLS", "4"))
+KILLS = int(os.environ.get("TESSERA_KILLS", "2"))
 MOMENTS = ("in a step", "in a save", "in a step", "in a save", "at the start")
 VICTIMS = ("rank 0", "rank 1", "the launcher", "everything")  # five and four: twenty kills have every pair
 NUMBERS = ("step", "loss", "grad_norm", "learning_rate", "epoch", "tokens", "skipped_steps")
