@@ -340,6 +340,7 @@ class Trainer:
 
     def _finish(self, log: Log) -> None:
         self._check_weights()
+        self.saver.wait()  # a save that is in flight, or about to fail, holds disk space that the model may need
         source = self._source()
         export(
             self.model,
