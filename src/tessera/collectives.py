@@ -184,6 +184,15 @@ def start_reduce_scatter(x: Tensor, dim: int, group: Group | None) -> Pending:
     )
 
 
+def gathered(own: object, ranks: int) -> list[Any]:
+    """A small object of every one of the run's `ranks`, in rank order. Not counted: no step does it."""
+    everyone: list[Any] = [own]
+    if ranks > 1:
+        everyone = [None] * ranks
+        dist.all_gather_object(everyone, own)
+    return everyone
+
+
 def gather_into(whole: Tensor, shard: Tensor, group: Group, async_op: bool) -> Any:
     """`all_gather` along dim 0 between memory that FSDP2 owns; returns torch's handle when `async_op`, as it waits."""
     if _leaving_out():

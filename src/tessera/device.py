@@ -22,6 +22,11 @@ def backend(device: torch.device) -> str:
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """bfloat16, float32: as people and config.json write it."""
+    return str(dtype).removeprefix("torch.")
+
+
 def prepare(device: torch.device, *, tf32: bool) -> None:
     """Settings of this process that training wants on `device`; call once, before the first tensor."""
     if device.type == "cuda":

@@ -16,7 +16,7 @@ from tessera.cli.main import main
 from tessera.errors import UserError
 from tessera.train.interface import interface_of, own_address
 from tessera.train.options import LaunchOptions
-from train.runs import Workshop, command, environment, metrics, run, run_command, save_rows
+from train.runs import command, environment, metrics, run, run_command
 
 PORT = "29571"
 NAMES = [f"tessera-{os.getpid()}-{rank}" for rank in (0, 1)]
@@ -24,13 +24,6 @@ NAMES = [f"tessera-{os.getpid()}-{rank}" for rank in (0, 1)]
 
 def ip(*words: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(["ip", *words], capture_output=True, text=True)
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory) -> Workshop:
-    made = Workshop(tmp_path_factory.mktemp("workshop"))
-    save_rows(made.rows)
-    return made
 
 
 @pytest.fixture(scope="module")

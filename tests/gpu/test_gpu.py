@@ -3,16 +3,9 @@
 import pytest
 import torch
 
-from train.runs import Workshop, metrics, plain_loop, run_command, save_rows
+from train.runs import metrics, plain_loop, run_command
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory) -> Workshop:
-    made = Workshop(tmp_path_factory.mktemp("workshop"))
-    save_rows(made.rows)
-    return made
 
 
 def differences(settings, plain) -> list[float]:

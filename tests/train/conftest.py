@@ -1,18 +1,11 @@
-"""Models and rows for the runs of this folder, made once."""
+"""What the runs of this folder are compared with."""
 
 from functools import cache
 from typing import Any
 
 import pytest
 
-from train.runs import Plain, Workshop, plain_loop, save_rows
-
-
-@pytest.fixture(scope="session")
-def workshop(tmp_path_factory) -> Workshop:
-    made = Workshop(tmp_path_factory.mktemp("workshop"))
-    save_rows(made.rows)
-    return made
+from train.runs import Plain, plain_loop
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from tessera.device import dtype_name
 from tessera.errors import UserError
 from tessera.layout import residual_layout
 from tessera.mesh import Mesh
@@ -328,7 +329,7 @@ def _write_rest(
 ) -> None:
     """config.json, true of what was written, and the files that go beside it."""
     config = read_config_json(source)
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     config |= {key: name for key in ("dtype", "torch_dtype") if key in config} or {"dtype": name}
     config |= dict(changes)
     config |= {

@@ -35,9 +35,8 @@ class VocabParallelEmbedding(ParallelModule):
         Returns [T_local, h_local] in the residual layout.
         """
         mesh = self.parallel.mesh
-        # in the dtype of parameters, which FSDP2 may have cast: the gradient is a sum over every time a token occurs
-        stored = self.stored("weight").to(self.parallel.dtype)
-        weight = gather_then_reduce_scatter(stored, 1, mesh.group(self.plan.tokens_axes))
+        # looked up in the parameter's own dtype: its gradient is a sum over every time a token occurs
+        weight = gather_then_reduce_scatter(self.stored("weight"), 1, mesh.group(self.plan.tokens_axes))
         col = mesh.group(("col",))
         if col is None:
             return F.embedding(ids_T, weight).to(self.parallel.compute)
@@ -58,5 +57,4 @@ class LearnedPositions(ParallelModule):
     def forward(self, positions_T: Tensor) -> Tensor:
         """positions_T: the position of each of this rank's tokens in the residual layout."""
         last = self.specs["weight"].shape[0] - 1  # only padding lies beyond: its targets are ignored
-        weight = self.stored("weight").to(self.parallel.dtype)
-        return F.embedding(positions_T.clamp(max=last), weight).to(self.parallel.compute)
+        return F.embedding(positions_T.clamp(max=last), self.stored("weight")).to(self.parallel.compute)

@@ -167,14 +167,17 @@ class ParallelModule(nn.Module):
         self.register_parameter(name, nn.Parameter(data))
 
     def stored(self, name: str) -> Tensor:
-        """This rank's shard of a parameter in the dtype it is held in, differentiable."""
-        parameter = self._parameters[name]
-        assert parameter is not None
-        return local(parameter)
+        """This rank's shard of a parameter in the dtype it is held in, which FSDP2 may have cast; differentiable."""
+        return self._shard(name).to(self.parallel.dtype)
 
     def local(self, name: str) -> Tensor:
         """The same in the compute dtype."""
-        return self.stored(name).to(self.parallel.compute)
+        return self._shard(name).to(self.parallel.compute)
+
+    def _shard(self, name: str) -> Tensor:
+        parameter = self._parameters[name]
+        assert parameter is not None
+        return local(parameter)
 
     def extra_repr(self) -> str:
         return ", ".join(

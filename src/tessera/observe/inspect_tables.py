@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tessera.device import dtype_name
 from tessera.mesh import AXES, Mesh
 from tessera.observe.inspect import Held, Inspection, Totals, Traffic, cut_in_words, placements_in_words
 from tessera.observe.picture import LABELS, Grid, colours, grid_of, mesh_grid, text_picture
@@ -51,7 +52,7 @@ class Report:
 def print_report(console: Console, report: Report) -> None:
     """Everything: what ranks hold, who holds which block, what travels."""
     inspection, mesh, shape = report.inspection, report.inspection.mesh, report.shape
-    compute = str(inspection.parallel.compute).removeprefix("torch.")
+    compute = dtype_name(inspection.parallel.compute)
     console.print(Text(report.title, style="bold"))
     if mesh.world > 1:
         console.print(f"rank = {_rank_formula(mesh)}")

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from tessera.errors import UserError
 from tessera.models.decoder import Decoder
 from tessera.nn.parameter import as_stored, named_specs
-from tessera.train.checkpoint_folder import Reader, read_metadata, read_state, verify
+from tessera.train.checkpoint_folder import Reader, read_state, verify
 
 MODEL = "model/"
 
@@ -54,19 +54,20 @@ def load(folder: Path, model: Decoder, optimizer: torch.optim.Optimizer) -> dict
     state, tensors = read_state(folder), model_tensors(model)
     if state["optimizer"]:
         tensors |= optimizer_tensors(model, optimizer)
-    check_model(folder, {name: tensor.shape for name, tensor in tensors.items()})
+    reader = Reader(folder)
+    check_model(reader, {name: tensor.shape for name, tensor in tensors.items()})
     verify(folder)
     try:
         with alone_is_fine():
-            dcp.load(tensors, storage_reader=Reader(folder), no_dist=not dist.is_initialized())
+            dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     except (CheckpointException, ValueError, KeyError) as error:
         raise UserError("resume_from_checkpoint", folder, f"cannot be read: {reason_of(error)}") from error
     return state
 
 
-def check_model(folder: Path, shapes: Mapping[str, Sequence[int]], only: str = "") -> None:
+def check_model(reader: Reader, shapes: Mapping[str, Sequence[int]], only: str = "") -> None:
     """Raise UserError unless the checkpoint holds just these tensors, of these shapes (of names that begin `only`)."""
-    stored = read_metadata(folder).state_dict_metadata
+    stored = reader.metadata.state_dict_metadata
     found: dict[str, list[int]] = {
         name: list(getattr(entry, "size", [])) for name, entry in stored.items() if name.startswith(only)
     }
@@ -75,7 +76,7 @@ def check_model(folder: Path, shapes: Mapping[str, Sequence[int]], only: str = "
         expected = list(shapes[name]) if name in shapes else "no such tensor"
         if there != expected:
             reason = f"is of another model: {name}: expected {expected}, found {there}"
-            raise UserError("resume_from_checkpoint", folder, reason)
+            raise UserError("resume_from_checkpoint", reader.folder, reason)
 
 
 def reason_of(error: BaseException) -> str:

@@ -26,6 +26,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
+from tessera.collectives import gathered
 from tessera.errors import UserError
 
 STATE = "state.json"
@@ -189,11 +190,7 @@ def verify(folder: Path) -> None:
                 wrong.append((name, ""))
         except OSError as error:
             wrong.append((name, f"cannot be read: {error.strerror}"))
-    found: list[Any] = [wrong]
-    if world > 1:
-        found = [None] * world
-        dist.all_gather_object(found, wrong)
-    for name, reason in sorted(itertools.chain.from_iterable(found)):
+    for name, reason in sorted(itertools.chain.from_iterable(gathered(wrong, world))):
         raise not_whole(folder, f"{name} {reason}") if reason else altered(folder, name)
 
 
@@ -292,10 +289,10 @@ class Reader(dcp.FileSystemReader):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self._metadata = read_metadata(folder)
+        self.folder, self.metadata = folder, read_metadata(folder)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        metadata = self._metadata
+        metadata = self.metadata
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
+from tessera.device import dtype_name
 from tessera.errors import RunFailed, UserError
 from tessera.models.hub import (
     SHARD_BYTES,
@@ -21,7 +22,7 @@ from tessera.models.hub import (
     write_model,
 )
 from tessera.train.checkpoint import MODEL, alone_is_fine, check_model, reason_of
-from tessera.train.checkpoint_folder import METADATA, STATE, Reader, read_metadata, read_state, verify
+from tessera.train.checkpoint_folder import METADATA, STATE, Reader, read_state, verify
 from tessera.train.saver import Writer
 
 
@@ -78,9 +79,10 @@ def _to_hugging_face(
     tokenizer = Path(beside["tokenizer"]) if beside["tokenizer"] and not config else None
     model = read_model_config(folder)
     shapes = parameter_shapes(model)
-    check_model(source, {MODEL + name: shape for name, shape in shapes.items()}, MODEL)
+    reader = Reader(source)
+    check_model(reader, {MODEL + name: shape for name, shape in shapes.items()}, MODEL)
     verify(source)
-    dtype, reader = dtype or _stored_dtype(source), Reader(source)
+    dtype = dtype or _stored_dtype(reader)
 
     def whole(name: str) -> Tensor:
         tensor = torch.empty(shapes[name], dtype=dtype)
@@ -99,12 +101,12 @@ def _to_hugging_face(
         config_changes=beside["config_changes"],
         max_shard_bytes=max_shard_bytes,
     )
-    return f"the model of step {state['step']}, in {str(dtype).removeprefix('torch.')}, written to {target}"
+    return f"the model of step {state['step']}, in {dtype_name(dtype)}, written to {target}"
 
 
-def _stored_dtype(folder: Path) -> torch.dtype:
+def _stored_dtype(reader: Reader) -> torch.dtype:
     """The narrowest dtype that holds every parameter of a checkpoint exactly."""
-    entries = read_metadata(folder).state_dict_metadata.items()
+    entries = reader.metadata.state_dict_metadata.items()
     dtypes = {getattr(entry, "properties").dtype for name, entry in entries if name.startswith(MODEL)}  # noqa: B009
     widest: torch.dtype = dtypes.pop()
     for dtype in dtypes:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from tessera import device as devices
-from tessera.collectives import Recorder, all_gather, all_reduce, largest
+from tessera.collectives import Recorder, all_gather, all_reduce, gathered, largest
 from tessera.data.loader import Loader
 from tessera.data.prepare import TRAINED, Prepared, open_prepared
 from tessera.data.rows import Split, open_rows
@@ -146,12 +146,10 @@ class Trainer:
 
     def _agree_on_resume(self) -> None:
         """Raise UserError on every rank when they see different checkpoints: some would read one, others not."""
-        if self.mesh.world > 1:
-            seen: list[Any] = [None] * self.mesh.world
-            dist.all_gather_object(seen, str(self.resolved.resume))
-            if other := next((rank for rank, path in enumerate(seen) if path != seen[0]), None):
-                reason = f"rank 0 would resume from {seen[0]}, rank {other} from {seen[other]}"
-                raise UserError("output_dir", self.output, reason, "a disk that every machine sees")
+        seen = gathered(str(self.resolved.resume), self.mesh.world)
+        if other := next((rank for rank, path in enumerate(seen) if path != seen[0]), None):
+            reason = f"rank 0 would resume from {seen[0]}, rank {other} from {seen[other]}"
+            raise UserError("output_dir", self.output, reason, "a disk that every machine sees")
 
     def _prepare(self) -> Prepared:
         """Rank 0 prepares the data (most often it finds it done), the others open what it wrote."""
@@ -208,7 +206,7 @@ class Trainer:
             "data": self.prepared.manifest.key,
             "steps": self.total_steps,
             "warmup_steps": self.warmup,
-            "computing_in": str(self.model.parallel.compute).removeprefix("torch."),
+            "computing_in": devices.dtype_name(self.model.parallel.compute),
         }
 
     def run(self, stop: StopRequest) -> None:
@@ -405,7 +403,7 @@ class Trainer:
             f"step {step}: {found}\n"
             f"  likely causes: a learning rate too high (learning_rate: {config.learning_rate}), too short a warm-up "
             f"({self.warmup} steps), no clipping (max_grad_norm: {config.max_grad_norm}), or precision "
-            f"(bf16: {config.bf16}, computing in {str(self.model.parallel.compute).removeprefix('torch.')})\n"
+            f"(bf16: {config.bf16}, computing in {devices.dtype_name(self.model.parallel.compute)})\n"
             f"  last good checkpoint: {self._last_checkpoint()}"
         )
 
@@ -426,9 +424,8 @@ class Trainer:
     def _say_start(self, log: Log) -> None:
         parallel = self.model.parallel
         parameters = sum(p.numel() for p in self.model.parameters())
-        compute = str(parallel.compute).removeprefix("torch.")
         held = f"{self.resolved.model.family}, {parameters:,} parameters"
-        said = f"{held}, schedule {parallel.schedule}, computing in {compute}"
+        said = f"{held}, schedule {parallel.schedule}, computing in {devices.dtype_name(parallel.compute)}"
         for line in (*self.tuned, said, *mesh_lines(self.config, self.resolved.model, parallel)):
             log.say(line)
         begun = f"from {self.resolved.resume}" if self.resolved.resume else "from the start"

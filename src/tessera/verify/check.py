@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from tessera import collectives
-from tessera.collectives import Recorder
+from tessera.collectives import Recorder, gathered
 from tessera.layout import residual_layout
 from tessera.mesh import DATA_AXES, Mesh
 from tessera.nn.parameter import Parallel
 from tessera.plan.words import Row, step_rows, totals
 from tessera.train.preflight import compute_dtype, parallel_for, step_shape
 from tessera.verify.cases import Case, in_miniature
-from tessera.verify.compare import Comparison, Words, compare, gathered
+from tessera.verify.compare import Comparison, Words, compare
 from tessera.verify.diagnose import diagnose
 from tessera.verify.inject import Omission, Program, omissions
 from tessera.verify.problem import Problem
@@ -98,7 +98,7 @@ class Checker:
 
     def omissions(self, case: Case) -> list[Omission]:
         """Every collective of a step of `case`."""
-        return omissions(gathered(self._program(case), self.mesh(case.config)))
+        return omissions(gathered(self._program(case), case.config.world_size))
 
     def catches(self, case: Case, omission: Omission) -> bool:
         """Whether one step in float64 without this collective is seen to be wrong."""
@@ -156,7 +156,7 @@ def count_collectives(case: Case) -> int:
 
 
 def _words_rows(own: Words, expected: Words, mesh: Mesh) -> list[WordsRow]:
-    everyone: list[tuple[Words, Words]] = gathered((own, expected), mesh)
+    everyone: list[tuple[Words, Words]] = gathered((own, expected), mesh.world)
     keys = {key for pair in everyone for words in pair for key in words}
     return [_row(*key, [(c.get(key, (0, 0)), e.get(key, (0, 0))) for c, e in everyone]) for key in sorted(keys)]
 

@@ -9,10 +9,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from tessera.collectives import start_broadcast
+from tessera.collectives import gathered, start_broadcast
 from tessera.mesh import AXES, Mesh
 from tessera.nn.parameter import ParameterSpec
 from tessera.verify.steps import Outcome
@@ -69,7 +68,7 @@ def compare(
     weights = _Squares(outcome.weights, reference.weights if reference else None, outcome.specs, mesh)
     scalars = (outcome.losses, outcome.norms)
     expected = (reference.losses, reference.norms) if reference else None
-    everyone = gathered((gradients.own, weights.own, scalars, expected), mesh)
+    everyone = gathered((gradients.own, weights.own, scalars, expected), mesh.world)
     expected = everyone[0][3]
     assert expected is not None
     whole = math.hypot(*gradients.references.values())
@@ -130,12 +129,3 @@ def _over_ranks(squares: list[float], spec: ParameterSpec, mesh: Mesh) -> float:
     for dim, axis in enumerate(AXES):
         by_rank = by_rank.sum(dim, keepdim=True) if axis in spec.cut_axes else by_rank.amax(dim, keepdim=True)
     return by_rank.sqrt().item()
-
-
-def gathered(own: object, mesh: Mesh) -> list:
-    """A small object of every rank, in rank order."""
-    everyone: list = [None] * mesh.world
-    if mesh.world == 1:
-        return [own]
-    dist.all_gather_object(everyone, own)
-    return everyone

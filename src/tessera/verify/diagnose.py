@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from tessera.collectives import Recorder
+from tessera.collectives import Recorder, gathered
 from tessera.data.loader import Batch
 from tessera.mesh import AXES, DATA_AXES, Mesh
 from tessera.models.decoder import Decoder
@@ -28,7 +28,6 @@ from tessera.train.preflight import step_shape
 from tessera.train.step import Step
 from tessera.verify import own
 from tessera.verify.cases import Case
-from tessera.verify.compare import gathered
 from tessera.verify.steps import batches_of, build, stepper
 from tessera.verify.trace import Operation, Point, Trace, behind, part, traced
 
@@ -56,10 +55,10 @@ class Beside:
 
     def agreed(self, flags: Iterable[bool]) -> list[bool]:
         """Which of `flags` are set on any rank."""
-        return [any(everyone) for everyone in zip(*gathered(list(flags), self.mesh), strict=True)]
+        return [any(everyone) for everyone in zip(*gathered(list(flags), self.mesh.world), strict=True)]
 
     def everywhere(self, flag: bool) -> bool:
-        return all(gathered(flag, self.mesh))
+        return all(gathered(flag, self.mesh.world))
 
 
 @dataclass(frozen=True)
@@ -172,7 +171,7 @@ def _of_point(beside: Beside, point: Point) -> list[str]:
 def _on_the_way(beside: Beside, operation: Operation) -> tuple[str, ...]:
     """The operands whose moves an operation's result depends on, as `plan.words` calls them."""
     if "head" in operation.places:  # forms its gradients in the forward
-        parts = sum(gathered(beside.trace.loss, beside.mesh))
+        parts = sum(gathered(beside.trace.loss, beside.mesh.world))
         right = abs(parts - beside.expected.loss) <= ROUNDING * abs(beside.expected.loss)
         return ("dX", "dlogits") if right else ("X", "W", "logits", "log-sum-exp", "targets")
     if operation.phase == "forward":
@@ -278,7 +277,7 @@ def _bias(beside: Beside, point: Point, difference: Tensor, scale: float) -> Hin
 
 def _one_place(beside: Beside, ours: Tensor, want: Tensor, scale: float) -> Hint | None:
     """Whether wrong and right ranks differ by their place along one axis."""
-    mesh, wrong = beside.mesh, gathered(_is_wrong(ours, want, scale), beside.mesh)
+    mesh, wrong = beside.mesh, gathered(_is_wrong(ours, want, scale), beside.mesh.world)
     places = [Mesh(mesh.sizes, rank=rank).coordinates for rank in range(mesh.world)]
     for axis in mesh.present(AXES):
         for alone in range(mesh.sizes[axis]):

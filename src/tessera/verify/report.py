@@ -8,6 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from tessera.device import dtype_name
 from tessera.verify.cases import Case
 from tessera.verify.check import Result, WordsRow
 from tessera.verify.compare import QUANTITIES, Comparison
@@ -49,7 +50,7 @@ def numbers_table(result: Result) -> Table:
     table = Table(title=f"{result.name}: difference from one process", box=box.SIMPLE)
     table.add_column("quantity")
     for comparison in result.comparisons:
-        table.add_column(_dtype(comparison.dtype), justify="right")
+        table.add_column(dtype_name(comparison.dtype), justify="right")
         table.add_column("allowed", justify="right")
     table.add_column("largest in")
     for quantity in QUANTITIES:
@@ -85,7 +86,7 @@ def words_table(result: Result) -> Table:
 def say_layouts_heading(out: Console, training: torch.dtype) -> None:
     """The heading over the lines of `say_layout`."""
     out.print("the largest difference of loss, gradients, norm and weights from one process; words from the formula")
-    out.print(f"\n[bold]{'layout':<62}{_dtype(torch.float64):>9}{_dtype(training):>10}  {'words':<8}[/bold]")
+    out.print(f"\n[bold]{'layout':<62}{dtype_name(torch.float64):>9}{dtype_name(training):>10}  {'words':<8}[/bold]")
 
 
 def say_layout(out: Console, result: Result) -> None:
@@ -105,7 +106,7 @@ def fault(result: Result) -> str:
     heading = "not the numbers of one process" if wrong else "other words than the formula has"
     lines = [f"{result.name}: {heading}", *result.diagnosis]
     if wrong is not None and not result.diagnosis:
-        lines.append(f"float64 is right: only rounding in {_dtype(wrong.dtype)} is larger than allowed")
+        lines.append(f"float64 is right: only rounding in {dtype_name(wrong.dtype)} is larger than allowed")
     lines += _differences(wrong) if wrong else []
     lines += [_wrong_words(row) for row in result.words if row.ranks]
     return "\n  ".join(lines)
@@ -117,7 +118,7 @@ def _differences(comparison: Comparison) -> Iterator[str]:
         found = sorted((f for f in comparison.findings if f.quantity == quantity), key=lambda f: -f.error)
         if found:
             more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-            allowed = f"{_dtype(comparison.dtype)}, allowed {comparison.tolerance:.0e}"
+            allowed = f"{dtype_name(comparison.dtype)}, allowed {comparison.tolerance:.0e}"
             yield f"{quantity} of {found[0].name}{more}: off by {found[0].error:.1e} ({allowed})"
 
 
@@ -148,7 +149,7 @@ def as_json(results: Sequence[Result], unfit: Mapping[str, str]) -> dict[str, An
 
 def _layout_json(result: Result) -> dict[str, Any]:
     numbers = {
-        _dtype(c.dtype): {"allowed": c.tolerance, "worst": c.worst} | {q: c.errors[q] for q in QUANTITIES}
+        dtype_name(c.dtype): {"allowed": c.tolerance, "worst": c.worst} | {q: c.errors[q] for q in QUANTITIES}
         for c in result.comparisons
     }
     words = [vars(row) for row in result.words]
@@ -167,7 +168,3 @@ def _red(text: str, wrong: bool) -> str:
 def _extent(bounds: tuple[int, int]) -> str:
     low, high = bounds
     return f"{low:,}" if low == high else f"{low:,}–{high:,}"
-
-
-def _dtype(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
