@@ -1,8 +1,10 @@
 """Config to rows on disk: what each kind of data becomes, what is refused, when the folder is reused."""
 
 import json
+import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -236,6 +238,35 @@ def test_a_write_that_fails_keeps_what_was_there(tmp_path, write, settings, monk
         prepare(settings(write("b.jsonl", TOKENS[1:])), None)
     assert listing(tmp_path / "out") == before
     assert len(all_rows(prepared.folder)) == 10
+
+
+def test_a_process_killed_while_it_replaces_leaves_nothing_in_the_way(write, settings, monkeypatch):
+    """Killed before its first removal or renaming, before its second..., in a removal half way."""
+    rmtree, rename = shutil.rmtree, Path.rename
+    config, changed = settings(write("a.jsonl", TOKENS)), settings(write("b.jsonl", TOKENS[1:]))
+
+    def go_on() -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+
+    def remove(folder, **options):
+        (folder / "manifest.json").unlink(missing_ok=True)
+        go_on()
+        rmtree(folder, **options)
+
+    def move(folder, target):
+        go_on()
+        return rename(folder, target)
+
+    for calls in range(8):
+        prepare(config, None)
+        left = iter(range(calls))
+        with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+            patch.setattr(module.shutil, "rmtree", remove)
+            patch.setattr(Path, "rename", move)
+            prepare(changed, None)
+        assert prepare(changed, None).manifest.train_rows == len(TOKENS) - 1
+    assert next(left, None) is not None  # the last one was not killed
 
 
 @pytest.mark.parametrize(("size", "held"), [(3, 3), (0.2, 2), (0.001, 1), (0.99, 9)])

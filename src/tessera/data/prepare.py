@@ -225,9 +225,10 @@ def _write(
     folder: Path, splits: tuple[list[Row], list[Row]], manifest: Manifest, tokenizer: TextTokenizer | None
 ) -> None:
     """Write everything beside `folder`, then rename it into place: a folder with a manifest is whole."""
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    beside, old = (folder.with_name(f".{folder.name}.{os.getpid()}{suffix}") for suffix in ("", ".old"))
     try:
-        shutil.rmtree(beside, ignore_errors=True)  # of a process of that number that was killed
+        for left in (beside, old):
+            shutil.rmtree(left, ignore_errors=True)  # of a process of that number that was killed
         beside.mkdir(parents=True)
         for split, rows in zip(SPLITS, splits, strict=True):
             if rows:
@@ -235,10 +236,12 @@ def _write(
         if tokenizer and manifest.tokenizer == TRAINED:
             save_tokenizer(tokenizer, beside)
         (beside / "manifest.json").write_text(json.dumps(asdict(manifest), indent=2) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)  # removed in place and killed meanwhile, it would be neither ours nor empty
         beside.rename(folder)
     except OSError as error:
         reason = f"cannot be written: {error.strerror}"
         raise UserError("output_dir", folder, reason) from error
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        for left in (beside, old):
+            shutil.rmtree(left, ignore_errors=True)
