@@ -65,16 +65,15 @@ def _show_stack_when_asked() -> None:
 
 
 def restart_overrides(output_dir: str) -> list[str]:
-    """Settings of a rank that is started again: it goes on from the newest whole checkpoint of this run, if any."""
+    """Settings of a rank that is started again: it goes on from the latest whole checkpoint of this run, if any."""
+    resume: str | Path | None = None
     if int(os.environ.get(ATTEMPT, "0")):
         resume = os.environ.get(RESUME)
     elif int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):  # by another launcher, which knows of no checkpoints
-        from tessera.train.checkpoint_folder import whole_checkpoints
+        from tessera.train.checkpoint_folder import latest
 
-        resume = next((str(path) for path in reversed(whole_checkpoints(Path(output_dir)))), None)
-    else:
-        resume = None
-    return [f"resume_from_checkpoint={quoted(resume)}"] if resume else []
+        resume = latest(Path(output_dir))
+    return [f"resume_from_checkpoint={quoted(str(resume))}"] if resume else []
 
 
 def quoted(text: str) -> str:
