@@ -23,6 +23,7 @@ def _serve(rank: int, world: int, store: str, connection: Any) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    _share_one_device()
     dist.init_process_group(
         "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=GROUP_TIMEOUT
     )
@@ -33,6 +34,20 @@ def _serve(rank: int, world: int, store: str, connection: Any) -> None:
         except BaseException:
             connection.send((False, traceback.format_exc()))
     dist.destroy_process_group()
+
+
+def _share_one_device() -> None:
+    """One gloo device for all groups of this process: each has a thread that polls, also while nothing is to do."""
+    from torch.distributed import ProcessGroupGloo
+
+    initialize, device = ProcessGroupGloo.__init__, ProcessGroupGloo.create_default_device()
+
+    def __init__(self: Any, store: Any, rank: int, size: int, timeout: datetime.timedelta) -> None:
+        options = ProcessGroupGloo._Options()
+        options._devices, options._threads, options._timeout = [device], 2, timeout
+        initialize(self, store, rank, size, options)
+
+    ProcessGroupGloo.__init__ = __init__
 
 
 class Pool:
