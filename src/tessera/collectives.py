@@ -229,9 +229,8 @@ def start_broadcast(x: Tensor, root: int, group: Group | None) -> Pending:
     """Issue `broadcast` from the rank in place `root` of the group; x has one shape on all ranks."""
     if group is None:
         return Pending(x)
-    whole = (
-        x.detach().contiguous() if group.rank == root else torch.empty_like(x, memory_format=torch.contiguous_format)
-    )
+    # `data`, not detach(): gloo writes a GPU's tensor back on the root too, and autograd may have saved x
+    whole = x.data.contiguous() if group.rank == root else torch.empty_like(x, memory_format=torch.contiguous_format)
     if group.rank != root and _leaving_out():
         whole.zero_()
     process_group = group.process_group

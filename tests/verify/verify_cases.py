@@ -51,9 +51,9 @@ def settings(model: str, **keys: Any) -> dict[str, Any]:
 
 
 @cache
-def checker() -> Checker:
+def checker(device: str = "cpu") -> Checker:
     """One for all tests of a worker, whose meshes and references it keeps."""
-    return Checker(torch.device("cpu"))
+    return Checker(torch.device(device))
 
 
 def case_of(keys: dict[str, Any], layers: int = 2, micro_batches: int = 2) -> Case:
@@ -69,6 +69,10 @@ def shorter(case: Case, layers: int, micro_batches: int) -> Case:
 
 def check(keys: dict[str, Any]) -> Result:
     return checker().check(case_of(keys))
+
+
+def check_on(device: str, keys: dict[str, Any]) -> Result:
+    return checker(device).check(case_of(keys))
 
 
 def check_every_layout(keys: dict[str, Any], world: int) -> tuple[list[Result], str]:

@@ -103,7 +103,7 @@ class _Squares:
             reference = reference.double()
             self.references[name] = reference.norm().item()
             part = reference[specs[name].stored_slices(mesh)]
-            self.own[name] = (shards[name].double() - part).square().sum().item()
+            self.own[name] = (shards[name].double() - part.to(shards[name].device)).square().sum().item()
 
 
 def _from_first_rank(

@@ -50,7 +50,7 @@ def build(problem: Problem, parallel: Parallel, config: "TrainConfig") -> Decode
             if not spec.init.std:
                 generator = torch.Generator().manual_seed(hash_seed(problem.seed, name))
                 noise = torch.randn(spec.shape, generator=generator)[spec.stored_slices(parallel.mesh)]
-                to_local(parameter).add_(noise.to(parallel.mesh.device), alpha=0.1)
+                to_local(parameter).add_(noise.to(to_local(parameter).device), alpha=0.1)
     return model
 
 
