@@ -2,8 +2,9 @@
 
     pp · replicate · shard · ring · ulysses · inner · depth · row · col          outermost first
 
-The busiest axis is innermost, so that its ranks lie inside a node. Axes of size 1 do not exist for torch: they are no
-dimension of the DeviceMesh, have no process group, and every collective along them returns its argument.
+The busiest axis is innermost, so that its ranks lie inside a node; a run on several may number them in another order
+(train/links.py). Axes of size 1 do not exist for torch: they are no dimension of the DeviceMesh, have no process group,
+and every collective along them returns its argument.
 """
 
 import math
@@ -35,7 +36,9 @@ class Mesh:
     """Ranks arranged along named axes.
 
     `sizes` gives the size of each axis (those left out are 1); their product must be the world size, and
-    torch.distributed must be initialised if it is above 1. `rank` defaults to this process's own.
+    torch.distributed must be initialised if it is above 1. `rank` defaults to this process's own. `order` is that in
+    which ranks are numbered, outermost first: it moves ranks to other coordinates and changes nothing else, provided
+    that axes which are one group for a gather or scatter keep their order.
     """
 
     def __init__(
@@ -43,8 +46,9 @@ class Mesh:
         sizes: Mapping[str, int] | None = None,
         device: torch.device | str = "cpu",
         rank: int | None = None,
+        order: Sequence[str] = AXES,
     ) -> None:
-        sizes = dict(sizes or {})
+        sizes, self.order = dict(sizes or {}), tuple(order)
         self.sizes = {axis: sizes.get(axis, 1) for axis in AXES}
         self.present(sizes)  # knows every axis
         self.device = torch.device(device)
@@ -56,7 +60,7 @@ class Mesh:
         self.rank = rank if rank is not None else (dist.get_rank() if initialised else 0)
         self.coordinates: dict[str, int] = {}
         rest = self.rank
-        for axis in reversed(AXES):
+        for axis in reversed(self.order):
             rest, self.coordinates[axis] = divmod(rest, self.sizes[axis])
         self._groups: dict[tuple[str, ...], Group] = {}
         self._arranged: dict[tuple[tuple[str, ...], ...], DeviceMesh] = {}
@@ -141,7 +145,8 @@ class Mesh:
 
     def _ranks(self) -> torch.Tensor:
         """Every rank, at its coordinates."""
-        return torch.arange(self.world).reshape(tuple(self.sizes.values()))
+        numbered = torch.arange(self.world).reshape([self.sizes[axis] for axis in self.order])
+        return numbered.permute([self.order.index(axis) for axis in AXES])
 
     @property
     def device_mesh(self) -> DeviceMesh | None:

@@ -1,15 +1,16 @@
 """Meshes of a worker, one for each shape: a process group keeps a thread that polls, so a new one each time adds up."""
 
+from collections.abc import Sequence
 from functools import cache
 
 from tessera.mesh import AXES, Mesh
 
 
-def shared_mesh(sizes: dict[str, int]) -> Mesh:
-    """The mesh of these sizes in this process."""
-    return _mesh(tuple((axis, sizes[axis]) for axis in AXES if sizes.get(axis, 1) > 1))
+def shared_mesh(sizes: dict[str, int], order: Sequence[str] = AXES) -> Mesh:
+    """The mesh of these sizes in this process, its ranks numbered in this order."""
+    return _mesh(tuple((axis, sizes[axis]) for axis in AXES if sizes.get(axis, 1) > 1), tuple(order))
 
 
 @cache
-def _mesh(sizes: tuple[tuple[str, int], ...]) -> Mesh:
-    return Mesh(dict(sizes))
+def _mesh(sizes: tuple[tuple[str, int], ...], order: tuple[str, ...]) -> Mesh:
+    return Mesh(dict(sizes), order=order)

@@ -23,8 +23,14 @@ from tessera.train.trainer import train
 
 def train_on_rank(settings: dict[str, Any]) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the pool talks over gloo
-    with patch("tessera.train.trainer.Mesh", lambda sizes, device: shared_mesh(sizes)):
+    with patch("tessera.train.trainer.Mesh", lambda sizes, device, order: shared_mesh(sizes, order)):
         train(TrainConfig.model_validate(settings))
+
+
+def train_on_machines(settings: dict[str, Any], here: int) -> str:
+    """What a run prints whose ranks are on machines of `here` each, as far as it knows."""
+    with patch.dict(os.environ, {"LOCAL_WORLD_SIZE": str(here)}):
+        return said_on_rank(settings)
 
 
 def refusal_on_rank(settings: dict[str, Any]) -> str:

@@ -1,15 +1,14 @@
 """What a run says of itself before its first step: the axes of its mesh, what moves along them, and its batch."""
 
-import math
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from tessera import device as devices
-from tessera.mesh import AXES, DATA_AXES, Mesh
+from tessera.mesh import DATA_AXES, Mesh
 from tessera.models.config import ModelConfig
 from tessera.nn.parameter import Parallel
-from tessera.plan.words import step_rows, totals
-from tessera.train.preflight import step_shape
+from tessera.train.links import between_machines, in_a_machine, traffic
 
 if TYPE_CHECKING:
     from tessera.config.schema import TrainConfig
@@ -25,13 +24,14 @@ _CUTS = {
 
 
 def mesh_lines(config: "TrainConfig", model: ModelConfig, parallel: Parallel) -> list[str]:
-    """The axes above size 1, outermost first; what a rank receives along them in a step; the rows of a step."""
+    """The axes above size 1, outermost first as ranks are numbered; what a rank receives along them; a step's rows."""
     mesh, here = parallel.mesh, int(os.environ.get("LOCAL_WORLD_SIZE", parallel.mesh.world))
     lines = [f"mesh: {mesh} on {devices.describe(mesh.device)}"]
     if mesh.world > 1:
-        rows = [(axis, str(mesh.sizes[axis]), _links((axis,), mesh, here), _CUTS[axis]) for axis in mesh.present(AXES)]
+        present = [axis for axis in mesh.order if mesh.sizes[axis] > 1]
+        rows = [(axis, str(mesh.sizes[axis]), _links(axis, mesh, here), _CUTS[axis]) for axis in present]
         lines += _table([("axis", "ranks", "links", "cuts"), *rows])
-        lines += _traffic(config, model, parallel, here)
+        lines += _traffic(traffic(config, model, parallel), mesh, here)
     data, micro, times = mesh.size(DATA_AXES), config.micro_batch_size, config.gradient_accumulation_steps
     tensor = mesh.world // data
     lines.append(
@@ -41,31 +41,35 @@ def mesh_lines(config: "TrainConfig", model: ModelConfig, parallel: Parallel) ->
     return lines
 
 
-def _links(axes: tuple[str, ...], mesh: Mesh, here: int) -> str:
-    """Whether the ranks along `axes` are all on one machine, of which each has `here` ranks."""
-    outermost = min(AXES.index(axis) for axis in axes)
-    span = math.prod(mesh.sizes[axis] for axis in AXES[outermost:])
-    return "in a machine" if here % span == 0 else "between machines"
+def _links(axes: str, mesh: Mesh, here: int) -> str:
+    return "in a machine" if in_a_machine(axes, mesh, here) else "between machines"
 
 
-def _traffic(config: "TrainConfig", model: ModelConfig, parallel: Parallel, here: int) -> list[str]:
-    """Bytes along each group of axes in a step of full-length rows, by formula, the busiest first."""
-    mesh, shape = parallel.mesh, step_shape(config, parallel)
-    received: dict[str, int] = {}
-    for (axis, _), (_, count) in totals(step_rows(model, shape, parallel)).items():
-        received[axis] = received.get(axis, 0) + count
+def _traffic(received: Mapping[str, int], mesh: Mesh, here: int) -> list[str]:
+    """The busiest axes first; how many bytes the numbering of the ranks keeps inside machines."""
     busiest = sorted(received.items(), key=lambda item: -item[1])
-    links = {axis: _links(tuple(axis.split("·")), mesh, here) for axis in received}
-    rows = [(axis, links[axis], f"{count / 2**20:,.1f}") for axis, count in busiest]
+    rows = [(axes, _links(axes, mesh, here), _mib(count)) for axes, count in busiest]
     lines = _table([("along", "links", "MiB received a step"), *rows])
+    usual = Mesh(mesh.sizes, "meta", rank=0)
+    if mesh.order != usual.order:
+        passing, otherwise = (_mib(between_machines(received, one, here)) for one in (mesh, usual))
+        kept = " · ".join(axis for axis in mesh.order if mesh.sizes[axis] > 1 and in_a_machine(axis, mesh, here))
+        lines.append(
+            f"  ranks are numbered with {kept} innermost: {passing} MiB a step pass between machines, "
+            f"in the usual order {otherwise}"
+        )
     crossing, inside = (
-        max((n for axis, n in received.items() if links[axis] == where), default=0)
-        for where in ("between machines", "in a machine")
+        max((count for axes, count in received.items() if in_a_machine(axes, mesh, here) == stays), default=0)
+        for stays in (False, True)
     )
     if crossing > inside > 0:
         busy = busiest[0][0]
         lines.append(f"  most bytes travel between machines, along {busy}: fewer ranks there would keep them inside")
     return lines
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.1f}"
 
 
 def _table(rows: list[tuple[str, ...]]) -> list[str]:

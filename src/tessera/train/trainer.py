@@ -30,6 +30,7 @@ from tessera.parallel.replicas import drifted
 from tessera.plan.tune import tune
 from tessera.train import checkpoint, checkpoint_folder
 from tessera.train.announce import mesh_lines
+from tessera.train.links import axis_order
 from tessera.train.log import Log, Stopwatch
 from tessera.train.optimizer import build_optimizer, learning_rate
 from tessera.train.preflight import Run, compute_dtype, fsdp_of, parallel_for, prepare_data, resolve
@@ -101,10 +102,10 @@ class Trainer:
 
     def __init__(self, config: "TrainConfig", device: torch.device) -> None:
         self.config = config
-        self.mesh = Mesh(config.mesh_sizes, device)
-        self.first = self.mesh.rank == 0
         self.output = Path(config.output_dir)
         self.resolved: Run = resolve(config)
+        self.mesh = Mesh(config.mesh_sizes, device, order=self._order())
+        self.first = self.mesh.rank == 0
         self._agree_on_resume()
         self.prepared: Prepared = self._prepare()
         compute = compute_dtype(config, device)
@@ -143,6 +144,13 @@ class Trainer:
             self._check_resumed(resumed)
         self._memory: float | None = None
         self.collectives: list[dict[str, Any]] = []
+
+    def _order(self) -> tuple[str, ...]:
+        """The axes as ranks are numbered: of one machine, or of several that are not alike, the usual order."""
+        world = self.config.world_size
+        here = gathered(int(os.environ.get("LOCAL_WORLD_SIZE", world)), world)
+        alike = min(here) == max(here) < world
+        return axis_order(self.config, self.resolved.model, here[0]) if alike else AXES
 
     def _agree_on_resume(self) -> None:
         """Raise UserError on every rank when they see different checkpoints: some would read one, others not."""
