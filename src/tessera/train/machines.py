@@ -132,11 +132,12 @@ class Machines:
         return store
 
     def _let_the_others_read(self) -> None:
-        """Stay until the last word has been read: machine 0, which hosts it, until the others have left or are lost."""
+        """Stay until the last word is in the store, and on machine 0, which hosts it, until the others have left or are
+        lost."""
         until, ticks = time.monotonic() + 2 * LOST, self.ticks
-        while time.monotonic() < until and self.broken is None:
+        while time.monotonic() < until and self.broken is None and self.thread.is_alive():
             present = [rank for rank, line in list(self.lines.items()) if line["left"] is None and not self._lost(rank)]
-            if self.ticks >= ticks + 2 and (self.place.rank != 0 or not present):
+            if self.place.rank == 0 and self.ticks >= ticks + 2 and not present:
                 return
             time.sleep(_POLL)
 
@@ -153,8 +154,10 @@ class Machines:
                 self.wake.clear()
                 with self.lock:
                     self.own["beat"] += 1
-                    line = json.dumps(self.own)
+                    line, leaving = json.dumps(self.own), self.own["left"] is not None and self.place.rank != 0
                 self.store.set(f"line/{self.place.rank}", line)
+                if leaving:  # machine 0 may be gone as soon as it has read that: torch would print a stack trace
+                    return
                 for rank in self.others:
                     if rank in self.lines or self.store.check([f"line/{rank}"]):
                         self.lines[rank] = json.loads(self.store.get(f"line/{rank}"))
