@@ -2,9 +2,9 @@
 
     pp · replicate · shard · ring · ulysses · inner · depth · row · col          outermost first
 
-The busiest axis is innermost, so that its ranks lie inside a node; a run on several may number them in another order
-(train/links.py). Axes of size 1 do not exist for torch: they are no dimension of the DeviceMesh, have no process group,
-and every collective along them returns its argument.
+The busiest axis is innermost, so that its ranks lie inside a node; a run on several nodes may number its ranks in
+another order (train/links.py). Axes of size 1 do not exist for torch: they are no dimension of the DeviceMesh, have no
+process group, and every collective along them returns its argument.
 """
 
 import math
@@ -24,7 +24,10 @@ AXES = ("pp", *DATA_AXES, *SEQUENCE_AXES, *MODEL_AXES)
 
 @dataclass(frozen=True)
 class Group:
-    """The ranks that differ from this one only along `axes`, in mesh order; `rank` is this one's place among them."""
+    """The ranks that differ from this one only along `axes`, in the order of `AXES`; `rank` is this one's place there.
+
+    torch sorts them by number, which is the same order unless the mesh's numbering puts several of the axes in another.
+    """
 
     axes: tuple[str, ...]
     size: int
@@ -36,9 +39,9 @@ class Mesh:
     """Ranks arranged along named axes.
 
     `sizes` gives the size of each axis (those left out are 1); their product must be the world size, and
-    torch.distributed must be initialised if it is above 1. `rank` defaults to this process's own. `order` is that in
-    which ranks are numbered, outermost first: it moves ranks to other coordinates and changes nothing else, provided
-    that axes which are one group for a gather or scatter keep their order.
+    torch.distributed must be initialised if it is above 1. `rank` defaults to this process's own. `numbering` is the
+    order of the axes in which ranks are counted, outermost first: ranks get other coordinates and nothing else changes,
+    provided that axes whose shards a gather or scatter puts together as one group are counted in the order of `AXES`.
     """
 
     def __init__(
@@ -46,11 +49,13 @@ class Mesh:
         sizes: Mapping[str, int] | None = None,
         device: torch.device | str = "cpu",
         rank: int | None = None,
-        order: Sequence[str] = AXES,
+        numbering: Sequence[str] = AXES,
     ) -> None:
-        sizes, self.order = dict(sizes or {}), tuple(order)
+        sizes, self.numbering = dict(sizes or {}), tuple(numbering)
         self.sizes = {axis: sizes.get(axis, 1) for axis in AXES}
         self.present(sizes)  # knows every axis
+        if sorted(self.numbering) != sorted(AXES):
+            raise ValueError(f"ranks are numbered along every axis once, not along {self.numbering}")
         self.device = torch.device(device)
         self.world = math.prod(self.sizes.values())
         initialised = dist.is_available() and dist.is_initialized()
@@ -60,7 +65,7 @@ class Mesh:
         self.rank = rank if rank is not None else (dist.get_rank() if initialised else 0)
         self.coordinates: dict[str, int] = {}
         rest = self.rank
-        for axis in reversed(self.order):
+        for axis in reversed(self.numbering):
             rest, self.coordinates[axis] = divmod(rest, self.sizes[axis])
         self._groups: dict[tuple[str, ...], Group] = {}
         self._arranged: dict[tuple[tuple[str, ...], ...], DeviceMesh] = {}
@@ -69,8 +74,12 @@ class Mesh:
     def __str__(self) -> str:
         return " × ".join(f"{axis} {size}" for axis, size in self.sizes.items() if size > 1) or "one process"
 
+    def at(self, rank: int) -> "Mesh":
+        """The same mesh as another rank sees it, for its coordinates: it makes no groups."""
+        return Mesh(self.sizes, self.device, rank, self.numbering)
+
     def present(self, axes: Iterable[str]) -> tuple[str, ...]:
-        """Those of `axes` whose size is above 1, in mesh order."""
+        """Those of `axes` whose size is above 1, in the order of `AXES`."""
         wanted = set(axes)
         if wanted - set(AXES):
             raise ValueError(f"unknown mesh axes {sorted(wanted - set(AXES))}; the axes are {', '.join(AXES)}")
@@ -145,8 +154,8 @@ class Mesh:
 
     def _ranks(self) -> torch.Tensor:
         """Every rank, at its coordinates."""
-        numbered = torch.arange(self.world).reshape([self.sizes[axis] for axis in self.order])
-        return numbered.permute([self.order.index(axis) for axis in AXES])
+        counted = torch.arange(self.world).reshape([self.sizes[axis] for axis in self.numbering])
+        return counted.permute([self.numbering.index(axis) for axis in AXES])
 
     @property
     def device_mesh(self) -> DeviceMesh | None:

@@ -31,6 +31,18 @@ def test_the_busiest_axis_is_innermost():
     assert Mesh({"row": 2, "col": 4}, rank=5).coordinates["col"] == 1
 
 
+def test_ranks_may_be_numbered_in_another_order():
+    numbering = ("row", *(axis for axis in AXES if axis != "row"))
+    mesh = Mesh({"row": 2, "col": 4}, rank=5, numbering=numbering)
+    assert mesh.coordinates == Mesh({"row": 2, "col": 4}, rank=5).coordinates  # row was before col anyhow
+    numbering = (*(axis for axis in AXES if axis != "row"), "row")
+    mesh = Mesh({"row": 2, "col": 4}, rank=5, numbering=numbering)
+    assert (mesh.coordinates["row"], mesh.coordinates["col"]) == (1, 2)
+    assert mesh.at(3).coordinates["row"] == 1 and mesh.at(3).numbering == numbering
+    with pytest.raises(ValueError, match="numbered along every axis once"):
+        Mesh({"row": 2}, rank=0, numbering=("row",))
+
+
 def test_axes_of_size_one_are_not_present():
     mesh = Mesh({"col": 2, "row": 1, "inner": 3}, rank=0)
     assert mesh.present(("col", "row", "inner")) == ("inner", "col")

@@ -226,14 +226,17 @@ def test_prepared_data_of_another_version_is_replaced(write, settings):
     assert prepare(config, None).reused
 
 
-def test_a_write_that_fails_keeps_what_was_there(tmp_path, write, settings, monkeypatch):
+@pytest.mark.parametrize("writing", [True, False], ids=["writing", "renaming"])
+def test_a_write_that_fails_keeps_what_was_there(tmp_path, write, settings, monkeypatch, writing):
     prepared = prepare(settings(write("a.jsonl", TOKENS)), None)
-    before = listing(tmp_path / "out")
+    before, rename = listing(tmp_path / "out"), Path.rename
 
-    def full(folder, rows):
-        raise OSError(28, "No space left on device")
+    def full(folder, target):
+        if writing or (target == prepared.folder and not folder.name.endswith(".old")):
+            raise OSError(28, "No space left on device")
+        return rename(folder, target)
 
-    monkeypatch.setattr(module, "write_rows", full)
+    monkeypatch.setattr(*((module, "write_rows") if writing else (Path, "rename")), full)
     with pytest.raises(UserError, match="No space left"):
         prepare(settings(write("b.jsonl", TOKENS[1:])), None)
     assert listing(tmp_path / "out") == before

@@ -1,6 +1,5 @@
-"""A program: every collective of the door over NCCL, in a group of one rank, on data of each dtype that travels."""
+"""A program: every collective of the door but `shift` over NCCL in a group of one rank, for each dtype that travels."""
 
-import os
 from datetime import timedelta
 
 import torch
@@ -11,7 +10,6 @@ from tessera.mesh import Group
 
 
 def main() -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
     own = device.local_device()
     store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
     dist.init_process_group(device.backend(own), store=store, rank=0, world_size=1, timeout=timedelta(seconds=60))
@@ -34,7 +32,7 @@ def main() -> None:
     dist.all_gather_object(everyone, "kept by the CPU")
     assert everyone == ["kept by the CPU"]
     dist.destroy_process_group()
-    print("every collective gives back what went in")
+    print("each gives back what went in")
 
 
 def check(pending: collectives.Pending, expected: torch.Tensor) -> None:

@@ -6,11 +6,11 @@ from functools import cache
 from tessera.mesh import AXES, Mesh
 
 
-def shared_mesh(sizes: dict[str, int], order: Sequence[str] = AXES) -> Mesh:
-    """The mesh of these sizes in this process, its ranks numbered in this order."""
-    return _mesh(tuple((axis, sizes[axis]) for axis in AXES if sizes.get(axis, 1) > 1), tuple(order))
+def shared_mesh(sizes: dict[str, int], numbering: Sequence[str] = AXES) -> Mesh:
+    """The mesh of these sizes in this process, its ranks counted in this order."""
+    return _mesh(tuple((axis, sizes[axis]) for axis in AXES if sizes.get(axis, 1) > 1), tuple(numbering))
 
 
 @cache
-def _mesh(sizes: tuple[tuple[str, int], ...], order: tuple[str, ...]) -> Mesh:
-    return Mesh(dict(sizes), order=order)
+def _mesh(sizes: tuple[tuple[str, int], ...], numbering: tuple[str, ...]) -> Mesh:
+    return Mesh(dict(sizes), numbering=numbering)

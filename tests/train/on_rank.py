@@ -11,19 +11,28 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
 import torch.distributed as dist
 
 from support.mesh import shared_mesh
 from tessera.config.schema import TrainConfig
 from tessera.errors import RunFailed, UserError
+from tessera.mesh import Mesh
+from tessera.train.links import run_mesh
 from tessera.train.optimizer import learning_rate
+from tessera.train.preflight import model_of
 from tessera.train.saver import HostCopies, Writer
 from tessera.train.trainer import train
 
 
+def _shared(*arguments: Any) -> Mesh:
+    mesh = run_mesh(*arguments)
+    return shared_mesh(mesh.sizes, mesh.numbering)
+
+
 def train_on_rank(settings: dict[str, Any]) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the pool talks over gloo
-    with patch("tessera.train.trainer.Mesh", lambda sizes, device, order: shared_mesh(sizes, order)):
+    with patch("tessera.train.trainer.run_mesh", _shared):
         train(TrainConfig.model_validate(settings))
 
 
@@ -31,6 +40,13 @@ def train_on_machines(settings: dict[str, Any], here: int) -> str:
     """What a run prints whose ranks are on machines of `here` each, as far as it knows."""
     with patch.dict(os.environ, {"LOCAL_WORLD_SIZE": str(here)}):
         return said_on_rank(settings)
+
+
+def numbering_on_machines(settings: dict[str, Any], here: tuple[int, ...]) -> tuple[str, ...]:
+    """How the ranks of a run are numbered of which each sees `here[rank]` on its machine."""
+    config = TrainConfig.model_validate(settings)
+    with patch.dict(os.environ, {"LOCAL_WORLD_SIZE": str(here[own_rank()])}):
+        return run_mesh(config, model_of(config), torch.device("cpu"), torch.float32).numbering
 
 
 def refusal_on_rank(settings: dict[str, Any]) -> str:

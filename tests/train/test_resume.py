@@ -17,6 +17,7 @@ from tessera.config.schema import TrainConfig
 from tessera.errors import UserError
 from tessera.train import checkpoint, checkpoint_folder
 from tessera.train.preflight import checkpoint_to_resume
+from tessera.train.rank import restart_overrides
 from tessera.train.trainer import train
 from train.runs import Metrics, Workshop, exported, metrics, refusal_on_rank, run
 
@@ -48,6 +49,15 @@ def copy_of(settings: dict[str, Any], output: Path, **changes: Any) -> dict[str,
 
 def losses(found: Metrics) -> list[tuple[float, float]]:
     return [(m["loss"], m["grad_norm"]) for m in found]
+
+
+def test_a_rank_that_torchrun_starts_again_takes_what_latest_names(whole_run, tmp_path, monkeypatch):
+    output = tmp_path / "run"
+    shutil.copytree(whole_run(1)["output_dir"], output)
+    (output / "LATEST").write_text("checkpoint-3\n")
+    assert (output / "checkpoint-6").exists() and restart_overrides(str(output)) == []
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert restart_overrides(str(output)) == [f"resume_from_checkpoint='{output / 'checkpoint-3'}'"]
 
 
 # ---- The same numbers

@@ -240,6 +240,8 @@ def _write(
             folder.rename(old)  # removed in place and killed meanwhile, it would be neither ours nor empty
         beside.rename(folder)
     except OSError as error:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
         reason = f"cannot be written: {error.strerror}"
         raise UserError("output_dir", folder, reason) from error
     finally:

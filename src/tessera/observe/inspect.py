@@ -138,8 +138,7 @@ class Inspection:
 
 def inspect_model(model: ModelConfig, parallel: Parallel) -> Inspection:
     """What each rank of `parallel.mesh` holds of `model`. The mesh needs a rank; none of its ranks need run."""
-    sizes = parallel.mesh.sizes
-    ranks = tuple(Mesh(sizes, device="meta", rank=rank) for rank in range(parallel.mesh.world))
+    ranks = tuple(parallel.mesh.at(rank) for rank in range(parallel.mesh.world))
     alone = Decoder(model, replace(parallel, mesh=Mesh(device="meta", rank=0)))
     shapes: dict[tuple[object, ...], tuple[tuple[int, ...], ...]] = {}  # layers repeat: each cut is worked out once
     parameters = []

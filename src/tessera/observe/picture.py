@@ -72,7 +72,7 @@ def mesh_grid(mesh: Mesh) -> Grid:
     down = [axis for axis in mesh.present(AXES) if axis != "col"]
     firsts = range(0, mesh.world, col)
     ranks = tuple(tuple((first + i,) for i in range(col)) for first in firsts)
-    coordinates = [Mesh(mesh.sizes, rank=first).coordinates for first in firsts]
+    coordinates = [mesh.at(first).coordinates for first in firsts]
     names = tuple(" ".join(str(place[axis]) for axis in down) for place in coordinates)
     title = "the mesh\n" + "  ".join([f"{' '.join(down)} ↓"] * bool(down) + ["col →"] * (col > 1))
     return Grid(title, _single(len(firsts)), _single(col), ranks, names)

@@ -26,7 +26,7 @@ def drifted(model: nn.Module, mesh: Mesh) -> list[str]:
     own = torch.stack([_hash(to_local(parameter)) for _, parameter, _ in parameters]).to(mesh.device)
     within = [axis for axis in AXES if axis != "pp"]  # other stages hold other layers
     hashes = all_gather(own.unsqueeze(0), 0, mesh.group(within)).tolist()
-    everyone = {rank: Mesh(mesh.sizes, rank=rank, order=mesh.order).coordinates for rank in range(mesh.world)}
+    everyone = {rank: mesh.at(rank).coordinates for rank in range(mesh.world)}
     places = {rank: place for rank, place in everyone.items() if place["pp"] == mesh.coordinates["pp"]}
     by_rank = dict(zip(places, hashes, strict=True))
     lines = []

@@ -150,7 +150,7 @@ def _key(config: "TrainConfig", model: ModelConfig, mesh: Mesh, compute: torch.d
         "torch": torch.__version__,
         "hardware": [devices.describe(mesh.device), platform.machine(), os.cpu_count()],
         "ranks": [mesh.world, os.environ.get("LOCAL_WORLD_SIZE")],  # of which on this machine
-        "mesh": [[axis, mesh.sizes[axis]] for axis in mesh.order if axis in MODEL_AXES],
+        "mesh": [[axis, mesh.sizes[axis]] for axis in mesh.numbering if axis in MODEL_AXES],
         "model": {name: getattr(model, name) for name in shape + biases},
         "batch": [config.micro_batch_size, config.sequence_len],
         "compute": [str(compute), config.tf32],

@@ -8,7 +8,9 @@ from tessera import device as devices
 from tessera.mesh import DATA_AXES, Mesh
 from tessera.models.config import ModelConfig
 from tessera.nn.parameter import Parallel
-from tessera.train.links import between_machines, in_a_machine, traffic
+from tessera.plan.words import step_rows
+from tessera.train.links import Axes, groups_that_leave, leaving, traffic
+from tessera.train.preflight import step_shape
 
 if TYPE_CHECKING:
     from tessera.config.schema import TrainConfig
@@ -28,10 +30,10 @@ def mesh_lines(config: "TrainConfig", model: ModelConfig, parallel: Parallel) ->
     mesh, here = parallel.mesh, int(os.environ.get("LOCAL_WORLD_SIZE", parallel.mesh.world))
     lines = [f"mesh: {mesh} on {devices.describe(mesh.device)}"]
     if mesh.world > 1:
-        present = [axis for axis in mesh.order if mesh.sizes[axis] > 1]
-        rows = [(axis, str(mesh.sizes[axis]), _links(axis, mesh, here), _CUTS[axis]) for axis in present]
+        present = [axis for axis in mesh.numbering if mesh.sizes[axis] > 1]
+        rows = [(axis, str(mesh.sizes[axis]), _links((axis,), mesh, here), _CUTS[axis]) for axis in present]
         lines += _table([("axis", "ranks", "links", "cuts"), *rows])
-        lines += _traffic(traffic(config, model, parallel), mesh, here)
+        lines += _traffic(traffic(step_rows(model, step_shape(config, parallel), parallel)), mesh, here)
     data, micro, times = mesh.size(DATA_AXES), config.micro_batch_size, config.gradient_accumulation_steps
     tensor = mesh.world // data
     lines.append(
@@ -41,30 +43,33 @@ def mesh_lines(config: "TrainConfig", model: ModelConfig, parallel: Parallel) ->
     return lines
 
 
-def _links(axes: str, mesh: Mesh, here: int) -> str:
-    return "in a machine" if in_a_machine(axes, mesh, here) else "between machines"
+def _links(axes: Axes, mesh: Mesh, here: int) -> str:
+    return "between machines" if groups_that_leave(axes, mesh, here) else "in a machine"
 
 
-def _traffic(received: Mapping[str, int], mesh: Mesh, here: int) -> list[str]:
-    """The busiest axes first; how many bytes the numbering of the ranks keeps inside machines."""
-    busiest = sorted(received.items(), key=lambda item: -item[1])
-    rows = [(axes, _links(axes, mesh, here), _mib(count)) for axes, count in busiest]
+def _traffic(received: Mapping[Axes, int], mesh: Mesh, here: int) -> list[str]:
+    """The busiest axes first; on several machines what leaves one, and how much that is in the usual order."""
+    rows = [("·".join(axes), _links(axes, mesh, here), _mib(count)) for axes, count in received.items()]
     lines = _table([("along", "links", "MiB received a step"), *rows])
-    usual = Mesh(mesh.sizes, "meta", rank=0)
-    if mesh.order != usual.order:
-        passing, otherwise = (_mib(between_machines(received, one, here)) for one in (mesh, usual))
-        kept = " · ".join(axis for axis in mesh.order if mesh.sizes[axis] > 1 and in_a_machine(axis, mesh, here))
-        lines.append(
-            f"  ranks are numbered with {kept} innermost: {passing} MiB a step pass between machines, "
-            f"in the usual order {otherwise}"
+    if here < mesh.world:
+        told = f"  a machine sends {_mib(leaving(received, mesh, here))} MiB a step to others"
+        usual = Mesh(mesh.sizes, "meta", rank=0)
+        if mesh.numbering != usual.numbering:
+            kept = " · ".join(axis for axis in mesh.numbering if mesh.sizes[axis] > 1)
+            told += f", its ranks numbered as {kept}; in the usual order {_mib(leaving(received, usual, here))}"
+        lines.append(told)
+        crossing, inside = (
+            max(
+                (count for axes, count in received.items() if (groups_that_leave(axes, mesh, here) > 0) == out),
+                default=0,
+            )
+            for out in (True, False)
         )
-    crossing, inside = (
-        max((count for axes, count in received.items() if in_a_machine(axes, mesh, here) == stays), default=0)
-        for stays in (False, True)
-    )
-    if crossing > inside > 0:
-        busy = busiest[0][0]
-        lines.append(f"  most bytes travel between machines, along {busy}: fewer ranks there would keep them inside")
+        if crossing > inside > 0:
+            busy = "·".join(next(iter(received)))
+            lines.append(
+                f"  most bytes travel between machines, along {busy}: fewer ranks there would keep them inside"
+            )
     return lines
 
 

@@ -1,61 +1,85 @@
-"""Which axes of the mesh lie inside a machine: ranks are numbered so that the fewest bytes pass between machines.
+"""How ranks are numbered on several machines: so that the fewest bytes leave a machine.
 
 The ranks of a machine follow one another. In the usual order (`mesh.AXES`) the innermost axes, which move most, stay
 together. Where tensor axes take more ranks than a machine has, which of them is busiest depends on the sizes: many
-tokens make it `col`, large weights `row`.
+tokens make it `col` and `inner`, large weights `row`.
 """
 
 import itertools
-import math
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import torch
+
+from tessera.collectives import gathered
 from tessera.mesh import AXES, Mesh
 from tessera.models.config import ModelConfig
-from tessera.nn.parameter import Parallel
-from tessera.plan.words import step_rows, totals
+from tessera.plan.words import Row, step_rows
 from tessera.train.preflight import parallel_for, step_shape
 
 if TYPE_CHECKING:
     from tessera.config.schema import TrainConfig
 
-
-def traffic(config: "TrainConfig", model: ModelConfig, parallel: Parallel) -> dict[str, int]:
-    """Bytes that a rank receives along each group of axes (its name) in a step of full-length rows, by formula."""
-    received: dict[str, int] = {}
-    for (axes, _), (_, count) in totals(step_rows(model, step_shape(config, parallel), parallel)).items():
-        received[axes] = received.get(axes, 0) + count
-    return received
+Axes = tuple[str, ...]
 
 
-def in_a_machine(axes: str, mesh: Mesh, here: int) -> bool:
-    """Whether the ranks along these axes (their name) are always on one machine, of which each has `here` ranks."""
-    outermost = min(mesh.order.index(axis) for axis in axes.split("·"))
-    return here % math.prod(mesh.sizes[axis] for axis in mesh.order[outermost:]) == 0
+def run_mesh(config: "TrainConfig", model: ModelConfig, device: torch.device, compute: torch.dtype) -> Mesh:
+    """The mesh of a run; on several machines that are alike its ranks are numbered for them. Every rank calls it."""
+    mesh = Mesh(config.mesh_sizes, device)
+    everyone = gathered((int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world)), compute), mesh.world)
+    here, compute = everyone[0]
+    if here == mesh.world or any(one != everyone[0] for one in everyone):
+        return mesh
+    return Mesh(config.mesh_sizes, device, numbering=best_numbering(config, model, here, compute))
 
 
-def between_machines(received: Mapping[str, int], mesh: Mesh, here: int) -> int:
-    """The bytes of `traffic` that travel along axes which lie on several machines."""
-    return sum(count for axes, count in received.items() if not in_a_machine(axes, mesh, here))
+def traffic(rows: Sequence[Row]) -> dict[Axes, int]:
+    """Bytes that a rank receives along each group of axes in a step, the busiest first."""
+    received: dict[Axes, int] = {}
+    for row in rows:
+        received[row.axes] = received.get(row.axes, 0) + row.times * row.received
+    return dict(sorted(received.items(), key=lambda item: -item[1]))
 
 
-def axis_order(config: "TrainConfig", model: ModelConfig, here: int) -> tuple[str, ...]:
-    """The axes as ranks are best numbered, outermost first; the usual order where no other is better.
+def groups_that_leave(axes: Axes, mesh: Mesh, here: int) -> int:
+    """Of the groups along `axes` that have ranks among the first `here`, a machine's: those that have others too."""
+    members: dict[Axes, int] = {}
+    for rank in range(here):
+        place = mesh.at(rank).coordinates
+        group = tuple(str(place[axis]) for axis in AXES if axis not in axes)
+        members[group] = members.get(group, 0) + 1
+    return sum(count < mesh.size(axes) for count in members.values())
 
-    Where several axes are one group for a gather or a scatter, they keep their order: torch sorts the ranks of a group
-    by number, and shards follow one another in mesh order.
+
+def leaving(received: Mapping[Axes, int], mesh: Mesh, here: int) -> int:
+    """Bytes that a machine of `here` ranks sends to others in a step.
+
+    Each group is a ring in the order of its ranks, so what a rank receives leaves the machine once, however many of the
+    group's ranks are on it.
+    """
+    return sum(count * groups_that_leave(axes, mesh, here) for axes, count in received.items())
+
+
+def best_numbering(config: "TrainConfig", model: ModelConfig, here: int, compute: torch.dtype) -> Axes:
+    """The axes in the order in which ranks are best numbered, outermost first; the usual one unless another is better.
+
+    By the closed form for a step of full-length rows, `auto` counted as gather. Where several axes are one group for a
+    gather or a scatter, they keep their order: torch sorts the ranks of a group by number, and shards follow one
+    another in the order of `AXES`.
     """
     usual = Mesh(config.mesh_sizes, "meta", rank=0)
-    parallel = parallel_for(config, usual)
-    received, present = traffic(config, model, parallel), usual.present(AXES)
+    parallel = parallel_for(config, usual, compute=compute)
     rows = step_rows(model, step_shape(config, parallel), parallel)
-    nested = {row.axes for row in rows if row.kind != "all_reduce"}
+    received, nested = traffic(rows), {row.axes for row in rows if row.kind != "all_reduce"}
+    present = usual.present(AXES)
+    single = tuple(axis for axis in AXES if axis not in present)
 
-    def fits(order: tuple[str, ...]) -> bool:
+    def fits(order: Axes) -> bool:
         return all(list(axes) == sorted(axes, key=order.index) for axes in nested)
 
-    def passing(order: tuple[str, ...]) -> int:
-        return between_machines(received, Mesh(config.mesh_sizes, "meta", rank=0, order=order), here)
+    def cost(order: Axes) -> int:
+        return leaving(received, Mesh(config.mesh_sizes, "meta", rank=0, numbering=single + order), here)
 
-    rest = tuple(axis for axis in AXES if axis not in present)
-    return min(((*rest, *order) for order in itertools.permutations(present) if fits(order)), key=passing)
+    best = min(filter(fits, itertools.permutations(present)), key=cost)  # of equal ones the first: the usual
+    return AXES if best == present else single + best

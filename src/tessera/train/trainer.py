@@ -19,7 +19,7 @@ from tessera.data.prepare import TRAINED, Prepared, open_prepared
 from tessera.data.rows import Split, open_rows
 from tessera.errors import RunFailed, UserError
 from tessera.layout import HIDDEN
-from tessera.mesh import AXES, DATA_AXES, Mesh
+from tessera.mesh import AXES, DATA_AXES
 from tessera.models.hub import export, load_weights
 from tessera.nn.parameter import to_local
 from tessera.nn.tokens import length_multiple
@@ -30,7 +30,7 @@ from tessera.parallel.replicas import drifted
 from tessera.plan.tune import tune
 from tessera.train import checkpoint, checkpoint_folder
 from tessera.train.announce import mesh_lines
-from tessera.train.links import axis_order
+from tessera.train.links import run_mesh
 from tessera.train.log import Log, Stopwatch
 from tessera.train.optimizer import build_optimizer, learning_rate
 from tessera.train.preflight import Run, compute_dtype, fsdp_of, parallel_for, prepare_data, resolve
@@ -104,11 +104,11 @@ class Trainer:
         self.config = config
         self.output = Path(config.output_dir)
         self.resolved: Run = resolve(config)
-        self.mesh = Mesh(config.mesh_sizes, device, order=self._order())
+        compute = compute_dtype(config, device)
+        self.mesh = run_mesh(config, self.resolved.model, device, compute)
         self.first = self.mesh.rank == 0
         self._agree_on_resume()
         self.prepared: Prepared = self._prepare()
-        compute = compute_dtype(config, device)
         auto = config.tensor_parallel_schedule == "auto"
         tuning = tune(config, self.resolved.model, self.mesh, compute) if auto else None
         self.tuned = tuning.lines() if tuning else []  # only words: the candidates hold layers
@@ -144,13 +144,6 @@ class Trainer:
             self._check_resumed(resumed)
         self._memory: float | None = None
         self.collectives: list[dict[str, Any]] = []
-
-    def _order(self) -> tuple[str, ...]:
-        """The axes as ranks are numbered: of one machine, or of several that are not alike, the usual order."""
-        world = self.config.world_size
-        here = gathered(int(os.environ.get("LOCAL_WORLD_SIZE", world)), world)
-        alike = min(here) == max(here) < world
-        return axis_order(self.config, self.resolved.model, here[0]) if alike else AXES
 
     def _agree_on_resume(self) -> None:
         """Raise UserError on every rank when they see different checkpoints: some would read one, others not."""

@@ -112,7 +112,7 @@ def _agent(args: Sequence[str], machines: Machines, meeting: Meeting, logs: str)
     silent = dict.fromkeys(range(speaking, machines.processes), Std.OUT)
     # How the others ended is `settle`'s to find out: the agent's own barrier would wait for a lost machine, and its
     # store warns of a time that is over.
-    agent = LocalElasticAgent(spec, DefaultLogsSpecs(log_dir=logs, redirects=silent), exit_barrier_timeout=0.001)
+    agent = LocalElasticAgent(spec, DefaultLogsSpecs(log_dir=logs, redirects=silent))
     agent._exit_barrier = lambda: None  # type: ignore[method-assign]
     return agent
 

@@ -278,7 +278,7 @@ def _bias(beside: Beside, point: Point, difference: Tensor, scale: float) -> Hin
 def _one_place(beside: Beside, ours: Tensor, want: Tensor, scale: float) -> Hint | None:
     """Whether wrong and right ranks differ by their place along one axis."""
     mesh, wrong = beside.mesh, gathered(_is_wrong(ours, want, scale), beside.mesh.world)
-    places = [Mesh(mesh.sizes, rank=rank).coordinates for rank in range(mesh.world)]
+    places = [mesh.at(rank).coordinates for rank in range(mesh.world)]
     for axis in mesh.present(AXES):
         for alone in range(mesh.sizes[axis]):
             at_it = [place[axis] == alone for place in places]

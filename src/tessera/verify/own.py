@@ -71,7 +71,7 @@ def _own_indices(n: int, axes: tuple[str, ...], axis: str, mesh: Mesh) -> Tensor
     """Which of n elements cut over `axes` lie at this rank's place of `axis`, wherever along the others."""
     own = torch.zeros(n, dtype=torch.bool)
     for rank in range(mesh.world):
-        other = Mesh(mesh.sizes, rank=rank)
+        other = mesh.at(rank)
         if other.coordinates[axis] == mesh.coordinates[axis]:
             own[local_slice(n, axes, other)] = True
     return own
