@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from tessera import device as devices
-from tessera.mesh import DATA_AXES, Mesh
+from tessera.mesh import AXES, DATA_AXES, Mesh
 from tessera.models.config import ModelConfig
 from tessera.nn.parameter import Parallel
 from tessera.plan.words import step_rows
@@ -53,20 +53,15 @@ def _traffic(received: Mapping[Axes, int], mesh: Mesh, here: int) -> list[str]:
     lines = _table([("along", "links", "MiB received a step"), *rows])
     if here < mesh.world:
         told = f"  a machine sends {_mib(leaving(received, mesh, here))} MiB a step to others"
-        usual = Mesh(mesh.sizes, "meta", rank=0)
-        if mesh.numbering != usual.numbering:
-            kept = " · ".join(axis for axis in mesh.numbering if mesh.sizes[axis] > 1)
-            told += f", its ranks numbered as {kept}; in the usual order {_mib(leaving(received, usual, here))}"
+        if mesh.numbering != AXES:
+            usual = leaving(received, Mesh(mesh.sizes, "meta", rank=0), here)
+            order = " · ".join(axis for axis in mesh.numbering if mesh.sizes[axis] > 1)
+            told += f", its ranks numbered as {order}; in the usual order {_mib(usual)}"
         lines.append(told)
-        crossing, inside = (
-            max(
-                (count for axes, count in received.items() if (groups_that_leave(axes, mesh, here) > 0) == out),
-                default=0,
-            )
-            for out in (True, False)
-        )
-        if crossing > inside > 0:
-            busy = "·".join(next(iter(received)))
+        busiest, most = next(iter(received.items()))
+        inside = [count for axes, count in received.items() if not groups_that_leave(axes, mesh, here)]
+        if inside and most > inside[0] > 0:
+            busy = "·".join(busiest)
             lines.append(
                 f"  most bytes travel between machines, along {busy}: fewer ranks there would keep them inside"
             )

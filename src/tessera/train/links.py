@@ -7,6 +7,7 @@ tokens make it `col` and `inner`, large weights `row`.
 
 import itertools
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -44,11 +45,8 @@ def traffic(rows: Sequence[Row]) -> dict[Axes, int]:
 
 def groups_that_leave(axes: Axes, mesh: Mesh, here: int) -> int:
     """Of the groups along `axes` that have ranks among the first `here`, a machine's: those that have others too."""
-    members: dict[Axes, int] = {}
-    for rank in range(here):
-        place = mesh.at(rank).coordinates
-        group = tuple(str(place[axis]) for axis in AXES if axis not in axes)
-        members[group] = members.get(group, 0) + 1
+    places = (mesh.at(rank).coordinates for rank in range(here))
+    members = Counter(tuple(place[axis] for axis in AXES if axis not in axes) for place in places)
     return sum(count < mesh.size(axes) for count in members.values())
 
 
