@@ -1,9 +1,9 @@
 """Tokens a second and model FLOPs utilisation of a stack of decoder layers on one device.
 
 `python benchmarks/stack.py` takes four layers of Llama 3 8B's shape; on a CPU give it small sizes. `--contender
-transformers` trains the same shape with plain transformers. Prints one line,
-with the hardware, versions and date. MFU counts 6 operations for each parameter of a product and token, and 6·S·h for
-the two products of causal attention over S positions (Chowdhery et al. 2022, appendix B, halved for the mask).
+transformers` trains the same shape with plain transformers. Prints one line, with the hardware, versions and date. MFU
+counts 6 operations for each parameter of a product and token, and 6·S·h for the two products of causal attention over S
+positions (Chowdhery et al. 2022, appendix B, halved for the mask).
 """
 
 import argparse
