@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,8 +52,10 @@ def layout(mode: str, size: int, **more: object) -> list[str]:
     return [f"{key}={value}" for key, value in settings.items()]
 
 
-def reported(config: Path, capsys: Any, *overrides: str, weight: str | None = None) -> dict[str, Any]:
-    inspect(config, overrides, weight, None, True)
+def reported(
+    config: Path, capsys: Any, *overrides: str, weight: str | None = None, activation: str | None = None
+) -> dict[str, Any]:
+    inspect(config, overrides, weight, activation, None, True)
     return json.loads(capsys.readouterr().out)
 
 
@@ -94,10 +97,15 @@ def test_json_has_every_parameter_total_block_and_collective(config, capsys):
         "placements": {"depth": "R", "row": "S(0)", "col": "S(1)"},
         "least_local_shape": [32, 48],
         "most_local_shape": [32, 48],
+        "local_shapes_by_rank": [[32, 48]] * 8,
+        "bytes_by_rank": [32 * 48 * 4] * 8,
         "copies": 2,
         "gradient_summed_over": ["depth"],
     }
-    assert by_name["embedding.weight"]["least_local_shape"] == [254, 32]
+    embedding = by_name["embedding.weight"]
+    assert embedding["least_local_shape"] == [254, 32]
+    assert embedding["local_shapes_by_rank"] == [[255, 32], [254, 32]] * 4  # 509 rows over col, the innermost axis
+    assert embedding["bytes_by_rank"] == [255 * 32 * 4, 254 * 32 * 4] * 4
     totals = report["totals"]
     matrices = totals["matrices, embeddings"]
     assert report["matrices_are_one_of"] == 4
@@ -137,29 +145,88 @@ def test_attention_by_heads_is_a_stream_of_its_own(config, capsys):
     assert cuts["hidden stream in attention"] == "[T][heads: inner]" != cuts["hidden stream"] == "[T: inner][ffn]"
 
 
+def test_streams_are_counted_in_the_dtype_of_products(config, capsys):
+    report = reported(config, capsys, *layout("1d", 2), "bf16=true")
+    norm = next(p for p in report["parameters"] if p["name"] == "norm.weight")
+    [residual] = [stream for stream in report["streams"] if stream["name"] == "residual stream"]
+    assert norm["bytes_by_rank"] == [64 * 4] * 2  # held in float32
+    assert residual["bytes_by_rank"] == [8 * 12 // 2 * 64 * 2] * 2
+
+
+# name → what it is called, its rows and columns as [first, last + 1], and who holds each block, in 2d 2 × 2
+ACTIVATIONS = {
+    "residual": ("residual stream", 24, 64, [[[0]], [[1]], [[2]], [[3]]]),
+    "q": ("q", 48, 32, [[[0], [1]], [[2], [3]]]),
+    "k": ("k", 48, 8, [[[0], [1]], [[2], [3]]]),
+    "v": ("v", 48, 8, [[[0], [1]], [[2], [3]]]),
+    "attention": ("hidden stream in attention", 48, 32, [[[0], [1]], [[2], [3]]]),
+    "gate": ("gate", 48, 48, [[[0], [1]], [[2], [3]]]),
+    "up": ("up", 48, 48, [[[0], [1]], [[2], [3]]]),
+    "hidden": ("hidden stream", 48, 48, [[[0], [1]], [[2], [3]]]),
+}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_one_activation_is_pictured_by_name(config, tmp_path, capsys, activation):
+    title, rows, columns, ranks = ACTIVATIONS[activation]
+    report = reported(config, capsys, *layout("2d", 4), activation=activation)
+    weight, block = report["blocks"]
+    assert weight["of"] == "layers.0.mlp.up.weight"
+    assert block == {
+        "of": title,
+        "rows": [[first * rows, (first + 1) * rows] for first in range(len(ranks))],
+        "columns": [[first * columns, (first + 1) * columns] for first in range(len(ranks[0]))],
+        "ranks": ranks,
+    }
+    names = [stream["name"] for stream in report["streams"]]
+    assert names == list(dict.fromkeys(["residual stream", "hidden stream", title]))
+    inspect(config, layout("2d", 4), None, activation, tmp_path / "a.svg", False)
+    _, _, pictures = capsys.readouterr().out.partition("who holds which block")
+    titles = pictures.splitlines()[2]
+    assert re.split(" {3,}", titles.strip()) == ["the mesh", "layers.0.mlp.up.weight", title]
+    drawing = (tmp_path / "a.svg").read_text()
+    assert f">{title}<" in drawing
+    assert 'id="panel2-rank' in drawing and 'id="panel3-rank' not in drawing  # the mesh, the weight, the activation
+
+
+def test_bytes_that_differ_from_rank_to_rank_are_a_range(config, capsys):
+    inspect(config, layout("2d", 4), None, None, None, False)
+    lines = capsys.readouterr().out.splitlines()
+    bytes_of = {}
+    for name in ("embedding.weight", "layers.0–2.mlp.up.weight"):
+        place = next(i for i, line in enumerate(lines) if line.startswith(name))
+        bytes_of[name] = [re.findall(r"[\d.]+ (?:to|KiB)", line) for line in lines[place : place + 2]]
+    assert bytes_of == {
+        "embedding.weight": [["31.8 to", "31.8 to", "63.5 to"], ["31.9 KiB", "31.9 KiB", "63.8 KiB"]],
+        "layers.0–2.mlp.up.weight": [["6 KiB", "6 KiB", "12 KiB"], []],
+    }
+
+
 def test_the_picture_is_drawn_and_one_process_is_shown_too(config, tmp_path, capsys):
-    inspect(config, layout("2d", 4), "norm.weight", tmp_path / "norm.svg", False)
+    inspect(config, layout("2d", 4), "norm.weight", None, tmp_path / "norm.svg", False)
     assert f"drawn into {tmp_path / 'norm.svg'}" in capsys.readouterr().out.replace("\n", "")
     assert "norm.weight" in (tmp_path / "norm.svg").read_text()
-    inspect(config, [], None, None, False)
+    inspect(config, [], None, None, None, False)
     alone = capsys.readouterr().out
     assert alone.startswith("1d: one process") and "collectives" not in alone
 
 
 @pytest.mark.parametrize(
-    ("weight", "picture", "overrides", "key", "said"),
+    ("options", "overrides", "key", "said"),
     [
-        ("layers.0.mlp.upp.weight", None, [], "--weight", "layers.0.mlp.up.weight"),
-        ("wte", None, [], "--weight", "nearest: "),
-        (None, "a.pdf", [], "--picture", ".svg, .png"),
-        (None, "nowhere/a.svg", [], "--picture", "does not exist"),
-        (None, None, layout("3d", 6), "tensor_parallel_size", "cube"),
-        (None, None, layout("1d", 5), "tensor_parallel_size", "heads"),
-        (None, None, ["base_model=nowhere/at/all"], "base_model", "no such folder"),
+        ({"weight": "layers.0.mlp.upp.weight"}, [], "--weight", "layers.0.mlp.up.weight"),
+        ({"weight": "wte"}, [], "--weight", "nearest: "),
+        ({"activation": "mlp"}, [], "--activation", "there are: residual, q, k, v, attention, gate, up, hidden"),
+        ({"picture": Path("a.pdf")}, [], "--picture", ".svg, .png"),
+        ({"picture": Path("nowhere/a.svg")}, [], "--picture", "does not exist"),
+        ({}, layout("3d", 6), "tensor_parallel_size", "cube"),
+        ({}, layout("1d", 5), "tensor_parallel_size", "heads"),
+        ({}, ["base_model=nowhere/at/all"], "base_model", "no such folder"),
     ],
 )
-def test_mistakes_are_named_and_nothing_is_drawn(config, weight, picture, overrides, key, said):
+def test_mistakes_are_named_and_nothing_is_drawn(config, options, overrides, key, said):
+    asked = {"weight": None, "activation": None, "picture": Path("a.svg")} | options
     with pytest.raises(UserError) as caught:
-        inspect(config, overrides, weight, Path(picture or "a.svg"), False)
+        inspect(config, overrides, **asked, as_json=False)
     assert caught.value.key == key and said in str(caught.value)
     assert list(Path().iterdir()) == []

@@ -1,6 +1,7 @@
 """Runs on every rank of a pool: what it really holds and receives, for a config as the trainer would lay it out."""
 
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.distributed.tensor import distribute_tensor
@@ -12,6 +13,8 @@ from tessera.config.load import make_config
 from tessera.layout import HIDDEN
 from tessera.mesh import MODEL_AXES
 from tessera.models.decoder import Decoder
+from tessera.nn import attention, mlp
+from tessera.nn.linear import parallel_linear
 from tessera.nn.moves import cut
 from tessera.nn.parameter import Init, ParameterSpec, initialize, named_specs, to_local
 from tessera.train.optimizer import build_optimizer
@@ -32,10 +35,10 @@ def config_of(settings: dict[str, Any]) -> Any:
     return make_config(BASE | settings)[0]
 
 
-def model_on_rank(name: str, settings: dict[str, Any]) -> Decoder:
+def model_on_rank(name: str, settings: dict[str, Any], dtype: torch.dtype | None = None) -> Decoder:
     config = config_of(settings)
     mesh = shared_mesh({axis: size for axis, size in config.axes.items() if size > 1})
-    return Decoder(MODELS[name], parallel_for(config, mesh))
+    return Decoder(MODELS[name], parallel_for(config, mesh, dtype=dtype))
 
 
 def held_and_received(name: str, settings: dict[str, Any]) -> tuple[dict[str, Any], int]:
@@ -67,6 +70,44 @@ def held_blocks(name: str, settings: dict[str, Any], weight: str) -> list[Any]:
         for layout, features in ((up.input, up.in_features), (up.output, up.out_features))
     ]
     return [values, *streams]
+
+
+def activations_on_rank(name: str, settings: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What this rank's first layer makes of one micro-batch, by the names of `--activation`, in float64."""
+    return activations_of(model_on_rank(name, settings, torch.float64), config_of(settings).micro_batch_size)
+
+
+def activations_of(model: Decoder, batch: int) -> dict[str, torch.Tensor]:
+    """The same of any model: taken from the layer as it runs, on `batch` sequences of random ids."""
+    model.initialize(seed=5)
+    layer, made = model.layers[0], {}
+
+    def keep(name: str):
+        return lambda module, args: made.__setitem__(name, args[0])
+
+    def keep_products(names: list[str]):
+        def run(layers, x, **options):
+            products = parallel_linear(layers, x, **options)
+            if layers[0] in (layer.attention.q, layer.mlp.gate):
+                made.update(zip(names, products, strict=True))
+            return products
+
+        return run
+
+    hooked = {"residual": layer.attention_norm, "attention": layer.attention.out, "hidden": layer.mlp.down}
+    hooks = [module.register_forward_pre_hook(keep(name)) for name, module in hooked.items()]
+    if layer.mlp.gate is None:
+        hooks.append(layer.mlp.up.register_forward_hook(lambda module, args, y: made.__setitem__("up", y)))
+    ids = torch.randint(0, model.config.vocab_size, (batch, LENGTH), generator=torch.Generator().manual_seed(3))
+    with (
+        torch.no_grad(),
+        patch.object(attention, "parallel_linear", keep_products(["q", "k", "v"])),
+        patch.object(mlp, "parallel_linear", keep_products(["gate", "up"])),
+    ):
+        model.hidden_states(ids)
+    for hook in hooks:
+        hook.remove()
+    return made
 
 
 def first_held(sizes: dict[str, int], shape: tuple[int, ...], cuts: tuple[tuple[str, ...], ...]) -> int:

@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from distributed.model_cases import MODELS
-from observe.inspect_cases import BATCH, LENGTH, config_of, held_and_received, held_blocks
+from observe.inspect_cases import (
+    BATCH,
+    LENGTH,
+    activations_of,
+    activations_on_rank,
+    config_of,
+    held_and_received,
+    held_blocks,
+)
 from support.pool import pool
 from tessera.mesh import Mesh
 from tessera.models.decoder import Decoder
@@ -12,12 +20,14 @@ from tessera.nn.parameter import Parallel, initialize, named_specs
 from tessera.nn.tokens import padded_length
 from tessera.observe.inspect import (
     Inspection,
+    activations,
     cut_in_words,
     inspect_model,
     placements_in_words,
     streams,
     traffic,
 )
+from tessera.observe.inspect_tables import human_range, share_in_words
 from tessera.observe.picture import grid_of
 from tessera.plan.words import StepShape
 from tessera.train.preflight import parallel_for
@@ -58,7 +68,7 @@ SHAPE = StepShape(BATCH, LENGTH, micro_batches=2)
 
 def inspected(name: str, settings: dict[str, object]) -> Inspection:
     config = config_of(settings)
-    return inspect_model(MODELS[name], parallel_for(config, Mesh(config.axes, device="meta", rank=0)))
+    return inspect_model(MODELS[name], parallel_for(config, Mesh(config.mesh_sizes, device="meta", rank=0)))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -69,6 +79,8 @@ def test_every_rank_holds_and_receives_what_is_said(layout):
     for rank, (held, received) in enumerate(ranks):
         assert [p.name for p in inspection.parameters] == list(held)
         assert [p.shapes[rank] for p in inspection.parameters] == [shape for shape, *_ in held.values()]
+        said_bytes = [p.bytes(inspection.parallel.dtype)[rank] for p in inspection.parameters]
+        assert said_bytes == [size for _, size, *_ in held.values()]
         for matrices in (True, False, None):
             names = [p.name for p in inspection.parameters if matrices is None or p.is_matrix == matrices]
             totals = inspection.totals(matrices)
@@ -126,6 +138,69 @@ def test_blocks_hold_the_values_that_ranks_hold(layout):
                     assert torch.equal(ranks[rank][place], whole[place][row, column])
                     seen.add(rank)
         assert seen == set(range(inspection.mesh.world))
+
+
+BY_HEADS = {
+    "tensor_parallel_mode": "3d",
+    "tensor_parallel_mesh": {"inner": 2, "row": 1, "col": 2},
+    "micro_batch_size": 1,
+}
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "3d, attention by heads"])
+def test_activations_are_those_of_the_running_layer(layout):
+    """What each rank's layer computes is the block of one process's activation that the picture gives the rank."""
+    name, settings = LAYOUTS.get(layout, ("llama", BY_HEADS))
+    inspection, batch = inspected(name, settings), config_of(settings).micro_batch_size
+    ranks = pool(inspection.mesh.world).run(activations_on_rank, name, settings)
+    alone = Parallel(Mesh(rank=0), inspection.parallel.residual, torch.float64, torch.float64)
+    whole = activations_of(Decoder(MODELS[name], alone), batch)
+    said = activations(MODELS[name], inspection, StepShape(batch, LENGTH))
+    assert set(said) == set(whole) and ("gate" in said) == MODELS[name].gated
+    for activation, held in said.items():
+        assert whole[activation].shape == held.spec.shape
+        assert [rank[activation].shape for rank in ranks] == list(held.shapes)
+        grid = grid_of(activation, held.spec.shape, held.spec.cuts, inspection.ranks)
+        for row, blocks in zip(grid.rows, grid.ranks, strict=True):
+            for column, holders in zip(grid.columns, blocks, strict=True):
+                assert len(holders) == held.copies
+                for rank in holders:
+                    torch.testing.assert_close(
+                        ranks[rank][activation], whole[activation][row, column], atol=1e-12, rtol=0
+                    )
+
+
+WITH_DATA_AXES = {
+    "1d": ({"tensor_parallel_size": 2, "dp_shard_size": 2}, "1/4", "(shard · col)"),
+    "1d, replicas": ({"tensor_parallel_size": 2, "dp_replicate_size": 2}, "1/2", "(col)"),
+    "2d": ({"tensor_parallel_mode": "2d", "tensor_parallel_size": 4, "dp_shard_size": 2}, "1/8", "(shard · row · col)"),
+    "2d summa": (
+        {
+            "tensor_parallel_mode": "2d",
+            "tensor_parallel_size": 4,
+            "dp_shard_size": 2,
+            "tensor_parallel_schedule": "summa",
+        },
+        "1/8",
+        "(shard · row · col)",
+    ),
+    "2.5d": ({"tensor_parallel_mode": "2.5d", "tensor_parallel_size": 8}, "1/4", "(row · col)"),
+    "one process": ({}, "1/1", "(one process)"),
+}
+
+
+@pytest.mark.parametrize("layout", WITH_DATA_AXES)
+def test_the_share_names_every_axis_that_cuts(layout):
+    settings, share, axes = WITH_DATA_AXES[layout]
+    inspection = inspected("llama", settings)
+    assert share_in_words(inspection).startswith(f"a rank holds {share} of the matrices and embeddings {axes}, ")
+    up = next(p for p in inspection.parameters if p.name == "layers.0.mlp.up.weight")
+    assert {f"1/{up.whole // n}" for n in up.elements} == {share}
+
+
+def test_ranges_of_bytes_name_each_unit_that_differs():
+    said = {(512, 512): "512 B", (512, 768): "512–768 B", (992, 1024): "992 B–1 KiB", (1024, 2**20): "1 KiB–1 MiB"}
+    assert {sizes: human_range(sizes) for sizes in said} == said
 
 
 def test_words_and_placements():

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from tessera import device as devices
@@ -19,6 +20,7 @@ from tessera.mesh import AXES, DATA_AXES, MODEL_AXES, Mesh
 from tessera.observe.inspect import (
     Held,
     Inspection,
+    activations,
     cut_in_words,
     inspect_model,
     placements_in_words,
@@ -31,13 +33,18 @@ from tessera.train.preflight import compute_dtype, fitting_model, parallel_for, 
 
 
 def inspect(
-    config_path: Path, overrides: Sequence[str], weight: str | None, picture: Path | None, as_json: bool
+    config_path: Path,
+    overrides: Sequence[str],
+    weight: str | None,
+    activation: str | None,
+    picture: Path | None,
+    as_json: bool,
 ) -> None:
     """Print the report on the config, as tables or JSON, and draw it into `picture`. Raises UserError first."""
     if picture is not None:
         check_picture(picture)
     config, notes = load_config(config_path, overrides)
-    report = report_on(config, weight)
+    report = report_on(config, weight, activation)
     if picture is not None:
         draw(report.title, report.inspection.mesh, report.grids, picture)
     if as_json:
@@ -53,21 +60,26 @@ def inspect(
         console.print(f"drawn into {picture}", markup=False)
 
 
-def report_on(config: TrainConfig, weight: str | None = None) -> Report:
-    """What there is to say of `config`. UserError: sizes that do not fit, no such model or weight."""
+def report_on(config: TrainConfig, weight: str | None = None, activation: str | None = None) -> Report:
+    """What there is to say of `config`. UserError: sizes that do not fit, no such model, weight or activation."""
     model = fitting_model(config)
     mesh = Mesh(config.mesh_sizes, device="meta", rank=0)
     parallel = parallel_for(config, mesh, compute=compute_dtype(config, devices.local_device()))
     inspection, shape = inspect_model(model, parallel), step_shape(config, parallel)
     ranks = f"{mesh} = {mesh.world} ranks" if mesh.world > 1 else str(mesh)
+    shown = pictured = streams(model, inspection, shape)
+    if activation is not None:
+        pictured = [_activation(activations(model, inspection, shape), activation)]
+        shown = [*shown, *(held for held in pictured if held not in shown)]
     auto = " (auto, before it has measured)" if config.tensor_parallel_schedule == "auto" else ""
     return Report(
         f"{config.tensor_parallel_mode}: {ranks}, schedule {parallel.schedule}{auto}",
         inspection,
         shape,
-        streams(model, inspection, shape),
+        shown,
         traffic(model, inspection, shape),
         _chosen(inspection.parameters, weight),
+        pictured,
     )
 
 
@@ -81,16 +93,24 @@ def _chosen(parameters: Sequence[Held], name: str | None) -> Held:
     return by_name[wanted]
 
 
+def _activation(by_name: dict[str, Held], wanted: str) -> Held:
+    """The activation of this name."""
+    if wanted not in by_name:
+        reason = "is no activation of a layer of this model"
+        raise UserError("--activation", wanted, reason, f"there are: {', '.join(by_name)}")
+    return by_name[wanted]
+
+
 def json_report(report: Report) -> dict[str, Any]:
     """The report for programs; sizes in elements or bytes, blocks as [first, last + 1]."""
-    inspection, mesh = report.inspection, report.inspection.mesh
+    inspection, mesh, parallel = report.inspection, report.inspection.mesh, report.inspection.parallel
     return {
         "layout": report.title,
         "mesh": {axis: mesh.sizes[axis] for axis in (*DATA_AXES, *MODEL_AXES)},
         "ranks": mesh.world,
-        "schedule": str(inspection.parallel.schedule),
-        "parameters": [_json_held(held, inspection) for held in inspection.parameters],
-        "streams": [_json_held(held, inspection) for held in report.streams],
+        "schedule": str(parallel.schedule),
+        "parameters": [_json_held(held, inspection, parallel.dtype) for held in inspection.parameters],
+        "streams": [_json_held(held, inspection, parallel.compute) for held in report.streams],
         "totals": {
             name: {
                 "elements": totals.whole,
@@ -119,7 +139,7 @@ def json_report(report: Report) -> dict[str, Any]:
     }
 
 
-def _json_held(held: Held, inspection: Inspection) -> dict[str, Any]:
+def _json_held(held: Held, inspection: Inspection, dtype: torch.dtype) -> dict[str, Any]:
     least, most = held.range
     return {
         "name": held.name,
@@ -130,6 +150,8 @@ def _json_held(held: Held, inspection: Inspection) -> dict[str, Any]:
         ),
         "least_local_shape": least,
         "most_local_shape": most,
+        "local_shapes_by_rank": held.shapes,
+        "bytes_by_rank": held.bytes(dtype),
         "copies": held.copies,
         "gradient_summed_over": inspection.mesh.present(held.spec.summed_axes),
     }

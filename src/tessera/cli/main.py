@@ -127,13 +127,17 @@ def inspect(
         typer.Option("--set", metavar="KEY=VALUE", help="Replace a key of the file (repeatable)."),
     ] = None,
     weight: Annotated[str | None, typer.Option(help="The parameter to picture; without it the first up.")] = None,
+    activation: Annotated[
+        str | None,
+        typer.Option(help="Picture residual, q, k, v, attention, gate, up or hidden; without it the streams."),
+    ] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw who holds which block into this .svg or .png.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Show what each rank of a layout holds and receives: parameters, bytes, blocks, collectives. Starts no ranks."""
     from tessera.cli.inspect import inspect
 
-    inspect(config, overrides or [], weight, picture, as_json)
+    inspect(config, overrides or [], weight, activation, picture, as_json)
 
 
 @app.command()

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import torch
 from torch import nn
 
 from tessera.layout import HIDDEN
@@ -58,6 +59,10 @@ class Held:
     def elements(self) -> tuple[int, ...]:
         """Elements on each rank."""
         return tuple(math.prod(shape) for shape in self.shapes)
+
+    def bytes(self, dtype: torch.dtype) -> tuple[int, ...]:
+        """Bytes on each rank, held in `dtype`."""
+        return tuple(n * dtype.itemsize for n in self.elements)
 
     @property
     def whole(self) -> int:
@@ -113,9 +118,14 @@ class Inspection:
         return self.ranks[0]
 
     @property
+    def share_axes(self) -> tuple[str, ...]:
+        """The axes above size 1 that cut matrices and embeddings: those of the products, and FSDP2's."""
+        return self.mesh.present(("inner", "col", *self.parallel.weights_over, *(self.parallel.fsdp or ())))
+
+    @property
     def share(self) -> int:
         """The parts into which matrices and embeddings are cut: one a rank, alike along what is left of the mesh."""
-        return self.mesh.size(("inner", "col", *self.parallel.weights_over, *(self.parallel.fsdp or ())))
+        return self.mesh.size(self.share_axes)
 
     def totals(self, matrices: bool | None = None) -> Totals:
         """Of the matrices and embeddings, of everything else, or (None) of all parameters."""
@@ -151,21 +161,38 @@ def inspect_model(model: ModelConfig, parallel: Parallel) -> Inspection:
     return Inspection(parallel, ranks, tuple(parameters))
 
 
-def streams(model: ModelConfig, inspection: Inspection, shape: StepShape) -> list[Held]:
-    """The residual stream and the hidden one of a micro-batch as the ranks hold them; attention's own if it differs."""
+def activations(model: ModelConfig, inspection: Inspection, shape: StepShape) -> dict[str, Held]:
+    """What a decoder layer makes of a micro-batch as the ranks hold it, by the names that `--activation` takes.
+
+    k and v are as their product gives them: where kv heads are fewer than the parts, ranks then gather what they read.
+    """
     parallel = inspection.parallel
-    chosen = [
-        ("residual stream", parallel.residual, "h", model.hidden_size),
-        ("hidden stream", HIDDEN, "ffn", model.ffn_size),
-    ]
-    if parallel.attention != HIDDEN:
-        chosen.append(("hidden stream in attention", parallel.attention, "heads", model.num_heads * model.head_dim))
-    held = []
-    for name, layout, features, count in chosen:
+    attention, heads, kv = parallel.attention, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    made = {
+        "residual": ("residual stream", parallel.residual, "h", model.hidden_size),
+        "q": ("q", attention, "heads", heads),
+        "k": ("k", attention, "kv", kv),
+        "v": ("v", attention, "kv", kv),
+        "attention": ("hidden stream in attention", attention, "heads", heads),
+        "gate": ("gate", HIDDEN, "ffn", model.ffn_size),
+        "up": ("up", HIDDEN, "ffn", model.ffn_size),
+        "hidden": ("hidden stream", HIDDEN, "ffn", model.ffn_size),
+    }
+    if not model.gated:
+        del made["gate"]
+    held = {}
+    for name, (title, layout, features, count) in made.items():
         spec = ParameterSpec((shape.tokens, count), (layout.tokens, layout.features), layout, Init())
         shapes = tuple(tuple(s.stop - s.start for s in spec.stored_slices(mesh)) for mesh in inspection.ranks)
-        held.append(Held(name, spec, ("T", features), shapes, _copies(spec, parallel.mesh)))
+        held[name] = Held(title, spec, ("T", features), shapes, _copies(spec, parallel.mesh))
     return held
+
+
+def streams(model: ModelConfig, inspection: Inspection, shape: StepShape) -> list[Held]:
+    """The residual stream and the hidden one of a micro-batch as the ranks hold them; attention's own if it differs."""
+    made = activations(model, inspection, shape)
+    names = ["residual", "hidden"] + ["attention"] * (inspection.parallel.attention != HIDDEN)
+    return [made[name] for name in names]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from tessera.device import dtype_name
 from tessera.mesh import AXES, Mesh
-from tessera.observe.inspect import Held, Inspection, Totals, Traffic, cut_in_words, placements_in_words
+from tessera.observe.inspect import MOMENTS, Held, Inspection, Totals, Traffic, cut_in_words, placements_in_words
 from tessera.observe.picture import LABELS, Grid, colours, grid_of, mesh_grid, text_picture
 from tessera.plan.words import StepShape
 
@@ -22,7 +22,7 @@ PER_LAYER = ("layer norms", "q·k·v", "attention", "attention out", "gate·up",
 
 @dataclass(frozen=True)
 class Report:
-    """All there is to say of a layout; `weight` is the parameter to picture."""
+    """All there is to say of a layout; `weight` is the parameter to picture, `pictured` the activations."""
 
     title: str
     inspection: Inspection
@@ -30,14 +30,15 @@ class Report:
     streams: list[Held]
     traffic: list[Traffic]
     weight: Held
+    pictured: list[Held]
 
     @property
     def grids(self) -> list[Grid]:
-        """Who holds which block of the chosen weight and of the streams."""
+        """Who holds which block of the chosen weight and activations."""
         mesh, ranks = self.inspection.mesh, self.inspection.ranks
         return [
             grid_of(f"{held.name}\n{_cut(held, mesh)}", held.spec.shape, held.spec.cuts, ranks, held.spec.stored_over)
-            for held in (self.weight, *self.streams)
+            for held in (self.weight, *self.pictured)
         ]
 
     @property
@@ -58,7 +59,7 @@ def print_report(console: Console, report: Report) -> None:
         console.print(f"rank = {_rank_formula(mesh)}")
     console.print(f"{shape.micro_batches} × {shape.batch} × {shape.sequence} tokens a step, products in {compute}")
     placed = f"placements on ({', '.join(mesh.present(AXES))}), " if mesh.world > 1 else ""
-    title = f"parameters: {placed}bytes of each on the rank that holds most"
+    title = f"parameters: {placed}bytes of each on a rank"
     _print_table(console, title, parameter_table(inspection))
     _print_table(console, "on each rank", totals_table(report.totals))
     console.print(share_in_words(inspection))
@@ -98,18 +99,18 @@ def _table(*columns: str, numbers: int) -> Table:
 
 
 def parameter_table(inspection: Inspection) -> Table:
-    """Each parameter; those that lie alike in several layers in one line."""
-    mesh, item = inspection.mesh, inspection.parallel.dtype.itemsize
+    """Each parameter, bytes as a range where ranks differ; those that lie alike in several layers in one line."""
+    mesh = inspection.mesh
     table = _table("parameter\n  cut", "whole\nplacements", "on a rank", "parameter", "gradient", "AdamW", numbers=3)
     for name, held in layers_joined(inspection.parameters):
-        size = max(held.elements) * item
+        sizes = held.bytes(inspection.parallel.dtype)
         placements = " ".join(placements_in_words(held.spec, mesh))
         copies = f"{held.copies} copies" if held.copies > 1 else ""
         table.add_row(
             Text(f"{name}\n").append(f"  {_cut(held, mesh)}", style="dim"),
             Text(f"{_by(held.spec.shape)}\n").append(placements, style="dim"),
             Text(f"{_local(held)}\n").append(copies, style="dim"),
-            *map(human, (size, size, 2 * size)),
+            *map(_below, (sizes, sizes, [MOMENTS * size for size in sizes])),
         )
     return table
 
@@ -146,7 +147,7 @@ def totals_table(totals_of: dict[str, Totals]) -> Table:
 
 def share_in_words(inspection: Inspection) -> str:
     """Whether the matrices and embeddings are cut as they should be."""
-    over = " · ".join(inspection.mesh.present({"inner", "col", *inspection.parallel.weights_over})) or "one process"
+    over = " · ".join(inspection.share_axes) or "one process"
     share = f"1/{inspection.share} of the matrices and embeddings ({over})"
     if not inspection.share_is_exact():
         return f"a rank does not hold {share}: this layout is wrong"
@@ -155,12 +156,12 @@ def share_in_words(inspection: Inspection) -> str:
 
 
 def stream_table(report: Report) -> Table:
-    """The activations between layers, in the compute dtype."""
+    """The streams, and the activation that was asked for, in the compute dtype."""
     table = _table("stream", "cut", "whole", "on a rank", "copies", "bytes", numbers=4)
     for held in report.streams:
-        size = max(held.elements) * report.inspection.parallel.compute.itemsize
+        size = human_range(held.bytes(report.inspection.parallel.compute))
         cut = Text(_cut(held, report.inspection.mesh))
-        table.add_row(held.name, cut, _by(held.spec.shape), _local(held), str(held.copies), human(size))
+        table.add_row(held.name, cut, _by(held.spec.shape), _local(held), str(held.copies), size)
     return table
 
 
@@ -181,7 +182,7 @@ def traffic_table(moves: Sequence[Traffic]) -> Table:
                 row.kind.replace("_", "-"),
                 row.axis,
                 _range(move.calls),
-                _human_range(move.received),
+                human_range(move.received),
                 f"× {row.times}",
                 end_section=move is group[-1],
             )
@@ -198,7 +199,7 @@ def received_in_words(moves: Sequence[Traffic]) -> str:
         by_axis[move.row.axis] = by_axis.get(move.row.axis, 0) + move.row.times * move.received[busiest]
     parts = [f"{axis} {human(got)}" for axis, got in sorted(by_axis.items(), key=lambda item: -item[1])]
     whom = "; the busiest rank" if min(of_ranks) != max(of_ranks) else ""
-    return f"a rank receives {_human_range(of_ranks)} in a step{whom}: {', '.join(parts)}"
+    return f"a rank receives {human_range(of_ranks)} in a step{whom}: {', '.join(parts)}"
 
 
 def _by_rank(moves: Sequence[Traffic]) -> Iterable[tuple[int, ...]]:
@@ -223,10 +224,16 @@ def _range(values: Sequence[int]) -> str:
     return f"{least:,}" if least == most else f"{least:,}–{most:,}"
 
 
-def _human_range(values: Sequence[int]) -> str:
+def human_range(values: Sequence[int]) -> str:
+    """The least and the most of some bytes, with the unit once where both have the same."""
     least, most = human(min(values)), human(max(values))
     number, unit = least.split()
-    return most if least == most else f"{number if most.endswith(unit) else least}–{most}"
+    return most if least == most else f"{number if unit == most.split()[1] else least}–{most}"
+
+
+def _below(sizes: Sequence[int]) -> str:
+    """The same on two lines, for rows that have two: names stay whole."""
+    return human_range(sizes).replace("–", " to\n")
 
 
 def human(size: float) -> str:
