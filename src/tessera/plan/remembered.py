@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-_FORMAT = "tessera schedules, 1"
+_FORMAT = "tessera schedules, 2"
 
 
 class Remembered:

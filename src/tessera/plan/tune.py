@@ -1,4 +1,7 @@
-"""The schedule of a run, chosen by measuring: the products of one decoder layer, forward and backward, on its own mesh.
+"""The schedule of a run, chosen by measuring: the trainer's forward and backward of two layers, on the run's own mesh.
+
+Two, and whole: the products of one layer by themselves leave out what their collectives overlap with, and the norms,
+which a loop gives more to do. Embedding and head move in the same way under every schedule; they are cut short.
 
 Candidates are the gathered product, whole and in slices, and the loops, as far as the config allows them. Those whose
 scratch memory (scratch.py) is above the limit are not run; if all are, the one that needs least is taken. What was
@@ -16,41 +19,44 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 import tessera
 from tessera import device as devices
 from tessera.collectives import all_reduce, largest
+from tessera.data.loader import Batch
 from tessera.fitting import Ask, first_misfit
 from tessera.mesh import DATA_AXES, MODEL_AXES, Mesh
 from tessera.models.config import ModelConfig
-from tessera.models.decoder import DecoderLayer
-from tessera.nn.linear import parallel_linear
+from tessera.models.decoder import Decoder
 from tessera.nn.parameter import Parallel, to_local
 from tessera.nn.tokens import padded_length
 from tessera.plan.remembered import Remembered
 from tessera.plan.scratch import scratch_bytes
 from tessera.schedule import Schedule
 from tessera.train.preflight import parallel_for
+from tessera.train.step import Step
 
 if TYPE_CHECKING:
     from tessera.config.schema import TrainConfig
 
 KINDS = (("gather", 1), ("gather", 2), ("gather", 4), ("gather", 8), ("summa", 1), ("cannon", 1))
-ROUNDS = 5
-BEHIND = 3.0
-"""A candidate that takes so many times the best one's time after a round is not run again."""
+LAYERS = 2
+ROUNDS = 8
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A schedule with the layouts it needs: `tokens` of a (padded) micro-batch of `model`, and `scratch` bytes."""
+    """A schedule with the layouts it needs: `rows` of `length` (padded) tokens of `model`, and `scratch` bytes."""
 
     model: ModelConfig
     parallel: Parallel
-    tokens: int
+    rows: int
+    length: int
     recompute: bool
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
 
     @property
     def scratch(self) -> int:
@@ -113,10 +119,8 @@ def _fastest(running: list[Candidate], every: list[Candidate], limit: int, remem
     best = _from_first(remembered.read(names) if mesh.rank == 0 else None, len(names), mesh)
     source = f"as measured before ({remembered.path})"
     if best is None:
-        best = _measure([_Layer(candidate) for candidate in running])
-        source = (
-            f"measured: the products of a layer, forward and backward, {running[0].tokens} tokens, best of {ROUNDS}"
-        )
+        best = _measure([_Trial(candidate) for candidate in running])
+        source = f"measured: forward and backward of {LAYERS} layers, {running[0].tokens} tokens, best of {ROUNDS}"
         trouble = remembered.write(dict(zip(names, best, strict=True))) if mesh.rank == 0 else None
     fastest = running[best.index(min(best))]
     return Tuning(fastest.parallel.schedule, every, dict(zip(names, best, strict=True)), limit, source, trouble)
@@ -136,22 +140,20 @@ def candidates(config: "TrainConfig", model: ModelConfig, mesh: Mesh, compute: t
             schedule = replace(config.schedule, name=name, slices=slices)
             parallel = parallel_for(config, mesh, schedule, compute=compute)
             rows = config.micro_batch_size
-            tokens = rows * padded_length(config.sequence_len, rows, parallel.residual, mesh)
-            found.append(Candidate(model, parallel, tokens, config.gradient_checkpointing))
+            length = padded_length(config.sequence_len, rows, parallel.residual, mesh)
+            found.append(Candidate(model, parallel, rows, length, config.gradient_checkpointing))
     return found
 
 
 def _key(config: "TrainConfig", model: ModelConfig, mesh: Mesh, compute: torch.dtype) -> dict[str, Any]:
     """Everything that the times, and which candidates there are, depend on."""
-    shape = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "gated", "activation")
-    biases = ("norm", "qkv_bias", "attention_out_bias", "mlp_bias")
     return {
         "tessera": tessera.__version__,
         "torch": torch.__version__,
         "hardware": [devices.describe(mesh.device), platform.machine(), os.cpu_count()],
         "ranks": [mesh.world, os.environ.get("LOCAL_WORLD_SIZE")],  # of which on this machine
         "mesh": [[axis, mesh.sizes[axis]] for axis in mesh.numbering if axis in MODEL_AXES],
-        "model": {name: getattr(model, name) for name in shape + biases},
+        "model": str(model),
         "batch": [config.micro_batch_size, config.sequence_len],
         "compute": [str(compute), config.tf32],
         "switches": asdict(config.schedule) | {"recompute": config.gradient_checkpointing},
@@ -167,64 +169,51 @@ def _from_first(numbers: list[float] | None, count: int, mesh: Mesh) -> list[flo
     return known if min(known) > 0 else None
 
 
-def _measure(layers: "Sequence[_Layer]") -> list[float]:
-    """The best milliseconds of each layer on the slowest rank.
+def _measure(trials: "Sequence[_Trial]") -> list[float]:
+    """The best milliseconds of each trial: of a round those of the slowest rank, and the least of all rounds.
 
-    The layers take turns, so that what disturbs disturbs all; after each round those left far behind drop out.
+    The trials take turns, so that what disturbs disturbs all, each after another one than before. Those far behind drop
+    out: after the first round at twice the best time, and the nearer to it the more rounds have been seen.
     """
-    mesh, best = layers[0].mesh, [math.inf] * len(layers)
-    times, racing = best, list(range(len(layers)))
+    mesh, best, racing = trials[0].mesh, [math.inf] * len(trials), list(range(len(trials)))
     for turn in range(1 + ROUNDS):  # the first warms up
+        took = [math.inf] * len(trials)
         for place in racing:
-            seconds = layers[place].run()
-            if turn:
-                best[place] = min(best[place], 1e3 * seconds)
+            took[place] = 1e3 * trials[place].run()
+        racing = [*racing[1:], racing[0]]
         if turn:
-            own = torch.tensor(best, dtype=torch.float64, device=mesh.device)
-            times = largest(own, mesh.group(MODEL_AXES)).tolist()
-            racing = [place for place, took in enumerate(times) if took < BEHIND * min(times)]
-    return times
+            slowest = largest(torch.tensor(took, dtype=torch.float64, device=mesh.device), mesh.group(MODEL_AXES))
+            best = [min(pair) for pair in zip(best, slowest.tolist(), strict=True)]
+            racing = [place for place in racing if best[place] <= (1 + 1 / turn) * min(best)]
+    return best
 
 
-class _Layer:
-    """The norms and products of a decoder layer as one candidate runs them, on random numbers."""
+class _Trial:
+    """The trainer's step, up to its gradients, of a model of few layers as one candidate runs it, on random numbers."""
 
     def __init__(self, candidate: Candidate) -> None:
-        model, self.parallel, self.recompute = candidate.model, candidate.parallel, candidate.recompute
-        self.mesh = mesh = self.parallel.mesh
-        self.layer = DecoderLayer(model, self.parallel, 0)
+        self.mesh = mesh = candidate.parallel.mesh
+        layers, words = min(LAYERS, candidate.model.num_layers), 8 * mesh.sizes["col"]
+        model = replace(candidate.model, num_layers=layers, vocab_size=words)
+        self.decoder = Decoder(model, candidate.parallel, gradient_checkpointing=candidate.recompute)
         generator = torch.Generator(mesh.device).manual_seed(0)
-        for parameter in self.layer.parameters():
+        for parameter in self.decoder.parameters():
             to_local(parameter).normal_(std=model.initializer_range, generator=generator)
-        residual = self.parallel.residual
-        shape = (candidate.tokens // mesh.size(residual.tokens), model.hidden_size // mesh.size(residual.features))
-        options: dict[str, Any] = {"dtype": self.parallel.compute, "device": mesh.device, "generator": generator}
-        self.x = torch.randn(shape, **options).requires_grad_()
-        self.dy = torch.randn(shape, **options)
+        self.step = Step(self.decoder, torch.optim.SGD(self.decoder.parameters(), lr=0.0))  # it is not asked to update
+        ids = torch.randint(words, (candidate.rows, candidate.length), generator=torch.Generator().manual_seed(0))
+        self.batch = Batch(ids, ids, ids.numel())
 
     def run(self) -> float:
         """Seconds that a forward and backward take this rank, all ranks having begun together."""
-        self.layer.zero_grad(set_to_none=True)
-        self.x.grad = None
         _finished(all_reduce(torch.zeros((), device=self.mesh.device), self.mesh.group(MODEL_AXES)))
         begun = time.perf_counter()
-        self.parallel.overlap.begin("measured")
-        if self.recompute:
-            y = checkpoint(self._products, self.x, use_reentrant=False, preserve_rng_state=False)
-        else:
-            y = self._products(self.x)
-        y.backward(self.dy)
+        self.step.gradients([self.batch], 0, self.batch.valid)
         _finished(torch.zeros((), device=self.mesh.device))
-        return time.perf_counter() - begun
-
-    def _products(self, x: Tensor) -> Tensor:
-        """A decoder layer without attention itself, which is the same for all: q stands for its result."""
-        attention, layer = self.layer.attention, self.layer
-        q, _, _ = parallel_linear([attention.q, attention.k, attention.v], layer.attention_norm(x))
-        x = x + attention.out(q)
-        return x + layer.mlp(layer.mlp_norm(x))
+        seconds = time.perf_counter() - begun
+        self.decoder.zero_grad(set_to_none=True)
+        return seconds
 
 
-def _finished(scalar: Tensor) -> None:
+def _finished(scalar: torch.Tensor) -> None:
     """Reading a number waits for all that was queued on its device before it, whatever kind of device that is."""
     scalar.item()
