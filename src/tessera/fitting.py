@@ -23,6 +23,8 @@ from tessera.mesh import MODEL_AXES
 
 HEADS = ("num_attention_heads", "kv_features")
 """The dimensions cut over `inner` too where the batch is not."""
+IN_ONE_PIECE = ("prefetch", "defer", "overlap")
+"""The switches that act in a gathered product in one piece alone."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,9 @@ class TensorParallel:
     schedule: str = "gather"
     slices: int = 1
     keep_gathered: bool = False
+    prefetch: bool = True
+    defer: bool = True
+    overlap: bool = True
     sequence_parallel: bool = True
 
     @property
@@ -140,6 +145,11 @@ def _schedule_misfits(tensor: TensorParallel, axes: Mapping[str, int]) -> Iterat
     if schedule != "gather" and tensor.slices > 1:
         reason = f"{schedule} {'has panels of its own' if loop else 'chooses the slices itself'}"
         yield _misfit_of(tensor, "slices", reason, "schedule")
+    if loop or tensor.slices > 1:
+        whose, other = (schedule, "schedule") if loop else ("a product in slices", "slices")
+        for field in IN_ONE_PIECE:
+            if not getattr(tensor, field):
+                yield _misfit_of(tensor, field, f"{whose} overlaps its panels by itself", other)
 
 
 def _misfit_of(tensor: TensorParallel, field: str, reason: str, *others: str) -> Misfit:

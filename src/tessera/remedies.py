@@ -13,6 +13,7 @@ from typing import Any
 from tessera.errors import UserError
 from tessera.fitting import (
     HEADS,
+    IN_ONE_PIECE,
     Ask,
     TensorParallel,
     as_yaml,
@@ -35,6 +36,7 @@ _PLAIN = {  # switches as they fit most
     "depth_weights": "replicate",
     "sequence_parallel": True,
     "depth": None,
+    **dict.fromkeys(IN_ONE_PIECE, True),
 }
 
 

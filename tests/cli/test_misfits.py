@@ -12,6 +12,10 @@ from tessera.cli.main import main
 from tessera.train import launch
 from train.runs import LLAMA, SETTINGS, command, run_command, save_rows
 
+PANELS = [("schedule", "summa"), ("schedule", "cannon"), ("slices", 2)]
+OFF = {f"tensor_parallel_{switch}": False for switch in ("prefetch", "defer", "overlap")}
+GRID = {"tensor_parallel_mode": "2d", "tensor_parallel_size": 4, "micro_batch_size": 2}
+
 
 class Started(Exception):
     """The launcher was about to start its ranks."""
@@ -30,12 +34,34 @@ def settings(tmp_path) -> dict[str, Any]:
     }
 
 
-@pytest.fixture
-def refused(monkeypatch, capsys, settings, tmp_path) -> Callable[..., str]:
-    """The complaint of `tessera train` in this process about `settings` with these changes."""
+@pytest.fixture(autouse=True)
+def launcher(monkeypatch) -> None:
+    """Without ranks: it raises where it would start them."""
 
     def start(arguments, world, *_):
         raise Started(world)
+
+    monkeypatch.setattr(launch, "run_workers", start)
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def started(monkeypatch, settings) -> Callable[..., int]:
+    """How many ranks `tessera train` with these changes would start."""
+
+    def call(*options: str, **changes: Any) -> int:
+        monkeypatch.setattr("sys.argv", ["tessera", *command(settings | changes, *options)[3:]])
+        with pytest.raises(Started) as started:
+            main()
+        return started.value.args[0]
+
+    return call
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys, settings, tmp_path) -> Callable[..., str]:
+    """The complaint of `tessera train` in this process about `settings` with these changes."""
 
     def call(*options: str, **changes: Any) -> str:
         words = command(settings | changes, *options)
@@ -50,9 +76,6 @@ def refused(monkeypatch, capsys, settings, tmp_path) -> Callable[..., str]:
         assert "Traceback" not in said.err and len(re.findall(r"^\S", said.err, re.M)) == 1, said.err
         return said.err
 
-    monkeypatch.setattr(launch, "run_workers", start)
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
-        monkeypatch.delenv(name, raising=False)
     return call
 
 
@@ -107,15 +130,65 @@ def test_a_misfit_is_told_before_anything_happens(refused, case):
         assert text in message, message
 
 
-def test_what_a_message_proposes_starts(refused, settings, monkeypatch):
+def test_what_a_message_proposes_starts(refused, started):
     """The same command with the size that the message gives reaches the point where ranks are started."""
     message = refused(tensor_parallel_mode="2d", tensor_parallel_size=4)
     for batch in re.findall(r"\d", message.partition("or micro_batch_size: ")[2]):
-        fitting = {"tensor_parallel_mode": "2d", "tensor_parallel_size": 4, "micro_batch_size": int(batch)}
-        monkeypatch.setattr("sys.argv", ["tessera", *command(settings | fitting)[3:]])
-        with pytest.raises(Started) as started:
-            main()
-        assert started.value.args == (4,)
+        assert started(tensor_parallel_mode="2d", tensor_parallel_size=4, micro_batch_size=int(batch)) == 4
+
+
+@pytest.mark.parametrize(("field", "value"), PANELS)
+@pytest.mark.parametrize("switch", OFF)
+def test_a_switch_of_the_gathered_product_is_refused_with_panels(refused, started, switch, field, value):
+    panels = {f"tensor_parallel_{field}": value}
+    message = refused(**GRID, **panels, **{switch: False})
+    assert message.startswith(f"{switch}: false\n  "), message
+    plain = "schedule: gather" if field == "schedule" else "slices: 1"
+    assert f"\n  {switch}: true\n  or tensor_parallel_{plain}\n" in message, message
+    assert started(**GRID, **panels, **{switch: True}) == started(**GRID, **{switch: False}) == 4
+
+
+def test_auto_takes_every_switch(started):
+    assert started(**GRID, **OFF, tensor_parallel_schedule="auto") == 4
+
+
+@pytest.mark.parametrize("schedule", ["gather", "auto"])
+@pytest.mark.parametrize("data", [{"dp_shard_size": 2}, {"dp_replicate_size": 2}, {}], ids=str)
+def test_switches_of_weights_are_refused_where_fsdp_moves_them(refused, started, data, schedule):
+    """Also where the processes give the size of the data axis, which the last of these leaves out."""
+    changes = data | {"tensor_parallel_size": 2, "tensor_parallel_schedule": schedule}
+    axis = "replicate 2" if "dp_replicate_size" in data else "shard 2"
+    early, late = "tensor_parallel_prefetch", "tensor_parallel_defer"
+    for off, told in {
+        (early,): [f"(here {axis}) FSDP2 gathers", "fsdp_config.forward_prefetch", f"\n  {early}: true, or no data"],
+        (late,): [f"(here {axis}) FSDP2 sums", f"\n  {late}: true, or no data axes"],
+        (early, late): ["fsdp_config.forward_prefetch", f"\n  {early}: true, {late}: true, or no data axes"],
+    }.items():
+        message = refused("--num-processes", "4", **changes, **dict.fromkeys(off, False))
+        assert message.startswith(f"{off[0]}: false\n  "), message
+        for text in told:
+            assert text in message, message
+    assert started("--num-processes", "4", **changes, **{early: True, late: True}) == 4
+    assert started("--num-processes", "4", **changes, tensor_parallel_overlap=False) == 4, "this one is not FSDP2's"
+    alone = {"tensor_parallel_size": 2, "tensor_parallel_schedule": schedule}
+    assert started("--num-processes", "2", **alone, **{early: False, late: False}) == 2, "there are no data axes"
+
+
+@pytest.mark.parametrize("data", [{"dp_shard_size": 2}, {"dp_replicate_size": 2}], ids=str)
+def test_loops_over_a_cube_are_refused_beside_data_axes(refused, started, data):
+    cube = {"tensor_parallel_mode": "3d", "tensor_parallel_size": 8, "micro_batch_size": 4}
+    message = refused(**cube, **data, tensor_parallel_schedule="summa")
+    assert message.startswith("tensor_parallel_schedule: summa\n  beside data axes"), message
+    assert started(**cube, **data) == 16 and started(**cube, tensor_parallel_schedule="summa") == 8
+    assert started(**GRID, **data, tensor_parallel_schedule="summa") == 8
+
+
+@pytest.mark.parametrize(("field", "value"), PANELS)
+def test_beside_data_axes_no_schedule_makes_a_switch_fit(refused, started, field, value):
+    changes = GRID | {"dp_shard_size": 2, f"tensor_parallel_{field}": value}
+    message = refused(**changes, tensor_parallel_prefetch=False)
+    assert message.endswith("\n  tensor_parallel_prefetch: true\n"), message
+    assert started(**changes, tensor_parallel_prefetch=True) == 8
 
 
 def test_a_misfit_is_told_before_the_number_of_processes(refused):

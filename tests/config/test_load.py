@@ -6,7 +6,7 @@ import pytest
 
 from tessera.config import compat
 from tessera.config.load import ConfigError, dump_config, json_schema, load_config, make_config
-from tessera.config.schema import DatasetConfig, TokenizerConfig, TrainConfig
+from tessera.config.schema import DatasetConfig, FsdpConfig, MeshConfig, TokenizerConfig, TrainConfig
 from tessera.errors import UserError
 
 MINIMAL = {"base_model": "./my-llama", "datasets": [{"path": "a.jsonl"}]}
@@ -41,7 +41,7 @@ def test_defaults_are_those_that_users_know():
 
 
 def test_every_key_has_its_meaning():
-    for section in (TrainConfig, DatasetConfig, TokenizerConfig):
+    for section in (TrainConfig, DatasetConfig, TokenizerConfig, MeshConfig, FsdpConfig):
         for key, field in section.model_fields.items():
             assert field.description and field.description.endswith("."), key
 
@@ -108,6 +108,18 @@ def test_overrides_are_yaml_and_win(tmp_path):
         ({"datasets": [{"path": "a", "feild": "t"}]}, "datasets[0].feild", "nearest: field"),
         ({"tokenizer": {"train": "bpe", "vocab_size": 300, "kind": 1}}, "tokenizer.kind", "known: train"),
         ({"tokenizer": {"train": "bpe", "vocab_size": 100}}, "tokenizer.vocab_size", "at least 257"),
+        ({"tensor_parallel_mesh": {"rows": 2}}, "tensor_parallel_mesh.rows", "is not a known key\n  nearest: row"),
+        ({"tensor_parallel_mesh": {"row": 0}}, "tensor_parallel_mesh.row", "at least 1\n  Cuts tokens"),
+        ({"tensor_parallel_mesh": {"row": "2"}}, "tensor_parallel_mesh.row", "a whole number\n  Cuts tokens"),
+        ({"tensor_parallel_mesh": {1: 2}}, "tensor_parallel_mesh[1]", "a known key"),
+        ({"tensor_parallel_mesh": 4}, "tensor_parallel_mesh", "keys with values\n  The sizes of the axes"),
+        ({"tensor_parallel_mesh.row": 2}, "tensor_parallel_mesh.row", "write tensor_parallel_mesh: {row: 2}"),
+        ({"fsdp_config": {"forward_prefech": True}}, "fsdp_config.forward_prefech", "nearest: forward_prefetch"),
+        ({"fsdp_config": {"fsdp_auto_wrap_policy": "size"}}, "fsdp_config.auto_wrap_policy", "or 'NO_WRAP'\n  What is"),
+        ({"fsdp_config": {"offload_params": 1}}, "fsdp_config.offload_params", "true or false\n  Keep parameters"),
+        ({"fsdp_config": True}, "fsdp_config", "keys with values\n  Switches"),
+        ({"fsdp_config.forward_prefetch": True}, "fsdp_config.forward_prefetch", "{forward_prefetch: true}"),
+        ({"tensor_parallel.size": 2}, "tensor_parallel.size", "nearest: tensor_parallel_size"),
         ({"micro_batch_size": 0}, "micro_batch_size", "at least 1"),
         ({"micro_batch_size": "8"}, "micro_batch_size", "a whole number"),
         ({"sequence_len": True}, "sequence_len", "a whole number"),
@@ -145,6 +157,24 @@ def test_every_problem_is_told_at_once():
     assert isinstance(problem, ConfigError)
     assert {p.key for p in problem.problems} == {"learning_rte", "micro_batch_size", "fp16"}
     assert all(p.key in str(problem) for p in problem.problems)
+
+
+def test_every_mistake_inside_a_section_is_told():
+    problem = problem_of(tensor_parallel_mesh={"rows": 2, "row": 0, "col": 1.5})
+    assert isinstance(problem, ConfigError)
+    assert {p.key for p in problem.problems} == {f"tensor_parallel_mesh.{axis}" for axis in ("rows", "row", "col")}
+
+
+def test_a_limit_that_only_auto_has_is_told_elsewhere():
+    """Not refused: the resolved config of a run with auto has the schedule chosen, and the limit."""
+    limit = {"tensor_parallel_scratch_gib": 0.5}
+    for schedule in ("gather", "summa"):
+        config, (note,) = make_config({**MINIMAL, **limit, "tensor_parallel_schedule": schedule})
+        assert config.tensor_parallel_scratch_gib == 0.5
+        assert note.startswith("tensor_parallel_scratch_gib: 0.5 has no effect: ") and note.endswith(f" is {schedule}")
+    assert make_config({**MINIMAL, **limit, "tensor_parallel_schedule": "auto"})[1] == []
+    for same in (2.0, 2):
+        assert make_config({**MINIMAL, "tensor_parallel_scratch_gib": same})[1] == []
 
 
 def test_an_unquoted_no_is_the_strategy_no(tmp_path):

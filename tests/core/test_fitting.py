@@ -36,6 +36,8 @@ MODEL = {
 SHAPE = {"num_attention_heads": 6, "kv_features": 6, "intermediate_size": 6}
 CUBE = {"inner": 2, "row": 2, "col": 2}
 DEEP = {"depth": 2, "row": 2, "col": 2}
+OFF = {"prefetch": False, "defer": False, "overlap": False}
+PANELS = {"summa": {"schedule": "summa"}, "cannon": {"schedule": "cannon"}, "slices 2": {"slices": 2}}
 
 
 def refusal(tensor: TensorParallel, dimensions: dict[str, int], batch: int) -> UserError | None:
@@ -65,6 +67,7 @@ def refusal(tensor: TensorParallel, dimensions: dict[str, int], batch: int) -> U
         (TensorParallel("2d", 4, sequence_parallel=False, slices=2, keep_gathered=True), 2),
         (TensorParallel("2d", 9, schedule="auto", keep_gathered=True, sequence_parallel=False), 3),
         *((TensorParallel("3d", 8, schedule=loop), 2) for loop in ("summa", "cannon")),
+        *((TensorParallel("2d", 4, schedule=name, **OFF), 2) for name in ("gather", "auto")),
     ],
 )
 def test_sizes_that_fit(asked, batch):
@@ -322,6 +325,42 @@ MISFITS: dict[str, Case] = {
         "tensor_parallel_slices: 2",
         ["auto chooses the slices itself", "tensor_parallel_slices: 1", "tensor_parallel_schedule: gather"],
     ),
+    **{
+        f"{field} off, {name}": (
+            TensorParallel("2d", 4, **panels, **{field: False}),
+            {},
+            8,
+            f"tensor_parallel_{field}: false",
+            [
+                f"{'a product in slices' if 'slices' in panels else name} overlaps its panels by itself",
+                f"\n  tensor_parallel_{field}: true\n",
+                f"\n  or tensor_parallel_{'slices: 1' if 'slices' in panels else 'schedule: gather'}",
+            ],
+        )
+        for field in OFF
+        for name, panels in PANELS.items()
+    },
+    "every switch off in a loop": (
+        TensorParallel("2d", 4, schedule="summa", **OFF),
+        {},
+        8,
+        "tensor_parallel_prefetch: false",
+        ["summa overlaps its panels by itself\n  tensor_parallel_schedule: gather"],
+    ),
+    "a switch off and slices that do not divide": (
+        TensorParallel("3d", 8, slices=6, overlap=False),
+        {},
+        8,
+        "tensor_parallel_overlap: false",
+        ["overlaps its panels by itself\n  tensor_parallel_slices: 1"],
+    ),
+    "a switch off in a loop that is not square": (
+        TensorParallel("2d", 8, schedule="cannon", defer=False),
+        {},
+        8,
+        "tensor_parallel_schedule: cannon",
+        ["row 2 × col 4\n  tensor_parallel_schedule: gather"],
+    ),
     "slices": (
         TensorParallel("3d", 8, slices=6),
         {},
@@ -418,6 +457,7 @@ def asks(count: int, seed: int) -> Iterator[Sizes]:
             slices=choose([1] * 6 + [2, 3, 4]),
             keep_gathered=choose([False] * 5 + [True]),
             sequence_parallel=choose([True] * 5 + [False]),
+            **{field: choose([True] * 5 + [False]) for field in OFF},
         )
         dimensions = {
             "hidden_size": choose([24, 36, 48, 60, 64]),

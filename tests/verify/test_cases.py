@@ -95,6 +95,15 @@ def test_every_layout_of_a_world_is_there_once_and_fits(models, world):
         assert not unfit
 
 
+@pytest.mark.parametrize("switch", ["prefetch", "defer", "overlap"])
+def test_switches_of_the_product_in_one_piece_take_no_layout_away(models, switch):
+    cases, unfit = every(models["gpt2"], 4, **{f"tensor_parallel_{switch}": False})
+    assert not unfit
+    for case in cases:
+        schedule = case.config.schedule
+        assert getattr(schedule, switch) == schedule.in_panels
+
+
 def test_layouts_that_the_model_does_not_fit_are_named(models):
     cases, unfit = every(models["llama"], 3)
     assert {case.config.axes["col"] for case in cases} == {1}

@@ -24,6 +24,7 @@ _SECTIONS: dict[str, type[Section]] = {
     "tensor_parallel_mesh": MeshConfig,
     "fsdp_config": FsdpConfig,
 }
+_Place = tuple[int | str, ...]  # of a value: the keys, and numbers in lists, that lead to it
 
 
 class ConfigError(UserError):
@@ -73,7 +74,7 @@ def make_config(values: Mapping[Any, Any], source: str = "config") -> tuple[Trai
         raise problems[0]
     if problems:
         raise ConfigError(source, problems)
-    return config, notes
+    return config, notes + _without_effect(config)
 
 
 def dump_config(config: TrainConfig) -> str:
@@ -192,7 +193,17 @@ def _settle_other_tools(
     return kept
 
 
+def _without_effect(config: TrainConfig) -> list[str]:
+    """What is to be said about keys of ours that do nothing here; the resolved config of a run with auto has such."""
+    key, schedule = "tensor_parallel_scratch_gib", config.tensor_parallel_schedule
+    limit = getattr(config, key)
+    if schedule == "auto" or limit == TrainConfig.model_fields[key].default:
+        return []
+    return [f"{key}: {limit:g} has no effect: it limits schedule auto, and tensor_parallel_schedule is {schedule}"]
+
+
 _WANTED = {
+    "invalid_key": "a known key",
     "int_type": "a whole number",
     "int_from_float": "a whole number",
     "float_type": "a number",
@@ -213,26 +224,29 @@ _WANTED = {
 
 def _problems(error: ValidationError) -> list[UserError]:
     """One `UserError` for each key that pydantic found fault with."""
-    found: dict[str, list[Any]] = {}
+    found: dict[_Place, list[Any]] = {}
     for detail in error.errors(include_url=False):
-        found.setdefault(_name(detail["loc"]), []).append(detail)
-    return [_problem(name, details) for name, details in found.items()]
+        found.setdefault(_place(detail["loc"]), []).append(detail)
+    return [_problem(place, details) for place, details in found.items()]
 
 
-def _problem(name: str, details: list[Any]) -> UserError:
+def _problem(place: _Place, details: list[Any]) -> UserError:
     """`details` has one entry, or one for each type that a key may have."""
     first, context = details[0], details[0].get("ctx", {})
     if isinstance(context.get("error"), UserError):  # raised by a check over several keys
         return context["error"]
-    top, _, inner = re.sub(r"\[\d+\]", "", name).partition(".")
-    keys = (_SECTIONS[top] if inner else TrainConfig).model_fields
-    meaning = keys[inner or top].description or "" if (inner or top) in keys else ""
+    name, (top, *inside) = _name(place), [str(part) for part in place if isinstance(part, str)]
+    key, keys = (inside[-1], _SECTIONS[top].model_fields) if inside else (top, TrainConfig.model_fields)
+    meaning = keys[key].description or "" if key in keys else ""
     if first["type"] == "missing":
         return UserError(name, None, "is required", meaning)
     shown = _shown(first["input"])
     if first["type"] == "extra_forbidden":
-        others = [] if inner else [*compat.NO_EFFECT, *compat.NOT_DONE]
-        hint = _nearest(inner or top, keys) or _nearest(inner or top, others) or f"known: {', '.join(keys)}"
+        section, _, within = key.partition(".")
+        if not inside and section != "datasets" and within in getattr(_SECTIONS.get(section), "model_fields", ()):
+            return UserError(name, shown, f"is a key inside {section}", f"write {section}: {{{within}: {shown}}}")
+        others = [] if inside else [*compat.NO_EFFECT, *compat.NOT_DONE]
+        hint = _nearest(key, keys) or _nearest(key, others) or f"known: {', '.join(keys)}"
         return UserError(name, shown, "is not a known key", hint)
     wanted = [
         _WANTED[d["type"]].format(**d.get("ctx", {})) if d["type"] in _WANTED else d["msg"]
@@ -244,11 +258,16 @@ def _problem(name: str, details: list[Any]) -> UserError:
     return UserError(name, shown, f"must be {' or '.join(dict.fromkeys(wanted))}", meaning)
 
 
-def _name(loc: tuple[int | str, ...]) -> str:
-    """The key as a user would write it: `datasets[0].path`. The types that a key may have are left out."""
-    if loc[:1] == ("datasets",):
-        return "datasets" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc[1:])
-    return f"tokenizer.{loc[2]}" if loc[:1] == ("tokenizer",) and len(loc) > 2 else str(loc[0] if loc else "config")
+def _place(loc: _Place) -> _Place:
+    """Where pydantic found fault, without the types that a key may have."""
+    if loc[:1] == ("tokenizer",):
+        return ("tokenizer", *loc[2:])
+    return loc if loc and loc[0] in _SECTIONS else loc[:1] or ("config",)
+
+
+def _name(place: _Place) -> str:
+    """The key as a user would write it: `datasets[0].path`."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
 
 
 def _choices(name: str) -> str:

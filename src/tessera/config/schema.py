@@ -223,7 +223,10 @@ class TrainConfig(Section):
         True, description="Sum the gradient of a product's input during the product that gives its weight's."
     )
     tensor_parallel_scratch_gib: float = Field(
-        2.0, gt=0, description="Memory that schedule auto may use for gathered operands on a device, in GiB."
+        2.0,
+        gt=0,
+        description="Memory that schedule auto may use for gathered operands on a device, in GiB, copies for joining "
+        "and contiguity not counted.",
     )
     sequence_parallel: bool = Field(
         True, description="Cut the residual stream over tokens along col instead of repeating it there."
@@ -316,6 +319,9 @@ class TrainConfig(Section):
             schedule=self.tensor_parallel_schedule,
             slices=self.tensor_parallel_slices,
             keep_gathered=self.tensor_parallel_keep_gathered,
+            prefetch=self.tensor_parallel_prefetch,
+            defer=self.tensor_parallel_defer,
+            overlap=self.tensor_parallel_overlap,
             sequence_parallel=self.sequence_parallel,
         )
 

@@ -51,11 +51,32 @@ def check_layout(config: "TrainConfig", model: "ModelConfig") -> None:
     """Raise UserError, with the nearest sizes that fit, when the config's layout does not fit `model` or FSDP2."""
     from tessera.fitting import check_sizes
 
+    beside_data = math.prod(config.data_sizes.values()) > 1
+    if beside_data:
+        _check_switches_beside_data_axes(config)
     check_sizes(config.tensor_parallel, model.dimensions, config.micro_batch_size)
-    loop, axes = config.tensor_parallel_schedule, config.axes
-    if loop in ("summa", "cannon") and axes["inner"] > 1 and config.world_size > math.prod(axes.values()):
+    loop = config.tensor_parallel_schedule
+    if loop in ("summa", "cannon") and config.axes["inner"] > 1 and beside_data:
         reason = "beside data axes FSDP2 takes weights cut over two other axes, here they are inner, row and col"
         raise UserError("tensor_parallel_schedule", loop, reason, "tensor_parallel_schedule: gather, or no data axes")
+
+
+def _check_switches_beside_data_axes(config: "TrainConfig") -> None:
+    """Raise UserError for switches of weights that FSDP2 moves; before check_sizes, which knows of no data axes."""
+    switches = {
+        "tensor_parallel_prefetch": "gathers the weights, and has fsdp_config.forward_prefetch for it",
+        "tensor_parallel_defer": "sums the gradients of weights, once a step",
+    }
+    off = [key for key in switches if not getattr(config, key)]
+    if not off:
+        return
+    data = ", ".join(f"{axis} {n}" for axis, n in config.data_sizes.items() if n > 1)
+    reason, hint = f"beside data axes (here {data}) FSDP2 {switches[off[0]]}", ", ".join(f"{key}: true" for key in off)
+    if config.schedule.name != "gather":  # a loop, which moves weights along row itself
+        reason = f"{config.schedule} overlaps its panels by itself"
+    elif not config.schedule.in_panels:
+        hint += ", or no data axes"
+    raise UserError(off[0], "false", reason, hint)
 
 
 def model_of(config: "TrainConfig", folder: Path | None = None) -> "ModelConfig":

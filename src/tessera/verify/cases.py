@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tessera.errors import UserError
+from tessera.fitting import IN_ONE_PIECE, config_key
 from tessera.layout import GEOMETRIES, HIDDEN, attention_layout, geometry_axes
 from tessera.mesh import MODEL_AXES
 from tessera.models.config import ModelConfig
@@ -151,7 +152,8 @@ def _schedules(config: "TrainConfig", sizes: Mapping[str, int]) -> Iterator[dict
     """The keys of every schedule, and way to store weights along depth, that a mesh of `sizes` has."""
 
     def keys(name: str, slices: int = 1, depth: str = "replicate", kept: bool = False) -> dict[str, Any]:
-        return {
+        panels = name != "gather" or slices > 1  # whose switches are on
+        return {config_key(switch): True for switch in IN_ONE_PIECE if panels} | {
             "tensor_parallel_schedule": name,
             "tensor_parallel_slices": slices,
             "tensor_parallel_depth_weights": depth,
