@@ -52,7 +52,7 @@ STEPS, SAME = 30, 1e-10
 def test_a_run_takes_one_course_in_every_geometry():
     want = curve({}, {}, STEPS, seed=1)
     assert want[-1][0] < 0.7 * want[0][0], "it learns"
-    for sizes in ({"col": 4}, GRID, {"depth": 2, "col": 2}, CUBE):
+    for sizes in ({"col": 4}, GRID, TESSERACT, CUBE):
         for found in ranks_of(sizes).run(curve, sizes, {}, STEPS, 1):
             assert worst(found, want) <= SAME, sizes
     assert worst(curve({}, {}, STEPS, seed=2), want) > 1e-3, "other masks would be seen"

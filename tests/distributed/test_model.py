@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from distributed.model_cases import GPT2, LLAMA, MODELS, model_errors
-from support.pool import pool
+from support.pool import Pool, pool
 from tessera.layout import HIDDEN_BY_HEADS
 from tessera.schedule import Schedule
 
@@ -23,8 +23,11 @@ CUBE = {"inner": 2, "row": 2, "col": 2}
 SLICES2, SLICES4 = Schedule(slices=2), Schedule(slices=4)
 SUMMA, CANNON = Schedule("summa"), Schedule("cannon")
 EARLY_AND_LATE = Schedule(prefetch=True, defer=True)
-# of the twenty: every triple of axes, and each axis at 4; more would leave their groups' threads to the session
+# of the twenty: every triple of axes, and each axis at 4; more groups of several axes would leave their threads to the
+# session, so the others have ranks of their own
 MESHES_OF_8 = [
+    {"row": 8},
+    {"col": 8},
     TESSERACT,
     CUBE,
     {"inner": 2, "depth": 2, "col": 2},
@@ -49,9 +52,9 @@ def name(value):
     return str(value)
 
 
-def check(sizes, model, sequence_parallel=True, steps=1, smoothing=0.1, size=8, length=4, **options):
+def check(sizes, model, sequence_parallel=True, steps=1, smoothing=0.1, size=8, length=4, ranks=None, **options):
     """`model` on a mesh of `sizes`, `size` sequences of `length` tokens in a micro-batch, against one process."""
-    ranks = pool(math.prod(sizes.values()))
+    ranks = ranks or pool(math.prod(sizes.values()))
     arguments = (model, sizes, sequence_parallel, steps, smoothing, None, options, size, length)
     for relative, parameter, _ in ranks.run(model_errors, *arguments):
         assert relative["loss"] <= TOLERANCE and relative["norm"] <= TOLERANCE
@@ -77,6 +80,20 @@ def test_every_mesh_equals_one_process(model, sizes):
 @pytest.mark.parametrize("sizes", MESHES_OF_8, ids=name)
 def test_meshes_of_8_equal_one_process(sizes):
     check(sizes, "llama kv4" if "row" in sizes else "gpt2", schedule=EARLY_AND_LATE)
+
+
+@pytest.fixture(scope="module")
+def eight():
+    """Ranks that no other module needs."""
+    ranks = Pool(8)
+    yield ranks
+    ranks.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [mesh for mesh in meshes(8) if mesh not in MESHES_OF_8], ids=name)
+def test_the_other_meshes_of_8_equal_one_process(eight, sizes):
+    check(sizes, "llama kv4" if "row" in sizes else "gpt2", ranks=eight, schedule=EARLY_AND_LATE)
 
 
 @pytest.mark.parametrize("model", [LLAMA6, GPT6], ids=["llama", "gpt2"])

@@ -149,28 +149,64 @@ def test_several_chunks_of_the_loss_exchange_once_each():
 
 BIG = {
     16: [{"col": 16}, {"row": 16}, {"row": 4, "col": 4}, {"depth": 4, "row": 2, "col": 2}, {"inner": 2, "row": 8}],
-    64: [{"col": 64}, {"row": 64}, {"row": 8, "col": 8}, {"inner": 4, "row": 4, "col": 4}],
+    64: [
+        {"col": 64},
+        {"row": 64},
+        {"row": 8, "col": 8},
+        {"depth": 4, "row": 4, "col": 4},
+        {"inner": 4, "row": 4, "col": 4},
+    ],
     512: [{"row": 16, "col": 32}, {"depth": 2, "row": 16, "col": 16}, {"inner": 8, "row": 8, "col": 8}, {"row": 512}],
 }
 
 
+# layers of the sizes of Llama 3 70B
+LARGE = replace(
+    LLAMA,
+    vocab_size=128256,
+    hidden_size=8192,
+    num_layers=1,
+    num_heads=64,
+    num_kv_heads=8,
+    head_dim=128,
+    ffn_size=28672,
+)
+LARGE_BATCH = StepShape(batch=512, sequence=64)
+
+
 @pytest.mark.parametrize(("world", "sizes"), [(w, s) for w, meshes in BIG.items() for s in meshes], ids=str)
 def test_counts_at_scale(world, sizes):
-    """Layers of the sizes of Llama 3 70B, tensors without data; every schedule that the mesh allows."""
-    model = replace(
-        LLAMA, vocab_size=128256, hidden_size=8192, num_heads=64, num_kv_heads=8, head_dim=128, ffn_size=28672
-    )
+    """Tensors without data; every schedule that the mesh allows."""
     square = sizes.get("row") == sizes.get("col", 1)
     schedules = [Schedule(), Schedule(keep=True), Schedule(slices=2), *(LOOPS if square else ())]
-    shape, rank = StepShape(batch=512, sequence=64), world // 2 + 1
-    cases = [Case(sizes, schedule, shape=shape) for schedule in schedules]
+    cases = [Case(sizes, schedule, shape=LARGE_BATCH) for schedule in schedules]
     if "depth" in sizes:
-        cases.append(Case(sizes, shape=shape, weights_over=OVER_DEPTH))
+        cases.append(Case(sizes, shape=LARGE_BATCH, weights_over=OVER_DEPTH))
     if set(sizes) == {"col"}:
-        cases.append(Case(sizes, shape=shape, sequence_parallel=False))
+        cases.append(Case(sizes, shape=LARGE_BATCH, sequence_parallel=False))
     for case in cases:
-        counted = counted_step(replace(model, num_layers=1), shape, case.parallel(Mesh(sizes, rank=rank)))
-        assert counted.totals == formula(replace(model, num_layers=1), case, rank), str(case)
+        check_at_scale(case, world // 2 + 1)
+
+
+def check_at_scale(case, rank):
+    """What the rank counts, which is the formula's."""
+    counted = counted_step(LARGE, case.shape, case.parallel(Mesh(case.sizes, rank=rank))).totals
+    assert counted == formula(LARGE, case, rank), f"{case}, rank {rank}"
+    return counted
+
+
+@pytest.mark.parametrize("sizes", [sizes for sizes in BIG[64] if sizes.get("row") == sizes.get("col")], ids=str)
+def test_cannon_at_64_ranks_counts_by_coordinate(sizes):
+    """On the last grid of the mesh, at places that differ in both: all others move as the third along an axis."""
+    case, seen = Case(sizes, Schedule("cannon"), shape=LARGE_BATCH), {"row": set(), "col": set()}
+    last = 64 - sizes["row"] * sizes["col"]
+    for row, col in ((0, 1), (1, 2), (2, 0)):
+        rank = last + row * sizes["col"] + col
+        assert [Mesh(sizes, rank=rank).coordinates[axis] for axis in seen] == [row, col]
+        counted = check_at_scale(case, rank)
+        for axis, counts in seen.items():
+            counts.add(counted[axis, "shift"])
+    assert [len(counts) for counts in seen.values()] == [3, 3]
 
 
 def test_prefetch_and_defer_change_no_count():

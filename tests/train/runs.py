@@ -47,6 +47,7 @@ GPT2 = {
     "eos_token_id": 0,
 }
 GPT2_64 = GPT2 | {"n_embd": 64, "n_head": 8}
+GPT2_96 = GPT2 | {"n_embd": 96, "n_head": 6, "n_inner": 192}
 NO_DROPOUT = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
 MODELS = {
     "llama": transformers.LlamaConfig(**LLAMA),
@@ -60,6 +61,7 @@ MODELS = {
     "llama 96 tied": transformers.LlamaConfig(**LLAMA_96, tie_word_embeddings=True),
     "qwen3 64": transformers.Qwen3Config(**LLAMA_64, head_dim=8),
     "gpt2 64": transformers.GPT2Config(**GPT2_64, **NO_DROPOUT),
+    "gpt2 96": transformers.GPT2Config(**GPT2_96, **NO_DROPOUT),
     "gpt2 64 dropout": transformers.GPT2Config(**GPT2_64),
     "gpt2 64 dropout one layer": transformers.GPT2Config(**GPT2_64 | {"n_layer": 1}),
 }

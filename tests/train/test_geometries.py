@@ -2,11 +2,19 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tessera.config.schema import TrainConfig
+from tessera.mesh import Mesh
+from tessera.plan.words import step_rows, totals
+from tessera.train.preflight import model_of, parallel_for, step_shape
 from train.runs import Metrics, Workshop, exported, metrics, run
 from train.test_parity import SAME, SAME_WEIGHTS, check, without_key_bias, worst_difference
 
@@ -40,36 +48,35 @@ LAYOUTS = {
     "3d 2×1×2": mesh("3d", inner=2, row=1, col=2),
     "3d 2×1×2 by heads": mesh("3d", inner=2, row=1, col=2) | {"micro_batch_size": 3},
 }
-MODELS = ("llama 64", "llama 64 tied", "gpt2 64")
-RUNS = [
-    *(("2d 2×2", "gather", model) for model in MODELS),
-    *(("2d 1×4", "gather", model) for model in MODELS[1:]),
-    *(("2d 4×1", "gather", model) for model in MODELS[::2]),
-    *(("2d 2×3", "gather", model) for model in ("llama 96", "llama 96 tied")),
-    *(("2.5d 2×2×2", "gather", model) for model in MODELS[1:]),
-    *(("2.5d 2×2×2 shard", "gather", model) for model in MODELS[::2]),
-    *(("3d 2×2×2", "gather", model) for model in MODELS),
-    *(("3d 1×2×4", "gather", model) for model in MODELS[1:]),
-    *(("3d 2×1×2", "gather", model) for model in MODELS[::2]),
-    *(("3d 2×1×2 by heads", "gather", model) for model in MODELS[1:]),
-    ("2d 2×2", "gather", "qwen3 64"),
-    ("2d 2×2", "cannon", "qwen3 64"),
-    ("2.5d 2×2×2", "gather", "qwen3 64"),
-    ("3d 2×1×2", "gather", "qwen3 64"),
-    ("3d 2×1×2 by heads", "gather", "qwen3 64"),
-    ("2d 2×2", "summa", "llama 64 tied"),
-    ("2d 2×2", "cannon", "gpt2 64"),
-    ("2d 2×2", "slices 2", "gpt2 64"),
-    ("2d 2×2", "slices 4", "llama 64"),
-    ("2.5d 2×2×2", "summa", "gpt2 64"),
-    ("2.5d 2×2×2", "cannon", "llama 64"),
-    ("2.5d 2×2×1 shard", "slices 2", "llama 64 tied"),
-    ("2.5d 2×1×2", "slices 4", "gpt2 64"),
-    ("3d 2×2×2", "summa", "llama 64"),
-    ("3d 2×2×2", "cannon", "llama 64 tied"),
-    ("3d 2×2×2", "slices 2", "gpt2 64"),
-    ("3d 2×1×2 by heads", "slices 4", "llama 64 tied"),
-]
+MODELS = {"untied": "llama {}", "tied": "llama {} tied", "gpt2": "gpt2 {}", "qwen3": "qwen3 {}"}
+# of each layout and schedule the models that always run and, after the bar, those that only run among the slow ones
+RUNS = {
+    ("2d 2×2", "gather"): "untied tied gpt2 qwen3",
+    ("2d 1×4", "gather"): "tied gpt2 | untied",
+    ("2d 4×1", "gather"): "untied gpt2 | tied",
+    ("2d 2×3", "gather"): "untied tied | gpt2",
+    ("2.5d 2×2×2", "gather"): "tied | untied gpt2 qwen3",
+    ("2.5d 2×2×2 shard", "gather"): "untied | tied gpt2",
+    ("3d 2×2×2", "gather"): "untied | tied gpt2",
+    ("3d 1×2×4", "gather"): "tied | untied gpt2",
+    ("3d 2×1×2", "gather"): "untied gpt2 qwen3 | tied",
+    ("3d 2×1×2 by heads", "gather"): "tied gpt2 qwen3",
+    ("2d 2×2", "summa"): "tied | untied gpt2",
+    ("2d 2×2", "cannon"): "gpt2 qwen3 | untied tied",
+    ("2d 2×2", "slices 2"): "gpt2 | untied tied",
+    ("2d 2×2", "slices 4"): "untied | tied gpt2",
+    ("2.5d 2×2×2", "summa"): "gpt2 | untied tied",
+    ("2.5d 2×2×2", "cannon"): "untied | tied gpt2",
+    ("2.5d 2×2×2", "slices 2"): "| untied tied gpt2",
+    ("2.5d 2×2×2", "slices 4"): "| untied tied gpt2",
+    ("2.5d 2×2×1 shard", "slices 2"): "tied",
+    ("2.5d 2×1×2", "slices 4"): "gpt2",
+    ("3d 2×2×2", "summa"): "untied | tied gpt2",
+    ("3d 2×2×2", "cannon"): "tied | untied gpt2",
+    ("3d 2×2×2", "slices 2"): "gpt2 | untied tied",
+    ("3d 2×2×2", "slices 4"): "| untied tied gpt2",
+    ("3d 2×1×2 by heads", "slices 4"): "tied",
+}
 LOOPS = {"summa": {"broadcast", "reduce"}, "cannon": {"shift"}}
 
 
@@ -77,34 +84,58 @@ def settings_of(workshop: Workshop, folder: Any, layout: str, name: str, model: 
     return workshop.settings(model, folder, **LAYOUTS[layout] | schedule(name) | changes)
 
 
-def loop_kinds(folder: Any) -> set[str]:
-    """The collectives of a step that only the loops use."""
+def calls(folder: Any) -> dict[tuple[str, str], int]:
+    """Of the first rank in the last step of a run, by axis and kind."""
     collectives = json.loads((folder / "summary.json").read_text())["collectives"]
-    return {row["kind"] for row in collectives} & set.union(*LOOPS.values())
+    return {(row["axis"], row["kind"]): row["calls"] for row in collectives}
 
 
-def runs():
-    """All; of eight ranks with `gather` one model each unless the slow ones are wanted."""
-    met = set()
-    for layout, name, model in RUNS:
-        eight = "×2×2" in layout or "1×2×4" in layout
-        repeated = eight and (layout, name) in met
-        met.add((layout, name))
-        yield pytest.param(layout, name, model, marks=[pytest.mark.slow] if repeated else [])
+def calls_by_formula(settings: dict[str, Any], name: str) -> dict[tuple[str, str], int]:
+    """The same for the schedule `name`, whatever the settings say of it."""
+    config, (kind, _, slices) = TrainConfig.model_validate(settings), name.partition(" ")
+    asked = {"name": "gather", "slices": int(slices)} if kind == "slices" else {"name": kind, "slices": 1}
+    parallel = parallel_for(config, Mesh(config.mesh_sizes, rank=0), replace(config.schedule, **asked))
+    rows = step_rows(model_of(config), step_shape(config, parallel), parallel)
+    return {key: count for key, (count, _) in totals(rows).items()}
 
 
-@pytest.mark.parametrize(("layout", "name", "model"), runs(), ids=lambda value: value)
+def check_schedule(settings: dict[str, Any], name: str) -> None:
+    """That this one ran: no other makes these calls."""
+    met, schedules = calls(Path(settings["output_dir"])), {"gather", "slices 2", "slices 4", name}
+    assert {kind for _, kind in met} & set.union(*LOOPS.values()) == LOOPS.get(name, set()), "another schedule ran"
+    assert [s for s in sorted(schedules) if calls_by_formula(settings, s) == met] == [name], "other calls"
+
+
+def runs() -> Iterator[Any]:
+    for (layout, name), kinds in RUNS.items():
+        always, _, slow = kinds.partition("|")
+        size = "96" if layout == "2d 2×3" else "64"
+        for kind in always.split():
+            yield pytest.param(layout, name, MODELS[kind].format(size))
+        for kind in slow.split():
+            yield pytest.param(layout, name, MODELS[kind].format(size), marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("layout", "name", "model"), list(runs()), ids=str)
 def test_a_run_equals_the_plain_loop(workshop: Workshop, plain, tmp_path, layout, name, model):
     settings = settings_of(workshop, tmp_path / "run", layout, name, model)
     check(settings, run(settings), plain(model, micro_batch_size=settings["micro_batch_size"]))
-    assert loop_kinds(tmp_path / "run") == LOOPS.get(name, set()), "another schedule ran"
+    check_schedule(settings, name)
 
 
-@pytest.mark.parametrize("mode", ["2d", "2.5d", "3d"])
-def test_the_list_leaves_nothing_out(mode):
-    met = [(name, model) for layout, name, model in RUNS if layout.split()[0] == mode]
-    assert {model for _, model in met} >= set(MODELS)
-    assert {name for name, _ in met} == {"gather", "summa", "cannon", "slices 2", "slices 4"}
+IN_EVERY_SCHEDULE = ("2d 2×2", "2.5d 2×2×2", "3d 2×2×2")
+GATHERED = ("2d 1×4", "2d 4×1", "2d 2×3", "2.5d 2×2×2 shard", "3d 1×2×4", "3d 2×1×2")
+
+
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    [
+        *product(IN_EVERY_SCHEDULE, ("gather", "summa", "cannon", "slices 2", "slices 4")),
+        *((layout, "gather") for layout in GATHERED),
+    ],
+)
+def test_the_list_leaves_nothing_out(layout, name):
+    assert {"untied", "tied", "gpt2"} <= set(RUNS.get((layout, name), "").split())
 
 
 SMOOTHING = {"label_smoothing_factor": 0.1}
@@ -132,6 +163,7 @@ def test_everything_else_at_once_equals_the_plain_loop(workshop: Workshop, plain
     batch = settings["micro_batch_size"]
     found = run(settings)
     check(settings, found, plain(model, micro_batch_size=batch, **SMOOTHING, **ONE_EPOCH))
+    check_schedule(settings, name)
     assert worst_difference(found, plain(model, micro_batch_size=batch, **ONE_EPOCH)) > 100 * SAME
 
 

@@ -7,6 +7,7 @@ from verify.verify_cases import (
     check,
     check_every_layout,
     diagnoses,
+    leave_out_at_full_size,
     leave_out_each,
     save_models,
     settings,
@@ -57,6 +58,25 @@ def test_leaving_out_any_collective_is_caught(models):
     found = pool(4).run(leave_out_each, settings(models["llama"], **GRID))[0]
     assert {axis for _, axis, _ in found} == {"row", "col", "row·col"} and len(found) > 30
     assert [which for *which, caught in found if not caught] == []
+
+
+FULL = {"sequence_len": 24}
+
+
+def test_a_collective_left_out_at_full_size_is_caught(models):
+    """The miniature, where nothing is left out, is right, and that is said."""
+    found = pool(4).run(leave_out_at_full_size, settings(models["llama"], **GRID, **FULL))[0]
+    assert {axis for _, axis in found} == {"row", "col", "row·col"}
+    assert {kind for kind, _ in found} == {"all_gather", "reduce_scatter", "all_reduce"}
+    for which, result in found.items():
+        assert result.comparisons[0].findings and not result.ok, which
+        assert result.diagnosis == ["in miniature the layout is right: the fault shows at full size alone"], which
+
+
+def test_a_fault_at_full_size_is_named_from_the_miniature(models):
+    message = pool(4).run(told, settings(models["gpt2"], **LINE, **FULL), "bias_on_each_rank", True)[0]
+    assert "first wrong: the output of layers.0.attention.out, forward of micro-batch 1" in message
+    assert "each of the 4 ranks of col adds it; it is added once, after the sum over col" in message
 
 
 def test_every_layout_of_a_world_leaves_data_axes_aside(models):

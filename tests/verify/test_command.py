@@ -43,6 +43,23 @@ def test_a_config_is_verified(config, tmp_path):
     assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "report.json"])
 
 
+def test_a_config_is_verified_at_full_size(config, tmp_path):
+    """The model, the rows and their length are those of the config, and so are the words."""
+    line = ("--set", "tensor_parallel_mode=1d", "--set", "tensor_parallel_size=2")
+    result = run(config, "--full", *line, "--json", str(tmp_path / "report.json"))
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    for said in (
+        "gpt2 at full size: 6 layers, hidden 96, ffn 384, 8 heads of 12",
+        "vocabulary 1000, tied; dropout: embedding 0.1",
+        "1 step of 1 micro-batches of 4 rows of 48 tokens",
+    ):
+        assert said in result.stdout
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["ok"] and report["layouts"][0]["numbers"]["float64"]["gradients"] <= 1e-12
+    calls = {row["kind"]: row["calls"] for row in report["layouts"][0]["words"]}
+    assert calls["all_gather"] == 6 * 6 + 3, "six a layer, and those of embedding, head and loss"
+
+
 def test_a_fault_ends_with_code_1_and_its_name(config):
     """The third collective of a step gathers the embedding's output for q, k and v."""
     result = run(config, "--inject", "3")

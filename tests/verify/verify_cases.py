@@ -56,9 +56,9 @@ def checker(device: str = "cpu") -> Checker:
     return Checker(torch.device(device))
 
 
-def case_of(keys: dict[str, Any], layers: int = 2, micro_batches: int = 2) -> Case:
+def case_of(keys: dict[str, Any], layers: int = 2, micro_batches: int = 2, full: bool = False) -> Case:
     config, _ = make_config(keys)
-    (case,) = cases_of(config, read_model_config(Path(config.base_model)), full=False)
+    (case,) = cases_of(config, read_model_config(Path(config.base_model)), full=full)
     return shorter(case, layers, micro_batches)
 
 
@@ -67,8 +67,8 @@ def shorter(case: Case, layers: int, micro_batches: int) -> Case:
     return replace(case, problem=replace(case.problem, model=model, micro_batches=micro_batches, steps=1))
 
 
-def check(keys: dict[str, Any]) -> Result:
-    return checker().check(case_of(keys))
+def check(keys: dict[str, Any], full: bool = False) -> Result:
+    return checker().check(case_of(keys, full=full))
 
 
 def check_on(device: str, keys: dict[str, Any]) -> Result:
@@ -89,6 +89,13 @@ def leave_out_each(keys: dict[str, Any]) -> list[tuple[str, str, bool]]:
     case = case_of(keys, layers=1, micro_batches=1)
     omissions = checker().omissions(case)
     return [(o.kind, o.axis, checker().catches(case, o)) for o in omissions]
+
+
+def leave_out_at_full_size(keys: dict[str, Any]) -> dict[tuple[str, str], Result]:
+    """The first collective of each kind on each axis left out of a short step: what is found, by kind and axis."""
+    case = case_of(keys, layers=1, micro_batches=1, full=True)
+    first = {(o.kind, o.axis): o for o in reversed(checker().omissions(case))}
+    return {key: checker().check(case, omission) for key, omission in first.items()}
 
 
 def diagnoses(keys: dict[str, Any], kinds: tuple[str, ...]) -> list[tuple[str, str, list[str]]]:
@@ -171,7 +178,7 @@ FAULTS: dict[str, Callable[[], Any]] = {
 } | {"none": nullcontext}
 
 
-def told(keys: dict[str, Any], name: str) -> str:
+def told(keys: dict[str, Any], name: str, full: bool = False) -> str:
     """What is said of a layout with a fault."""
     with FAULTS[name]():
-        return fault(check(keys))
+        return fault(check(keys, full))
