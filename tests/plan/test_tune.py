@@ -1,6 +1,7 @@
 """Schedule auto: it takes what it measured to be fastest within the memory limit, and remembers."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from support.pool import pool
 from tessera.mesh import Mesh
 from tessera.models.hub import read_model_config
 from tessera.plan.remembered import Remembered
-from tessera.plan.tune import Tuning, _key, candidates
+from tessera.plan.tune import Tuning, _key, beside_fastest, candidates
 from tessera.schedule import Schedule
 from train.runs import Workshop, metrics, save_rows
 
@@ -111,6 +112,17 @@ def test_a_cache_that_cannot_be_written_is_said_and_nothing_more(tmp_path):
     troubles = [[line for line in lines if "could not be kept" in line] for _, _, lines, _ in ranks]
     assert [len(found) for found in troubles] == [1, 0, 0, 0]
     assert len({schedule for schedule, *_ in ranks}) == 1
+
+
+def test_contenders_are_compared_within_rounds():
+    """A slow stretch of the machine counts for none of them, a single slow run for little."""
+    steady = [[10.0, 11.0, math.inf]] * 8
+    assert beside_fastest([[10.0, 11.0, 30.0], *steady]) == pytest.approx([1, 1.1, 3])
+    slow = [[n * t for t in times] for times, n in zip(steady, (1, 1, 1, 5, 4, 3, 1, 1), strict=True)]
+    assert beside_fastest([[10.0, 11.0, 30.0], *slow]) == pytest.approx([1, 1.1, 3])
+    assert beside_fastest([[90.0, 11.0, math.inf], *slow, [10.0, 11.0, 30.0]])[:2] == pytest.approx([1, 1.1], rel=0.02)
+    lucky = [[10.0, 5.5, math.inf], *slow, [10.0, 11.0, 30.0]]  # one run at half the time: the least of all
+    assert beside_fastest(lucky)[0] < beside_fastest(lucky)[1]
 
 
 # ---- What there is to choose from

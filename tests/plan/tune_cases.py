@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -36,6 +37,8 @@ MODEL = ModelConfig(
 )
 UNSLICED = ModelConfig(**(vars(MODEL) | {"hidden_size": 30}))
 """15 features of it lie on a rank of two rows: no slice factor divides them."""
+
+FEW_ROUNDS = mock.patch("tessera.plan.tune.ROUNDS", 3)
 
 SETTINGS = {
     "base_model": "none",
@@ -77,7 +80,7 @@ def tuned(
     config = config_of(**changes)
     mesh = shared_mesh({axis: n for axis, n in config.axes.items() if n > 1})
     delay = (lambda record: seconds if record.kind in slow else 0.0) if slow else None
-    with cache_at(folder), Recorder(delay=delay) as recorder:
+    with cache_at(folder), FEW_ROUNDS, Recorder(delay=delay) as recorder:
         tuning = tune(config, model, mesh, torch.bfloat16 if bf16 else torch.float32)
     return tuning, len(recorder.records)
 
@@ -96,7 +99,7 @@ def told_apart(folder: Path, *arguments: Any) -> tuple[str, dict[str, float], li
 def trained(folder: Path, settings: dict[str, Any]) -> str:
     """What a run says on this rank."""
     said = io.StringIO()
-    with cache_at(folder), contextlib.redirect_stdout(said):
+    with cache_at(folder), FEW_ROUNDS, contextlib.redirect_stdout(said):
         train_on_rank(settings)
     return said.getvalue()
 

@@ -13,6 +13,7 @@ Every rank decides by itself, from numbers that are the same on all: rank 0's me
 import math
 import os
 import platform
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 KINDS = (("gather", 1), ("gather", 2), ("gather", 4), ("gather", 8), ("summa", 1), ("cannon", 1))
 LAYERS = 2
-ROUNDS = 8
+ROUNDS = 12
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Tuning:
 
     def lines(self) -> list[str]:
         """What a person wants to know: the source, a table of the candidates, and what went wrong beside."""
-        rows = ["  schedule     best ms   scratch MiB"]
+        rows = ["  schedule          ms   scratch MiB"]
         for candidate in self.candidates:
             took = self.milliseconds.get(candidate.name)
             marks = ["chosen"] * (candidate.parallel.schedule == self.schedule)
@@ -120,7 +121,7 @@ def _fastest(running: list[Candidate], every: list[Candidate], limit: int, remem
     source = f"as measured before ({remembered.path})"
     if best is None:
         best = _measure([_Trial(candidate) for candidate in running])
-        source = f"measured: forward and backward of {LAYERS} layers, {running[0].tokens} tokens, best of {ROUNDS}"
+        source = f"measured: forward and backward of {LAYERS} layers, {running[0].tokens} tokens, {ROUNDS} rounds"
         trouble = remembered.write(dict(zip(names, best, strict=True))) if mesh.rank == 0 else None
     fastest = running[best.index(min(best))]
     return Tuning(fastest.parallel.schedule, every, dict(zip(names, best, strict=True)), limit, source, trouble)
@@ -170,22 +171,39 @@ def _from_first(numbers: list[float] | None, count: int, mesh: Mesh) -> list[flo
 
 
 def _measure(trials: "Sequence[_Trial]") -> list[float]:
-    """The best milliseconds of each trial: of a round those of the slowest rank, and the least of all rounds.
+    """Milliseconds of each trial, as they compare within rounds.
 
-    The trials take turns, so that what disturbs disturbs all, each after another one than before. Those far behind drop
-    out: after the first round at twice the best time, and the nearer to it the more rounds have been seen.
+    The trials take turns, so that what disturbs disturbs all, each after another one than before; of a round the
+    slowest rank's time counts. Those far behind drop out: after n rounds at 1 + 1/√n times the fastest, as the error of
+    a mean falls.
     """
-    mesh, best, racing = trials[0].mesh, [math.inf] * len(trials), list(range(len(trials)))
+    mesh, rounds, racing = trials[0].mesh, [], list(range(len(trials)))
     for turn in range(1 + ROUNDS):  # the first warms up
         took = [math.inf] * len(trials)
         for place in racing:
             took[place] = 1e3 * trials[place].run()
         racing = [*racing[1:], racing[0]]
         if turn:
-            slowest = largest(torch.tensor(took, dtype=torch.float64, device=mesh.device), mesh.group(MODEL_AXES))
-            best = [min(pair) for pair in zip(best, slowest.tolist(), strict=True)]
-            racing = [place for place in racing if best[place] <= (1 + 1 / turn) * min(best)]
-    return best
+            own = torch.tensor(took, dtype=torch.float64, device=mesh.device)
+            rounds.append(largest(own, mesh.group(MODEL_AXES)).tolist())
+            beside = beside_fastest(rounds)
+            racing = [place for place in racing if beside[place] <= (1 + turn**-0.5) * min(beside)]
+    fastest = statistics.median(map(min, rounds))
+    return [fastest * times for times in beside_fastest(rounds)]
+
+
+def beside_fastest(rounds: Sequence[Sequence[float]]) -> list[float]:
+    """How many times the fastest's time of a round each contender takes; `rounds` have a time for each (inf: not run).
+
+    The geometric mean over the middle half of its rounds. On a shared machine whole rounds are slow, and single runs:
+    the first does not count so, the second hardly; of the least times of two contenders the luckier one would win.
+    """
+    means = []
+    for times in zip(*([took / min(each) for took in each] for each in rounds), strict=True):
+        ran = sorted(math.log(ratio) for ratio in times if ratio < math.inf)
+        quarter = len(ran) // 4
+        means.append(math.exp(statistics.fmean(ran[quarter : len(ran) - quarter])))
+    return means
 
 
 class _Trial:
