@@ -16,7 +16,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -304,9 +304,13 @@ def results_of(ranks: list[list[Timed]]) -> list[Result]:
 
 
 def _result(ranks: list[Timed]) -> Result:
-    walls = [max(times) for times in zip(*(rank[0] for rank in ranks), strict=True)]
     cpus = [sum(times) for times in zip(*(rank[1] for rank in ranks), strict=True)]
-    return Result(min(walls), min(cpus), ranks[0][2], ranks[0][3])
+    return Result(min(slowest(ranks)), min(cpus), ranks[0][2], ranks[0][3])
+
+
+def slowest(ranks: Iterable[Timed]) -> list[float]:
+    """One contender's wall of each round: the slowest rank's."""
+    return [max(times) for times in zip(*(rank[0] for rank in ranks), strict=True)]
 
 
 def side_by_side(part: str, shapes: list[Shape], rounds: int) -> list[str]:
@@ -343,8 +347,8 @@ def what_auto_chooses(shapes: list[Shape], rounds: int) -> list[str]:
     for (shape, keep), ranks in zip(asked, found, strict=True):
         names, _, tuned, chosen = ranks[0]
         of_ranks = [rank[1] for rank in ranks]
-        of_steps = [[max(times) for times in zip(*walls, strict=True)] for walls in _walls(of_ranks)]
-        beside = dict(zip(names, beside_fastest(list(zip(*of_steps, strict=True))), strict=True))
+        steps = [slowest(timed) for timed in zip(*of_ranks, strict=True)]
+        beside = dict(zip(names, beside_fastest(list(zip(*steps, strict=True))), strict=True))
         fastest, least, quickest = min(beside, key=lambda name: beside[name]), min(beside.values()), min(tuned.values())
         lines += [f"### {shape}{', copies kept' if keep else ''}", ""]
         lines += ["| | step beside the fastest | its best wall, ms | CPU of all ranks, ms | two layers, by auto | |"]
@@ -352,14 +356,10 @@ def what_auto_chooses(shapes: list[Shape], rounds: int) -> list[str]:
         for name, r in zip(names, results_of(of_ranks), strict=True):
             marks = ["fastest step"] * (name == fastest) + ["auto's choice"] * (name == chosen)
             figures = f"{beside[name] / least:.3f} | {r.wall * 1e3:.1f} | {r.cpu * 1e3:.1f}"
-            lines.append(f"| {name} | {figures} | {tuned[name] / quickest:.3f} | {', '.join(marks)} |")
+            layers = f"{tuned[name] / quickest:.3f}" if name in tuned else "not run"
+            lines.append(f"| {name} | {figures} | {layers} | {', '.join(marks)} |")
         lines += ["", f"auto chose {chosen}: {beside[chosen] / least - 1:.1%} behind the fastest step", ""]
     return lines
-
-
-def _walls(ranks: list[list[Timed]]) -> list[list[list[float]]]:
-    """Of each contender the wall times of each rank."""
-    return [[timed[0] for timed in of_ranks] for of_ranks in zip(*ranks, strict=True)]
 
 
 def main() -> None:

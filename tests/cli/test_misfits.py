@@ -191,6 +191,13 @@ def test_beside_data_axes_no_schedule_makes_a_switch_fit(refused, started, field
     assert started(**changes, tensor_parallel_prefetch=True) == 8
 
 
+@pytest.mark.parametrize(("field", "value"), [("slices", 2), ("keep_gathered", True)])
+def test_two_mistakes_beside_data_axes_are_told_one_by_one(refused, field, value):
+    changes = GRID | {"dp_shard_size": 2, "tensor_parallel_schedule": "summa", f"tensor_parallel_{field}": value}
+    assert refused(**changes, tensor_parallel_prefetch=False).startswith("tensor_parallel_prefetch: false\n  summa")
+    assert refused(**changes).startswith(f"tensor_parallel_{field}: ")
+
+
 def test_a_misfit_is_told_before_the_number_of_processes(refused):
     message = refused("--num-processes", "6", tensor_parallel_mode="3d", tensor_parallel_size=6)
     assert message.startswith("tensor_parallel_size: 6\n  is not a cube")

@@ -9,12 +9,12 @@ import pytest
 import torch
 import yaml
 
-from plan.tune_cases import MODEL, UNSLICED, cache_at, config_of, peaks, told, told_apart, trained
+from plan.tune_cases import MODEL, UNSLICED, cache_at, config_of, peaks, told, told_apart, trained, trial_words
 from support.pool import pool
 from tessera.mesh import Mesh
 from tessera.models.hub import read_model_config
 from tessera.plan.remembered import Remembered
-from tessera.plan.tune import Tuning, _key, beside_fastest, candidates
+from tessera.plan.tune import ROUNDS, Tuning, _key, _measure, beside_fastest, candidates
 from tessera.schedule import Schedule
 from train.runs import Workshop, metrics, save_rows
 
@@ -65,7 +65,7 @@ def test_it_takes_the_fastest_and_remembers(tmp_path):
 
 
 def test_a_slow_collective_changes_the_choice(tmp_path):
-    """Ten times what a layer takes otherwise, and more."""
+    """To several times what two layers take otherwise."""
 
     def choice(seconds, *slow):
         ranks = pool(4).run(told, tmp_path / slow[0], UNSLICED, {}, False, slow, seconds)
@@ -123,6 +123,35 @@ def test_contenders_are_compared_within_rounds():
     assert beside_fastest([[90.0, 11.0, math.inf], *slow, [10.0, 11.0, 30.0]])[:2] == pytest.approx([1, 1.1], rel=0.02)
     lucky = [[10.0, 5.5, math.inf], *slow, [10.0, 11.0, 30.0]]  # one run at half the time: the least of all
     assert beside_fastest(lucky)[0] < beside_fastest(lucky)[1]
+
+
+class Timed:
+    """A trial that takes so many seconds."""
+
+    mesh = Mesh(rank=0)
+
+    def __init__(self, seconds):
+        self.seconds, self.runs = seconds, 0
+
+    def run(self):
+        self.runs += 1
+        return self.seconds
+
+
+def test_who_is_far_behind_is_not_run_to_the_end():
+    trials = [Timed(seconds) for seconds in (1.0, 3.0, 1.2, 1.9)]
+    assert _measure(trials) == pytest.approx([1000, 3000, 1200, 1900])
+    assert [trial.runs for trial in trials] == [1 + ROUNDS, 2, 1 + ROUNDS, 3], "one to warm up among them"
+    two = [Timed(1.0), Timed(3.0)]
+    assert _measure(two) == pytest.approx([1000, 3000])
+    assert [trial.runs for trial in two] == [2, 2], "one alone is not measured on"
+
+
+def test_a_trial_is_a_step_of_two_whole_layers():
+    for found in pool(4).run(trial_words):
+        assert len(found) == len(ALL)
+        for counted, form in found:
+            assert counted == form
 
 
 # ---- What there is to choose from

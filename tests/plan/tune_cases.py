@@ -5,6 +5,7 @@ import io
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,7 +13,7 @@ from unittest import mock
 import torch
 
 from support.mesh import shared_mesh
-from tessera.collectives import Recorder
+from tessera.collectives import Recorder, totals
 from tessera.config.schema import TrainConfig
 from tessera.layout import residual_layout
 from tessera.models.config import ModelConfig
@@ -20,8 +21,10 @@ from tessera.nn.linear import ColumnParallelLinear, ParallelLinear, RowParallelL
 from tessera.nn.parameter import Parallel, to_local
 from tessera.observe.memory import PeakMemory
 from tessera.plan.scratch import Operands, product_scratch
-from tessera.plan.tune import Tuning, tune
+from tessera.plan.tune import Tuning, _Trial, candidates, tune
+from tessera.plan.words import step_rows
 from tessera.schedule import Schedule
+from tessera.train.preflight import step_shape
 from train.runs import train_on_rank
 
 MODEL = ModelConfig(
@@ -83,6 +86,25 @@ def tuned(
     with cache_at(folder), FEW_ROUNDS, Recorder(delay=delay) as recorder:
         tuning = tune(config, model, mesh, torch.bfloat16 if bf16 else torch.float32)
     return tuning, len(recorder.records)
+
+
+def trial_words() -> list[tuple[dict[Any, Any], dict[Any, Any]]]:
+    """Of each candidate the (axis, kind) → (calls, bytes) of a trial, and by formula; sums of all ranks left out."""
+    config = config_of()
+    mesh, found = shared_mesh({axis: n for axis, n in config.axes.items() if n > 1}), []
+    for candidate in candidates(config, MODEL, mesh, torch.float32):
+        trial, parallel = _Trial(candidate), candidate.parallel
+        trial.run()  # the order of weights is learnt
+        with Recorder() as recorder:
+            trial.run()
+        form: dict[Any, Any] = {}
+        for row in step_rows(replace(MODEL, num_layers=2, vocab_size=16), step_shape(config, parallel), parallel):
+            calls, received = form.get((row.axis, row.kind), (0, 0))
+            form[row.axis, row.kind] = (calls + row.times * row.calls, received + row.times * row.received)
+        found.append(
+            tuple({k: v for k, v in each.items() if k[1] != "all_reduce"} for each in (totals(recorder.records), form))
+        )
+    return found
 
 
 def told(folder: Path, *arguments: Any, **options: Any) -> tuple[str, dict[str, float], list[str], int]:

@@ -243,6 +243,7 @@ def _problem(place: _Place, details: list[Any]) -> UserError:
     shown = _shown(first["input"])
     if first["type"] == "extra_forbidden":
         section, _, within = key.partition(".")
+        within = within.removeprefix("fsdp_") if section == "fsdp_config" else within
         if not inside and section != "datasets" and within in getattr(_SECTIONS.get(section), "model_fields", ()):
             return UserError(name, shown, f"is a key inside {section}", f"write {section}: {{{within}: {shown}}}")
         others = [] if inside else [*compat.NO_EFFECT, *compat.NOT_DONE]

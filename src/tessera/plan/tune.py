@@ -10,6 +10,7 @@ measured is remembered in the user's cache folder, by everything that it depends
 Every rank decides by itself, from numbers that are the same on all: rank 0's memory, and the slowest rank's times.
 """
 
+import gc
 import math
 import os
 import platform
@@ -33,7 +34,7 @@ from tessera.nn.parameter import Parallel, to_local
 from tessera.nn.tokens import padded_length
 from tessera.plan.remembered import Remembered
 from tessera.plan.scratch import scratch_bytes
-from tessera.schedule import Schedule
+from tessera.schedule import Overlap, Schedule
 from tessera.train.preflight import parallel_for
 from tessera.train.step import Step
 
@@ -121,7 +122,8 @@ def _fastest(running: list[Candidate], every: list[Candidate], limit: int, remem
     source = f"as measured before ({remembered.path})"
     if best is None:
         best = _measure([_Trial(candidate) for candidate in running])
-        source = f"measured: forward and backward of {LAYERS} layers, {running[0].tokens} tokens, {ROUNDS} rounds"
+        gc.collect()  # layers and the order of their weights refer to one another
+        source = f"measured: forward and backward of {LAYERS} layers, {running[0].tokens} tokens, up to {ROUNDS} rounds"
         trouble = remembered.write(dict(zip(names, best, strict=True))) if mesh.rank == 0 else None
     fastest = running[best.index(min(best))]
     return Tuning(fastest.parallel.schedule, every, dict(zip(names, best, strict=True)), limit, source, trouble)
@@ -173,7 +175,7 @@ def _from_first(numbers: list[float] | None, count: int, mesh: Mesh) -> list[flo
 def _measure(trials: "Sequence[_Trial]") -> list[float]:
     """Milliseconds of each trial, as they compare within rounds.
 
-    The trials take turns, so that what disturbs disturbs all, each after another one than before; of a round the
+    The trials take turns, so that what disturbs disturbs all, and each round begins with another; of a round the
     slowest rank's time counts. Those far behind drop out: after n rounds at 1 + 1/√n times the fastest, as the error of
     a mean falls.
     """
@@ -187,9 +189,12 @@ def _measure(trials: "Sequence[_Trial]") -> list[float]:
             own = torch.tensor(took, dtype=torch.float64, device=mesh.device)
             rounds.append(largest(own, mesh.group(MODEL_AXES)).tolist())
             beside = beside_fastest(rounds)
-            racing = [place for place in racing if beside[place] <= (1 + turn**-0.5) * min(beside)]
-    fastest = statistics.median(map(min, rounds))
-    return [fastest * times for times in beside_fastest(rounds)]
+            fastest = min(beside[place] for place in racing)
+            racing = [place for place in racing if beside[place] <= (1 + turn**-0.5) * fastest]
+            if len(racing) == 1:
+                break
+    typical = statistics.median(map(min, rounds))
+    return [typical * times for times in beside_fastest(rounds)]
 
 
 def beside_fastest(rounds: Sequence[Sequence[float]]) -> list[float]:
@@ -211,9 +216,10 @@ class _Trial:
 
     def __init__(self, candidate: Candidate) -> None:
         self.mesh = mesh = candidate.parallel.mesh
-        layers, words = min(LAYERS, candidate.model.num_layers), 8 * mesh.sizes["col"]
-        model = replace(candidate.model, num_layers=layers, vocab_size=words)
-        self.decoder = Decoder(model, candidate.parallel, gradient_checkpointing=candidate.recompute)
+        words = 8 * mesh.sizes["col"]
+        model = replace(candidate.model, num_layers=LAYERS, vocab_size=words)
+        parallel = replace(candidate.parallel, overlap=Overlap())  # which knows of the layers: they go with the trial
+        self.decoder = Decoder(model, parallel, gradient_checkpointing=candidate.recompute)
         generator = torch.Generator(mesh.device).manual_seed(0)
         for parameter in self.decoder.parameters():
             to_local(parameter).normal_(std=model.initializer_range, generator=generator)

@@ -72,9 +72,9 @@ def _check_switches_beside_data_axes(config: "TrainConfig") -> None:
         return
     data = ", ".join(f"{axis} {n}" for axis, n in config.data_sizes.items() if n > 1)
     reason, hint = f"beside data axes (here {data}) FSDP2 {switches[off[0]]}", ", ".join(f"{key}: true" for key in off)
-    if config.schedule.name != "gather":  # a loop, which moves weights along row itself
-        reason = f"{config.schedule} overlaps its panels by itself"
-    elif not config.schedule.in_panels:
+    if config.tensor_parallel_schedule in ("summa", "cannon"):  # which moves weights along row itself
+        reason = f"{config.tensor_parallel_schedule} overlaps its panels by itself"
+    elif config.tensor_parallel_slices == 1:
         hint += ", or no data axes"
     raise UserError(off[0], "false", reason, hint)
 

@@ -111,9 +111,8 @@ class Trainer:
         self.prepared: Prepared = self._prepare()
         auto = config.tensor_parallel_schedule == "auto"
         tuning = tune(config, self.resolved.model, self.mesh, compute) if auto else None
-        self.tuned = tuning.lines() if tuning else []  # only words: the candidates hold layers
+        self.tuned = tuning.lines() if tuning else []
         parallel = parallel_for(config, self.mesh, tuning.schedule if tuning else None, compute=compute)
-        del tuning
         self.model = build_decoder(
             self.resolved.model, parallel, fsdp_of(config), gradient_checkpointing=config.gradient_checkpointing
         )

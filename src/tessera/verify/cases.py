@@ -65,7 +65,7 @@ def every_case(config: "TrainConfig", model: ModelConfig, world: int, full: bool
 
     Each mesh, under the first geometry that has its axes; every schedule, both ways to store weights along depth, to
     cut attention along inner, and in 1d the residual stream repeated too. Other keys are those of `config`, but for
-    batches, which are made to fit.
+    batches, which are made to fit, and switches that panels refuse.
     """
     ways = list(_ways(config, world))
     reasons = {layout_name(way): _misfit(way, model) for way in ways}
