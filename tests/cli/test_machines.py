@@ -16,6 +16,7 @@ from tessera.cli.main import main
 from tessera.errors import UserError
 from tessera.train.interface import interface_of, own_address
 from tessera.train.options import LaunchOptions
+from tessera.train.watch import exit_status
 from train.runs import command, environment, metrics, run, run_command
 
 PORT = "29571"
@@ -179,6 +180,15 @@ ENDS = {
     "diverged": "raise RunFailed('the loss is not a number')",
     "always": "raise ArithmeticError('odd')",
 }
+
+
+def test_a_look_at_a_rank_that_ended_leaves_it_to_the_agent():
+    worker = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"], start_new_session=True)
+    while exit_status(worker) is None:
+        time.sleep(0.01)
+    assert worker.returncode is None and exit_status(worker) == 3
+    os.killpg(worker.pid, signal.SIGTERM)  # what the agent does when another rank has failed
+    assert worker.wait() == exit_status(worker) == 3
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def every_pair():
             yield pytest.param(then, now, marks=[] if near else [pytest.mark.slow])
 
 
-@pytest.mark.parametrize(("then", "now"), every_pair())
+@pytest.mark.parametrize(("then", "now"), list(every_pair()))
 def test_a_run_goes_on_in_any_layout(whole, tmp_path, then, now):
     settings = gone_on(whole(then), now, saved(whole(then)), tmp_path / "run")
     assert worst(run(settings), metrics(whole(ALONE))[SAVED:]) <= SAME

@@ -63,6 +63,7 @@ def test_leaving_out_any_collective_is_caught(models):
 FULL = {"sequence_len": 24}
 
 
+@pytest.mark.slow
 def test_a_collective_left_out_at_full_size_is_caught(models):
     """The miniature, where nothing is left out, is right, and that is said."""
     found = pool(4).run(leave_out_at_full_size, settings(models["llama"], **GRID, **FULL))[0]

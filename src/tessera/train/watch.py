@@ -66,6 +66,20 @@ class StopSignals:
             raise self.error()
 
 
+def exit_status(worker: "subprocess.Popen[bytes]") -> int | None:
+    """How a process ended (not 0: with this code or signal), None while it runs; its status is left for the agent.
+
+    Between the agent's look at a process and its signal the process must not be gone: the signal would raise.
+    """
+    if worker.returncode is not None or not hasattr(os, "waitid"):  # macOS before Python 3.13 has none
+        return worker.poll()
+    try:
+        ended = os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:  # the agent has just taken it
+        return worker.poll()
+    return ended.si_status if ended else None
+
+
 class Watch:
     """The watch over one attempt."""
 
@@ -91,7 +105,7 @@ class Watch:
         while not self.ended.wait(0.05):
             running: Processes = {}
             for rank, worker in self._workers().items():
-                status = worker.poll()
+                status = exit_status(worker)
                 if status is None:
                     running[rank] = worker
                 elif status != 0:
