@@ -132,12 +132,17 @@ PEAKS = [
 ]
 
 
+def peaks(*by_default):
+    """All of them, which take ten seconds each and more; but for a few, `make test-all` has them."""
+    return [pytest.param(sizes, marks=[] if sizes in by_default else pytest.mark.slow) for sizes in PEAKS]
+
+
 def peak_by_table(states, ranks):
     """One part of one process's activations, with three of the four copies of the parameters."""
     return alone().activations / ranks + 0.75 * states
 
 
-@pytest.mark.parametrize("sizes", PEAKS, ids=str)
+@pytest.mark.parametrize("sizes", peaks({"col": 8}, {"row": 2, "col": 4}, {"depth": 2, "row": 2, "col": 2}), ids=str)
 def test_the_counted_peak_is_one_part(sizes):
     """The peak is in the head, where gradients of layers are still to come. What it has beside the table does not grow
     with the layers: the head's input gathered along col, that input's gradient before it is summed, a chunk of logits
@@ -149,12 +154,7 @@ def test_the_counted_peak_is_one_part(sizes):
     assert memory.peak > 1.05 * (table - 0.25 * memory.states)  # two copies of the parameters are not enough
 
 
-BY_DEFAULT = {"row": 2, "col": 2}  # running ranks take ten seconds and more; `make test-all` has the others
-
-
-@pytest.mark.parametrize(
-    "sizes", [pytest.param(s, marks=[] if s == BY_DEFAULT else pytest.mark.slow) for s in PEAKS], ids=str
-)
+@pytest.mark.parametrize("sizes", peaks({"row": 2, "col": 2}), ids=str)
 def test_the_tracked_peak_of_real_ranks_is_the_counted_one(sizes):
     case, ranks = Case(sizes, shape=LONG), math.prod(sizes.values())
     fake = counted(DEEP, case)
