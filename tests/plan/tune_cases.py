@@ -20,9 +20,9 @@ from tessera.models.config import ModelConfig
 from tessera.nn.linear import ColumnParallelLinear, ParallelLinear, RowParallelLinear, parallel_linear
 from tessera.nn.parameter import Parallel, to_local
 from tessera.observe.memory import PeakMemory
+from tessera.plan import words
 from tessera.plan.scratch import Operands, product_scratch
 from tessera.plan.tune import Tuning, _Trial, candidates, tune
-from tessera.plan.words import step_rows
 from tessera.schedule import Schedule
 from tessera.train.preflight import step_shape
 from train.runs import train_on_rank
@@ -97,13 +97,10 @@ def trial_words() -> list[tuple[dict[Any, Any], dict[Any, Any]]]:
         trial.run()  # the order of weights is learnt
         with Recorder() as recorder:
             trial.run()
-        form: dict[Any, Any] = {}
-        for row in step_rows(replace(MODEL, num_layers=2, vocab_size=16), step_shape(config, parallel), parallel):
-            calls, received = form.get((row.axis, row.kind), (0, 0))
-            form[row.axis, row.kind] = (calls + row.times * row.calls, received + row.times * row.received)
-        found.append(
-            tuple({k: v for k, v in each.items() if k[1] != "all_reduce"} for each in (totals(recorder.records), form))
-        )
+        model = replace(MODEL, num_layers=2, vocab_size=16)
+        form = words.totals(words.step_rows(model, step_shape(config, parallel), parallel))
+        both = totals(recorder.records), form
+        found.append(tuple({key: n for key, n in each.items() if key[1] != "all_reduce"} for each in both))
     return found
 
 

@@ -194,7 +194,7 @@ def _measure(trials: "Sequence[_Trial]") -> list[float]:
             if len(racing) == 1:
                 break
     typical = statistics.median(map(min, rounds))
-    return [typical * times for times in beside_fastest(rounds)]
+    return [typical * times for times in beside]
 
 
 def beside_fastest(rounds: Sequence[Sequence[float]]) -> list[float]:

@@ -12,6 +12,7 @@ from tessera.layout import GEOMETRIES, HIDDEN, attention_layout, geometry_axes
 from tessera.mesh import MODEL_AXES
 from tessera.models.config import ModelConfig
 from tessera.plan.tune import kinds
+from tessera.schedule import Schedule
 from tessera.train.preflight import check_layout
 from tessera.verify.problem import LENGTH, Problem, small_batch, small_model
 
@@ -152,7 +153,7 @@ def _schedules(config: "TrainConfig", sizes: Mapping[str, int]) -> Iterator[dict
     """The keys of every schedule, and way to store weights along depth, that a mesh of `sizes` has."""
 
     def keys(name: str, slices: int = 1, depth: str = "replicate", kept: bool = False) -> dict[str, Any]:
-        panels = name != "gather" or slices > 1  # whose switches are on
+        panels = Schedule(name, slices).in_panels  # whose switches are on
         return {config_key(switch): True for switch in IN_ONE_PIECE if panels} | {
             "tensor_parallel_schedule": name,
             "tensor_parallel_slices": slices,
