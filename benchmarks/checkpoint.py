@@ -24,16 +24,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 import torch
 
 from benchmarks.report import describe_machine
-from tessera import device as devices
+from tessera.checkpoint.saver import Saver
+from tessera.core import device as devices
+from tessera.core.mesh import Mesh
 from tessera.data.loader import Batch
-from tessera.layout import residual_layout
-from tessera.mesh import Mesh
+from tessera.engine.optimizer import build_optimizer
+from tessera.engine.step import Step
+from tessera.layout.parallel import Parallel
+from tessera.layout.streams import residual_layout
 from tessera.models.decoder import Decoder
 from tessera.models.hub import read_model_config
-from tessera.nn.parameter import Parallel
-from tessera.train.optimizer import build_optimizer
-from tessera.train.saver import Saver
-from tessera.train.step import Step
 
 CONFIG = {
     "model_type": "llama",

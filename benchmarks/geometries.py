@@ -33,17 +33,18 @@ from benchmarks.contenders.dtensor_mlp import Stack as DTensorStack
 from benchmarks.measure import LiveTensors
 from benchmarks.report import describe_machine
 from tessera.config.schema import TrainConfig
-from tessera.layout import residual_layout
-from tessera.mesh import Mesh
+from tessera.core.mesh import Mesh
+from tessera.engine.gradients import sum_replicated_gradients
+from tessera.engine.optimizer import build_optimizer
+from tessera.engine.step import Step
+from tessera.layout.parallel import Parallel
+from tessera.layout.streams import residual_layout
 from tessera.models.config import ModelConfig
 from tessera.models.decoder import Decoder
 from tessera.nn.linear import ColumnParallelLinear, RowParallelLinear
-from tessera.nn.parameter import Parallel, gather_whole, named_specs, to_local
-from tessera.parallel.gradients import sum_replicated_gradients
+from tessera.nn.parameter import gather_whole, named_specs, to_local
 from tessera.plan.tune import Candidate, beside_fastest, candidates, tune
-from tessera.schedule import Schedule
-from tessera.train.optimizer import build_optimizer
-from tessera.train.step import Step
+from tessera.sizes.schedule import Schedule
 
 LAYERS = 3
 BATCH = 4  # sequences of a decoder's micro-batch

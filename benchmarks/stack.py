@@ -19,16 +19,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 import torch
 from torch import Tensor, nn
 
-from tessera import device as devices
+from tessera.core import device as devices
+from tessera.core.mesh import Mesh
 from tessera.data.loader import Batch
-from tessera.layout import residual_layout
-from tessera.mesh import Mesh
+from tessera.engine.optimizer import build_optimizer
+from tessera.engine.step import Step
+from tessera.layout.parallel import Parallel
+from tessera.layout.streams import residual_layout
 from tessera.models.config import ModelConfig
 from tessera.models.decoder import Decoder
-from tessera.nn.parameter import Parallel
 from tessera.nn.rope import RopeConfig
-from tessera.train.optimizer import build_optimizer
-from tessera.train.step import Step
 
 
 def flops_per_token(model: ModelConfig, sequence: int) -> float:

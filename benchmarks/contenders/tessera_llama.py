@@ -6,14 +6,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.workload import LEARNING_RATE, MAX_GRAD_NORM, WEIGHT_DECAY, Shape
+from tessera.core.mesh import Mesh
 from tessera.data.loader import Batch
-from tessera.layout import residual_layout
-from tessera.mesh import Mesh
+from tessera.engine.optimizer import build_optimizer
+from tessera.engine.step import Step
+from tessera.layout.parallel import Parallel
+from tessera.layout.streams import residual_layout
 from tessera.models.decoder import Decoder
 from tessera.models.hub import load_weights, read_model_config
-from tessera.nn.parameter import Parallel
-from tessera.train.optimizer import build_optimizer
-from tessera.train.step import Step
 
 IGNORED = -100
 

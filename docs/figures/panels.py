@@ -1,6 +1,6 @@
 """Draws docs/figures/panels.svg: `python docs/figures/panels.py`.
 
-Nine processes on a 3 × 3 grid run the legs of summa and cannon (src/tessera/panels.py) on blocks that carry the
+Nine processes on a 3 × 3 grid run the legs of summa and cannon (src/tessera/product/panels.py) on blocks that carry the
 number of their panel. Each square shows, step by step, the panel that arrived and is multiplied there.
 """
 
@@ -15,8 +15,8 @@ import torch.distributed as dist
 matplotlib.use("svg")
 from matplotlib import pyplot  # noqa: E402
 
-from tessera.mesh import Mesh  # noqa: E402
-from tessera.panels import Broadcasts, Shifts  # noqa: E402
+from tessera.core.mesh import Mesh  # noqa: E402
+from tessera.product.panels import Broadcasts, Shifts  # noqa: E402
 
 SIDE = 3
 COLOURS = ("#4e79a7", "#f28e2b", "#59a14f")

@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tessera.config.schema import TrainConfig
-    from tessera.errors import UserError
-    from tessera.mesh import Mesh
-    from tessera.product import matmul
+    from tessera.core.errors import UserError
+    from tessera.core.mesh import Mesh
+    from tessera.product.gathered import matmul
 
 __version__ = "0.1.0"
 __all__ = ["Mesh", "TrainConfig", "UserError", "__version__", "matmul"]
 
 _HOME = {
-    "Mesh": "tessera.mesh",
+    "Mesh": "tessera.core.mesh",
     "TrainConfig": "tessera.config.schema",
-    "UserError": "tessera.errors",
-    "matmul": "tessera.product",
+    "UserError": "tessera.core.errors",
+    "matmul": "tessera.product.gathered",
 }
 
 

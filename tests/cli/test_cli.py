@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import tessera
-from tessera.errors import UserError
-from tessera.train.launch import launch
+from tessera.core.errors import UserError
+from tessera.launch.launch import launch
 
 CONFIG = "base_model: m\ndatasets: [{path: a.txt}]\n"
 STAND_INS = """
@@ -21,11 +21,11 @@ def train(config):
     if os.environ["FAKE"] == "user error":
         raise UserError("base_model", config.base_model, "does not fit")
     if os.environ["FAKE"] == "run failed":
-        from tessera.errors import RunFailed
+        from tessera.core.errors import RunFailed
         raise RunFailed("the loss is not a number")
 def preflight(config, world):
     print("checked", os.environ.get("RANK"), world, flush=True)
-class UserError(__import__("tessera.errors").errors.UserError): pass
+class UserError(__import__("tessera.core.errors").core.errors.UserError): pass
 for name, function in (("trainer", train), ("preflight", preflight)):
     sys.modules[f"tessera.train.{name}"] = module = types.ModuleType(name)
     setattr(module, name if name == "preflight" else "train", function)

@@ -1,4 +1,4 @@
-"""The words of `tessera convert`; what it does is in tests/train/test_convert.py."""
+"""The words of `tessera convert`; what it does is in tests/checkpoint/test_convert.py."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 from models.hub_models import save
 from tessera.cli.convert import bytes_of
 from tessera.cli.main import main
-from tessera.errors import UserError
+from tessera.core.errors import UserError
 
 
 @pytest.mark.parametrize(

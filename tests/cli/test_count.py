@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tessera.cli.main import app
-from tessera.errors import RunFailed, UserError
+from tessera.core.errors import RunFailed, UserError
 
 CONFIG = {
     "model_type": "llama",

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tessera.cli.inspect import inspect
-from tessera.errors import UserError
+from tessera.core.errors import UserError
 
 LLAMA = {
     "model_type": "llama",

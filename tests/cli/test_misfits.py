@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tessera.cli.main import main
-from tessera.train import launch
+from tessera.launch import launch
 from train.runs import LLAMA, SETTINGS, command, run_command, save_rows
 
 PANELS = [("schedule", "summa"), ("schedule", "cannon"), ("slices", 2)]

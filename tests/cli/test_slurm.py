@@ -8,7 +8,7 @@ import time
 import pytest
 
 from tessera.cli.launch import Job, launch
-from tessera.errors import UserError
+from tessera.core.errors import UserError
 
 CONFIG = "base_model: m\ndatasets: [{path: a.txt}]\ntensor_parallel_size: 4\n"
 STAND_INS = {

@@ -7,7 +7,7 @@ import pytest
 from tessera.config import compat
 from tessera.config.load import ConfigError, dump_config, json_schema, load_config, make_config
 from tessera.config.schema import DatasetConfig, FsdpConfig, MeshConfig, TokenizerConfig, TrainConfig
-from tessera.errors import UserError
+from tessera.core.errors import UserError
 
 MINIMAL = {"base_model": "./my-llama", "datasets": [{"path": "a.jsonl"}]}
 

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from distributed.model_cases import MODELS, batches, build
 from support.mesh import shared_mesh
-from tessera.collectives import (
+from tessera.core.collectives import (
     Recorder,
     all_gather,
     all_reduce,
@@ -27,11 +27,11 @@ from tessera.collectives import (
     start_reduce_to,
     start_shift,
 )
-from tessera.mesh import Mesh
-from tessera.observe.memory import PeakMemory
-from tessera.schedule import GATHER, Schedule
-from tessera.train.optimizer import build_optimizer
-from tessera.train.step import Step
+from tessera.core.live_memory import PeakMemory
+from tessera.core.mesh import Mesh
+from tessera.engine.optimizer import build_optimizer
+from tessera.engine.step import Step
+from tessera.sizes.schedule import GATHER, Schedule
 
 
 def members(sizes: dict[str, int], axes: tuple[str, ...]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from core.core_cases import (
 )
 from support.mesh import shared_mesh
 from support.pool import pool
-from tessera.collectives import (
+from tessera.core.collectives import (
     Record,
     Recorder,
     all_gather,
@@ -28,7 +28,7 @@ from tessera.collectives import (
     start_reduce_to,
     start_shift,
 )
-from tessera.schedule import Schedule
+from tessera.sizes.schedule import Schedule
 
 
 def test_collectives_along_every_dim():

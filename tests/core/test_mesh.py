@@ -8,7 +8,8 @@ import pytest
 
 from core.core_cases import hang_in_a_group, members, wrong_world
 from support.pool import pool
-from tessera.mesh import AXES, MODEL_AXES, Mesh
+from tessera.core.axes import AXES, MODEL_AXES
+from tessera.core.mesh import Mesh
 
 CUBE = {"inner": 2, "row": 2, "col": 2}
 

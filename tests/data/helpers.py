@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from tessera.data.rows import Place, Row, Split, open_rows, write_rows
+from tessera.data.samples import Place, Row, Split, open_rows, write_rows
 
 TEXT = "def add(a, b):\n    return a + b\n\n\ndef sub(a, b):\n    return a - b\n"
 

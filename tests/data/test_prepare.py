@@ -14,11 +14,11 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from tessera.config.schema import TrainConfig
+from tessera.core.errors import UserError
 from tessera.data import prepare as module
 from tessera.data.prepare import prepare
 from tessera.data.sources import alpaca_prompt
 from tessera.data.tokenizer import save_tokenizer
-from tessera.errors import UserError
 
 TOKENS = [{"input_ids": [10 + i, 20 + i, 30 + i]} for i in range(10)]
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from tests.data.helpers import entry
 
+from tessera.core.errors import UserError
 from tessera.data.sources import alpaca_prompt, read_documents, read_files, read_token_rows
-from tessera.errors import UserError
 
 
 def test_a_folder_is_read_in_sorted_order_without_hidden_and_empty_files(write):

@@ -6,8 +6,8 @@ import pytest
 from tests.data.helpers import TEXT
 from tokenizers import Tokenizer, processors
 
+from tessera.core.errors import UserError
 from tessera.data.tokenizer import END_OF_TEXT, TextTokenizer, load_tokenizer, save_tokenizer, train_bpe
-from tessera.errors import UserError
 
 ODD = "  naïve\t日本 🙂 ok . it 's\r\n\x00\u2028 end  \n don 't"
 

@@ -14,20 +14,24 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-import tessera.layout
+import tessera.engine.gradients
+import tessera.layout.streams
+import tessera.nn.initialize
 import tessera.nn.linear
-import tessera.nn.parameter
-import tessera.panels
-import tessera.parallel.gradients
+import tessera.product.panels
+import tessera.product.roles
 from distributed import model_cases
 from distributed.model_cases import LLAMA, batches, build, model_errors
 from support.mesh import shared_mesh
-from tessera.mesh import Mesh
+from tessera.core.mesh import Mesh
+from tessera.layout.spec import ParameterSpec
+from tessera.layout.streams import HIDDEN, residual_layout
 from tessera.models.config import ModelConfig
+from tessera.nn.initialize import hash_seed
 from tessera.nn.linear import RowParallelLinear
-from tessera.nn.parameter import ParameterSpec, hash_seed, named_specs, to_local
+from tessera.nn.parameter import named_specs, to_local
 from tessera.nn.tokens import Tokens
-from tessera.schedule import Schedule
+from tessera.sizes.schedule import Schedule
 
 Sizes = dict[str, int]
 
@@ -41,7 +45,10 @@ def summed_without(axis: str) -> Any:
 
 def batch_cut_over_the_grid_only() -> Any:
     """Every layer of depth works on the same tokens."""
-    streams = tessera.layout.Layout(("row", "col"), ("inner",)), tessera.layout.Layout(("row", "inner"), ("col",))
+    streams = (
+        tessera.layout.streams.Layout(("row", "col"), ("inner",)),
+        tessera.layout.streams.Layout(("row", "inner"), ("col",)),
+    )
     right = Tokens.of.__func__  # type: ignore[attr-defined]
     return patch.object(Tokens, "of", classmethod(lambda cls, ids, *a: right(cls, ids, *streams, *a[2:])))
 
@@ -57,7 +64,7 @@ def products_in_half_precision() -> Any:
 
 
 def biases_live_on_the_first_row() -> Any:
-    right = tessera.parallel.gradients.sum_replicated_gradients
+    right = tessera.engine.gradients.sum_replicated_gradients
 
     def wrong(model: Any, mesh: Any) -> None:
         right(model, mesh)
@@ -65,13 +72,13 @@ def biases_live_on_the_first_row() -> Any:
             if name.endswith("bias") and mesh.coordinates["row"]:
                 to_local(parameter.grad).zero_()
 
-    return patch("tessera.train.step.sum_replicated_gradients", wrong)
+    return patch("tessera.engine.step.sum_replicated_gradients", wrong)
 
 
 @contextmanager
 def groups_swapped_by_every_layer() -> Iterator[None]:
     """Which axis a product uses depends on how many products came before it."""
-    right, state = tessera.layout.LinearPlan.roles, {"swapped": False}
+    right, state = tessera.layout.streams.LinearPlan.roles, {"swapped": False}
 
     def wrong(plan: Any, mesh: Any) -> Any:
         roles = right(plan, mesh)
@@ -79,18 +86,18 @@ def groups_swapped_by_every_layer() -> Iterator[None]:
         if not state["swapped"]:
             return roles
         groups = {"tokens": roles.outputs or roles.inputs, "outputs": roles.tokens if roles.outputs else None}
-        return tessera.product.Roles(
+        return tessera.product.roles.Roles(
             groups["tokens"], groups["outputs"], roles.tokens if roles.inputs else None, roles.x_dim, roles.w_dim, 0
         )
 
-    with patch.object(tessera.layout.LinearPlan, "roles", wrong):
+    with patch.object(tessera.layout.streams.LinearPlan, "roles", wrong):
         yield
 
 
 @contextmanager
 def seeds_of_each_rank() -> Iterator[None]:
     rank = torch.distributed.get_rank()
-    with patch.object(tessera.nn.parameter, "hash_seed", lambda *parts: hash_seed(*parts, rank)):
+    with patch.object(tessera.nn.initialize, "hash_seed", lambda *parts: hash_seed(*parts, rank)):
         yield
 
 
@@ -110,7 +117,7 @@ def grids_of_one_crash() -> Any:
     def wrong(leg: Any, group: Any) -> None:
         leg.group, leg.panels, leg.rank = group, group.size, group.rank
 
-    return patch.object(tessera.panels.Broadcasts, "__init__", wrong)
+    return patch.object(tessera.product.panels.Broadcasts, "__init__", wrong)
 
 
 BUGS = {
@@ -161,7 +168,7 @@ def every_token_once(sizes: Sizes, config: ModelConfig = LLAMA) -> bool:
     """The residual stream of a rank is 1/P of the whole, and no two ranks of depth hold the same tokens."""
     mesh = shared_mesh(sizes)
     (batch,) = batches(config, 1)
-    tokens = Tokens.of(batch.input_ids, tessera.layout.residual_layout(True), tessera.layout.HIDDEN, mesh)
+    tokens = Tokens.of(batch.input_ids, residual_layout(True), HIDDEN, mesh)
     held = tokens.residual.stop - tokens.residual.start
     return held * math.prod(sizes.values()) == batch.input_ids.numel()
 

@@ -8,11 +8,11 @@ import torch.distributed.checkpoint as dcp
 
 from distributed.model_cases import LLAMA, Batch, build, share
 from support.mesh import shared_mesh
+from tessera.checkpoint.tensors import model_tensors
+from tessera.engine.optimizer import build_optimizer
+from tessera.engine.step import Step
 from tessera.models.decoder import Decoder
 from tessera.nn.parameter import gather_parameter, named_specs
-from tessera.train.checkpoint import model_tensors
-from tessera.train.optimizer import build_optimizer
-from tessera.train.step import Step
 
 FSDP = {"fsdp": ("shard", "row"), "weights_over": ()}
 

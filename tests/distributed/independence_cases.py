@@ -8,11 +8,11 @@ from torch import Tensor
 
 from distributed.model_cases import GPT2, batches, build, full
 from nn.shards import chunk, mesh_of, part
+from tessera.engine.optimizer import build_optimizer
+from tessera.engine.step import Step
 from tessera.models.decoder import Decoder, drop
 from tessera.nn.dropout import dropout_key
 from tessera.nn.tokens import Tokens
-from tessera.train.optimizer import build_optimizer
-from tessera.train.step import Step
 
 LENGTH, KEY = 4, dropout_key(seed=1, step=2)
 TINY = replace(GPT2, vocab_size=61, hidden_size=32, num_heads=4, num_kv_heads=4, ffn_size=32, max_positions=LENGTH)

@@ -10,17 +10,20 @@ from torch.distributed.tensor import DTensor
 
 from support.compare import worst
 from support.mesh import shared_mesh
-from tessera.collectives import Recorder
-from tessera.layout import residual_layout
-from tessera.mesh import DATA_AXES, Mesh
+from tessera.core.axes import DATA_AXES
+from tessera.core.collectives import Recorder
+from tessera.core.mesh import Mesh
+from tessera.engine.fsdp import build_decoder
+from tessera.engine.optimizer import build_optimizer
+from tessera.engine.step import Step
+from tessera.layout.parallel import Parallel
+from tessera.layout.shape import Fsdp
+from tessera.layout.streams import residual_layout
 from tessera.models.config import ModelConfig
 from tessera.models.decoder import Decoder
-from tessera.nn.parameter import Parallel, named_specs, to_local
+from tessera.nn.parameter import named_specs, to_local
 from tessera.nn.rope import RopeConfig
-from tessera.parallel.data import Fsdp, build_decoder
-from tessera.schedule import Schedule
-from tessera.train.optimizer import build_optimizer
-from tessera.train.step import Step
+from tessera.sizes.schedule import Schedule
 
 LLAMA = ModelConfig(
     family="llama",

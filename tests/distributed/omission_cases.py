@@ -11,11 +11,11 @@ import torch
 from distributed.model_cases import GPT2, LLAMA, batches, build
 from support.compare import error
 from support.mesh import shared_mesh
-from tessera.collectives import Record, Recorder
-from tessera.mesh import Mesh
+from tessera.core.collectives import Record, Recorder
+from tessera.core.mesh import Mesh
+from tessera.engine.step import Step
 from tessera.models.decoder import Decoder
 from tessera.nn.parameter import named_specs, to_local
-from tessera.train.step import Step
 
 SMALL = {"vocab_size": 61, "hidden_size": 32, "num_layers": 1, "num_heads": 4, "ffn_size": 48}
 MODELS = {

@@ -9,12 +9,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from distributed.model_cases import LLAMA, Batch, batches, build
 from support.mesh import shared_mesh
-from tessera.collectives import Recorder
+from tessera.core.collectives import Recorder
+from tessera.engine.optimizer import build_optimizer
+from tessera.engine.step import Step
 from tessera.nn.parameter import to_local
-from tessera.product import Roles, distributed_product
-from tessera.schedule import Schedule
-from tessera.train.optimizer import build_optimizer
-from tessera.train.step import Step
+from tessera.product.gathered import distributed_product
+from tessera.product.roles import Roles
+from tessera.sizes.schedule import Schedule
 
 # every product's weights have a size of their own, by which a record names them
 CONFIG = replace(LLAMA, vocab_size=61, hidden_size=32, num_heads=4, num_kv_heads=2, ffn_size=24)

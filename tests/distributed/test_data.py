@@ -8,8 +8,8 @@ import torch
 from distributed.data_cases import embedding_gradient, read_by_ranks, saved_by_ranks
 from distributed.model_cases import model_errors
 from support.pool import pool
-from tessera.parallel.data import Fsdp
-from tessera.schedule import Schedule
+from tessera.layout.shape import Fsdp
+from tessera.sizes.schedule import Schedule
 
 LAYOUTS: dict[str, dict[str, int]] = {
     "fsdp 2": {"shard": 2},

@@ -6,8 +6,8 @@ import pytest
 
 from distributed.independence_cases import curve, masks_agree, weights_agree
 from support.pool import pool
-from tessera.layout import HIDDEN_BY_HEADS
-from tessera.schedule import Schedule
+from tessera.layout.streams import HIDDEN_BY_HEADS
+from tessera.sizes.schedule import Schedule
 
 LOOPS = {"schedule": Schedule("summa")}
 OVER_DEPTH = {"weights_over": ("depth", "row")}

@@ -8,8 +8,8 @@ import pytest
 
 from distributed.model_cases import GPT2, LLAMA, MODELS, model_errors
 from support.pool import Pool, pool
-from tessera.layout import HIDDEN_BY_HEADS
-from tessera.schedule import Schedule
+from tessera.layout.streams import HIDDEN_BY_HEADS
+from tessera.sizes.schedule import Schedule
 
 TOLERANCE = 1e-12
 AXES = ("inner", "depth", "row", "col")

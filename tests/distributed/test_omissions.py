@@ -6,8 +6,8 @@ import pytest
 
 from distributed.omission_cases import Case, collectives, omissions
 from support.pool import pool
-from tessera.layout import HIDDEN_BY_HEADS
-from tessera.schedule import Schedule
+from tessera.layout.streams import HIDDEN_BY_HEADS
+from tessera.sizes.schedule import Schedule
 
 TOLERANCE = 1e-12
 SEEN = 1e-2

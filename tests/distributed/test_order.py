@@ -4,7 +4,7 @@ import pytest
 
 from distributed.order_cases import BETWEEN, backward_order, changes, interrupted, order
 from support.pool import pool
-from tessera.schedule import Schedule
+from tessera.sizes.schedule import Schedule
 
 FORWARD = ["qkv", "out", "gate·up", "down"]
 LAYERS = 2

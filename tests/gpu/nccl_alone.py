@@ -5,8 +5,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from tessera import collectives, device
-from tessera.mesh import Group
+from tessera.core import collectives, device
+from tessera.core.mesh import Group
 
 
 def main() -> None:

@@ -9,11 +9,12 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from tessera.layout import residual_layout
-from tessera.mesh import Mesh
+from tessera.core.mesh import Mesh
+from tessera.layout.parallel import Parallel
+from tessera.layout.streams import residual_layout
 from tessera.models.decoder import Decoder
 from tessera.models.hub import load_weights, read_model_config
-from tessera.nn.parameter import Parallel, named_specs, to_local
+from tessera.nn.parameter import named_specs, to_local
 
 LLAMA = {
     "vocab_size": 509,

@@ -4,9 +4,9 @@ import torch
 
 from distributed.model_cases import MODELS, build, full
 from support.mesh import shared_mesh
-from tessera.mesh import Mesh
+from tessera.core.mesh import Mesh
 from tessera.nn.parameter import gather_whole, named_specs, to_local
-from tessera.schedule import Schedule
+from tessera.sizes.schedule import Schedule
 
 
 def differences(name, sizes, schedule):

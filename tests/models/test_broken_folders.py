@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from models.hub_models import rewritten, save
-from tessera.errors import UserError
+from tessera.core.errors import UserError
 from tessera.models.hub import check_weights, read_model_config, resolve_model_folder
 
 SINGLE = "model.safetensors"

@@ -9,13 +9,14 @@ import torch
 import transformers
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from tessera.errors import UserError
-from tessera.layout import residual_layout
-from tessera.mesh import Mesh
+from tessera.core.errors import UserError
+from tessera.core.mesh import Mesh
+from tessera.layout.parallel import Parallel
+from tessera.layout.streams import residual_layout
 from tessera.models.config import ModelConfig
 from tessera.models.decoder import Decoder
 from tessera.models.families import FAMILIES, model_config, stored_tensors
-from tessera.nn.parameter import Parallel, named_specs
+from tessera.nn.parameter import named_specs
 from tessera.nn.rope import RopeConfig, rope_frequencies
 
 FILE = Path("some/config.json")

@@ -15,13 +15,14 @@ from safetensors.torch import load_file
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from models.hub_models import MODELS, empty, ids, loaded, random_model, rewritten, save
-from tessera.layout import residual_layout
-from tessera.mesh import Mesh
+from tessera.core.mesh import Mesh
+from tessera.layout.parallel import Parallel
+from tessera.layout.streams import residual_layout
 from tessera.models import hub
 from tessera.models.decoder import Decoder
 from tessera.models.families import FAMILIES
 from tessera.models.hub import check_weights, export, load_weights, read_model_config
-from tessera.nn.parameter import Parallel, named_specs, to_local
+from tessera.nn.parameter import named_specs, to_local
 
 
 @pytest.fixture(scope="module", params=MODELS)

@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 from nn.shards import drawer, fill, parallel_of, part, whole_gradients
 from support.compare import error
-from tessera.collectives import Recorder
-from tessera.layout import HIDDEN
+from tessera.core.collectives import Recorder
+from tessera.engine.gradients import sum_replicated_gradients
+from tessera.layout.streams import HIDDEN
 from tessera.nn.attention import Attention
 from tessera.nn.dropout import keep_mask
 from tessera.nn.embedding import LearnedPositions, VocabParallelEmbedding
 from tessera.nn.rope import RopeConfig, rope_table
 from tessera.nn.tokens import Tokens
-from tessera.parallel.gradients import sum_replicated_gradients
 
 B, S, FEATURES, HEAD_DIM = 2, 6, 24, 12
 DROPOUT_KEY = 77

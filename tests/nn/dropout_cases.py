@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 from nn.shards import chunk, parallel_of, part
-from tessera.layout import HIDDEN
+from tessera.layout.parallel import Parallel
+from tessera.layout.streams import HIDDEN
 from tessera.models.decoder import drop
 from tessera.nn.attention import Attention
 from tessera.nn.norm import RMSNorm
-from tessera.nn.parameter import Parallel
 from tessera.nn.tokens import Tokens
 
 B, FEATURES, HEADS, P, KEY = 4, 16, 4, 0.3, 5

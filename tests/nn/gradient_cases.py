@@ -6,13 +6,16 @@ from torch.distributed.tensor import DTensor
 
 from distributed.model_cases import MODELS, batches, build, full
 from nn.shards import chunk, drawer, mesh_of, parallel_of
-from tessera.collectives import Recorder, all_reduce
-from tessera.layout import HIDDEN
-from tessera.mesh import MODEL_AXES, Mesh
+from tessera.core.axes import MODEL_AXES
+from tessera.core.collectives import Recorder, all_reduce
+from tessera.core.live_memory import PeakMemory
+from tessera.core.mesh import Mesh
+from tessera.engine.gradients import clip_gradients, gradient_norm, sum_replicated_gradients
+from tessera.layout.parallel import Parallel
+from tessera.layout.spec import Init, ParameterSpec
+from tessera.layout.streams import HIDDEN
 from tessera.models.decoder import Decoder
-from tessera.nn.parameter import Init, Parallel, ParallelModule, ParameterSpec, named_specs, to_local
-from tessera.observe.memory import PeakMemory
-from tessera.parallel.gradients import clip_gradients, gradient_norm, sum_replicated_gradients
+from tessera.nn.parameter import ParallelModule, named_specs, to_local
 
 
 def with_gradients(name: str, sizes: dict[str, int]) -> tuple[Decoder, dict[str, Tensor]]:

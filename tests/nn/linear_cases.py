@@ -6,11 +6,11 @@ from torch import nn
 
 from nn.shards import drawer, fill, parallel_of, part, whole_gradients
 from support.compare import error
-from tessera.collectives import Recorder
+from tessera.core.collectives import Recorder
+from tessera.engine.gradients import sum_replicated_gradients
 from tessera.nn.linear import ColumnParallelLinear, RowParallelLinear, parallel_linear
 from tessera.nn.mlp import MLP
 from tessera.nn.norm import LayerNorm, RMSNorm
-from tessera.parallel.gradients import sum_replicated_gradients
 
 T, K, N = 24, 16, 32
 KINDS = {"column": ColumnParallelLinear, "row": RowParallelLinear}

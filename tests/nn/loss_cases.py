@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from nn.shards import drawer, fill, parallel_of, part, whole_gradients
 from support.compare import error
-from tessera.collectives import Recorder, all_reduce
-from tessera.layout import HIDDEN, column_parallel
+from tessera.core.collectives import Recorder, all_reduce
+from tessera.engine.gradients import sum_replicated_gradients
+from tessera.layout.streams import HIDDEN, column_parallel
 from tessera.nn.embedding import VocabParallelEmbedding
 from tessera.nn.linear import ColumnParallelLinear
 from tessera.nn.loss import Head, linear_cross_entropy
-from tessera.parallel.gradients import sum_replicated_gradients
 
 T, K = 24, 16
 IGNORED = -100

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from distributed.model_cases import full
 from support.mesh import shared_mesh
-from tessera.layout import Layout, residual_layout
-from tessera.mesh import Mesh
-from tessera.nn.parameter import Parallel, named_specs, to_local
+from tessera.core.mesh import Mesh
+from tessera.layout.parallel import Parallel
+from tessera.layout.streams import Layout, residual_layout
+from tessera.nn.parameter import named_specs, to_local
 
 
 def mesh_of(sizes: dict[str, int]) -> Mesh:

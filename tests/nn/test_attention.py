@@ -8,10 +8,10 @@ import torch
 from nn.attention_cases import attention_errors, combinations
 from nn.shards import label, world
 from support.pool import pool
-from tessera.layout import residual_layout
-from tessera.mesh import Mesh
+from tessera.core.mesh import Mesh
+from tessera.layout.parallel import Parallel
+from tessera.layout.streams import residual_layout
 from tessera.nn.attention import Attention, attend, kv_heads_of
-from tessera.nn.parameter import Parallel
 
 TOLERANCE = 1e-12
 

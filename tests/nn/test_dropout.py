@@ -10,8 +10,8 @@ from distributed.model_cases import GPT2, batches, build
 from nn.dropout_cases import FEATURES, B, P, masks, masks_agree
 from nn.shards import label, parallel_of, part, world
 from support.pool import pool
-from tessera.layout import HIDDEN, residual_layout
-from tessera.mesh import Mesh
+from tessera.core.mesh import Mesh
+from tessera.layout.streams import HIDDEN, residual_layout
 from tessera.nn.dropout import dropout, dropout_key, keep_mask
 from tessera.nn.tokens import Tokens
 

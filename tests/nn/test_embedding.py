@@ -6,10 +6,10 @@ import torch
 from nn.attention_cases import embedding_errors
 from nn.shards import label, world
 from support.pool import pool
-from tessera.layout import residual_layout
-from tessera.mesh import Mesh
+from tessera.core.mesh import Mesh
+from tessera.layout.parallel import Parallel
+from tessera.layout.streams import residual_layout
 from tessera.nn.embedding import LearnedPositions
-from tessera.nn.parameter import Parallel
 
 CASES = [
     (509, {"col": 2}),

@@ -8,9 +8,10 @@ from distributed.model_cases import GPT2, LLAMA, MODELS, build
 from nn.gradient_cases import norm_and_clipping, sums, sums_of_large
 from nn.shards import label, parallel_of, world
 from support.pool import pool
-from tessera.mesh import Mesh
-from tessera.nn.parameter import Init, ParallelModule, ParameterSpec, named_specs
-from tessera.parallel.gradients import gradient_norm
+from tessera.core.mesh import Mesh
+from tessera.engine.gradients import gradient_norm
+from tessera.layout.spec import Init, ParameterSpec
+from tessera.nn.parameter import ParallelModule, named_specs
 
 # Axes over which a gradient is still to be summed after its backward, by what the parameter is. Norms, positions and
 # biases of the residual stream lie whole on the axes that cut its tokens; biases of the hidden stream likewise; what

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from nn.linear_cases import linear_errors, mlp_errors
 from nn.shards import label, world
 from support.pool import pool
-from tessera.layout import residual_layout
-from tessera.mesh import Mesh
+from tessera.core.mesh import Mesh
+from tessera.layout.parallel import Parallel
+from tessera.layout.streams import residual_layout
 from tessera.nn.linear import ColumnParallelLinear
 from tessera.nn.mlp import MLP, gelu, gelu_tanh, swiglu
-from tessera.nn.parameter import Parallel
-from tessera.schedule import Schedule
+from tessera.sizes.schedule import Schedule
 
 TOLERANCE = 1e-12
 MESHES = [{"col": 2}, {"col": 4}]

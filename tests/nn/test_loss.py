@@ -8,10 +8,10 @@ import torch
 from nn.loss_cases import CASES, Case, T, bf16_errors, collectives_of, full_loss, loss_errors, targets_of, tied_errors
 from nn.shards import drawer, label, parallel_of, world
 from support.pool import pool
+from tessera.core.live_memory import PeakMemory
 from tessera.nn.linear import ColumnParallelLinear
 from tessera.nn.loss import Head, linear_cross_entropy
-from tessera.observe.memory import PeakMemory
-from tessera.product import Roles
+from tessera.product.roles import Roles
 
 LAYOUTS = [
     ({"col": 2}, True),

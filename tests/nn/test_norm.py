@@ -8,10 +8,11 @@ from nn.linear_cases import norm_errors
 from nn.shards import label, parallel_of, part, world
 from support.compare import error
 from support.pool import pool
-from tessera.layout import residual_layout
-from tessera.mesh import Mesh
+from tessera.core.mesh import Mesh
+from tessera.layout.parallel import Parallel
+from tessera.layout.streams import residual_layout
 from tessera.nn.norm import LayerNorm, RMSNorm
-from tessera.nn.parameter import Parallel, to_local
+from tessera.nn.parameter import to_local
 
 KINDS = ["rms", "layer"]
 CUT_TOKENS = [{"col": 2}, {"col": 4}, {"row": 2, "col": 2}]

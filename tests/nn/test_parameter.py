@@ -7,8 +7,10 @@ import torch
 
 from distributed.model_cases import GPT2, build
 from nn.shards import chunk, parallel_of, world
-from tessera.mesh import Mesh
-from tessera.nn.parameter import Init, ParallelModule, ParameterSpec, _normal, hash_seed, initialize, local_slice
+from tessera.core.mesh import Mesh
+from tessera.layout.spec import Init, ParameterSpec, local_slice
+from tessera.nn.initialize import _normal, hash_seed, initialize
+from tessera.nn.parameter import ParallelModule
 
 MESHES = [{}, {"col": 2}, {"col": 4}, {"row": 2, "col": 3}, {"inner": 2, "row": 2, "col": 2}, {"depth": 2, "col": 2}]
 

@@ -7,18 +7,18 @@ import torch
 
 from distributed.model_cases import GPT2, LLAMA, Batch
 from support.mesh import shared_mesh
-from tessera.collectives import Recorder, totals
-from tessera.layout import HIDDEN, HIDDEN_BY_HEADS, Layout, residual_layout
-from tessera.mesh import Mesh
+from tessera.core.collectives import Recorder, totals
+from tessera.core.live_memory import PeakMemory
+from tessera.core.mesh import Mesh
+from tessera.engine.optimizer import build_optimizer
+from tessera.engine.step import Step
+from tessera.layout.parallel import Parallel
+from tessera.layout.shape import StepShape
+from tessera.layout.streams import HIDDEN, HIDDEN_BY_HEADS, Layout, residual_layout
 from tessera.models.config import ModelConfig
 from tessera.models.decoder import Decoder
-from tessera.nn.parameter import Parallel
-from tessera.observe.memory import PeakMemory
 from tessera.plan.count import fake_world, make_state
-from tessera.plan.words import StepShape
-from tessera.schedule import Schedule
-from tessera.train.optimizer import build_optimizer
-from tessera.train.step import Step
+from tessera.sizes.schedule import Schedule
 
 MODELS = {
     "llama": LLAMA,

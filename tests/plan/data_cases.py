@@ -7,16 +7,17 @@ import torch
 
 from distributed.model_cases import MODELS, Batch, share
 from support.mesh import shared_mesh
-from tessera.collectives import Recorder
-from tessera.collectives import totals as counted
-from tessera.layout import residual_layout
-from tessera.mesh import DATA_AXES
-from tessera.nn.parameter import Parallel
-from tessera.parallel.data import Fsdp, build_decoder
-from tessera.plan.words import StepShape, step_rows, totals
-from tessera.schedule import Schedule
-from tessera.train.optimizer import build_optimizer
-from tessera.train.step import Step
+from tessera.core.axes import DATA_AXES
+from tessera.core.collectives import Recorder
+from tessera.core.collectives import totals as counted
+from tessera.engine.fsdp import build_decoder
+from tessera.engine.optimizer import build_optimizer
+from tessera.engine.step import Step
+from tessera.layout.parallel import Parallel
+from tessera.layout.shape import Fsdp, StepShape
+from tessera.layout.streams import residual_layout
+from tessera.plan.traffic import step_rows, totals
+from tessera.sizes.schedule import Schedule
 
 ROWS, LENGTH = 8, 6  # of a micro-batch, over all data ranks
 

@@ -10,13 +10,13 @@ import torch
 from distributed.model_cases import GPT2, LLAMA
 from plan.count_cases import Case, memory_on_ranks
 from support.pool import pool
-from tessera.layout import HIDDEN_BY_HEADS
-from tessera.mesh import Mesh
+from tessera.core.mesh import Mesh
+from tessera.layout.shape import StepShape
+from tessera.layout.streams import HIDDEN_BY_HEADS
 from tessera.plan.count import counted_step
 from tessera.plan.held import Parameters
 from tessera.plan.memory import saved_bytes, state_bytes
-from tessera.plan.words import StepShape
-from tessera.schedule import Schedule
+from tessera.sizes.schedule import Schedule
 
 STEADY = replace(GPT2, embedding_dropout=0.0, attention_dropout=0.0, residual_dropout=0.0)
 SHAPE = StepShape(batch=8, sequence=32)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from tessera.cli.count import default_model
-from tessera.fitting import TensorParallel
+from tessera.layout.shape import StepShape
 from tessera.models.config import ModelConfig
 from tessera.plan.count import counted_step
 from tessera.plan.scale import (
@@ -20,7 +20,8 @@ from tessera.plan.scale import (
     published_loop_words,
     words,
 )
-from tessera.plan.words import StepShape, received_bytes, step_rows
+from tessera.plan.traffic import received_bytes, step_rows
+from tessera.sizes.rules import TensorParallel
 
 # as many kv heads as heads, an MLP of 4h in two matrices, and T = 4h: the layer of the published comparisons
 h = 1024

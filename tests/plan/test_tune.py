@@ -11,11 +11,11 @@ import yaml
 
 from plan.tune_cases import MODEL, UNSLICED, cache_at, config_of, peaks, told, told_apart, trained, trial_words
 from support.pool import pool
-from tessera.mesh import Mesh
+from tessera.core.mesh import Mesh
 from tessera.models.hub import read_model_config
 from tessera.plan.remembered import Remembered
 from tessera.plan.tune import ROUNDS, Tuning, _key, _measure, beside_fastest, candidates
-from tessera.schedule import Schedule
+from tessera.sizes.schedule import Schedule
 from train.runs import Workshop, metrics, save_rows
 
 ALL = ["gather", "slices 2", "slices 4", "slices 8", "summa", "cannon"]

@@ -13,18 +13,19 @@ from unittest import mock
 import torch
 
 from support.mesh import shared_mesh
-from tessera.collectives import Recorder, totals
 from tessera.config.schema import TrainConfig
-from tessera.layout import residual_layout
+from tessera.core.collectives import Recorder, totals
+from tessera.core.live_memory import PeakMemory
+from tessera.layout.parallel import Parallel
+from tessera.layout.resolve import step_shape
+from tessera.layout.streams import residual_layout
 from tessera.models.config import ModelConfig
 from tessera.nn.linear import ColumnParallelLinear, ParallelLinear, RowParallelLinear, parallel_linear
-from tessera.nn.parameter import Parallel, to_local
-from tessera.observe.memory import PeakMemory
-from tessera.plan import words
+from tessera.nn.parameter import to_local
+from tessera.plan import traffic as words
 from tessera.plan.scratch import Operands, product_scratch
 from tessera.plan.tune import Tuning, _Trial, candidates, tune
-from tessera.schedule import Schedule
-from tessera.train.preflight import step_shape
+from tessera.sizes.schedule import Schedule
 from train.runs import train_on_rank
 
 MODEL = ModelConfig(

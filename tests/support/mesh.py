@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from functools import cache
 
-from tessera.mesh import AXES, Mesh
+from tessera.core.axes import AXES
+from tessera.core.mesh import Mesh
 
 
 def shared_mesh(sizes: dict[str, int], numbering: Sequence[str] = AXES) -> Mesh:

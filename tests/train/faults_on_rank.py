@@ -9,12 +9,12 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from tessera.collectives import Recorder
+from tessera.core.collectives import Recorder
+from tessera.core.mesh import Mesh
 from tessera.data.loader import Batch, Loader
-from tessera.mesh import Mesh
+from tessera.engine.replicas import drifted
+from tessera.engine.step import MicroBatch, Step, StepResult
 from tessera.nn.parameter import to_local
-from tessera.parallel.replicas import drifted
-from tessera.train.step import MicroBatch, Step, StepResult
 from train.on_rank import own_rank, said_on_rank, stopping
 
 

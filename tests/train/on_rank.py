@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 
 from support.mesh import shared_mesh
+from tessera.checkpoint.saver import HostCopies, Writer
 from tessera.config.schema import TrainConfig
-from tessera.errors import RunFailed, UserError
-from tessera.mesh import Mesh
+from tessera.core.errors import RunFailed, UserError
+from tessera.core.mesh import Mesh
+from tessera.engine.optimizer import learning_rate
 from tessera.train.links import run_mesh
-from tessera.train.optimizer import learning_rate
 from tessera.train.preflight import model_of
-from tessera.train.saver import HostCopies, Writer
 from tessera.train.trainer import train
 
 

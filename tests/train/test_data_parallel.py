@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tessera.config.schema import TrainConfig
-from tessera.data.rows import open_rows
+from tessera.data.samples import open_rows
 from train.runs import Workshop, run
 from train.test_parity import check
 

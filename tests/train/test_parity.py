@@ -9,7 +9,7 @@ import transformers
 from torch import Tensor
 
 from models.hub_models import loaded
-from tessera.data.rows import open_rows
+from tessera.data.samples import open_rows
 from train.runs import Metrics, Plain, Workshop, exported, metrics, run, run_command
 
 SAME = 2e-5

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from support.pool import pool
-from tessera.train.checkpoint_folder import read_state, read_sums
+from tessera.checkpoint.folder import read_state, read_sums
 from train.faults_on_rank import spoilt_on_rank
 from train.runs import Metrics, Workshop, metrics, run
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from tessera.config.load import make_config
-from tessera.errors import UserError
-from tessera.fitting import check_sizes
-from tessera.layout import HIDDEN, attention_layout
-from tessera.mesh import MODEL_AXES
+from tessera.core.axes import MODEL_AXES
+from tessera.core.errors import UserError
+from tessera.layout.streams import HIDDEN, attention_layout
 from tessera.models.config import ModelConfig
 from tessera.models.hub import read_model_config
 from tessera.nn.rope import RopeConfig
+from tessera.sizes.remedies import check_sizes
 from tessera.verify.cases import cases_of, every_case
 from tessera.verify.problem import LENGTH, small_batch, small_model
 from verify.verify_cases import GPT2, save_models, settings

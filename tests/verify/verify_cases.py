@@ -13,13 +13,14 @@ from unittest import mock
 import torch
 from rich.console import Console
 
-from tessera.collectives import Pending, all_gather
 from tessera.config.load import make_config
+from tessera.core.collectives import Pending, all_gather
+from tessera.engine.gradients import sum_replicated_gradients
+from tessera.layout.spec import ParameterSpec
 from tessera.models.hub import read_model_config
 from tessera.nn.linear import RowParallelLinear
 from tessera.nn.norm import Norm, RMSNorm
-from tessera.nn.parameter import ParameterSpec, named_specs, to_local
-from tessera.parallel.gradients import sum_replicated_gradients
+from tessera.nn.parameter import named_specs, to_local
 from tessera.verify.cases import Case, cases_of, every_case
 from tessera.verify.check import Checker, Result
 from tessera.verify.report import fault
@@ -139,23 +140,23 @@ def norms_not_summed() -> Iterator[None]:
         for parameter, gradient in held.items():
             to_local(parameter.grad).copy_(gradient)
 
-    with mock.patch("tessera.train.step.sum_replicated_gradients", matrices_only):
+    with mock.patch("tessera.engine.step.sum_replicated_gradients", matrices_only):
         yield
 
 
 @contextmanager
 def no_sum_over_col() -> Iterator[None]:
     """The scatter-sum of row-parallel outputs (and of input gradients) along col is never asked for."""
-    import tessera.product
+    import tessera.product.gathered
 
-    real = tessera.product.start_reduce
+    real = tessera.product.gathered.start_reduce
 
     def forgetful(x: torch.Tensor, dim: int | None, group: Any) -> Pending:
         if group is None or group.axes != ("col",) or dim is None:
             return real(x, dim, group)
         return Pending(x.chunk(group.size, dim)[group.rank].contiguous())
 
-    with mock.patch("tessera.product.start_reduce", forgetful):
+    with mock.patch("tessera.product.gathered.start_reduce", forgetful):
         yield
 
 

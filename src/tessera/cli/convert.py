@@ -3,20 +3,20 @@
 import re
 from pathlib import Path
 
-from tessera.errors import UserError
+from tessera.core.errors import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def convert(source: Path, target: Path, config: Path | None, dtype: str | None, max_shard_size: str | None) -> None:
-    """Convert between a checkpoint and a Hugging Face folder; see `train/convert.py`."""
+    """Convert between a checkpoint and a Hugging Face folder; see `checkpoint/convert.py`."""
     if dtype is not None and dtype not in DTYPES:
         raise UserError("--dtype", dtype, "is not a dtype to write", f"one of {', '.join(DTYPES)}")
     size = None if max_shard_size is None else bytes_of(max_shard_size)
     import torch
 
-    from tessera.train.convert import convert
+    from tessera.checkpoint.convert import convert
 
     kind = None if dtype is None else getattr(torch, dtype)
     print(convert(source, target, config=config, dtype=kind, max_shard_bytes=size), flush=True)

@@ -1,7 +1,7 @@
 """`tessera count`: words and memory of one device against the number of devices, for every geometry.
 
 Counted: one AdamW step of the trainer, as rank 0 of each world runs it, on tensors without data (plan/count.py). By
-formula: the closed forms of plan/words.py and plan/memory.py. The command fails where the words of the two differ.
+formula: the closed forms of plan/traffic.py and plan/memory.py. The command fails where the words of the two differ.
 """
 
 import platform
@@ -16,13 +16,14 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from tessera.errors import RunFailed, UserError
+from tessera.core.errors import RunFailed, UserError
+from tessera.layout.shape import StepShape
 from tessera.models.config import ModelConfig
 from tessera.nn.rope import RopeConfig
 from tessera.plan.count import counted_step
 from tessera.plan.memory import StepMemory
 from tessera.plan.scale import Entry, entries, padded, parallel_of
-from tessera.plan.words import StepShape, step_rows, totals
+from tessera.plan.traffic import step_rows, totals
 
 LAYERS = 16
 STYLES = {  # colour, line and marker of each layout in the figure

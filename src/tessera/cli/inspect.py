@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from tessera import device as devices
 from tessera.config.load import load_config
 from tessera.config.schema import TrainConfig
-from tessera.errors import UserError
-from tessera.mesh import AXES, DATA_AXES, MODEL_AXES, Mesh
-from tessera.observe.inspect import (
+from tessera.core import device as devices
+from tessera.core.axes import AXES, DATA_AXES, MODEL_AXES
+from tessera.core.errors import UserError
+from tessera.core.mesh import Mesh
+from tessera.inspect.held import (
     Held,
     Inspection,
     activations,
@@ -27,9 +28,10 @@ from tessera.observe.inspect import (
     streams,
     traffic,
 )
-from tessera.observe.inspect_tables import WIDTH, Report, print_report
-from tessera.observe.picture import Grid, check_picture, draw
-from tessera.train.preflight import compute_dtype, fitting_model, parallel_for, step_shape
+from tessera.inspect.picture import Grid, check_picture, draw
+from tessera.inspect.tables import WIDTH, Report, print_report
+from tessera.layout.resolve import compute_dtype, parallel_for, step_shape
+from tessera.train.preflight import fitting_model
 
 
 def inspect(

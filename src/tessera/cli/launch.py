@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tessera.errors import UserError
-from tessera.train.options import PORT
+from tessera.core.errors import UserError
+from tessera.launch.options import PORT
 
 SAVING_SECONDS = 120
 """How long before the time limit the ranks are asked to save: a step and a checkpoint must fit in."""

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from tessera import __version__
-from tessera.errors import RunFailed, UserError
+from tessera.core.errors import RunFailed, UserError
 
 app = typer.Typer(
     name="tessera",
@@ -65,7 +65,7 @@ def train(
 ) -> None:
     """Train the model of a YAML file; starts its own ranks, or runs as one under torchrun."""
     from tessera.cli.train import train
-    from tessera.train.options import LaunchOptions, known_launcher
+    from tessera.launch.options import LaunchOptions, known_launcher
 
     by = known_launcher(launcher)
     options = LaunchOptions(per_machine, machines, machine, main_address, main_port, max_restarts, by)
@@ -103,7 +103,7 @@ def demo(
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps; without it the usual number.")] = None,
 ) -> None:
     """Train a small Llama at tensor size 2 on Python's standard library and check it against one process."""
-    from tessera.cli.demo import demo
+    from tessera.demos.demo import demo
 
     demo(output, steps)
 
@@ -114,7 +114,7 @@ def demo_memory(
     causal: Annotated[bool, typer.Option("--causal", help="Predict the next token instead of the same one.")] = False,
 ) -> None:
     """Measure the memory that tensor parallelism saves, and that the loss does not depend on it."""
-    from tessera.cli.demo_memory import demo_memory
+    from tessera.demos.memory import demo_memory
 
     demo_memory(ranks, causal)
 

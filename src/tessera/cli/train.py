@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from tessera.train.launch import launch
-from tessera.train.options import LaunchOptions
+from tessera.launch.launch import launch
+from tessera.launch.options import LaunchOptions
 
 
 def train(

@@ -11,7 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tessera.errors import RunFailed, UserError
+from tessera.core.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
     from tessera.config.schema import TrainConfig
@@ -53,13 +53,13 @@ class Work:
 
 def verify(config_path: Path, asked: Asked) -> None:
     """Verify, and print what was found. Raises UserError before a rank is started, RunFailed for what is wrong."""
-    from tessera.train.launch import as_rank, run_workers
-    from tessera.train.rank import is_rank
+    from tessera.launch.launch import as_rank, run_workers
+    from tessera.launch.rank import is_rank
 
     if is_rank():
         as_rank(lambda _: _run_rank(config_path, asked))
         return
-    from tessera.cli.demo import stay_on_cpu_without_gpus
+    from tessera.core.device import stay_on_cpu_without_gpus
 
     work = _read(config_path, asked)
     stay_on_cpu_without_gpus(work.world)
@@ -115,7 +115,7 @@ def _check_injection(asked: Asked, cases: "list[Case]") -> None:
 def _run_rank(config_path: Path, asked: Asked) -> None:
     import torch.distributed as dist
 
-    from tessera import device as devices
+    from tessera.core import device as devices
     from tessera.verify import report
     from tessera.verify.check import Checker
     from tessera.verify.session import Session, conclude

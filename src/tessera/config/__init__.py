@@ -1,0 +1,1 @@
+"""A YAML file to checked values."""

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from tessera.config import compat
 from tessera.config.schema import DatasetConfig, FsdpConfig, MeshConfig, Section, TokenizerConfig, TrainConfig
-from tessera.errors import UserError
+from tessera.core.errors import UserError
 
 _SECTIONS: dict[str, type[Section]] = {
     "datasets": DatasetConfig,

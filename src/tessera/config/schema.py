@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from tessera.errors import UserError
+from tessera.core.errors import UserError
 
 if TYPE_CHECKING:
-    from tessera.fitting import TensorParallel
-    from tessera.schedule import Schedule
+    from tessera.sizes.rules import TensorParallel
+    from tessera.sizes.schedule import Schedule
 
 LocalPath = Annotated[str, Field(min_length=1), BeforeValidator(lambda v: _expand_home(v))]
 
@@ -24,7 +24,7 @@ def _expand_home(value: object) -> object:
 
 
 def _geometry(mode: str) -> str:
-    from tessera.layout import GEOMETRIES
+    from tessera.sizes.geometries import GEOMETRIES
 
     if mode not in GEOMETRIES:
         raise UserError("tensor_parallel_mode", mode, "is not a geometry", f"one of {', '.join(GEOMETRIES)}")
@@ -307,7 +307,7 @@ class TrainConfig(Section):
     @property
     def tensor_parallel(self) -> "TensorParallel":
         """The tensor axes as the keys ask for them; see `fitting.check_sizes`."""
-        from tessera.fitting import TensorParallel
+        from tessera.sizes.rules import TensorParallel
 
         mesh = self.tensor_parallel_mesh
         return TensorParallel(
@@ -328,7 +328,7 @@ class TrainConfig(Section):
     @property
     def schedule(self) -> "Schedule":
         """How operands move; before auto has measured, gathered."""
-        from tessera.schedule import Schedule
+        from tessera.sizes.schedule import Schedule
 
         return Schedule(
             "gather" if self.tensor_parallel_schedule == "auto" else self.tensor_parallel_schedule,

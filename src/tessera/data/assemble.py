@@ -8,10 +8,10 @@ from typing import Protocol
 
 import numpy as np
 
-from tessera.data.rows import IGNORED, Ids, Place, Row
+from tessera.core.errors import UserError
+from tessera.data.samples import IGNORED, Ids, Place, Row
 from tessera.data.sources import DatasetSettings, Document, SourceFile, read_token_rows
 from tessera.data.tokenizer import TextTokenizer
-from tessera.errors import UserError
 
 
 class TokenizerSettings(Protocol):

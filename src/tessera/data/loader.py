@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tessera.data.rows import EPOCH_ORDER, IGNORED, Rows, shuffled
+from tessera.data.samples import EPOCH_ORDER, IGNORED, Rows, shuffled
 
 
 @dataclass(frozen=True)

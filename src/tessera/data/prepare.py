@@ -14,11 +14,11 @@ from pathlib import Path
 
 import tokenizers
 
+from tessera.core.errors import UserError
 from tessera.data.assemble import DataSettings, assemble_rows
-from tessera.data.rows import HELD_OUT, Row, Split, shuffled, write_rows
+from tessera.data.samples import HELD_OUT, Row, Split, shuffled, write_rows
 from tessera.data.sources import SourceFile, read_documents, read_files
 from tessera.data.tokenizer import TextTokenizer, load_tokenizer, save_tokenizer, train_bpe
-from tessera.errors import UserError
 
 FORMAT = 1
 """Part of the cache key: raise it when the same files and settings come to give other rows."""

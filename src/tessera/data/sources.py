@@ -20,8 +20,8 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from tessera.data.rows import IGNORED, Ids, Place, Row
-from tessera.errors import UserError
+from tessera.core.errors import UserError
+from tessera.data.samples import IGNORED, Ids, Place, Row
 
 Kind = Literal["text", "lines", "alpaca", "tokenized"]
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from tessera.data.rows import Ids
-from tessera.errors import UserError
+from tessera.core.errors import UserError
+from tessera.data.samples import Ids
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_BPE = 257

@@ -7,18 +7,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tessera.layout import Layout, check_chain
+from tessera.layout.parallel import Parallel
+from tessera.layout.spec import Init, ParameterSpec
+from tessera.layout.streams import Layout, check_chain
 from tessera.models.config import ModelConfig
 from tessera.nn.attention import Attention
 from tessera.nn.dropout import dropout
 from tessera.nn.embedding import LearnedPositions, VocabParallelEmbedding
+from tessera.nn.initialize import initialize
 from tessera.nn.loss import Head, linear_cross_entropy
 from tessera.nn.mlp import MLP
 from tessera.nn.norm import LayerNorm, Norm, RMSNorm
-from tessera.nn.parameter import Init, Parallel, ParallelModule, ParameterSpec, gather_whole, initialize
+from tessera.nn.parameter import ParallelModule, gather_whole
 from tessera.nn.rope import rope_table
 from tessera.nn.tokens import Tokens
-from tessera.product import distributed_product
+from tessera.product.gathered import distributed_product
 
 
 def _norm(config: ModelConfig, parallel: Parallel) -> Norm:
@@ -112,7 +115,7 @@ class Decoder(nn.Module):
     """A language model of `config` on the mesh of `parallel`; its parameters are empty until `initialize` or a load."""
 
     keeps_gathered = False
-    """Whether FSDP2 keeps gathered weights from the forward until gradients are summed (parallel/data.py)."""
+    """Whether FSDP2 keeps gathered weights from the forward until gradients are summed (engine/fsdp.py)."""
 
     def __init__(self, config: ModelConfig, parallel: Parallel, *, gradient_checkpointing: bool = False) -> None:
         super().__init__()

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tessera.errors import UserError
+from tessera.core.errors import UserError
 from tessera.models.config import ModelConfig
 from tessera.nn.rope import RopeConfig
-from tessera.remedies import nearest
+from tessera.sizes.numbers import nearest
 
 # ---------------------------------------------------------------------------------------------- rows
 

@@ -20,15 +20,17 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from tessera.device import dtype_name
-from tessera.errors import UserError
-from tessera.layout import residual_layout
-from tessera.mesh import Mesh
+from tessera.core.device import dtype_name
+from tessera.core.errors import UserError
+from tessera.core.mesh import Mesh
+from tessera.layout.parallel import Parallel
+from tessera.layout.spec import ParameterSpec
+from tessera.layout.streams import residual_layout
 from tessera.models.config import ModelConfig
 from tessera.models.decoder import Decoder
 from tessera.models.families import FAMILIES, HEAD, StoredTensor, model_config, stored_tensors
 from tessera.models.tensor_files import DTYPES, INDEX, ITEM_BYTES, SINGLE, Entry, broken, find_tensors, write_tensors
-from tessera.nn.parameter import Parallel, ParameterSpec, gather_parameter, named_specs, to_local
+from tessera.nn.parameter import gather_parameter, named_specs, to_local
 
 TOKENIZER_FILES = (
     "tokenizer.json",

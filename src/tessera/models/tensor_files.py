@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tessera.errors import UserError
+from tessera.core.errors import UserError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -13,16 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tessera.device import reads_grouped_heads
-from tessera.layout import check_chain
-from tessera.mesh import Mesh
+from tessera.core.device import reads_grouped_heads
+from tessera.core.mesh import Mesh
+from tessera.layout.parallel import Parallel
+from tessera.layout.spec import Init
+from tessera.layout.streams import check_chain
 from tessera.nn.dropout import keep_mask
 from tessera.nn.linear import ColumnParallelLinear, RowParallelLinear, parallel_linear
-from tessera.nn.moves import gather_then_reduce_scatter
 from tessera.nn.norm import HeadNorm
-from tessera.nn.parameter import Init, Parallel
 from tessera.nn.rope import rotate
 from tessera.nn.tokens import Tokens
+from tessera.product.moves import gather_then_reduce_scatter
 
 
 def attend(q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, *, causal: bool) -> Tensor:

@@ -6,7 +6,7 @@ drops them again, and no generator has a state to save.
 
 from torch import Tensor
 
-from tessera.nn.parameter import hash_seed
+from tessera.nn.initialize import hash_seed
 
 _MIX1, _MIX2 = (
     -0x40A7B892E31B1A47,

@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tessera.nn.moves import gather_then_reduce_scatter, reduce_then_gather
-from tessera.nn.parameter import Init, Parallel, ParallelModule, ParameterSpec
+from tessera.layout.parallel import Parallel
+from tessera.layout.spec import Init, ParameterSpec
+from tessera.nn.parameter import ParallelModule
+from tessera.product.moves import gather_then_reduce_scatter, reduce_then_gather
 
 
 class VocabParallelEmbedding(ParallelModule):

@@ -10,11 +10,14 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from tessera.layout import HIDDEN, Layout, LinearPlan
-from tessera.nn.moves import cut
-from tessera.nn.parameter import Init, Parallel, ParallelModule, ParameterSpec, add_gradient, to_local
-from tessera.panels import panel_product
-from tessera.product import Roles, Site, distributed_product
+from tessera.layout.parallel import Parallel
+from tessera.layout.spec import Init, ParameterSpec
+from tessera.layout.streams import HIDDEN, Layout, LinearPlan
+from tessera.nn.parameter import ParallelModule, add_gradient, to_local
+from tessera.product.gathered import Site, distributed_product
+from tessera.product.moves import cut
+from tessera.product.panels import panel_product
+from tessera.product.roles import Roles
 
 
 class ParallelLinear(ParallelModule):
@@ -81,7 +84,7 @@ def parallel_linear(layers: Sequence[ParallelLinear], x: Tensor, *, uncut: bool 
     weights = [layer.local("weight") for layer in layers]
     biases = [layer.local_bias() for layer in layers]
     if parallel.schedule.in_panels:
-        Y = panel_product(x, weights, plan, parallel)
+        Y = panel_product(x, weights, roles, parallel.schedule, column=plan.outputs_axis == "col")
         return tuple(y if b is None else y + b for y, b in zip(Y, biases, strict=True))
     return distributed_product(x, weights, biases, roles, parallel.schedule, _site(layers, parallel))
 
@@ -101,8 +104,5 @@ def _site(layers: Sequence[ParallelLinear], parallel: Parallel) -> Site:
 
 def _cut_for(plan: LinearPlan, x: Tensor, roles: Roles, parallel: Parallel) -> tuple[Tensor, Roles]:
     """Cut a whole X over the axes of T and K only: along the axes of N every rank needs all of it anyway."""
-    needed = Layout(
-        tokens=tuple(a for a in plan.input.tokens if a != plan.outputs_axis),
-        features=tuple(a for a in plan.input.features if a != plan.outputs_axis),
-    )
+    needed = [[axis for axis in axes if axis != plan.outputs_axis] for axes in (plan.input.tokens, plan.input.features)]
     return cut(x, needed, parallel.mesh), replace(roles, x_dim=None)

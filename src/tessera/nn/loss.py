@@ -13,8 +13,8 @@ optimizer step, so that sums over micro-batches and ranks are means over tokens.
 import torch
 from torch import Tensor
 
-from tessera.collectives import all_gather, reduce_scatter
-from tessera.product import Roles, start_reduce, start_unshard
+from tessera.core.collectives import all_gather, reduce_scatter
+from tessera.product.roles import Roles, start_reduce, start_unshard
 
 # mypy: disable-error-code="no-untyped-def"
 

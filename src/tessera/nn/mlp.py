@@ -4,9 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tessera.layout import check_chain
+from tessera.layout.parallel import Parallel
+from tessera.layout.spec import Init
+from tessera.layout.streams import check_chain
 from tessera.nn.linear import ColumnParallelLinear, RowParallelLinear, parallel_linear
-from tessera.nn.parameter import Init, Parallel
 
 # mypy: disable-error-code="no-untyped-def"
 

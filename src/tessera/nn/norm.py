@@ -8,10 +8,12 @@ gradients summed over the token axes by the gradient rule.
 import torch
 from torch import Tensor
 
-from tessera.collectives import all_reduce
-from tessera.layout import Layout
-from tessera.mesh import Group
-from tessera.nn.parameter import Init, Parallel, ParallelModule, ParameterSpec
+from tessera.core.collectives import all_reduce
+from tessera.core.mesh import Group
+from tessera.layout.parallel import Parallel
+from tessera.layout.spec import Init, ParameterSpec
+from tessera.layout.streams import Layout
+from tessera.nn.parameter import ParallelModule
 
 # mypy: disable-error-code="no-untyped-def"
 

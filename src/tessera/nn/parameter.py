@@ -4,137 +4,17 @@ The same spec serves initialisation, loading of slices, checkpoints (through DTe
 and the tables that `inspect` prints. A parameter is a DTensor on the model mesh; arithmetic sees `local(parameter)`.
 """
 
-import hashlib
-import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from tessera.collectives import all_gather
-from tessera.layout import HIDDEN, Layout, LinearPlan, column_parallel, row_parallel
-from tessera.mesh import DATA_AXES, MODEL_AXES, SEQUENCE_AXES, Group, Mesh
-from tessera.schedule import Overlap, Schedule
-
-
-@dataclass(frozen=True)
-class Init:
-    """How a parameter starts: normal with this standard deviation, or the constant `value` when `std` is 0."""
-
-    std: float = 0.0
-    value: float = 0.0
-
-
-@dataclass(frozen=True)
-class ParameterSpec:
-    """`shape` is global; `cuts[d]` the axes that cut dim d, major to minor; `acts_on` the stream it is applied to.
-
-    FSDP2 stores dim 0 of that cut again, over the axes `stored_over` taken together; it comes back whole before it is
-    used. Gradients are summed by FSDP2 along the axes `served`.
-    """
-
-    shape: tuple[int, ...]
-    cuts: tuple[tuple[str, ...], ...]
-    acts_on: Layout
-    init: Init
-    stored_over: tuple[str, ...] = ()
-    served: tuple[str, ...] = ()
-
-    @property
-    def stored_cuts(self) -> tuple[tuple[str, ...], ...]:
-        """The axes that cut each dim of what a rank holds."""
-        return (*self.cuts[0], *self.stored_over), *self.cuts[1:]
-
-    @property
-    def cut_axes(self) -> set[str]:
-        return {axis for axes in self.stored_cuts for axis in axes}
-
-    @property
-    def summed_axes(self) -> tuple[str, ...]:
-        """The axes over which the gradient must be summed: those that cut the activation but not the parameter."""
-        return tuple(axis for axis in self.acts_on.axes if axis not in self.cut_axes and axis not in self.served)
-
-    def local_slices(self, mesh: Mesh) -> tuple[slice, ...]:
-        """The part of each dim that this rank uses; uneven ones as torch.chunk cuts (the last shards are shorter)."""
-        return tuple(local_slice(n, axes, mesh) for n, axes in zip(self.shape, self.cuts, strict=True))
-
-    def stored_slices(self, mesh: Mesh) -> tuple[slice, ...]:
-        """The part of each dim that this rank holds: of dim 0 less than it uses, under FSDP2."""
-        used, *others = self.local_slices(mesh)
-        step = -(-(used.stop - used.start) // mesh.size(self.stored_over))
-        start = min(used.stop, used.start + step * mesh.index(self.stored_over))
-        return slice(start, min(used.stop, start + step)), *others
-
-    def placements(self, axes: Iterable[str]) -> list[Placement]:
-        """The DTensor placement along each of the mesh's `axes`, as the rank uses the parameter."""
-        dim_of = {axis: dim for dim, axes in enumerate(self.cuts) for axis in axes}
-        return [Shard(dim_of[a]) if a in dim_of else Replicate() for a in axes]
-
-
-def local_slice(n: int, axes: tuple[str, ...], mesh: Mesh) -> slice:
-    """What this rank holds of n elements cut over `axes`, the first major."""
-    start, stop = 0, n
-    for axis in axes:
-        step = -(-(stop - start) // mesh.sizes[axis])
-        start, stop = (min(stop, start + step * (mesh.coordinates[axis] + i)) for i in (0, 1))
-    return slice(start, stop)
-
-
-@dataclass(frozen=True)
-class Parallel:
-    """What every layer of one model shares: the mesh, the layouts of the streams, the schedule and the dtypes.
-
-    Parameters are held in `dtype`; products run in `compute` (bf16 over fp32 parameters, or the same). `attention` is
-    the hidden stream inside attention; `weights_over` the token axes along which weights are stored cut, and gathered
-    by the products; `overlap` moves weights early and their gradients late. `fsdp`, where data axes are above 1, are
-    the axes over which FSDP2 stores parameters cut (parallel/data.py); it gathers them layer by layer.
-    """
-
-    mesh: Mesh
-    residual: Layout
-    dtype: torch.dtype = torch.float32
-    compute: torch.dtype = torch.float32
-    schedule: Schedule = Schedule()
-    attention: Layout = HIDDEN
-    weights_over: tuple[str, ...] = ("row",)
-    overlap: Overlap = field(default_factory=Overlap, compare=False)
-    fsdp: tuple[str, ...] | None = None
-
-    @property
-    def served(self) -> tuple[str, ...]:
-        """The axes along which FSDP2 sums every gradient: all that cut the batch, but for those of `weights_over`."""
-        batch = (*DATA_AXES, *SEQUENCE_AXES, "depth", "row")
-        return () if self.fsdp is None else tuple(axis for axis in batch if axis not in self.weights_over)
-
-    @property
-    def device_mesh(self) -> DeviceMesh | None:
-        """Where parameters are DTensors before FSDP2 has cut them; None where they are plain tensors."""
-        if self.fsdp is None:
-            return self.mesh.device_mesh
-        axes = self.parameter_axes
-        return self.data_mesh[axes] if axes else None
-
-    @property
-    def parameter_axes(self) -> tuple[str, ...]:
-        """The model axes above size 1 that FSDP2 leaves to the layers. It takes at most two."""
-        return tuple(axis for axis in self.mesh.present(MODEL_AXES) if axis not in self.served)
-
-    @property
-    def data_mesh(self) -> DeviceMesh:
-        """All ranks: the replicas, the axes `fsdp` as one dim, and the parameters' axes."""
-        assert self.fsdp is not None
-        return self.mesh.arranged([self.fsdp, *((axis,) for axis in self.parameter_axes)])
-
-    def column(self, hidden: Layout = HIDDEN) -> LinearPlan:
-        """The plan of a column-parallel layer, residual → hidden."""
-        return column_parallel(self.residual, hidden, self.weights_over)
-
-    def row(self, hidden: Layout = HIDDEN) -> LinearPlan:
-        """The plan of a row-parallel layer, hidden → residual."""
-        return row_parallel(self.residual, hidden, self.weights_over)
+from tessera.core.collectives import all_gather
+from tessera.core.mesh import Group, Mesh
+from tessera.layout.parallel import Parallel
+from tessera.layout.spec import ParameterSpec
 
 
 class ParallelModule(nn.Module):
@@ -282,33 +162,7 @@ def named_specs(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Parameter
 
 # ---------------------------------------------------------------------------------------------- initialisation
 
-_ROWS = 64  # rows drawn from one generator: a rank draws only the blocks it holds a part of
 
-
-def hash_seed(*parts: object) -> int:
-    """A 63-bit seed that depends on every part and on nothing else."""
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-@torch.no_grad()
-def initialize(model: nn.Module, mesh: Mesh, seed: int) -> None:
-    """Fill every parameter from its name, the seed and the global index: the values do not depend on the mesh."""
-    for name, parameter, spec in named_specs(model):
-        shard = to_local(parameter)
-        if spec.init.std == 0:
-            shard.fill_(spec.init.value)
-        else:
-            shard.copy_(_normal(name, spec.shape, spec.stored_slices(mesh), spec.init.std, seed))
-
-
-def _normal(name: str, shape: tuple[int, ...], slices: tuple[slice, ...], std: float, seed: int) -> Tensor:
-    """The slice of a normal tensor whose blocks of rows each come from a generator seeded by (seed, name, block)."""
-    rows, width = slices[0], math.prod(shape[1:])
-    generator, drawn = torch.Generator(), []
-    for block in range(rows.start // _ROWS, -(-rows.stop // _ROWS)):
-        generator.manual_seed(hash_seed(seed, name, block))
-        values = torch.randn(_ROWS, width, generator=generator).reshape(_ROWS, *shape[1:])
-        first = max(rows.start - block * _ROWS, 0)
-        drawn.append(values[(slice(first, rows.stop - block * _ROWS), *slices[1:])])
-    return torch.cat(drawn) * std if drawn else torch.empty(0, *(s.stop - s.start for s in slices[1:]))
+def parameter_elements(model: torch.nn.Module) -> int:
+    """Parameters that this rank holds: elements of its shards."""
+    return sum(to_local(p).numel() for p in model.parameters())

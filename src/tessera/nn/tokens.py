@@ -1,13 +1,12 @@
 """The tokens of one micro-batch as one rank sees them: T = B · S of them, batch-major, cut as the two streams say."""
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tessera.layout import HIDDEN, Layout
-from tessera.mesh import Mesh
+from tessera.core.mesh import Mesh
+from tessera.layout.streams import HIDDEN, Layout
 
 
 @dataclass(frozen=True)
@@ -60,13 +59,3 @@ def _part(total: int, layout: Layout, mesh: Mesh) -> slice:
         raise ValueError(f"{total} tokens do not divide by the {ranks} ranks along {layout.tokens}: pad the sequences")
     first = mesh.index(layout.tokens) * (total // ranks)
     return slice(first, first + total // ranks)
-
-
-def padded_length(length: int, batch: int, residual: Layout, mesh: Mesh) -> int:
-    """Sequences of `length` tokens, padded so that the tokens of `batch` of them divide over both streams."""
-    return length + -length % length_multiple(batch, residual, mesh)
-
-
-def length_multiple(batch: int, residual: Layout, mesh: Mesh) -> int:
-    """What sequence lengths must be a multiple of, so that the tokens of `batch` sequences divide over both streams."""
-    return math.lcm(*(ranks // math.gcd(ranks, batch) for ranks in map(mesh.size, (residual.tokens, HIDDEN.tokens))))

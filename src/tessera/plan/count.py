@@ -16,17 +16,19 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from tessera.collectives import Record, Recorder, totals
-from tessera.mesh import MODEL_AXES, Mesh
+from tessera.core.axes import MODEL_AXES
+from tessera.core.collectives import Record, Recorder, totals
+from tessera.core.live_memory import PeakMemory
+from tessera.core.mesh import Mesh
+from tessera.engine.optimizer import build_optimizer
+from tessera.engine.step import Step
+from tessera.layout.parallel import Parallel
+from tessera.layout.shape import StepShape
 from tessera.models.config import ModelConfig
 from tessera.models.decoder import Decoder
-from tessera.nn.parameter import Parallel, to_local
-from tessera.observe.memory import PeakMemory
+from tessera.nn.parameter import to_local
 from tessera.plan.memory import StepMemory
-from tessera.plan.words import StepShape
-from tessera.schedule import Overlap
-from tessera.train.optimizer import build_optimizer
-from tessera.train.step import Step
+from tessera.product.overlap import Overlap
 
 
 @contextmanager

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
+from tessera.layout.parallel import Parallel
+from tessera.layout.spec import local_slice
 from tessera.models.config import ModelConfig
-from tessera.nn.parameter import Parallel, local_slice
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,12 @@ from dataclasses import dataclass
 
 import torch
 
+from tessera.layout.parallel import Parallel
+from tessera.layout.shape import StepShape
+from tessera.layout.spec import local_slice
 from tessera.models.config import ModelConfig
 from tessera.nn.attention import kv_heads_of
-from tessera.nn.parameter import Parallel, local_slice
 from tessera.plan.held import Parameters
-from tessera.plan.words import StepShape
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,16 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from tessera.fitting import Ask, TensorParallel, first_misfit, modes_with
-from tessera.layout import attention_layout, residual_layout
-from tessera.mesh import MODEL_AXES, Mesh
+from tessera.core.axes import MODEL_AXES
+from tessera.core.mesh import Mesh
+from tessera.layout.parallel import Parallel
+from tessera.layout.shape import StepShape, padded_length
+from tessera.layout.streams import attention_layout, residual_layout
 from tessera.models.config import ModelConfig
-from tessera.nn.parameter import Parallel
-from tessera.nn.tokens import padded_length
 from tessera.plan.memory import saved_bytes, state_bytes
-from tessera.plan.words import StepShape, received_bytes, step_rows
-from tessera.schedule import Schedule
+from tessera.plan.traffic import received_bytes, step_rows
+from tessera.sizes.rules import Ask, TensorParallel, first_misfit, modes_with
+from tessera.sizes.schedule import Schedule
 
 PRODUCTS = ("q·k·v", "attention out", "gate·up", "up", "down")
 

@@ -23,9 +23,9 @@ that join several weights or make a tensor contiguous, and those of the backend.
 
 from dataclasses import dataclass
 
+from tessera.layout.parallel import Parallel
 from tessera.models.config import ModelConfig
-from tessera.nn.parameter import Parallel
-from tessera.schedule import Schedule
+from tessera.sizes.schedule import Schedule
 
 
 @dataclass(frozen=True)

@@ -23,20 +23,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import tessera
-from tessera import device as devices
-from tessera.collectives import all_reduce, largest
+from tessera.core import device as devices
+from tessera.core.axes import DATA_AXES, MODEL_AXES
+from tessera.core.collectives import all_reduce, largest
+from tessera.core.mesh import Mesh
 from tessera.data.loader import Batch
-from tessera.fitting import Ask, first_misfit
-from tessera.mesh import DATA_AXES, MODEL_AXES, Mesh
+from tessera.engine.step import Step
+from tessera.layout.parallel import Parallel
+from tessera.layout.resolve import parallel_for
+from tessera.layout.shape import padded_length
 from tessera.models.config import ModelConfig
 from tessera.models.decoder import Decoder
-from tessera.nn.parameter import Parallel, to_local
-from tessera.nn.tokens import padded_length
+from tessera.nn.parameter import to_local
 from tessera.plan.remembered import Remembered
 from tessera.plan.scratch import scratch_bytes
-from tessera.schedule import Overlap, Schedule
-from tessera.train.preflight import parallel_for
-from tessera.train.step import Step
+from tessera.product.overlap import Overlap
+from tessera.sizes.rules import Ask, first_misfit
+from tessera.sizes.schedule import Schedule
 
 if TYPE_CHECKING:
     from tessera.config.schema import TrainConfig

@@ -1,0 +1,1 @@
+"""A run: what a config asks for is built, stepped, logged, evaluated, saved and handed out."""

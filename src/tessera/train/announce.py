@@ -4,13 +4,14 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from tessera import device as devices
-from tessera.mesh import AXES, DATA_AXES, Mesh
+from tessera.core import device as devices
+from tessera.core.axes import AXES, DATA_AXES
+from tessera.core.mesh import Mesh
+from tessera.layout.parallel import Parallel
+from tessera.layout.resolve import step_shape
 from tessera.models.config import ModelConfig
-from tessera.nn.parameter import Parallel
-from tessera.plan.words import step_rows
+from tessera.plan.traffic import step_rows
 from tessera.train.links import Axes, groups_that_leave, leaving, traffic
-from tessera.train.preflight import step_shape
 
 if TYPE_CHECKING:
     from tessera.config.schema import TrainConfig

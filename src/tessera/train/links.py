@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tessera.collectives import gathered
-from tessera.mesh import AXES, Mesh
+from tessera.core.axes import AXES
+from tessera.core.collectives import gathered
+from tessera.core.mesh import Mesh
+from tessera.layout.resolve import parallel_for, step_shape
 from tessera.models.config import ModelConfig
-from tessera.plan.words import Row, step_rows
-from tessera.train.preflight import parallel_for, step_shape
+from tessera.plan.traffic import Row, step_rows
 
 if TYPE_CHECKING:
     from tessera.config.schema import TrainConfig

@@ -12,31 +12,32 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from tessera import device as devices
-from tessera.collectives import Recorder, all_gather, all_reduce, gathered, largest
+from tessera.checkpoint import folder as checkpoint_folder
+from tessera.checkpoint import tensors as checkpoint
+from tessera.checkpoint.resumed import differences
+from tessera.checkpoint.saver import Saver
+from tessera.core import device as devices
+from tessera.core.axes import AXES, DATA_AXES
+from tessera.core.collectives import Recorder, all_gather, all_reduce, gathered, largest
+from tessera.core.errors import RunFailed, UserError
 from tessera.data.loader import Loader
 from tessera.data.prepare import TRAINED, Prepared, open_prepared
-from tessera.data.rows import Split, open_rows
-from tessera.errors import RunFailed, UserError
-from tessera.layout import HIDDEN
-from tessera.mesh import AXES, DATA_AXES
+from tessera.data.samples import Split, open_rows
+from tessera.engine.fsdp import build_decoder
+from tessera.engine.gradients import first_copy
+from tessera.engine.optimizer import build_optimizer, learning_rate
+from tessera.engine.replicas import drifted
+from tessera.engine.step import Step, StepResult
+from tessera.layout.resolve import compute_dtype, fsdp_of, parallel_for
+from tessera.layout.shape import length_multiple
+from tessera.layout.streams import HIDDEN
 from tessera.models.hub import export, load_weights
-from tessera.nn.parameter import to_local
-from tessera.nn.tokens import length_multiple
-from tessera.observe.memory import parameter_elements
-from tessera.parallel.data import build_decoder
-from tessera.parallel.gradients import first_copy
-from tessera.parallel.replicas import drifted
+from tessera.nn.parameter import parameter_elements, to_local
 from tessera.plan.tune import tune
-from tessera.train import checkpoint, checkpoint_folder
 from tessera.train.announce import mesh_lines
 from tessera.train.links import run_mesh
 from tessera.train.log import Log, Stopwatch
-from tessera.train.optimizer import build_optimizer, learning_rate
-from tessera.train.preflight import Run, compute_dtype, fsdp_of, parallel_for, prepare_data, resolve
-from tessera.train.resumed import differences
-from tessera.train.saver import Saver
-from tessera.train.step import Step, StepResult
+from tessera.train.preflight import Run, prepare_data, resolve
 
 if TYPE_CHECKING:
     from tessera.config.schema import TrainConfig

@@ -6,14 +6,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tessera.errors import UserError
-from tessera.fitting import IN_ONE_PIECE, config_key
-from tessera.layout import GEOMETRIES, HIDDEN, attention_layout, geometry_axes
-from tessera.mesh import MODEL_AXES
+from tessera.core.axes import MODEL_AXES
+from tessera.core.errors import UserError
+from tessera.layout.resolve import check_layout
+from tessera.layout.streams import HIDDEN, attention_layout
 from tessera.models.config import ModelConfig
 from tessera.plan.tune import kinds
-from tessera.schedule import Schedule
-from tessera.train.preflight import check_layout
+from tessera.sizes.geometries import GEOMETRIES, geometry_axes
+from tessera.sizes.rules import IN_ONE_PIECE, config_key
+from tessera.sizes.schedule import Schedule
 from tessera.verify.problem import LENGTH, Problem, small_batch, small_model
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def cases_of(config: "TrainConfig", model: ModelConfig, full: bool) -> list[Case
 
     Raises UserError when the sizes do not fit.
     """
-    check_layout(config, model)
+    check_layout(config, model.dimensions)
     ways = [config]
     if config.tensor_parallel_schedule == "auto":
         changed = [
@@ -110,7 +111,7 @@ def _cuts_heads(config: "TrainConfig") -> bool:
 def _misfit(config: "TrainConfig", model: ModelConfig) -> str:
     """Why `model` does not fit this layout; empty when it does."""
     try:
-        check_layout(config, model)
+        check_layout(config, model.dimensions)
     except UserError as error:
         return error.reason
     return ""

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tessera import collectives
-from tessera.collectives import Recorder, gathered
-from tessera.layout import residual_layout
-from tessera.mesh import DATA_AXES, Mesh
-from tessera.nn.parameter import Parallel
-from tessera.plan.words import Row, step_rows, totals
-from tessera.train.preflight import compute_dtype, parallel_for, step_shape
+from tessera.core import collectives
+from tessera.core.axes import DATA_AXES
+from tessera.core.collectives import Recorder, gathered
+from tessera.core.mesh import Mesh
+from tessera.layout.parallel import Parallel
+from tessera.layout.resolve import compute_dtype, parallel_for, step_shape
+from tessera.layout.streams import residual_layout
+from tessera.plan.traffic import Row, step_rows, totals
 from tessera.verify.cases import Case, in_miniature
 from tessera.verify.compare import Comparison, Words, compare
 from tessera.verify.diagnose import diagnose

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tessera.collectives import gathered, start_broadcast
-from tessera.mesh import AXES, Mesh
-from tessera.nn.parameter import ParameterSpec
+from tessera.core.axes import AXES
+from tessera.core.collectives import gathered, start_broadcast
+from tessera.core.mesh import Mesh
+from tessera.layout.spec import ParameterSpec
 from tessera.verify.steps import Outcome
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 5e-2}

@@ -18,14 +18,17 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from tessera.collectives import Recorder, gathered
+from tessera.core.axes import AXES, DATA_AXES
+from tessera.core.collectives import Recorder, gathered
+from tessera.core.mesh import Mesh
 from tessera.data.loader import Batch
-from tessera.mesh import AXES, DATA_AXES, Mesh
+from tessera.engine.step import Step
+from tessera.layout.parallel import Parallel
+from tessera.layout.resolve import step_shape
+from tessera.layout.spec import ParameterSpec, local_slice
 from tessera.models.decoder import Decoder
-from tessera.nn.parameter import Parallel, ParameterSpec, local_slice, named_specs, to_local
-from tessera.plan.words import Row, step_rows
-from tessera.train.preflight import step_shape
-from tessera.train.step import Step
+from tessera.nn.parameter import named_specs, to_local
+from tessera.plan.traffic import Row, step_rows
 from tessera.verify import own
 from tessera.verify.cases import Case
 from tessera.verify.steps import batches_of, build, stepper

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from tessera.collectives import Recorder
+from tessera.core.collectives import Recorder
 
 
 class Omission(NamedTuple):

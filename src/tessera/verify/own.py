@@ -12,12 +12,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from tessera.core.mesh import Mesh
 from tessera.data.loader import Batch
-from tessera.data.rows import IGNORED
-from tessera.mesh import Mesh
+from tessera.data.samples import IGNORED
+from tessera.engine.step import Step
+from tessera.layout.spec import ParameterSpec, local_slice
 from tessera.models.decoder import Decoder
-from tessera.nn.parameter import ParameterSpec, local_slice, named_specs
-from tessera.train.step import Step
+from tessera.nn.parameter import named_specs
 from tessera.verify.trace import Point, Trace, behind
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from tessera.data.loader import Batch
-from tessera.data.rows import IGNORED
+from tessera.data.samples import IGNORED
 from tessera.models.config import ModelConfig
 
 LENGTH = 11  # a prime: sequences are padded wherever tokens are cut

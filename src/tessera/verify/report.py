@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from tessera.device import dtype_name
+from tessera.core.device import dtype_name
 from tessera.verify.cases import Case
 from tessera.verify.check import Result, WordsRow
 from tessera.verify.compare import QUANTITIES, Comparison

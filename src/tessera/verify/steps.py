@@ -6,17 +6,20 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tessera.collectives import Recorder
+from tessera.core.axes import DATA_AXES
+from tessera.core.collectives import Recorder
 from tessera.data.loader import Batch
-from tessera.data.rows import IGNORED
-from tessera.mesh import DATA_AXES
+from tessera.data.samples import IGNORED
+from tessera.engine.fsdp import build_decoder
+from tessera.engine.optimizer import build_optimizer
+from tessera.engine.step import Step
+from tessera.layout.parallel import Parallel
+from tessera.layout.resolve import fsdp_of
+from tessera.layout.shape import length_multiple
+from tessera.layout.spec import ParameterSpec
 from tessera.models.decoder import Decoder
-from tessera.nn.parameter import Parallel, ParameterSpec, hash_seed, named_specs, to_local
-from tessera.nn.tokens import length_multiple
-from tessera.parallel.data import build_decoder
-from tessera.train.optimizer import build_optimizer
-from tessera.train.preflight import fsdp_of
-from tessera.train.step import Step
+from tessera.nn.initialize import hash_seed
+from tessera.nn.parameter import named_specs, to_local
 from tessera.verify.problem import Problem
 
 if TYPE_CHECKING:

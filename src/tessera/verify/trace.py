@@ -14,18 +14,18 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from tessera.core.mesh import Mesh
 from tessera.data.loader import Batch
-from tessera.layout import HIDDEN, Layout
-from tessera.mesh import Mesh
+from tessera.engine.gradients import first_copy
+from tessera.engine.step import Step
+from tessera.layout.spec import local_slice
+from tessera.layout.streams import HIDDEN, Layout
 from tessera.models.decoder import Decoder
 from tessera.nn.attention import Attention
 from tessera.nn.embedding import VocabParallelEmbedding
 from tessera.nn.linear import RowParallelLinear
 from tessera.nn.mlp import MLP
 from tessera.nn.norm import Norm
-from tessera.nn.parameter import local_slice
-from tessera.parallel.gradients import first_copy
-from tessera.train.step import Step
 
 
 class Point(NamedTuple):

@@ -1,0 +1,1 @@
+"""A run on disk: what a checkpoint holds, how it is saved, read in any layout, and converted."""

@@ -1,0 +1,166 @@
+"""Checkpoints to Hugging Face folders and back, in one process without torch.distributed, a tensor at a time."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import MetadataIndex
+
+from tessera.checkpoint.folder import METADATA, STATE, Reader, read_state, verify
+from tessera.checkpoint.saver import Writer
+from tessera.checkpoint.tensors import MODEL, alone_is_fine, check_model, reason_of
+from tessera.core.device import dtype_name
+from tessera.core.errors import RunFailed, UserError
+from tessera.models.hub import (
+    SHARD_BYTES,
+    StoredParameters,
+    check_weights,
+    parameter_shapes,
+    read_model_config,
+    write_model,
+)
+
+
+def convert(
+    source: Path,
+    target: Path,
+    *,
+    config: Path | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int | None = None,
+) -> str:
+    """Write the model of folder `source` into `target` as the other kind of folder; what was done, in one line.
+
+    checkpoint → Hugging Face: in `dtype` (that of the checkpoint unless given), in files of `max_shard_bytes` (as a
+    run's own); config.json and tokenizer come from `config`, or from where the run that saved the checkpoint had them.
+    Hugging Face → checkpoint: model tensors only, in the dtype they have, at step 0.
+
+    UserError: `source` is neither or not whole, `target` is not empty, or an option belongs to the other direction.
+    """
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(
+            "TO", target, "is there already, and not an empty folder", "give a folder that is not there yet"
+        )
+    try:
+        if (source / STATE).is_file() or (source / METADATA).is_file():
+            return _to_hugging_face(source, target, config, dtype, max_shard_bytes or SHARD_BYTES)
+        if (source / "config.json").is_file():
+            for key, value in (("--config", config), ("--dtype", dtype), ("--max-shard-size", max_shard_bytes)):
+                if value is not None:
+                    raise UserError(key, value, "is for checkpoints, and FROM is a Hugging Face folder", "leave it out")
+            return _to_checkpoint(source, target)
+    except UserError as error:
+        if error.key in ("resume_from_checkpoint", "base_model"):  # what the parts used here speak of
+            raise UserError("FROM", error.value, error.reason, error.hint) from error
+        raise
+    except (CheckpointException, OSError) as error:
+        for unfinished in (target / ".export", target.with_name(f".{target.name}.part")):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        raise RunFailed(f"{target} was not written: {reason_of(error)}") from error
+    reason = f"is neither a checkpoint ({STATE}) nor a Hugging Face folder (config.json)"
+    raise UserError("FROM", source, reason, "a checkpoint-N folder of a run, or one with config.json and safetensors")
+
+
+def _to_hugging_face(
+    source: Path, target: Path, config: Path | None, dtype: torch.dtype | None, max_shard_bytes: int
+) -> str:
+    state = read_state(source)
+    beside: Mapping[str, Any] = state["source"]
+    folder = config or Path(beside["folder"])
+    if not (folder / "config.json").is_file():
+        made = "" if config else ", where the run that saved this checkpoint had it"
+        hint = "give a folder with config.json (and the tokenizer's files)"
+        raise UserError("--config", folder, f"no config.json there{made}", hint)
+    tokenizer = Path(beside["tokenizer"]) if beside["tokenizer"] and not config else None
+    model = read_model_config(folder)
+    shapes = parameter_shapes(model)
+    reader = Reader(source)
+    check_model(reader, {MODEL + name: shape for name, shape in shapes.items()}, MODEL)
+    verify(source)
+    dtype = dtype or _stored_dtype(reader)
+
+    def whole(name: str) -> Tensor:
+        tensor = torch.empty(shapes[name], dtype=dtype)
+        with alone_is_fine():
+            dcp.load({MODEL + name: tensor}, storage_reader=reader, no_dist=True)
+        return tensor
+
+    write_model(
+        model,
+        shapes,
+        whole,
+        target,
+        folder,
+        dtype,
+        tokenizer=tokenizer,
+        config_changes=beside["config_changes"],
+        max_shard_bytes=max_shard_bytes,
+    )
+    return f"the model of step {state['step']}, in {dtype_name(dtype)}, written to {target}"
+
+
+def _stored_dtype(reader: Reader) -> torch.dtype:
+    """The narrowest dtype that holds every parameter of a checkpoint exactly."""
+    entries = reader.metadata.state_dict_metadata.items()
+    dtypes = {getattr(entry, "properties").dtype for name, entry in entries if name.startswith(MODEL)}  # noqa: B009
+    widest: torch.dtype = dtypes.pop()
+    for dtype in dtypes:
+        widest = torch.promote_types(widest, dtype)
+    return widest
+
+
+def _to_checkpoint(source: Path, target: Path) -> str:
+    config = read_model_config(source)
+    check_weights(source, config)
+    shapes = parameter_shapes(config)
+    target = target.resolve()
+    state = {
+        "step": 0,
+        "tokens": 0,
+        "samples": 0,
+        "skipped": 0,
+        "course": {},
+        "config": {},
+        "source": {"folder": str(source.resolve()), "tokenizer": None, "config_changes": {}},
+        "optimizer": False,
+    }
+    with StoredParameters(source, config, shapes) as stored, alone_is_fine():
+        # DCP plans from tensors without data, and asks the planner for each when its turn has come
+        plan = {
+            MODEL + name: torch.empty(shape, dtype=stored.dtype(name), device="meta") for name, shape in shapes.items()
+        }
+        dcp.save(plan, storage_writer=_Import(target, state), planner=_Streamed(stored, shapes), no_dist=True)
+    return f"a checkpoint of the model of {source}, without optimizer state, written to {target}"
+
+
+class _Streamed(dcp.DefaultSavePlanner):
+    """Gives the tensors of a Hugging Face folder when they are to be written."""
+
+    def __init__(self, stored: StoredParameters, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        super().__init__()
+        self._stored, self._shapes = stored, shapes
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        name = index.fqn.removeprefix(MODEL)
+        return self._stored.read(name, tuple(slice(0, n) for n in self._shapes[name])).contiguous()
+
+
+class _Import(Writer):
+    """Writes a checkpoint that no run has made: a file for each tensor, for DCP keeps those of a file in memory."""
+
+    def __init__(self, final: Path, state: dict[str, Any]) -> None:
+        super().__init__(final, state, keep=None)
+        self.single_file_per_rank = False
+
+    def make_room(self) -> None:
+        shutil.rmtree(self.part, ignore_errors=True)
+
+    def put_in_place(self) -> None:
+        if self.final.exists():
+            self.final.rmdir()  # it is empty
+        self.part.rename(self.final)

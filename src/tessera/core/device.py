@@ -1,0 +1,84 @@
+"""The one place that knows kinds of devices: which one a rank uses, its backend, its dtype, its memory."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def local_device() -> torch.device:
+    """The device of this process: its GPU when there is one for it, the CPU otherwise."""
+    if torch.cuda.is_available():
+        index = int(os.environ.get("LOCAL_RANK", "0"))
+        torch.cuda.set_device(index)
+        return torch.device("cuda", index)
+    return torch.device("cpu")
+
+
+def backend(device: torch.device) -> str:
+    """The torch.distributed backend that serves tensors of `device` (and CPU tensors beside them)."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """bfloat16, float32: as people and config.json write it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def prepare(device: torch.device, *, tf32: bool) -> None:
+    """Settings of this process that training wants on `device`; call once, before the first tensor."""
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 products run on `device` without emulation worth avoiding (on CPUs: never chosen by itself)."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak bytes allocated on a GPU so far; on CPU the peak resident set of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:  # not getrusage's maximum: on Linux a process begins with that of the one which started it
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except OSError:
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def gpus_missing(ranks: int) -> int:
+    """How many GPUs this machine is short of one for each of `ranks`; 0 where it has none at all."""
+    return max(0, ranks - torch.cuda.device_count()) if torch.cuda.is_available() else 0
+
+
+def reads_grouped_heads(q: Tensor) -> bool:
+    """Whether a fused attention kernel for `q` reads grouped kv heads as they are: on GPUs none does in float32."""
+    return not (q.is_cuda and q.dtype == torch.float32)
+
+
+def describe(device: torch.device) -> str:
+    """A name for logs and result files."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu, {torch.get_num_threads()} threads a rank"
+
+
+# Dense bf16 peak of one device in TFLOP/s, from the vendors' data sheets.
+_PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250, "MI300X": 1307, "L40S": 362, "4090": 165}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 operations a second that `device` is sold with; None for one not in the table."""
+    name = describe(device)
+    return next((tera * 1e12 for known, tera in _PEAK_TFLOPS.items() if known in name), None)
+
+
+def stay_on_cpu_without_gpus(ranks: int) -> None:
+    """Hide the GPUs of this machine from the run when there are some, but fewer than ranks."""
+    if gpus_missing(ranks):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""

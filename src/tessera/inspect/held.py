@@ -1,0 +1,251 @@
+"""What every rank of a layout holds and receives, worked out in one process from the specs of the parameters.
+
+The model is built on the meta device as one process has it; its `ParameterSpec`s are then laid on a mesh of each rank.
+No process group, data or weights are needed, and the numbers are those of the tensors that running ranks allocate.
+What ranks receive is the closed form of plan/traffic.py.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from tessera.core.axes import AXES
+from tessera.core.mesh import Mesh
+from tessera.layout.parallel import Parallel
+from tessera.layout.shape import StepShape
+from tessera.layout.spec import Init, ParameterSpec
+from tessera.layout.streams import HIDDEN
+from tessera.models.config import ModelConfig
+from tessera.models.decoder import Decoder, OutputHead
+from tessera.nn.embedding import LearnedPositions, VocabParallelEmbedding
+from tessera.nn.linear import ParallelLinear
+from tessera.nn.norm import HeadNorm, Norm
+from tessera.nn.parameter import named_specs
+from tessera.plan.traffic import Row, step_rows
+
+MOMENTS = 2  # AdamW keeps two for each element, in the parameter's dtype
+STEP_BYTES = 4  # and one float32 count of steps for each parameter
+
+# The names of the dims of a module's weight; a bias or gain has the first alone.
+_DIMS: dict[type[nn.Module], tuple[str, ...]] = {
+    VocabParallelEmbedding: ("V", "h"),
+    LearnedPositions: ("S", "h"),
+    ParallelLinear: ("out", "in"),
+    OutputHead: ("V", "h"),
+    Norm: ("h",),
+    HeadNorm: ("D",),
+}
+
+
+@dataclass(frozen=True)
+class Held:
+    """One parameter (or activation): its spec, the names of its dims, and the shape of its part on each rank in order.
+
+    `copies` ranks hold the same part.
+    """
+
+    name: str
+    spec: ParameterSpec
+    dims: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    copies: int
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is a matrix or embedding, of which both dims are cut by the rules of a product."""
+        return len(self.spec.shape) > 1 and all(self.spec.cuts)
+
+    @cached_property
+    def elements(self) -> tuple[int, ...]:
+        """Elements on each rank."""
+        return tuple(math.prod(shape) for shape in self.shapes)
+
+    def bytes(self, dtype: torch.dtype) -> tuple[int, ...]:
+        """Bytes on each rank, held in `dtype`."""
+        return tuple(n * dtype.itemsize for n in self.elements)
+
+    @property
+    def whole(self) -> int:
+        """Elements of the whole parameter."""
+        return math.prod(self.spec.shape)
+
+    @property
+    def range(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The smallest and the largest local shape; the same unless a dim does not divide."""
+        return min(self.shapes), max(self.shapes)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Elements of some parameters: of the whole model, and on each rank; bytes follow from `itemsize`."""
+
+    parameters: int
+    whole: int
+    by_rank: tuple[int, ...]
+    itemsize: int
+
+    @property
+    def parameter_bytes(self) -> tuple[int, ...]:
+        return tuple(n * self.itemsize for n in self.by_rank)
+
+    @property
+    def gradient_bytes(self) -> tuple[int, ...]:
+        """A gradient has the shape and dtype of its parameter."""
+        return self.parameter_bytes
+
+    @property
+    def optimizer_bytes(self) -> tuple[int, ...]:
+        """AdamW: two moments an element, a count of steps a parameter."""
+        return tuple(MOMENTS * n * self.itemsize + STEP_BYTES * self.parameters for n in self.by_rank)
+
+    @property
+    def bytes(self) -> tuple[int, ...]:
+        """Parameters, gradients and optimizer state together."""
+        three = zip(self.parameter_bytes, self.gradient_bytes, self.optimizer_bytes, strict=True)
+        return tuple(sum(parts) for parts in three)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A model laid on a mesh: what each of `ranks` holds of each parameter."""
+
+    parallel: Parallel
+    ranks: tuple[Mesh, ...]
+    parameters: tuple[Held, ...]
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.ranks[0]
+
+    @property
+    def share_axes(self) -> tuple[str, ...]:
+        """The axes above size 1 that cut matrices and embeddings: those of the products, and FSDP2's."""
+        return self.mesh.present(("inner", "col", *self.parallel.weights_over, *(self.parallel.fsdp or ())))
+
+    @property
+    def share(self) -> int:
+        """The parts into which matrices and embeddings are cut: one a rank, alike along what is left of the mesh."""
+        return self.mesh.size(self.share_axes)
+
+    def totals(self, matrices: bool | None = None) -> Totals:
+        """Of the matrices and embeddings, of everything else, or (None) of all parameters."""
+        chosen = [held for held in self.parameters if matrices is None or held.is_matrix == matrices]
+        by_rank = tuple(sum(held.elements[mesh.rank] for held in chosen) for mesh in self.ranks)
+        return Totals(len(chosen), sum(held.whole for held in chosen), by_rank, self.parallel.dtype.itemsize)
+
+    def share_is_exact(self) -> bool:
+        """Whether all ranks together hold each matrix element exactly world / share times, shares equal where they can.
+
+        The shares of a matrix of even dims are equal; those of an uneven one differ, and are equal on average.
+        """
+        matrices = [held for held in self.parameters if held.is_matrix]
+        return all(sum(held.elements) * self.share == held.whole * len(self.ranks) for held in matrices)
+
+    def uneven(self) -> list[Held]:
+        """The parameters whose shards differ in size from rank to rank."""
+        return [held for held in self.parameters if len(set(held.shapes)) > 1]
+
+
+def inspect_model(model: ModelConfig, parallel: Parallel) -> Inspection:
+    """What each rank of `parallel.mesh` holds of `model`. The mesh needs a rank; none of its ranks need run."""
+    ranks = tuple(parallel.mesh.at(rank) for rank in range(parallel.mesh.world))
+    alone = Decoder(model, replace(parallel, mesh=Mesh(device="meta", rank=0)))
+    shapes: dict[tuple[object, ...], tuple[tuple[int, ...], ...]] = {}  # layers repeat: each cut is worked out once
+    parameters = []
+    for name, _, spec in named_specs(alone):
+        cut = (spec.shape, spec.cuts)
+        if cut not in shapes:
+            shapes[cut] = tuple(tuple(s.stop - s.start for s in spec.stored_slices(mesh)) for mesh in ranks)
+        dims = _dims(alone.get_submodule(name.rpartition(".")[0]))[: len(spec.shape)]
+        parameters.append(Held(name, spec, dims, shapes[cut], _copies(spec, parallel.mesh)))
+    return Inspection(parallel, ranks, tuple(parameters))
+
+
+def activations(model: ModelConfig, inspection: Inspection, shape: StepShape) -> dict[str, Held]:
+    """What a decoder layer makes of a micro-batch as the ranks hold it, by the names that `--activation` takes.
+
+    k and v are as their product gives them: where kv heads are fewer than the parts, ranks then gather what they read.
+    """
+    parallel = inspection.parallel
+    attention, heads, kv = parallel.attention, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    made = {
+        "residual": ("residual stream", parallel.residual, "h", model.hidden_size),
+        "q": ("q", attention, "heads", heads),
+        "k": ("k", attention, "kv", kv),
+        "v": ("v", attention, "kv", kv),
+        "attention": ("hidden stream in attention", attention, "heads", heads),
+        "gate": ("gate", HIDDEN, "ffn", model.ffn_size),
+        "up": ("up", HIDDEN, "ffn", model.ffn_size),
+        "hidden": ("hidden stream", HIDDEN, "ffn", model.ffn_size),
+    }
+    if not model.gated:
+        del made["gate"]
+    held = {}
+    for name, (title, layout, features, count) in made.items():
+        spec = ParameterSpec((shape.tokens, count), (layout.tokens, layout.features), layout, Init())
+        shapes = tuple(tuple(s.stop - s.start for s in spec.stored_slices(mesh)) for mesh in inspection.ranks)
+        held[name] = Held(title, spec, ("T", features), shapes, _copies(spec, parallel.mesh))
+    return held
+
+
+def streams(model: ModelConfig, inspection: Inspection, shape: StepShape) -> list[Held]:
+    """The residual stream and the hidden one of a micro-batch as the ranks hold them; attention's own if it differs."""
+    made = activations(model, inspection, shape)
+    names = ["residual", "hidden"] + ["attention"] * (inspection.parallel.attention != HIDDEN)
+    return [made[name] for name in names]
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """One kind of collective at one place of a step: its row in plan/traffic.py as each rank has it."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def row(self) -> Row:
+        """What all ranks share: the place, the axes, how often it runs (not the calls and bytes of one run)."""
+        return self.rows[0]
+
+    @property
+    def calls(self) -> tuple[int, ...]:
+        return tuple(row.calls for row in self.rows)
+
+    @property
+    def received(self) -> tuple[int, ...]:
+        """Bytes that each rank receives in one run."""
+        return tuple(row.received for row in self.rows)
+
+
+def traffic(model: ModelConfig, inspection: Inspection, shape: StepShape) -> list[Traffic]:
+    """Every collective of one optimizer step, in the order of plan/traffic.py.
+
+    Ranks receive the same, but for the skew of cannon and for uneven vocabularies.
+    """
+    of_ranks = [step_rows(model, shape, replace(inspection.parallel, mesh=mesh)) for mesh in inspection.ranks]
+    return [Traffic(rows) for rows in zip(*of_ranks, strict=True)]
+
+
+def _copies(spec: ParameterSpec, mesh: Mesh) -> int:
+    """How many ranks hold the same block."""
+    return mesh.size(axis for axis in AXES if axis not in spec.cut_axes)
+
+
+def cut_in_words(dims: Sequence[str], cuts: Sequence[Sequence[str]], mesh: Mesh) -> str:
+    """`[V: col][h: inner, row]`: the axes above size 1 that cut each dim, major to minor."""
+    present = [[axis for axis in axes if mesh.sizes[axis] > 1] for axes in cuts]
+    words = [f"{dim}: {', '.join(axes)}" if axes else dim for dim, axes in zip(dims, present, strict=True)]
+    return "".join(f"[{word}]" for word in words)
+
+
+def placements_in_words(spec: ParameterSpec, mesh: Mesh) -> list[str]:
+    """The DTensor placement on each axis above size 1, in short: S(1) for Shard(dim=1), R for Replicate()."""
+    dim_of = {axis: dim for dim, axes in enumerate(spec.stored_cuts) for axis in axes}
+    return [f"S({dim_of[axis]})" if axis in dim_of else "R" for axis in mesh.present(AXES)]
+
+
+def _dims(module: nn.Module) -> tuple[str, ...]:
+    return next(names for kind, names in _DIMS.items() if isinstance(module, kind))

@@ -1,0 +1,246 @@
+"""The tables and text pictures of `tessera inspect`, at most WIDTH characters wide."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from rich import box
+from rich.columns import Columns
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tessera.core.axes import AXES
+from tessera.core.device import dtype_name
+from tessera.core.mesh import Mesh
+from tessera.inspect.held import MOMENTS, Held, Inspection, Totals, Traffic, cut_in_words, placements_in_words
+from tessera.inspect.picture import LABELS, Grid, colours, grid_of, mesh_grid, text_picture
+from tessera.layout.shape import StepShape
+
+WIDTH = 100
+PER_LAYER = ("layer norms", "q·k·v", "attention", "attention out", "gate·up", "up", "down")  # places of every layer
+
+
+@dataclass(frozen=True)
+class Report:
+    """All there is to say of a layout; `weight` is the parameter to picture, `pictured` the activations."""
+
+    title: str
+    inspection: Inspection
+    shape: StepShape
+    streams: list[Held]
+    traffic: list[Traffic]
+    weight: Held
+    pictured: list[Held]
+
+    @property
+    def grids(self) -> list[Grid]:
+        """Who holds which block of the chosen weight and activations."""
+        mesh, ranks = self.inspection.mesh, self.inspection.ranks
+        return [
+            grid_of(f"{held.name}\n{_cut(held, mesh)}", held.spec.shape, held.spec.cuts, ranks, held.spec.stored_over)
+            for held in (self.weight, *self.pictured)
+        ]
+
+    @property
+    def totals(self) -> dict[str, Totals]:
+        return {
+            "matrices, embeddings": self.inspection.totals(matrices=True),
+            "everything else": self.inspection.totals(matrices=False),
+            "all": self.inspection.totals(),
+        }
+
+
+def print_report(console: Console, report: Report) -> None:
+    """Everything: what ranks hold, who holds which block, what travels."""
+    inspection, mesh, shape = report.inspection, report.inspection.mesh, report.shape
+    compute = dtype_name(inspection.parallel.compute)
+    console.print(Text(report.title, style="bold"))
+    if mesh.world > 1:
+        console.print(f"rank = {_rank_formula(mesh)}")
+    console.print(f"{shape.micro_batches} × {shape.batch} × {shape.sequence} tokens a step, products in {compute}")
+    placed = f"placements on ({', '.join(mesh.present(AXES))}), " if mesh.world > 1 else ""
+    title = f"parameters: {placed}bytes of each on a rank"
+    _print_table(console, title, parameter_table(inspection))
+    _print_table(console, "on each rank", totals_table(report.totals))
+    console.print(share_in_words(inspection))
+    _print_table(console, "activations of a micro-batch", stream_table(report))
+    if mesh.world == 1:
+        return
+    console.print(Text("\nwho holds which block: rows and columns are called by their first index", style="bold"))
+    console.print(Text(LABELS, style="dim"))
+    width, palette = min(console.width, WIDTH), colours(mesh)
+    pictures = [text_picture(grid, palette, width) for grid in (mesh_grid(mesh), *report.grids)]
+    console.print(Columns(pictures, padding=(1, 3)), width=width)
+    _print_table(console, "collectives, and bytes that a rank receives", traffic_table(report.traffic))
+    console.print(received_in_words(report.traffic))
+
+
+def _print_table(console: Console, title: str, table: Table) -> None:
+    console.print(Text(f"\n{title}", style="bold"))
+    console.print(table)
+
+
+def _rank_formula(mesh: Mesh) -> str:
+    """`(inner · 2 + row) · 2 + col`: where the mesh puts a rank."""
+    formula, *rest = mesh.present(AXES)
+    for place, axis in enumerate(rest):
+        formula = f"{f'({formula})' if place else formula} · {mesh.sizes[axis]} + {axis}"
+    return formula
+
+
+def _table(*columns: str, numbers: int) -> Table:
+    """An empty table with these headings, of which the last `numbers` stand over numbers."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="")
+    for place, heading in enumerate(columns):
+        right = place >= len(columns) - numbers
+        fixed = heading in ("place", "collective", "axis")  # others wrap first
+        table.add_column(Text(heading), justify="right" if right else "left", overflow="fold", no_wrap=fixed)
+    return table
+
+
+def parameter_table(inspection: Inspection) -> Table:
+    """Each parameter, bytes as a range where ranks differ; those that lie alike in several layers in one line."""
+    mesh = inspection.mesh
+    table = _table("parameter\n  cut", "whole\nplacements", "on a rank", "parameter", "gradient", "AdamW", numbers=3)
+    for name, held in layers_joined(inspection.parameters):
+        sizes = held.bytes(inspection.parallel.dtype)
+        placements = " ".join(placements_in_words(held.spec, mesh))
+        copies = f"{held.copies} copies" if held.copies > 1 else ""
+        table.add_row(
+            Text(f"{name}\n").append(f"  {_cut(held, mesh)}", style="dim"),
+            Text(f"{_by(held.spec.shape)}\n").append(placements, style="dim"),
+            Text(f"{_local(held)}\n").append(copies, style="dim"),
+            *map(_below, (sizes, sizes, [MOMENTS * size for size in sizes])),
+        )
+    return table
+
+
+def layers_joined(parameters: Iterable[Held]) -> list[tuple[str, Held]]:
+    """Parameters by name, the first of those that lie alike in several layers: `layers.0–3.…`."""
+    joined: dict[tuple[object, ...], list[Held]] = {}
+    for held in parameters:
+        key = (re.sub(r"^layers\.\d+", "layers", held.name), held.spec.shape, held.spec.cuts)
+        joined.setdefault(key, []).append(held)
+    named = []
+    for same in joined.values():
+        numbers = [held.name.split(".")[1] for held in same]
+        name = same[0].name
+        named.append(
+            (name.replace(f".{numbers[0]}.", f".{numbers[0]}–{numbers[-1]}.", 1) if same[1:] else name, same[0])
+        )
+    return named
+
+
+def totals_table(totals_of: dict[str, Totals]) -> Table:
+    """Elements of the model and of a rank (the least and the most); bytes on the rank that holds most."""
+    headings = ("", "elements", "on a rank", "parameters", "gradients", "AdamW", "all, in bytes")
+    table = _table(*headings, numbers=6)
+    for name, totals in totals_of.items():
+        most = totals.by_rank.index(max(totals.by_rank))
+        sizes = (totals.parameter_bytes, totals.gradient_bytes, totals.optimizer_bytes)
+        elements = _range(totals.by_rank).replace("–", " to\n")
+        table.add_row(
+            name, f"{totals.whole:,}", elements, *(human(size[most]) for size in sizes), f"{totals.bytes[most]:,}"
+        )
+    return table
+
+
+def share_in_words(inspection: Inspection) -> str:
+    """Whether the matrices and embeddings are cut as they should be."""
+    over = " · ".join(inspection.share_axes) or "one process"
+    share = f"1/{inspection.share} of the matrices and embeddings ({over})"
+    if not inspection.share_is_exact():
+        return f"a rank does not hold {share}: this layout is wrong"
+    uneven = ", ".join(name for name, held in layers_joined(inspection.uneven()) if held.is_matrix)
+    return f"a rank holds {share}, " + (f"on average: {uneven} do not divide evenly" if uneven else "exactly")
+
+
+def stream_table(report: Report) -> Table:
+    """The streams, and the activation that was asked for, in the compute dtype."""
+    table = _table("stream", "cut", "whole", "on a rank", "copies", "bytes", numbers=4)
+    for held in report.streams:
+        size = human_range(held.bytes(report.inspection.parallel.compute))
+        cut = Text(_cut(held, report.inspection.mesh))
+        table.add_row(held.name, cut, _by(held.spec.shape), _local(held), str(held.copies), size)
+    return table
+
+
+def traffic_table(moves: Sequence[Traffic]) -> Table:
+    """Which collective runs on which axis: first in each layer, then what runs once a micro-batch or a step."""
+    table = _table("place", "pass", "what", "collective", "axis", "calls", "received", "a step", numbers=3)
+    in_layers = [move for move in moves if move.row.place in PER_LAYER]
+    others = [move for move in moves if move.row.place not in PER_LAYER]
+    for group in (in_layers, others):
+        last = ("", "")
+        for move in group:
+            row = move.row
+            place, phase = row.place if row.place != last[0] else "", row.phase
+            table.add_row(
+                place,
+                "" if (row.place, phase) == last else phase,
+                row.what,
+                row.kind.replace("_", "-"),
+                row.axis,
+                _range(move.calls),
+                human_range(move.received),
+                f"× {row.times}",
+                end_section=move is group[-1],
+            )
+            last = (row.place, phase)
+    return table
+
+
+def received_in_words(moves: Sequence[Traffic]) -> str:
+    """What the busiest rank receives in a step, by axes."""
+    of_ranks = [sum(move.row.times * got for move, got in zip(moves, gots, strict=True)) for gots in _by_rank(moves)]
+    busiest = of_ranks.index(max(of_ranks))
+    by_axis: dict[str, int] = {}
+    for move in moves:
+        by_axis[move.row.axis] = by_axis.get(move.row.axis, 0) + move.row.times * move.received[busiest]
+    parts = [f"{axis} {human(got)}" for axis, got in sorted(by_axis.items(), key=lambda item: -item[1])]
+    whom = "; the busiest rank" if min(of_ranks) != max(of_ranks) else ""
+    return f"a rank receives {human_range(of_ranks)} in a step{whom}: {', '.join(parts)}"
+
+
+def _by_rank(moves: Sequence[Traffic]) -> Iterable[tuple[int, ...]]:
+    return zip(*(move.received for move in moves), strict=True)
+
+
+def _cut(held: Held, mesh: Mesh) -> str:
+    return cut_in_words(held.dims, held.spec.stored_cuts, mesh)
+
+
+def _by(shape: Sequence[object]) -> str:
+    return " × ".join(map(str, shape))
+
+
+def _local(held: Held) -> str:
+    """The shape on a rank, dims that differ from rank to rank as `least–most`."""
+    return _by([_range(sizes).replace(",", "") for sizes in zip(*held.shapes, strict=True)])
+
+
+def _range(values: Sequence[int]) -> str:
+    least, most = min(values), max(values)
+    return f"{least:,}" if least == most else f"{least:,}–{most:,}"
+
+
+def human_range(values: Sequence[int]) -> str:
+    """The least and the most of some bytes, with the unit once where both have the same."""
+    least, most = human(min(values)), human(max(values))
+    number, unit = least.split()
+    return most if least == most else f"{number if unit == most.split()[1] else least}–{most}"
+
+
+def _below(sizes: Sequence[int]) -> str:
+    """The same on two lines, for rows that have two: names stay whole."""
+    return human_range(sizes).replace("–", " to\n")
+
+
+def human(size: float) -> str:
+    """Bytes in the largest unit that keeps them above 1."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:.3g} TiB"

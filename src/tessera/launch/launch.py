@@ -1,0 +1,170 @@
+"""Trains the run of a YAML file: in this process, in ranks that it starts (here, or here and on other machines), or as
+one rank that somebody else has started. `workers.py` says how ranks are run, `machines.py` how machines agree.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tessera.core.errors import UserError
+from tessera.launch.interface import interface_variables
+from tessera.launch.machines import Machines, Place
+from tessera.launch.options import LaunchOptions
+from tessera.launch.rank import as_rank as as_rank
+from tessera.launch.rank import die_with_parent as die_with_parent
+from tessera.launch.rank import is_rank, restart_overrides
+from tessera.launch.workers import Restarts
+from tessera.launch.workers import environment as environment
+from tessera.launch.workers import run_workers as run_workers
+
+if TYPE_CHECKING:
+    from tessera.config.schema import TrainConfig
+
+
+def launch(
+    config_path: str | Path,
+    overrides: Sequence[str] = (),
+    num_processes: int | None = None,
+    options: LaunchOptions | None = None,
+) -> None:
+    """Train the run of a YAML file with `overrides` ("key=value"); returns when it has ended well.
+
+    One process trains here, without torch.distributed. More are started from here, or by torchrun: then this
+    process is one rank. Raises `UserError` before a process is started, `RunFailed` once they were.
+    """
+    if is_rank():
+        _run_rank(config_path, overrides, num_processes)
+        return
+    options = options or LaunchOptions()
+    config = _load(config_path, overrides, say=options.machine in (None, 0))
+    place = options.place()
+    config = _filled_in(config, *options.asked_for(num_processes))
+    world = config.world_size
+    here = options.processes_here(world)
+    settings = [word for override in overrides for word in ("--set", override)]
+    command = ["-m", "tessera", "train", str(config_path), *settings]
+    if options.launcher != "tessera":
+        from tessera.launch.foreign import run_foreign
+
+        os.environ.update(_variables(place))
+        run_foreign(options, here, command)
+    elif world == 1 and not options.max_restarts:
+        _preflight(config, here, prepare=True)
+        from tessera.train.trainer import train
+
+        train(config)
+    else:
+        restarts = Restarts(options.max_restarts, _Resume(config).newest)
+        with environment(_variables(place)), Machines(place, here) as machines:
+            _preflight(config, here, prepare=place.rank == 0)
+            run_workers(["-P", *command], here, machines, restarts)
+
+
+def _variables(place: Place) -> dict[str, str]:
+    """What launcher and ranks need in their environment to work with other machines."""
+    if place.machines == 1:
+        return {}
+    # A store that is gone would be told in pages of C++ frames; torch reads this when it is imported.
+    quiet = {} if "TORCH_CPP_LOG_LEVEL" in os.environ else {"TORCH_CPP_LOG_LEVEL": "ERROR"}
+    return interface_variables(place.address) | quiet
+
+
+def _load(config_path: str | Path, overrides: Sequence[str], say: bool) -> "TrainConfig":
+    from tessera.config.load import load_config
+    from tessera.config.schema import defaults_taken
+
+    config, notes = load_config(config_path, overrides)
+    if say:
+        defaults = ", ".join(f"{k} {v}" for k, v in defaults_taken(config).items() if v is not None)
+        print(*notes, f"defaults: {defaults}", sep="\n", flush=True)
+    return config
+
+
+def _filled_in(config: "TrainConfig", processes: int | None, key: str) -> "TrainConfig":
+    """The config for so many processes (None: as many as its sizes make); `key` said how many."""
+    try:
+        _ = config.axes
+    except UserError:
+        from tessera.train.preflight import resolve
+
+        resolve(config)  # raises too, and knows which sizes fit the model
+        raise
+    config = config.filled_in(processes, key)
+    made = config.world_size
+    if processes in (None, made):
+        return config
+    sizes = ", ".join(f"{axis} {size}" for axis, size in config.mesh_sizes.items() if size > 1) or "no axis above 1"
+    raise UserError(
+        key,
+        processes,
+        f"the sizes given make {made}: {sizes}",
+        f"use {made} processes, or leave dp_shard_size out, which then is what the others leave",
+    )
+
+
+def _preflight(config: "TrainConfig", here: int, *, prepare: bool) -> None:
+    """Check everything for `here` processes on this machine; the data is prepared on one machine only."""
+    if prepare:
+        from tessera.train.preflight import preflight
+
+        preflight(config, here)
+    else:
+        from tessera.train.preflight import check
+
+        check(config, here)
+
+
+class _Resume:
+    """Which checkpoint ranks that are started again go on from: the newest that this run itself has made."""
+
+    def __init__(self, config: "TrainConfig") -> None:
+        self.output = Path(config.output_dir)
+        self.before = self._checkpoints()
+
+    def newest(self) -> str | None:
+        """Its path; None when there is none yet, so that the run begins as it did at first."""
+        made = [path for path, written in self._checkpoints().items() if self.before.get(path) != written]
+        return str(made[-1]) if made else None
+
+    def _checkpoints(self) -> dict[Path, int]:
+        """Whole checkpoints, oldest first, with the time of their last file: a number may be used again."""
+        if not self.output.is_dir():  # no need to import torch
+            return {}
+        from tessera.checkpoint.folder import STATE, whole_checkpoints
+
+        return {path: (path / STATE).stat().st_mtime_ns for path in whole_checkpoints(self.output)}
+
+
+# ---- In a rank
+
+
+def _run_rank(config_path: str | Path, overrides: Sequence[str], num_processes: int | None) -> None:
+    def rank(ours: bool) -> None:
+        config = _load(config_path, overrides, say=not ours and os.environ["RANK"] == "0")
+        if again := restart_overrides(config.output_dir):
+            config = _load(config_path, [*overrides, *again], say=False)
+        world = int(os.environ["WORLD_SIZE"])
+        config = _filled_in(config, world, "WORLD_SIZE")
+        _filled_in(config, num_processes, "--num-processes")
+        if not ours:
+            with _one_rank_at_a_time():
+                here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+                _preflight(config, here, prepare=os.environ.get("GROUP_RANK", "0") == "0")
+        from tessera.train.trainer import train
+
+        train(config)
+
+    as_rank(rank)
+
+
+@contextmanager
+def _one_rank_at_a_time() -> Iterator[None]:
+    import fcntl
+
+    name = f"tessera-{os.getuid()}-{os.environ['MASTER_PORT']}.lock"
+    with open(Path(tempfile.gettempdir()) / name, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+        yield

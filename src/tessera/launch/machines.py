@@ -1,0 +1,272 @@
+"""What the launchers of a run on several machines know of one another.
+
+    machine 0      hosts a store at the main address; every launcher is its client
+    a line each    who I am, a beat, the attempt that I am in, how past attempts ended here, my last word
+    every BEAT     each launcher writes its own line and reads those of the others, from a thread
+
+A machine is lost when its beat stands still for LOST seconds, or, for machine 0, when the store is gone. An attempt
+begins when every launcher has come to it: `meet`. It has ended when every launcher has said how: `settle`. All read the
+same lines, so all come to the same verdict, and nobody has to announce it. On one machine nothing of this is needed.
+"""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from tessera.core.errors import RunFailed, UserError
+from tessera.launch.interface import own_address
+from tessera.launch.outcome import Outcome, cause
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
+
+BEAT = 0.5
+"""Seconds between two beats of a launcher."""
+LOST = 10.0
+"""Seconds without a beat after which a machine counts as lost."""
+COMING = 600.0
+"""Seconds that machines wait for one another to come, at first."""
+
+_POLL = 0.05
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which of how many machines this is, and where machine 0 is found."""
+
+    machines: int = 1
+    rank: int = 0
+    address: str = "localhost"
+    port: int = 0
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where the ranks of an attempt find one another: a store of its own, and the checkpoint they go on from."""
+
+    store: "TCPStore"
+    address: str
+    port: int
+    resume: str | None
+
+
+class Patience:
+    """Tells when a sign has not changed for LOST seconds, not counting those in which this process slept itself."""
+
+    def __init__(self) -> None:
+        self.sign: object = None
+        self.last, self.waited = time.monotonic(), 0.0
+
+    def over(self, sign: object) -> bool:
+        """Whether `sign`, asked for often, has been the same for too long."""
+        now = time.monotonic()
+        self.waited = self.waited + min(now - self.last, 2 * BEAT) if sign == self.sign else 0.0
+        self.sign, self.last = sign, now
+        return self.waited > LOST
+
+
+class Machines:
+    """The machines of a run, seen from the launcher on one of them; used as a context. Starts no process."""
+
+    def __init__(self, place: Place, processes: int) -> None:
+        self.place, self.processes = place, processes
+        self.others = [rank for rank in range(place.machines) if rank != place.rank]
+        self.own: dict[str, Any] = {"beat": 0, "attempt": -1, "meeting": None, "outcomes": [], "left": None}
+        self.lines: dict[int, dict[str, Any]] = {}
+        self.ticks = 0
+        self.broken: Outcome | None = None
+        self.lock, self.wake, self.ended = threading.Lock(), threading.Event(), threading.Event()
+        self.thread = threading.Thread(target=self._beat, name="tessera-machines", daemon=True)
+        self._own_ticks, self._patience = Patience(), {rank: Patience() for rank in self.others}
+
+    # ---- Coming and leaving
+
+    def __enter__(self) -> "Machines":
+        if self.others:
+            self.own |= {"host": self._host(), "machines": self.place.machines, "processes": self.processes}
+            self.store = self._connect()
+            if self.store.add(f"claimed/{self.place.rank}", 1) > 1:
+                reason = "another launcher has come as this machine"
+                raise UserError("--machine-rank", self.place.rank, reason, "give each machine a rank of its own")
+            self.thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        if not self.others:
+            return
+        if self.thread.is_alive():
+            told = "" if error is None else str(error) or kind.__name__ if kind else ""
+            self._say(left={"text": told, "exit_code": getattr(error, "exit_code", 1 if error else 0)})
+            self._let_the_others_read()
+        self.ended.set()
+        self.wake.set()
+        self.thread.join(2 * BEAT)  # not for ever: the store may not answer any more
+
+    def _host(self) -> str:
+        try:
+            return f"{socket.gethostname()}, {own_address(self.place.address)}"
+        except OSError as error:
+            reason = f"no way leads there from this machine: {error.strerror or error}"
+            raise UserError("--main-process-ip", self.place.address, reason) from None
+
+    def _connect(self) -> "TCPStore":
+        from torch.distributed import DistError, TCPStore
+
+        place, hosting = self.place, self.place.rank == 0
+        try:
+            store = TCPStore(
+                place.address, place.port, None, hosting, timedelta(seconds=COMING), wait_for_workers=False
+            )
+        except DistError as error:
+            if hosting:
+                reason, hint = f"cannot be listened at: {_first_line(error)}", "give another port to every machine"
+                raise UserError("--main-process-port", place.port, reason, hint) from None
+            where = f"{place.address} port {place.port}"
+            raise RunFailed(f"machine 0 did not answer at {where} for {COMING:.0f} s: was it started?") from None
+        store.set_timeout(timedelta(seconds=LOST))
+        return store
+
+    def _let_the_others_read(self) -> None:
+        """Stay until the last word is in the store, and on machine 0, which hosts it, until the others have left or are
+        lost."""
+        until, ticks = time.monotonic() + 2 * LOST, self.ticks
+        while time.monotonic() < until and self.broken is None and self.thread.is_alive():
+            present = [rank for rank, line in list(self.lines.items()) if line["left"] is None and not self._lost(rank)]
+            if self.place.rank == 0 and self.ticks >= ticks + 2 and not present:
+                return
+            time.sleep(_POLL)
+
+    # ---- The lines
+
+    def _say(self, **changes: Any) -> None:
+        with self.lock:
+            self.own |= changes
+        self.wake.set()
+
+    def _beat(self) -> None:
+        try:
+            while not self.ended.is_set():
+                self.wake.clear()
+                with self.lock:
+                    self.own["beat"] += 1
+                    line, leaving = json.dumps(self.own), self.own["left"] is not None and self.place.rank != 0
+                self.store.set(f"line/{self.place.rank}", line)
+                if leaving:  # machine 0 may be gone as soon as it has read that: torch would print a stack trace
+                    return
+                for rank in self.others:
+                    if rank in self.lines or self.store.check([f"line/{rank}"]):
+                        self.lines[rank] = json.loads(self.store.get(f"line/{rank}"))
+                self.ticks += 1
+                self.wake.wait(BEAT)
+        except RuntimeError:  # as torch's store calls every error
+            self.broken = self._lost_machine(0)
+
+    def _lost(self, rank: int) -> bool:
+        return rank in self.lines and self._patience[rank].over(self.lines[rank]["beat"])
+
+    def _name(self, rank: int) -> str:
+        host = self.lines.get(rank, {}).get("host")
+        if host is None and rank == 0:
+            host = self.place.address
+        return f"machine {rank} ({host})" if host else f"machine {rank}"
+
+    def _lost_machine(self, rank: int) -> Outcome:
+        how = "its store is gone" if rank == 0 else f"no sign of its launcher for {LOST:.0f} s"
+        return Outcome("lost", f"{self._name(rank)} is lost: {how}; the ranks here were ended", 1, again=False)
+
+    def _outcome(self, rank: int, attempt: int) -> Outcome | None:
+        """How `attempt` ended on another machine: as it said itself, or because it left or is lost."""
+        line = self.lines.get(rank)
+        if line is None:
+            return None
+        if len(line["outcomes"]) > attempt:
+            return Outcome(**line["outcomes"][attempt])
+        if line["left"] is not None:
+            word = line["left"]["text"] or "its launcher has left"
+            return Outcome("own", f"{self._name(rank)}: {word}", line["left"]["exit_code"] or 1, again=False)
+        return self._lost_machine(rank) if self._lost(rank) else None
+
+    def _disagreement(self) -> UserError | None:
+        for rank, line in list(self.lines.items()):
+            for key, name in (("machines", "--num-machines"), ("processes", "processes on a machine")):
+                if line[key] != self.own[key]:
+                    reason = f"{self._name(rank)} was started with {line[key]}"
+                    return UserError(name, self.own[key], reason, "start every machine with the same options")
+        return None
+
+    # ---- Attempts
+
+    @property
+    def where(self) -> str:
+        """What to add to the name of a rank."""
+        return f" on machine {self.place.rank}, {self.own['host']}" if self.others else ""
+
+    def trouble(self, attempt: int) -> Outcome | None:
+        """Why the ranks of `attempt` cannot go on here: it failed on another machine, or that is lost."""
+        if not self.others:
+            return None
+        if self.broken is None and self._own_ticks.over(self.ticks):  # the store takes nothing any more
+            self.broken = self._lost_machine(0)
+        ended = [outcome for rank in self.others if (outcome := self._outcome(rank, attempt))]
+        return cause([*ended, self.broken] if self.broken else ended)
+
+    def meet(self, attempt: int, resume: Callable[[], str | None], check: Callable[[], None]) -> Meeting:
+        """Come to `attempt` and wait for the others. Raises RunFailed or UserError when they cannot all come.
+
+        Machine 0 asks `resume` for the checkpoint to go on from; `check` is called often and may raise.
+        """
+        if self.place.rank == 0:
+            goes_on, address = resume(), self.place.address
+            store = _store(address, 0, hosting=True)
+            self._say(attempt=attempt, meeting=[attempt, store.port, goes_on])
+            self._wait(attempt, lambda: all(self._came(rank, attempt) for rank in self.others), check)
+            return Meeting(store, address, store.port, goes_on)
+        self._say(attempt=attempt)
+        self._wait(attempt, lambda: all(self._came(rank, attempt) for rank in self.others), check)
+        _, port, goes_on = self.lines[0]["meeting"]
+        return Meeting(_store(self.place.address, port, hosting=False), self.place.address, port, goes_on)
+
+    def _came(self, rank: int, attempt: int) -> bool:
+        return rank in self.lines and bool(self.lines[rank]["attempt"] >= attempt)
+
+    def _wait(self, attempt: int, done: Callable[[], bool], check: Callable[[], None]) -> None:
+        until = time.monotonic() + COMING
+        while not done():
+            check()
+            if trouble := self.trouble(attempt):
+                raise trouble.error()
+            if wrong := self._disagreement():
+                raise wrong
+            if time.monotonic() > until and any(rank not in self.lines for rank in self.others):  # others are at work
+                missing = ", ".join(self._name(rank) for rank in self.others if rank not in self.lines)
+                raise RunFailed(f"waited {COMING:.0f} s in vain for {missing}: was it started?")
+            time.sleep(_POLL)
+
+    def settle(self, attempt: int, outcome: Outcome, check: Callable[[], None]) -> list[Outcome]:
+        """Say how `attempt` ended here, and wait until it is known how it ended everywhere."""
+        if not self.others:
+            return [outcome]
+        self._say(outcomes=[*self.own["outcomes"], outcome.as_dict()])
+        while self.broken is None:
+            self.trouble(attempt)  # notices when the store takes nothing any more
+            ended = [self._outcome(rank, attempt) for rank in self.others]
+            if all(ended):
+                return [outcome, *(other for other in ended if other)]
+            check()
+            time.sleep(_POLL)
+        return [outcome, *filter(None, (self._outcome(rank, attempt) for rank in self.others)), self.broken]
+
+
+def _store(address: str, port: int, *, hosting: bool) -> "TCPStore":
+    from torch.distributed import TCPStore
+
+    return TCPStore(address, port, None, hosting, timedelta(seconds=3 * LOST), wait_for_workers=False)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

@@ -1,0 +1,198 @@
+"""Looks after the ranks on this machine while the agent waits for them; see the table in workers.py."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from tessera.core.errors import RunFailed
+from tessera.launch.machines import Machines
+from tessera.launch.outcome import Kind, Outcome, describe, error_text, follows_from_another, timed_out
+from tessera.launch.rank import STACK
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+GRACE = 2.0
+"""Seconds that the other ranks get to end by themselves after one has failed."""
+STACK_SECONDS = 1.0
+"""Seconds that a rank which hangs gets to write its stack."""
+
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+Processes = dict[int, "subprocess.Popen[bytes]"]
+
+
+class StopSignals:
+    """The signals to stop that this launcher got; while in this context they do nothing else."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+        self.last = -math.inf
+        self.handlers: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {s: signal.signal(s, self._note) for s in _STOP_SIGNALS}
+            self.handlers[signal.SIGQUIT] = signal.getsignal(signal.SIGQUIT)  # the agent takes it
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        # make and schedulers pass one Ctrl+C on, so that it arrives twice: that is still the first signal
+        if time.monotonic() > self.last + 1:
+            self.last = time.monotonic()
+            self.seen.append(number)
+
+    def error(self) -> RunFailed:
+        """The end of ranks that did not get to save."""
+        when = "at the second signal" if len(self.seen) > 1 else "before training had begun"
+        return RunFailed(f"stopped {when}: no checkpoint was saved", 128 + self.seen[0])
+
+    def check(self, most: int = 0) -> None:
+        """Raise RunFailed once there were more than `most` of them."""
+        if len(self.seen) > most:
+            raise self.error()
+
+
+def exit_status(worker: "subprocess.Popen[bytes]") -> int | None:
+    """How a process ended (not 0: with this code or signal), None while it runs; its status is left for the agent.
+
+    Between the agent's look at a process and its signal the process must not be gone: the signal would raise.
+    """
+    if worker.returncode is not None or not hasattr(os, "waitid"):  # macOS before Python 3.13 has none
+        return worker.poll()
+    try:
+        ended = os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:  # the agent has just taken it
+        return worker.poll()
+    return ended.si_status if ended else None
+
+
+class Watch:
+    """The watch over one attempt."""
+
+    def __init__(self, agent: "LocalElasticAgent", machines: Machines, attempt: int, signals: StopSignals) -> None:
+        self.agent, self.machines, self.attempt, self.signals = agent, machines, attempt, signals
+        self.fallen: dict[int, float] = {}  # rank -> when it was first seen failed
+        self.elsewhere: Outcome | None = None
+        self.elsewhere_since = math.inf
+        self.asked: set[int] = set()
+        self.killed: set[int] = set()
+        self.asked_for_stacks = False
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self._watch, name="tessera-launcher", daemon=True)
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(self, *error: object) -> None:
+        self.ended.set()
+        self.thread.join()
+
+    def _watch(self) -> None:
+        while not self.ended.wait(0.05):
+            running: Processes = {}
+            for rank, worker in self._workers().items():
+                status = exit_status(worker)
+                if status is None:
+                    running[rank] = worker
+                elif status != 0:
+                    self.fallen.setdefault(rank, time.monotonic())
+            if self.elsewhere is None and (trouble := self.machines.trouble(self.attempt)):
+                self.elsewhere, self.elsewhere_since = trouble, time.monotonic()
+            if self.signals.seen:
+                self._ask_to_stop(running)
+            since = min([*self.fallen.values(), self.elsewhere_since])
+            if running and (time.monotonic() > since + GRACE or len(self.signals.seen) > 1):
+                self._ask_for_stacks(running)
+                self._kill(running)
+
+    def _workers(self) -> Processes:
+        """The process of each rank here, none before they are started."""
+        # The agent's public face has their pids, but polling a pid would take its status from the agent.
+        context: Any = self.agent._pcontext
+        if not context:
+            return {}
+        first = self.machines.place.rank * self.machines.processes
+        return {first + local: handler.proc for local, handler in list(context.subprocess_handlers.items())}
+
+    def _error_file(self, rank: int) -> Path:
+        context: Any = self.agent._pcontext
+        return Path(context.error_files[rank - self.machines.place.rank * self.machines.processes])
+
+    def _ask_to_stop(self, running: Processes) -> None:
+        if not self.asked and running:
+            print("stopping: the ranks save and exit; a second signal kills them", file=sys.stderr, flush=True)
+        for rank in running.keys() - self.asked:
+            running[rank].send_signal(signal.SIGTERM)
+            self.asked.add(rank)
+
+    def _ask_for_stacks(self, running: Processes) -> None:
+        """The ranks that still run while others waited for them until the group's timeout are those that hang."""
+        waited = any(timed_out(error_text(self._error_file(rank))) for rank in self.fallen)
+        if self.asked_for_stacks or not (waited or self.elsewhere and self.elsewhere.timed_out):
+            return
+        self.asked_for_stacks = True
+        files = {rank: self._error_file(rank).with_name(STACK) for rank in running}
+        for rank, worker in running.items():
+            if files[rank].exists():  # else it has no handler, and the signal would kill it
+                worker.send_signal(signal.SIGUSR1)
+        until = time.monotonic() + STACK_SECONDS
+        while time.monotonic() < until and not all(f.exists() and f.stat().st_size for f in files.values()):
+            time.sleep(0.05)
+        time.sleep(0.05)  # so that what is being written is whole
+
+    def _kill(self, running: Processes) -> None:
+        for rank in running.keys() - self.killed:
+            with suppress(ProcessLookupError):  # it may have ended by now
+                os.killpg(running[rank].pid, signal.SIGKILL)  # each worker leads a group of its own
+            self.killed.add(rank)
+
+    # ---- Afterwards
+
+    def outcome(self, failures: Mapping[int, "ProcessFailure"]) -> Outcome:
+        """What to tell of the ranks: the one that hung, or else fell first and not because of another."""
+        stopped = bool(self.signals.seen)
+        if not failures:
+            return Outcome(stopped=stopped)
+        texts = {rank: error_text(failure.error_file) for rank, failure in failures.items()}
+        waited = any(timed_out(text) for text in texts.values())
+
+        def follows(rank: int) -> bool:
+            return rank in self.killed or follows_from_another(texts[rank], failures[rank].exitcode)
+
+        fallen = [*self.fallen, *sorted(failures.keys() - self.fallen.keys())]
+        rank = min((r for r in fallen if r in failures), key=follows)
+        if stopped and follows(rank):
+            error = self.signals.error()
+            return Outcome("own", str(error), error.exit_code, again=False, stopped=True)
+        if follows(rank) and (waited or self.elsewhere and self.elsewhere.timed_out):
+            # The agent asks the others to end with SIGTERM; who hangs before it handles that dies of it.
+            ended = {r: f for r, f in failures.items() if r in self.killed or f.exitcode == -signal.SIGTERM}
+            if ended:
+                return Outcome("hung", self._hung_text(ended), 1, timed_out=True)
+        text, code, again = describe(rank, failures[rank], self.machines.where)
+        kind: Kind = "follows" if follows(rank) else "own"
+        return Outcome(kind, text, code, again or kind == "follows", stopped, waited)
+
+    def _hung_text(self, failures: Mapping[int, "ProcessFailure"]) -> str:
+        lines = []
+        for rank, failure in sorted(failures.items()):
+            who = f"rank {rank} (process {failure.pid}{self.machines.where})"
+            lines.append(f"{who} hung: the others waited for it until group_timeout_minutes had passed")
+            stack = self._error_file(rank).with_name(STACK)  # a rank that wrote no error has no file in its failure
+            words = stack.read_text().splitlines() if stack.exists() else []
+            lines += [f"  {line}" for line in words] or ["  it gave no stack"]
+        return "\n".join(lines)

@@ -1,0 +1,53 @@
+"""The shape of a step: what one data rank runs, padded so that its tokens divide, and what FSDP2 is asked for."""
+
+import math
+from dataclasses import dataclass
+
+from tessera.core.mesh import Mesh
+from tessera.layout.streams import HIDDEN, Layout
+
+
+def padded_length(length: int, batch: int, residual: Layout, mesh: Mesh) -> int:
+    """Sequences of `length` tokens, padded so that the tokens of `batch` of them divide over both streams."""
+    return length + -length % length_multiple(batch, residual, mesh)
+
+
+def length_multiple(batch: int, residual: Layout, mesh: Mesh) -> int:
+    """What sequence lengths must be a multiple of, so that the tokens of `batch` sequences divide over both streams."""
+    return math.lcm(*(ranks // math.gcd(ranks, batch) for ranks in map(mesh.size, (residual.tokens, HIDDEN.tokens))))
+
+
+@dataclass(frozen=True)
+class Fsdp:
+    """What FSDP2 can be asked for.
+
+    `reshard`: a layer's weights are dropped after its forward and gathered again for its backward, else kept for it;
+    `prefetch`: the next layer's are gathered before this one's forward has been issued; `offload`: parameters,
+    gradients and optimizer live in host memory; `by_layer`: each decoder layer is gathered by itself, else all at once.
+    """
+
+    reshard: bool = True
+    prefetch: bool = False
+    offload: bool = False
+    by_layer: bool = True
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What one optimizer step runs on a data rank: `micro_batches` of `batch` sequences of `sequence` tokens (padded).
+
+    `reshard` and `by_layer` are those of `Fsdp`.
+    """
+
+    batch: int
+    sequence: int
+    micro_batches: int = 1
+    recompute: bool = False
+    label_smoothing: bool = False
+    chunk_tokens: int = 1024  # of the loss, see nn/loss.py
+    reshard: bool = True
+    by_layer: bool = True
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.sequence

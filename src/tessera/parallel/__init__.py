@@ -1,1 +1,0 @@
-"""What surrounds the layers: sums and norms of gradients across the mesh."""

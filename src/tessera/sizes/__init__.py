@@ -1,0 +1,1 @@
+"""Which sizes and schedules fit: whole numbers only, without torch."""
