@@ -68,7 +68,7 @@ def held_blocks(name: str, settings: dict[str, Any], weight: str) -> list[Any]:
     values = to_local({full: p for full, p, _ in named_specs(model)}[weight])
     up = model.layers[0].mlp.up
     streams = [
-        cut(torch.arange(BATCH * LENGTH * features).view(-1, features), layout, model.parallel.mesh)
+        cut(torch.arange(BATCH * LENGTH * features).view(-1, features), layout.cuts, model.parallel.mesh)
         for layout, features in ((up.input, up.in_features), (up.output, up.out_features))
     ]
     return [values, *streams]

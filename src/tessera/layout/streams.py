@@ -29,6 +29,11 @@ class Layout:
     def axes(self) -> tuple[str, ...]:
         return self.tokens + self.features
 
+    @property
+    def cuts(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The axes that cut each dim, as a `ParameterSpec` has them."""
+        return self.tokens, self.features
+
     def stored_dim(self, axis: str) -> int | None:
         """The dim of the activation that `axis` cuts; None when it holds a whole copy on every rank of the axis."""
         return 0 if axis in self.tokens else 1 if axis in self.features else None
