@@ -89,7 +89,7 @@ class Recorder:
 
 
 def totals(records: Iterable[Record]) -> dict[tuple[str, str], tuple[int, int]]:
-    """(axis, kind) → calls and bytes received, as `plan.words.totals` gives them by formula."""
+    """(axis, kind) → calls and bytes received, as `plan.traffic.totals` gives them by formula."""
     calls: Counter[tuple[str, str]] = Counter()
     received: Counter[tuple[str, str]] = Counter()
     for record in records:
