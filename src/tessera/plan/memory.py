@@ -109,8 +109,6 @@ def _saved_by_attention(attention: Attention, parallel: Parallel) -> int:
 
 def _kv_heads(attention: Attention, parallel: Parallel) -> int:
     """The key and value heads that this rank's queries read."""
-    ranks, place = parallel.mesh.size(parallel.attention.features), parallel.mesh.index(parallel.attention.features)
-    if attention.kv_heads % ranks == 0:
-        return attention.kv_heads // ranks
-    local = attention.heads // ranks
-    return len(kv_heads_of(range(place * local, (place + 1) * local), attention.heads, attention.kv_heads))
+    local = attention.heads // parallel.mesh.size(parallel.attention.features)
+    first = parallel.mesh.index(parallel.attention.features) * local
+    return len(kv_heads_of(range(first, first + local), attention.heads, attention.kv_heads))
