@@ -1,7 +1,7 @@
 """Checkpoints that version 0.1.0 wrote before its rooms were rebuilt (commit 1bd0be2) go on bit for bit.
 
-`written_before/runs.tar.xz` holds, for each of three layouts, the checkpoint after step 3 of 6, what that commit went on
-to compute, and the script that made them. Bits of a step depend on the processor's kernels: elsewhere they are close.
+`written_before/runs.tar.xz` holds, for each of three layouts, the checkpoint after step 3 of 6, what that commit went
+on to compute, and the script that made them. Bits of a step depend on the processor: elsewhere numbers are close.
 """
 
 import hashlib

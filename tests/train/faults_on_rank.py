@@ -45,7 +45,7 @@ def compared_on_rank(settings: dict[str, Any]) -> tuple[str, list[tuple[int, lis
         comparisons.append((len(list(model.parameters())), moved))
         return lines
 
-    with patch("tessera.train.trainer.drifted", watched):
+    with patch("tessera.train.health.drifted", watched):
         return said_on_rank(settings), comparisons
 
 

@@ -74,7 +74,7 @@ def verify(config_path: Path, asked: Asked) -> None:
 def _read(config_path: Path, asked: Asked) -> Work:
     """The layouts asked for. Raises UserError for what does not fit."""
     from tessera.config.load import load_config
-    from tessera.train.preflight import model_of
+    from tessera.train.run import model_of
     from tessera.verify.cases import cases_of, every_case
 
     config, _ = load_config(config_path, asked.overrides)

@@ -24,11 +24,11 @@ from tessera.core.mesh import Mesh
 from tessera.data.loader import Batch
 from tessera.engine.step import Step
 from tessera.layout.parallel import Parallel
-from tessera.layout.resolve import step_shape
 from tessera.layout.spec import ParameterSpec, local_slice
 from tessera.models.decoder import Decoder
 from tessera.nn.parameter import named_specs, to_local
 from tessera.plan.traffic import Row, step_rows
+from tessera.train.settings import step_shape
 from tessera.verify import own
 from tessera.verify.cases import Case
 from tessera.verify.steps import batches_of, build, stepper

@@ -14,12 +14,12 @@ from tessera.engine.fsdp import build_decoder
 from tessera.engine.optimizer import build_optimizer
 from tessera.engine.step import Step
 from tessera.layout.parallel import Parallel
-from tessera.layout.resolve import fsdp_of
 from tessera.layout.shape import length_multiple
 from tessera.layout.spec import ParameterSpec
 from tessera.models.decoder import Decoder
 from tessera.nn.initialize import hash_seed
 from tessera.nn.parameter import named_specs, to_local
+from tessera.train.settings import fsdp_of
 from tessera.verify.problem import Problem
 
 if TYPE_CHECKING:
