@@ -31,9 +31,13 @@ def _shared(*arguments: Any) -> Mesh:
 
 
 def train_on_rank(settings: dict[str, Any]) -> None:
+    run_on_rank(handed_on_rank(settings).to_json())
+
+
+def run_on_rank(handed: str) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the pool talks over gloo
     with patch("tessera.train.build.run_mesh", _shared):
-        train(handed_on_rank(settings))
+        train(Run.from_json(handed))
 
 
 def handed_on_rank(settings: dict[str, Any]) -> Run:
