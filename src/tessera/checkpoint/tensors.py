@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from tessera.checkpoint.folder import Reader, read_state, verify
 from tessera.checkpoint.state import RunState
+from tessera.core.collectives import gathered
 from tessera.core.errors import UserError
 from tessera.models.decoder import Decoder
 from tessera.nn.parameter import as_stored, named_specs
@@ -55,7 +56,8 @@ def load(folder: Path, model: Decoder, optimizer: torch.optim.Optimizer) -> RunS
     if state.optimizer:
         tensors |= optimizer_tensors(model, optimizer)
     reader = Reader(folder)
-    check_model(reader, {name: tensor.shape for name, tensor in tensors.items()})
+    of_ranks = gathered({name: tuple(tensor.shape) for name, tensor in tensors.items()}, model.parallel.mesh.world)
+    check_model(reader, {name: shape for shapes in of_ranks for name, shape in shapes.items()})
     verify(folder)
     try:
         with alone_is_fine():
