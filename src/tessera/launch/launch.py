@@ -161,17 +161,18 @@ def _rank(config_path: str | Path, overrides: Sequence[str], num_processes: int 
 
 def _made_by_first(store: "Store", rank: int, make: Callable[[], str]) -> str:
     """What rank 0 makes, on every rank; a UserError there is raised on all. Data may take long to prepare."""
+    key = f"{HANDED}/{store.add(f'tessera/launches/{rank}', 1)}"  # a script may launch several runs
     if rank == 0:
         try:
             made = make()
         except UserError as error:
             told = [error.key, None if error.value is None else str(error.value), error.reason, error.hint]
-            store.set(HANDED, json.dumps({"refused": told}))
+            store.set(key, json.dumps({"refused": told}))
             raise
-        store.set(HANDED, made)
+        store.set(key, made)
         return made
-    store.wait([HANDED], timedelta(days=1))
-    text = store.get(HANDED).decode()
+    store.wait([key], timedelta(days=1))
+    text = store.get(key).decode()
     if told := json.loads(text).get("refused"):
         raise UserError(*told)
     return text
