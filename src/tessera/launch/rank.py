@@ -14,6 +14,8 @@ from tessera.launch.machines import HANDED
 from tessera.launch.outcome import USER_ERROR
 
 LAUNCHER = "TESSERA_LAUNCHER_PID"
+ATTEMPT = "TESSERA_ATTEMPT"
+"""How often the ranks have been started before: for a rank's own words."""
 STACK = "stack.txt"
 """Beside a rank's error file: its Python stack, once it got SIGUSR1."""
 

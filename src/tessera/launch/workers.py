@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from tessera.core.errors import RunFailed
 from tessera.launch.machines import Machines, Meeting, Place
 from tessera.launch.outcome import Outcome, cause
-from tessera.launch.rank import LAUNCHER
+from tessera.launch.rank import ATTEMPT, LAUNCHER
 from tessera.launch.watch import StopSignals, Watch
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ def _attempt(args: Sequence[str], machines: Machines, attempt: int, meeting: Mee
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // machines.processes))),
         "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGQUIT",  # the others are ours
         LAUNCHER: str(os.getpid()),
+        ATTEMPT: str(attempt),
     }
     with tempfile.TemporaryDirectory(prefix="tessera-") as logs, environment(variables), _quiet_agent():
         agent = _agent(args, machines, meeting, logs)
