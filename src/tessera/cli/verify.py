@@ -9,19 +9,26 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch.distributed as dist
+from pydantic import TypeAdapter
+
+from tessera.config.load import load_config
+from tessera.config.schema import TrainConfig
+from tessera.core import device as devices
 from tessera.core.errors import RunFailed, UserError
+from tessera.launch.rank import as_rank, handed, is_rank
+from tessera.launch.workers import Restarts, run_workers
+from tessera.models.config import ModelConfig
+from tessera.train.run import model_of
+from tessera.verify import report
+from tessera.verify.cases import Case, cases_of, every_case
+from tessera.verify.check import Checker, count_collectives
+from tessera.verify.session import Session, conclude
 
-if TYPE_CHECKING:
-    from pydantic import TypeAdapter
-
-    from tessera.config.schema import TrainConfig
-    from tessera.models.config import ModelConfig
-    from tessera.verify.cases import Case
-
-    Subject = tuple[TrainConfig, ModelConfig]
-
+Subject = tuple[TrainConfig, ModelConfig]
+"""What is verified: the config of a file, and the model that it names."""
+_SUBJECT = TypeAdapter(Subject)
 EVERY = "all"
 
 
@@ -50,31 +57,21 @@ class Asked:
 class Work:
     """What is asked, read: the layouts, why others do not fit, how many ranks they take."""
 
-    config: "TrainConfig"
-    cases: "list[Case]"
+    config: TrainConfig
+    cases: list[Case]
     unfit: dict[str, str]
     world: int
 
 
 def verify(config_path: Path, asked: Asked) -> None:
     """Verify, and print what was found. Raises UserError before a rank is started, RunFailed for what is wrong."""
-    from tessera.launch.launch import as_rank, run_workers
-    from tessera.launch.rank import handed, is_rank
-    from tessera.launch.workers import Restarts
-
     if is_rank():
-        as_rank(
-            lambda ours: _run_rank(
-                _subject_json().validate_json(handed()) if ours else _read(config_path, asked), asked
-            )
-        )
+        as_rank(lambda ours: _run_rank(_SUBJECT.validate_json(handed()) if ours else _read(config_path, asked), asked))
         return
-    from tessera.core.device import stay_on_cpu_without_gpus
-
     subject = _read(config_path, asked)
     world = _work(subject, asked).world
-    stay_on_cpu_without_gpus(world)
-    text, command = _subject_json().dump_json(subject, exclude_unset=True).decode(), ["-P", "-m", "tessera", "verify"]
+    devices.stay_on_cpu_without_gpus(world)
+    text, command = _SUBJECT.dump_json(subject, exclude_unset=True).decode(), ["-P", "-m", "tessera", "verify"]
     try:
         run_workers([*command, str(config_path), *asked.words()], world, restarts=Restarts(handed=lambda _: text))
     except RunFailed as failure:
@@ -83,27 +80,15 @@ def verify(config_path: Path, asked: Asked) -> None:
         raise
 
 
-def _subject_json() -> "TypeAdapter[Subject]":
-    from pydantic import TypeAdapter
-
-    from tessera.config.schema import TrainConfig
-    from tessera.models.config import ModelConfig
-
-    return TypeAdapter(tuple[TrainConfig, ModelConfig])
-
-
-def _read(config_path: Path, asked: Asked) -> "Subject":
+def _read(config_path: Path, asked: Asked) -> Subject:
     """The config of the file, and the model that it names."""
-    from tessera.config.load import load_config
-    from tessera.train.run import model_of
 
     config, _ = load_config(config_path, asked.overrides)
     return config, model_of(config)
 
 
-def _work(subject: "Subject", asked: Asked) -> Work:
+def _work(subject: Subject, asked: Asked) -> Work:
     """The layouts asked for. Raises UserError for what does not fit."""
-    from tessera.verify.cases import cases_of, every_case
 
     config, model = subject
     if asked.report is not None and (asked.report.is_dir() or not asked.report.absolute().parent.is_dir()):
@@ -122,8 +107,7 @@ def _work(subject: "Subject", asked: Asked) -> Work:
     return work
 
 
-def _check_injection(asked: Asked, cases: "list[Case]") -> None:
-    from tessera.verify.check import count_collectives
+def _check_injection(asked: Asked, cases: list[Case]) -> None:
 
     if asked.inject is None:
         return
@@ -139,13 +123,7 @@ def _check_injection(asked: Asked, cases: "list[Case]") -> None:
         raise UserError("--inject", asked.inject, reason, f"1 to {there_are}, or {EVERY}")
 
 
-def _run_rank(subject: "Subject", asked: Asked) -> None:
-    import torch.distributed as dist
-
-    from tessera.core import device as devices
-    from tessera.verify import report
-    from tessera.verify.check import Checker
-    from tessera.verify.session import Session, conclude
+def _run_rank(subject: Subject, asked: Asked) -> None:
 
     work = _work(subject, asked)
     if int(os.environ["WORLD_SIZE"]) != work.world:
