@@ -33,7 +33,7 @@ FLOORS = [  # bottom to top; rooms of one floor know nothing of one another
     ["cli"],
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-TRAIN_CONFIG = "tessera.config.schema"
+TRAIN_CONFIG = ("tessera.config.schema", "tessera.config.sections")
 DOOR = "tessera.core.collectives"
 BESIDE_THE_DOOR = {  # names of torch.distributed that move no data of a step → the modules that use them; and why
     "is_available is_initialized get_rank get_world_size": "tessera",  # who runs
@@ -202,6 +202,7 @@ def test_the_door_sees_who_goes_past_it(name, text):
         ("tessera.sizes.rules", "import torch", forbidden),
         ("tessera.sizes.rules", "from tessera.core.device import local_device", forbidden),
         ("tessera.engine.step", "from tessera.config.schema import TrainConfig", forbidden),
+        ("tessera.engine.step", "from tessera.config.sections.layout import LayoutKeys", forbidden),
     ],
 )
 def test_the_rules_see_what_breaks_them(name, text, rule):
