@@ -46,7 +46,7 @@ def peak_memory_bytes(device: torch.device) -> int:
         status = Path("/proc/self/status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     except OSError:
-        import resource
+        import resource  # Unix alone has it
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 

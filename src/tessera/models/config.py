@@ -1,4 +1,4 @@
-"""What one decoder needs to know of a model; families.py reads it from a Hugging Face config.json."""
+"""What one decoder needs to know of a model; families/ reads it from a Hugging Face config.json."""
 
 from dataclasses import dataclass
 
