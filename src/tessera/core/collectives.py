@@ -86,13 +86,8 @@ def start_all_gather(x: Tensor, dim: int, group: Group | None) -> Pending:
     whole = shard.new_empty(group.size * shard.shape[0], *shard.shape[1:])
     if _leaving_out():
         whole.zero_()
-    return _issue(
-        "all_gather",
-        group,
-        whole,
-        whole.movedim(0, dim),
-        lambda: _all_gather(whole, shard, group=group.process_group, async_op=True),
-    )
+    call = lambda: _all_gather(whole, shard, group=group.process_group, async_op=True)  # noqa: E731
+    return _issue("all_gather", group, whole, whole.movedim(0, dim), call)
 
 
 def start_reduce_scatter(x: Tensor, dim: int, group: Group | None) -> Pending:
@@ -105,13 +100,8 @@ def start_reduce_scatter(x: Tensor, dim: int, group: Group | None) -> Pending:
     shard = torch.empty_like(whole[: whole.shape[0] // group.size])
     if _leaving_out():
         shard.copy_(whole.chunk(group.size)[group.rank])
-    return _issue(
-        "reduce_scatter",
-        group,
-        whole,
-        shard.movedim(0, dim),
-        lambda: _reduce_scatter(shard, whole, group=group.process_group, async_op=True),
-    )
+    call = lambda: _reduce_scatter(shard, whole, group=group.process_group, async_op=True)  # noqa: E731
+    return _issue("reduce_scatter", group, whole, shard.movedim(0, dim), call)
 
 
 def gathered(own: object, ranks: int) -> list[Any]:
@@ -146,13 +136,8 @@ def start_all_reduce(x: Tensor, group: Group | None, op: dist.ReduceOp.RedOpType
     if group is None:
         return Pending(x)
     whole = x.detach().contiguous()
-    return _issue(
-        "all_reduce",
-        group,
-        whole,
-        whole,
-        lambda: dist.all_reduce(whole, op, group=group.process_group, async_op=True),
-    )
+    call = lambda: dist.all_reduce(whole, op, group=group.process_group, async_op=True)  # noqa: E731
+    return _issue("all_reduce", group, whole, whole, call)
 
 
 def start_broadcast(x: Tensor, root: int, group: Group | None) -> Pending:
@@ -163,8 +148,7 @@ def start_broadcast(x: Tensor, root: int, group: Group | None) -> Pending:
     whole = x.data.contiguous() if group.rank == root else torch.empty_like(x, memory_format=torch.contiguous_format)
     if group.rank != root and _leaving_out():
         whole.zero_()
-    process_group = group.process_group
-    call = lambda: dist.broadcast(whole, group=process_group, group_src=root, async_op=True)  # noqa: E731
+    call = lambda: dist.broadcast(whole, group=group.process_group, group_src=root, async_op=True)  # noqa: E731
     return _issue("broadcast", group, whole, whole, call, 0 if group.rank == root else whole.nbytes)
 
 
@@ -172,8 +156,8 @@ def start_reduce_to(x: Tensor, root: int, group: Group | None) -> Pending:
     """Issue `reduce` to the rank in place `root`; what the others get is nothing to read. Hand over x for good."""
     if group is None:
         return Pending(x)
-    whole, process_group = x.detach().contiguous(), group.process_group
-    call = lambda: dist.reduce(whole, group=process_group, group_dst=root, async_op=True)  # noqa: E731
+    whole = x.detach().contiguous()
+    call = lambda: dist.reduce(whole, group=group.process_group, group_dst=root, async_op=True)  # noqa: E731
     starts_the_chain = group.rank == (root + 1) % group.size
     return _issue("reduce", group, whole, whole, call, 0 if starts_the_chain else whole.nbytes)
 
@@ -231,8 +215,8 @@ def start_all_to_all(
     kept, result = sent.split(out)[own], sent.new_empty(sum(back), *sent.shape[1:])
     if _leaving_out():
         result.zero_().split(back)[own].copy_(kept)
-    process_group = group.process_group
-    call = lambda: dist.all_to_all_single(result, sent, back, out, group=process_group, async_op=True)  # noqa: E731
+    peers = group.process_group
+    call = lambda: dist.all_to_all_single(result, sent, back, out, group=peers, async_op=True)  # noqa: E731
     return _issue("all_to_all", group, sent, result, call, result.nbytes - kept.nbytes)
 
 
