@@ -1,7 +1,7 @@
 """Hugging Face folders in and out.
 
 In: config.json, and safetensors of which every rank reads only its slices. Out: what `AutoModelForCausalLM`
-of transformers loads. What a tensor is called and how it is stored is in `families.py`.
+of transformers loads. What a tensor is called and how it is stored is in families/.
 """
 
 import json
@@ -28,7 +28,9 @@ from tessera.layout.parallel import Parallel
 from tessera.layout.streams import residual_layout
 from tessera.models.config import ModelConfig
 from tessera.models.decoder import Decoder
-from tessera.models.families import FAMILIES, HEAD, StoredTensor, model_config, stored_tensors
+from tessera.models.families.family import HEAD
+from tessera.models.families.stored import StoredTensor, stored_tensors
+from tessera.models.families.table import FAMILIES, model_config
 from tessera.models.tensor_files import DTYPES, INDEX, ITEM_BYTES, SINGLE, Entry, broken, find_tensors, write_tensors
 from tessera.nn.parameter import gather_parameter, named_specs, to_local
 
@@ -72,7 +74,7 @@ def resolve_model_folder(base_model: str, *, weights: bool = True) -> Path:
 
 
 def read_model_config(folder: Path) -> ModelConfig:
-    """What config.json in `folder` says. UserError: no such file, not JSON, or as `families.model_config`."""
+    """What config.json in `folder` says. UserError: no such file, not JSON, or as `model_config`."""
     return model_config(read_config_json(folder), folder / "config.json")
 
 
