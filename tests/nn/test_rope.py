@@ -85,3 +85,25 @@ def test_scores_depend_on_distances_only():
     assert (
         scores.diagonal(0)[0] - scores.diagonal(11)[0] > 1e-2 or scores.diagonal(11)[0] - scores.diagonal(0)[0] > 1e-2
     )
+
+
+def by_halves(x, cos, sin):
+    """(x1 cos − x2 sin, x2 cos + x1 sin), half by half, each rounded where a fused multiply-add would round."""
+    first, second = x.chunk(2, -1)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return torch.cat([(first * cos).addcmul(second, sin, value=-1), (second * cos).addcmul(first, sin)], -1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [2, 6, 16, 64])
+def test_halves_turned_as_one_are_the_formula_in_halves_bit_for_bit(head_dim, dtype):
+    torch.manual_seed(2)
+    cos, sin = rope_table(40, head_dim, RopeConfig(), dtype, torch.device("cpu"))
+    wide = torch.randn(2, 40, 3, head_dim + 5, dtype=dtype)
+    for x in (wide[..., :head_dim].contiguous(), wide[..., 5:]):  # as a product gives them, and strided
+        x = x.detach().requires_grad_()
+        y, dy = rotate(x, (cos, sin)), torch.randn_like(x)
+        y.backward(dy)
+        assert torch.equal(y, by_halves(x, cos, sin))
+        assert torch.equal(x.grad, by_halves(dy, cos, -sin))
+        assert not torch.equal(y, by_halves(x, cos, -sin)), "the other way round is something else"

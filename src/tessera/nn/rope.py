@@ -63,13 +63,9 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turn(x_BSHD: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
-    half = x_BSHD.shape[-1] // 2
-    cos, sin = cos_SD.unsqueeze(1), sin_SD.unsqueeze(1)
-    first, second = x_BSHD[..., :half], x_BSHD[..., half:]
-    y = torch.empty(x_BSHD.shape, dtype=x_BSHD.dtype, device=x_BSHD.device)
-    torch.mul(first, cos, out=y[..., :half]).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=y[..., half:]).addcmul_(first, sin)
-    return y
+    """The halves turned as one: (x1, x2) · (cos, cos) + (x2, x1) · (−sin, sin)."""
+    cos, sin = (torch.cat(halves, -1).unsqueeze(1) for halves in ((cos_SD, cos_SD), (-sin_SD, sin_SD)))
+    return (x_BSHD * cos).addcmul_(x_BSHD.roll(x_BSHD.shape[-1] // 2, -1), sin)
 
 
 def rotate(x_BSHD: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
