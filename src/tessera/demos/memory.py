@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tessera.core.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
-    from tessera.data.loader import Batch
+    from tessera.data.batch import MicroBatch
     from tessera.models.config import ModelConfig
 
 VOCABULARY, SEQUENCES, LENGTH, BATCH, STEPS, RATE = 1024, 100, 32, 16, 500, 3e-4
@@ -55,11 +55,11 @@ def experiment_model(causal: bool) -> "ModelConfig":
     )
 
 
-def experiment_batches(causal: bool, steps: int) -> "list[Batch]":
+def experiment_batches(causal: bool, steps: int) -> "list[MicroBatch]":
     """The batches of every step, drawn from one seed: the same whatever the ranks."""
     import torch
 
-    from tessera.data.loader import Batch
+    from tessera.data.batch import MicroBatch
 
     generator = torch.Generator().manual_seed(0)
     sequences = torch.randint(0, VOCABULARY, (SEQUENCES, LENGTH), generator=generator)
@@ -69,7 +69,7 @@ def experiment_batches(causal: bool, steps: int) -> "list[Batch]":
         targets = ids
         if causal:
             targets = torch.cat([ids[:, 1:], torch.full((BATCH, 1), -100)], 1)
-        batches.append(Batch(ids, targets, int((targets >= 0).sum())))
+        batches.append(MicroBatch(ids, targets, int((targets >= 0).sum())))
     return batches
 
 

@@ -6,34 +6,18 @@ The same step serves training, verification and benchmarks.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from tessera.core.axes import DATA_AXES
 from tessera.core.collectives import all_reduce
+from tessera.data.batch import MicroBatch
 from tessera.engine.fsdp import gradients_travel
 from tessera.engine.gradients import clip_gradients, first_copy, gradient_norm, sum_replicated_gradients
 from tessera.layout.streams import HIDDEN
 from tessera.models.decoder import Decoder
 from tessera.nn.dropout import dropout_key
-
-
-class MicroBatch(Protocol):
-    """input_ids and targets int64 [B, S], targets shifted and −100 where ignored; `valid` counts the others.
-
-    `first_row`: the place of its first sequence among all of the step, those of other data ranks included.
-    """
-
-    @property
-    def input_ids(self) -> Tensor: ...
-    @property
-    def targets(self) -> Tensor: ...
-    @property
-    def valid(self) -> int: ...
-    @property
-    def first_row(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -85,11 +69,9 @@ class Step:
         for index, batch in enumerate(batches):
             gradients_travel(self.model, index == len(batches) - 1)
             loss = self.model(
-                batch.input_ids.to(self.mesh.device),
-                batch.targets.to(self.mesh.device),
+                batch.to(self.mesh.device),
                 denominator,
                 dropout_key=dropout_key(self.seed, step),
-                first_row=batch.first_row,
                 label_smoothing=self.label_smoothing,
             )
             loss.backward()

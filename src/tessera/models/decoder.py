@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tessera.data.batch import MicroBatch
 from tessera.layout.parallel import Parallel
 from tessera.layout.spec import Init, ParameterSpec
 from tessera.layout.streams import Layout, check_chain
@@ -93,7 +94,7 @@ def drop(x_TF: Tensor, tokens: Tokens, p: float, stream: Norm, layer: str) -> Te
         return x_TF
     features = stream.specs["weight"].local_slices(stream.parallel.mesh)[0]
     columns = torch.arange(features.start, features.stop, device=x_TF.device)
-    return dropout(x_TF, tokens.rows(tokens.residual), columns, p, tokens.dropout, layer)
+    return dropout(x_TF, tokens.residual.rows, columns, p, tokens.dropout, layer)
 
 
 class OutputHead(ParallelModule):
@@ -139,18 +140,18 @@ class Decoder(nn.Module):
         """Random weights from (seed, parameter name, global index), the same on every mesh."""
         initialize(self, self.parallel.mesh, seed)
 
-    def hidden_states(self, input_ids: Tensor, dropout_key: int | None = None, first_row: int = 0) -> Tensor:
-        """The normed residual stream of `input_ids` [B, S] (the same on every model rank), in the residual layout."""
+    def hidden_states(self, batch: MicroBatch, dropout_key: int | None = None) -> Tensor:
+        """The normed residual stream of `batch` (the same on every model rank), in the residual layout."""
         mesh, compute = self.parallel.mesh, self.parallel.compute
-        tokens = Tokens.of(input_ids, self.residual, self.parallel.attention, mesh, dropout_key, first_row)
+        tokens = Tokens.of(batch, self.residual, self.parallel.attention, mesh, dropout_key)
         self.parallel.overlap.begin(torch.is_grad_enabled())
-        x = self.embedding(self._looked_up(input_ids))
+        x = self.embedding(self._looked_up(batch.input_ids))
         if self.positions is not None:
-            x = x + self.positions(tokens.positions(tokens.residual))
+            x = x + self.positions(tokens.residual.positions)
         x = drop(x, tokens, self.config.embedding_dropout, self.norm, "embedding")
         rope = None
         if self.config.rope is not None:
-            rope = rope_table(tokens.sequence, self.config.head_dim, self.config.rope, compute, x.device)
+            rope = rope_table(tokens.positions, self.config.head_dim, self.config.rope, compute)
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
             x = layer(x, tokens, rope, recompute)
@@ -170,20 +171,17 @@ class Decoder(nn.Module):
 
     def forward(
         self,
-        input_ids: Tensor,
-        targets: Tensor,
+        batch: MicroBatch,
         denominator: float,
         *,
         dropout_key: int | None = None,
-        first_row: int = 0,
         label_smoothing: float = 0.0,
     ) -> Tensor:
         """The summed cross entropy over this rank's tokens divided by `denominator`.
 
-        input_ids and targets are int64 [B, S] (targets already shifted, −100 ignored), the same on every model rank;
-        `dropout_key` switches dropout on (see nn/dropout.py), with `first_row` the first sequence's place in the step.
+        `batch` is the same on every model rank; `dropout_key` switches dropout on (see nn/dropout.py).
         """
-        x = self.hidden_states(input_ids, dropout_key, first_row)
+        x = self.hidden_states(batch, dropout_key)
         head = Head(
             self.head.plan.roles(self.parallel.mesh),
             self.embedding.vocabulary,
@@ -191,13 +189,13 @@ class Decoder(nn.Module):
             denominator,
             label_smoothing,
         )
-        return linear_cross_entropy(x, self._head_weight(), self._head_bias(), self._looked_up(targets), head)
+        return linear_cross_entropy(x, self._head_weight(), self._head_bias(), self._looked_up(batch.targets), head)
 
     @torch.no_grad()
     def logits(self, input_ids: Tensor) -> Tensor:
         """Full logits [B, S, V] on every rank, for sampling and tests."""
         mesh = self.parallel.mesh
-        x = self.hidden_states(input_ids)
+        x = self.hidden_states(MicroBatch(input_ids, input_ids, valid=0))
         roles = self.head.plan.roles(mesh)
         (local,) = distributed_product(x, [self._head_weight()], [self._head_bias()], roles)
         shape, output = (input_ids.numel(), self.config.vocab_size), self.head.plan.output

@@ -136,11 +136,9 @@ class Attention(nn.Module):
         return self.out(out.transpose(1, 2).reshape(shape[0] * shape[1], -1))
 
     def _keep(self, tokens: Tokens, key: int) -> Tensor:
-        """The mask [B, H, S, S] of probabilities kept: rows are (global token), columns (global head, key position)."""
-        rows, positions = tokens.rows(tokens.attention), torch.arange(tokens.sequence, device=tokens.device)
+        """The mask [B, H, S, S] of probabilities kept: rows are (document, position), columns (head, position)."""
+        rows, positions = tokens.attention.rows.view(-1, tokens.sequence), tokens.positions.unsqueeze(-2)
         layer = f"{self.name}.probabilities"
         # head by head: the hashes of a mask take eight times its memory
-        heads = [
-            keep_mask(rows, (h << 32) + positions, self.dropout, key, layer) for h in self._heads(self.parallel.mesh)
-        ]
-        return torch.stack([mask.view(-1, tokens.sequence, tokens.sequence) for mask in heads], 1)
+        heads = self._heads(self.parallel.mesh)
+        return torch.stack([keep_mask(rows, (h << 32) + positions, self.dropout, key, layer) for h in heads], 1)

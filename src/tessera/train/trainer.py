@@ -300,8 +300,7 @@ class Trainer:
         batches = self._loader("eval", shuffle=False).eval_batches()
         total, valid = torch.zeros(2, dtype=torch.float64, device=self.mesh.device), 0
         for batch in batches:
-            ids, targets = batch.input_ids.to(self.mesh.device), batch.targets.to(self.mesh.device)
-            total[0] += self.model(ids, targets, 1.0)
+            total[0] += self.model(batch.to(self.mesh.device), 1.0)
             valid += batch.valid
         total[1] = valid
         for place, cut in enumerate(((*DATA_AXES, *HIDDEN.tokens), DATA_AXES)):

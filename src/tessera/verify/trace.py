@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from tessera.core.mesh import Mesh
-from tessera.data.loader import Batch
+from tessera.data.batch import MicroBatch
 from tessera.engine.gradients import first_copy
 from tessera.engine.step import Step
 from tessera.layout.spec import local_slice
@@ -79,7 +79,7 @@ class Trace:
             tensor.register_hook(lambda gradient: self.see(point._replace(backward=True), gradient, layout))
 
 
-def traced(step: Step, batches: Sequence[Batch]) -> Trace:
+def traced(step: Step, batches: Sequence[MicroBatch]) -> Trace:
     """The gradients of one step of `step`, what passed on the way, and this rank's part of the loss."""
     trace = Trace()
     with _hooks(step.model, trace):
