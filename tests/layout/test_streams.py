@@ -8,7 +8,7 @@ from tessera.core.errors import UserError
 from tessera.core.mesh import Mesh
 from tessera.layout.parallel import Parallel
 from tessera.layout.streams import HIDDEN, Layout, check_chain, column_parallel, residual_layout, row_parallel
-from tessera.nn.attention import Attention
+from tessera.nn.attention import Attention, AttentionConfig
 from tessera.nn.mlp import MLP
 from tessera.sizes.geometries import geometry_axes, mesh_sizes
 
@@ -55,12 +55,12 @@ def test_the_order_of_axes_is_part_of_a_layout():
 def test_blocks_check_their_layers(monkeypatch):
     """A row-parallel layer that reads another stream is found when the block is built."""
     parallel = Parallel(Mesh(), residual_layout(True))
-    MLP(8, 8, parallel), Attention(8, 2, 2, 4, parallel, name="here")
+    MLP(8, 8, parallel), Attention(AttentionConfig(8, 2, 2, 4), parallel, name="here")
     monkeypatch.setattr("tessera.nn.linear.RowParallelLinear.make_plan", staticmethod(Parallel.column))
     with pytest.raises(ValueError, match="up gives .* but down takes"):
         MLP(8, 8, parallel)
     with pytest.raises(ValueError, match="q, k, v gives .* but attention out takes"):
-        Attention(8, 2, 2, 4, parallel, name="here")
+        Attention(AttentionConfig(8, 2, 2, 4), parallel, name="here")
 
 
 def test_geometries():

@@ -10,7 +10,7 @@ from nn.shards import drawer, fill, parallel_of, part, tokens_of, whole_gradient
 from support.compare import error
 from tessera.core.collectives import Recorder
 from tessera.engine.gradients import sum_replicated_gradients
-from tessera.nn.attention import Attention
+from tessera.nn.attention import Attention, AttentionConfig
 from tessera.nn.dropout import keep_mask
 from tessera.nn.embedding import LearnedPositions, VocabParallelEmbedding
 from tessera.nn.rope import RopeConfig, rope_table
@@ -66,18 +66,10 @@ def attention_errors(sizes, sequence_parallel, causal, rotary, dropout=0.0, chos
         Y.backward(dY)
         in_turns = explicit(X.detach(), values, *options, lambda h, kv=kv_heads: h % kv)
 
-        layer = Attention(
-            FEATURES,
-            heads,
-            kv_heads,
-            HEAD_DIM,
-            parallel,
-            name="here",
-            causal=causal,
-            qkv_bias=True,
-            out_bias=True,
-            dropout=dropout,
+        config = AttentionConfig(
+            FEATURES, heads, kv_heads, HEAD_DIM, causal=causal, qkv_bias=True, out_bias=True, dropout=dropout
         )
+        layer = Attention(config, parallel, name="here")
         fill(layer, values)
         x = part(X.detach(), layer.input, mesh).requires_grad_()
         with Recorder(leave_out) as recorder:

@@ -7,7 +7,7 @@ from nn.shards import chunk, parallel_of, part, tokens_of
 from tessera.layout.parallel import Parallel
 from tessera.layout.streams import HIDDEN
 from tessera.models.decoder import drop
-from tessera.nn.attention import Attention
+from tessera.nn.attention import Attention, AttentionConfig
 from tessera.nn.norm import RMSNorm
 
 B, FEATURES, HEADS, P, KEY = 4, 16, 4, 0.3, 5
@@ -16,7 +16,7 @@ B, FEATURES, HEADS, P, KEY = 4, 16, 4, 0.3, 5
 def masks(parallel: Parallel, sequence: int) -> tuple[Tensor, Tensor]:
     """This rank's masks of the residual stream [T_local, F_local] and of attention probabilities [B, H, S, S]."""
     norm = RMSNorm(FEATURES, parallel.residual, parallel, 1e-6)
-    attention = Attention(FEATURES, HEADS, HEADS, 4, parallel, name="layers.1.attention", dropout=P)
+    attention = Attention(AttentionConfig(FEATURES, HEADS, HEADS, 4, dropout=P), parallel, name="layers.1.attention")
     tokens = tokens_of(torch.zeros(B, sequence, dtype=torch.int64), parallel, KEY)
     features = FEATURES // parallel.mesh.size(parallel.residual.features)
     ones = torch.ones(len(tokens.residual.rows), features, dtype=torch.float64)

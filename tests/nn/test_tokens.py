@@ -10,7 +10,7 @@ from tessera.core.mesh import Mesh
 from tessera.data.batch import MicroBatch
 from tessera.layout.parallel import Parallel
 from tessera.layout.streams import residual_layout
-from tessera.nn.attention import Attention
+from tessera.nn.attention import Attention, AttentionConfig
 from tessera.nn.rope import RopeConfig, rope_table, rotate
 from tessera.nn.tokens import Tokens
 
@@ -92,7 +92,7 @@ def test_rotary_angles_are_those_of_positions_in_documents():
 
 
 def test_dropped_probabilities_do_not_depend_on_packing():
-    attention = Attention(8, 2, 2, 4, parallel_of({}), name="layers.0.attention", dropout=P)
+    attention = Attention(AttentionConfig(8, 2, 2, 4, dropout=P), parallel_of({}), name="layers.0.attention")
     masks = []
     for batch in (TWO_ROWS, FOUR_ROWS):
         keep = attention._keep(tokens_on(batch)[0], KEY)

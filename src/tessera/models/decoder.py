@@ -12,7 +12,7 @@ from tessera.layout.parallel import Parallel
 from tessera.layout.spec import Init, ParameterSpec
 from tessera.layout.streams import Layout, check_chain
 from tessera.models.config import ModelConfig
-from tessera.nn.attention import Attention
+from tessera.nn.attention import Attention, AttentionConfig
 from tessera.nn.dropout import dropout
 from tessera.nn.embedding import LearnedPositions, VocabParallelEmbedding
 from tessera.nn.initialize import initialize
@@ -42,14 +42,13 @@ class DecoderLayer(nn.Module):
             Init(std=config.initializer_range / (2 * config.num_layers) ** 0.5) if config.norm == "layer" else init
         )
         self.attention_norm = _norm(config, parallel)
-        self.attention = Attention(
+        attention = AttentionConfig(
             config.hidden_size,
             config.num_heads,
             config.num_kv_heads,
             config.head_dim,
-            parallel,
-            name=f"{self.name}.attention",
             causal=config.causal,
+            window=config.kind_of(index).window,
             qkv_bias=config.qkv_bias,
             out_bias=config.attention_out_bias,
             dropout=config.attention_dropout,
@@ -57,6 +56,7 @@ class DecoderLayer(nn.Module):
             init=init,
             out_init=out_init,
         )
+        self.attention = Attention(attention, parallel, name=f"{self.name}.attention")
         self.mlp_norm = _norm(config, parallel)
         self.mlp = MLP(
             config.hidden_size,
