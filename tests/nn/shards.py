@@ -70,7 +70,7 @@ def whole_gradients(module: nn.Module) -> dict[str, Tensor]:
 def tokens_of(ids: Tensor, parallel: Parallel, key: int | None = None, first_document: int = 0) -> Tokens:
     """This rank's tokens of the rows `ids`, each a document."""
     batch = MicroBatch(ids, ids, ids.numel(), first_document)
-    return Tokens.of(batch, parallel.residual, parallel.attention, parallel.mesh, key)
+    return Tokens.of(batch, parallel.streams, parallel.mesh, key)
 
 
 def label(value: Any) -> str:

@@ -38,7 +38,7 @@ TWO_ROWS, FOUR_ROWS = packed([[0, 1, 5], [3, 2, 4]]), packed([[2, 4], [1], [0, 5
 def tokens_on(batch, sizes=None, rank=0, sequence_parallel=True):
     mesh = Mesh(sizes or {}, rank=rank)
     parallel = Parallel(mesh, residual_layout(sequence_parallel))
-    return Tokens.of(batch, parallel.residual, parallel.attention, mesh, KEY), parallel
+    return Tokens.of(batch, parallel.streams, mesh, KEY), parallel
 
 
 def test_a_tokens_row_is_the_place_of_its_document_and_its_position():

@@ -10,12 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tessera.core.axes import DATA_AXES
 from tessera.core.collectives import all_reduce
 from tessera.data.batch import MicroBatch
 from tessera.engine.fsdp import gradients_travel
 from tessera.engine.gradients import clip_gradients, first_copy, gradient_norm, sum_replicated_gradients
-from tessera.layout.streams import HIDDEN
 from tessera.models.decoder import Decoder
 from tessera.nn.dropout import dropout_key
 
@@ -51,12 +49,12 @@ class Step:
     ) -> None:
         self.model, self.optimizer = model, optimizer
         self.max_grad_norm, self.label_smoothing, self.seed = max_grad_norm, label_smoothing, seed
-        self.mesh = model.parallel.mesh
+        self.mesh, self.streams = model.parallel.mesh, model.parallel.streams
 
     def valid_tokens(self, batches: Sequence[MicroBatch]) -> int:
         """The targets that count in this step, of all data ranks."""
         own = torch.tensor(sum(batch.valid for batch in batches), device=self.mesh.device)
-        return int(all_reduce(own, self.mesh.group(DATA_AXES)).item())
+        return int(all_reduce(own, self.mesh.group(self.streams.batch)).item())
 
     def gradients(self, batches: Sequence[MicroBatch], step: int, valid: int | None = None) -> Tensor:
         """Accumulate the gradients of all micro-batches, complete their sums; returns this rank's part of the loss.
@@ -93,7 +91,7 @@ class Step:
         """
         valid = self.valid_tokens(batches)
         loss = self.gradients(batches, step, valid)
-        own_part = loss if first_copy(self.mesh, (*DATA_AXES, *HIDDEN.tokens)) else torch.zeros_like(loss)
+        own_part = loss if first_copy(self.mesh, self.streams.loss) else torch.zeros_like(loss)
         numbers = gradient_norm(self.model, self.mesh, own_part, loss.new_tensor(float(stop())))
         norm_value, loss_value, stopping = torch.stack(numbers).tolist()
         result = StepResult(loss_value, norm_value, valid, stopping > 0)

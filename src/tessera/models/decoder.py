@@ -143,7 +143,7 @@ class Decoder(nn.Module):
     def hidden_states(self, batch: MicroBatch, dropout_key: int | None = None) -> Tensor:
         """The normed residual stream of `batch` (the same on every model rank), in the residual layout."""
         mesh, compute = self.parallel.mesh, self.parallel.compute
-        tokens = Tokens.of(batch, self.residual, self.parallel.attention, mesh, dropout_key)
+        tokens = Tokens.of(batch, self.parallel.streams, mesh, dropout_key)
         self.parallel.overlap.begin(torch.is_grad_enabled())
         x = self.embedding(self._looked_up(batch.input_ids))
         if self.positions is not None:
@@ -158,9 +158,8 @@ class Decoder(nn.Module):
         return self.norm(x)
 
     def _looked_up(self, ids: Tensor) -> Tensor:
-        """The ids of this rank's (depth · row) part, flat: what the embedding looks up and the loss is taken over."""
-        mesh = self.parallel.mesh
-        axes = ("depth", "row")
+        """This rank's part of `ids`, flat: what the embedding looks up and the loss is taken over."""
+        mesh, axes = self.parallel.mesh, self.parallel.streams.ids
         return ids.reshape(-1).chunk(mesh.size(axes))[mesh.index(axes)]
 
     def _head_weight(self) -> Tensor:

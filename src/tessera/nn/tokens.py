@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tessera.core.mesh import Mesh
 from tessera.data.batch import MicroBatch
-from tessera.layout.streams import HIDDEN, Layout
+from tessera.layout.streams import Layout, Streams
 
 
 @dataclass(frozen=True)
@@ -59,17 +59,13 @@ class Tokens:
     dropout: int | None = None
 
     @classmethod
-    def of(
-        cls, batch: MicroBatch, residual: Layout, attention: Layout, mesh: Mesh, dropout: int | None = None
-    ) -> "Tokens":
+    def of(cls, batch: MicroBatch, streams: Streams, mesh: Mesh, dropout: int | None = None) -> "Tokens":
         """Place the tokens of `batch`. Raises ValueError when they do not divide by their axes."""
-        B, whole_sequences = len(batch.input_ids), mesh.size(attention.tokens)
-        if B % whole_sequences:
-            raise ValueError(
-                f"a batch of {B} sequences does not divide by the {whole_sequences} ranks along {attention.tokens}"
-            )
-        _part(batch, HIDDEN, mesh)  # the rest of the hidden stream must divide too
-        return cls(batch, _part(batch, residual, mesh), _part(batch, attention, mesh), dropout)
+        B, axes = len(batch.input_ids), streams.attention.tokens
+        if B % mesh.size(axes):
+            raise ValueError(f"a batch of {B} sequences does not divide by the {mesh.size(axes)} ranks along {axes}")
+        _part(batch, streams.hidden, mesh)  # the rest of the hidden stream must divide too
+        return cls(batch, _part(batch, streams.residual, mesh), _part(batch, streams.attention, mesh), dropout)
 
     @property
     def sequence(self) -> int:

@@ -19,7 +19,7 @@ from tessera.data.batch import MicroBatch
 from tessera.engine.gradients import first_copy
 from tessera.engine.step import Step
 from tessera.layout.spec import local_slice
-from tessera.layout.streams import HIDDEN, Layout
+from tessera.layout.streams import Layout
 from tessera.models.decoder import Decoder
 from tessera.nn.attention import Attention
 from tessera.nn.embedding import VocabParallelEmbedding
@@ -84,7 +84,7 @@ def traced(step: Step, batches: Sequence[MicroBatch]) -> Trace:
     trace = Trace()
     with _hooks(step.model, trace):
         loss = step.gradients(batches, 0)
-    trace.loss = loss.item() if first_copy(step.mesh, HIDDEN.tokens) else 0.0
+    trace.loss = loss.item() if first_copy(step.mesh, step.streams.loss) else 0.0
     return trace
 
 
