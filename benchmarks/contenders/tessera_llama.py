@@ -9,7 +9,7 @@ from torch import Tensor
 from benchmarks.workload import LEARNING_RATE, MAX_GRAD_NORM, WEIGHT_DECAY, Shape
 from tessera.core import device as devices
 from tessera.core.mesh import Mesh
-from tessera.data.loader import Batch
+from tessera.data.batch import MicroBatch
 from tessera.engine.optimizer import build_optimizer
 from tessera.engine.step import Step
 from tessera.layout.parallel import Parallel
@@ -27,7 +27,7 @@ class Training:
 
     def step(self, tokens: Tensor) -> tuple[float, float]:
         targets = F.pad(tokens[:, 1:], (0, 1), value=IGNORED)
-        batch = Batch(tokens, targets, valid=int((targets != IGNORED).sum()))
+        batch = MicroBatch(tokens, targets, valid=int((targets != IGNORED).sum()))
         result = self.run([batch], self.number, LEARNING_RATE)
         self.number += 1
         return result.loss, result.grad_norm

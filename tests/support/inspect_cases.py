@@ -106,7 +106,7 @@ def activations_of(model: Decoder, batch: int) -> dict[str, torch.Tensor]:
         patch.object(attention, "parallel_linear", keep_products(["q", "k", "v"])),
         patch.object(mlp, "parallel_linear", keep_products(["gate", "up"])),
     ):
-        model.hidden_states(ids)
+        model.logits(ids)
     for hook in hooks:
         hook.remove()
     return made

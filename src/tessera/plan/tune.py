@@ -27,7 +27,7 @@ from tessera.core import device as devices
 from tessera.core.axes import DATA_AXES, MODEL_AXES
 from tessera.core.collectives import all_reduce, largest
 from tessera.core.mesh import Mesh
-from tessera.data.loader import Batch
+from tessera.data.batch import MicroBatch
 from tessera.engine.step import Step
 from tessera.layout.parallel import Parallel
 from tessera.layout.resolve import parallel_of
@@ -246,7 +246,7 @@ class _Trial:
             to_local(parameter).normal_(std=model.initializer_range, generator=generator)
         self.step = Step(self.decoder, torch.optim.SGD(self.decoder.parameters(), lr=0.0))  # it is not asked to update
         ids = torch.randint(words, (candidate.rows, candidate.length), generator=torch.Generator().manual_seed(0))
-        self.batch = Batch(ids, ids, ids.numel())
+        self.batch = MicroBatch(ids, ids, ids.numel())
 
     def run(self) -> float:
         """Seconds that a forward and backward take this rank, all ranks having begun together."""

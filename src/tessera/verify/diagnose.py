@@ -21,7 +21,7 @@ from torch import Tensor
 from tessera.core.axes import AXES, DATA_AXES
 from tessera.core.collectives import Recorder, gathered
 from tessera.core.mesh import Mesh
-from tessera.data.loader import Batch
+from tessera.data.batch import MicroBatch
 from tessera.engine.step import Step
 from tessera.layout.parallel import Parallel
 from tessera.layout.spec import ParameterSpec, local_slice
@@ -49,7 +49,7 @@ class Beside:
     reference: Step
     expected: Trace
     gradients: dict[str, Tensor]  # the reference's, whole
-    batches: Sequence[Batch]
+    batches: Sequence[MicroBatch]
     rows: list[Row]
 
     @property
