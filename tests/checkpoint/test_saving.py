@@ -17,7 +17,7 @@ from tessera.checkpoint.folder import latest, read_state, verify
 from tessera.checkpoint.resumed import differences
 from tessera.config.schema import TrainConfig
 from tessera.core.errors import UserError
-from tessera.train.preflight import checkpoint_to_resume
+from tessera.train.run import checkpoint_to_resume
 from train.on_rank import (
     failing_on_rank,
     limited_on_rank,
@@ -69,8 +69,8 @@ def test_what_a_checkpoint_holds(done):
     }
     state = read_state(folder)
     tokens = metrics(done)[3]["tokens"]
-    assert (state["step"], state["tokens"], state["samples"], state["seed"], state["skipped"]) == (4, tokens, 24, 42, 0)
-    assert state["config"] == TrainConfig.model_validate(done).model_dump(mode="json")
+    assert (state.step, state.tokens, state.samples, state.seed, state.skipped) == (4, tokens, 24, 42, 0)
+    assert state.config == TrainConfig.model_validate(done).model_dump(mode="json")
 
 
 @pytest.mark.skipif(shutil.which("sha256sum") is None, reason="no sha256sum here")

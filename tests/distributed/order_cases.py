@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distributed.model_cases import LLAMA, Batch, batches, build
+from distributed.model_cases import LLAMA, batches, build
 from support.mesh import shared_mesh
 from tessera.core.collectives import Recorder
+from tessera.data.batch import MicroBatch
 from tessera.engine.optimizer import build_optimizer
 from tessera.engine.step import Step
 from tessera.nn.parameter import to_local
@@ -76,35 +77,35 @@ def stop(*ignored: Any) -> None:
     raise Stop
 
 
-def evaluate(step: Step, batch: Batch) -> None:
+def evaluate(step: Step, batch: MicroBatch) -> None:
     with torch.no_grad():
-        step.model(batch.input_ids, batch.targets, 1.0)
+        step.model(batch, 1.0)
 
 
-def forward_alone(step: Step, batch: Batch) -> None:
-    step.model(batch.input_ids, batch.targets, 1.0)
+def forward_alone(step: Step, batch: MicroBatch) -> None:
+    step.model(batch, 1.0)
 
 
-def broken_forward(step: Step, batch: Batch) -> None:
+def broken_forward(step: Step, batch: MicroBatch) -> None:
     handle = step.model.layers[1].mlp.register_forward_pre_hook(stop)
     _must_stop(lambda: forward_alone(step, batch))
     handle.remove()
 
 
-def broken_backward(step: Step, batch: Batch) -> None:
+def broken_backward(step: Step, batch: MicroBatch) -> None:
     def stop_its_gradient(module: Any, inputs: Any, output: torch.Tensor) -> None:
         output.register_hook(stop)
 
     handle = step.model.layers[0].register_forward_hook(stop_its_gradient)
-    _must_stop(lambda: step.model(batch.input_ids, batch.targets, 1.0).backward())
+    _must_stop(lambda: step.model(batch, 1.0).backward())
     handle.remove()
     step.model.zero_grad()
 
 
-def both_forwards_first(step: Step, batch: Batch) -> None:
+def both_forwards_first(step: Step, batch: MicroBatch) -> None:
     """Two losses of which the gradients are taken together."""
     step.model.zero_grad()  # sums of three depend on their order
-    losses = [step.model(b.input_ids, b.targets, 1.0) for b in (batch, *batches(CONFIG, 1, seed=9))]
+    losses = [step.model(b, 1.0) for b in (batch, *batches(CONFIG, 1, seed=9))]
     sum(losses).backward()
 
 

@@ -27,11 +27,11 @@ from tessera.inspect.held import (
 from tessera.inspect.picture import grid_of
 from tessera.inspect.tables import share_in_words
 from tessera.layout.parallel import Parallel
-from tessera.layout.resolve import parallel_for
 from tessera.layout.shape import StepShape, padded_length
 from tessera.models.decoder import Decoder
 from tessera.nn.initialize import initialize
 from tessera.nn.parameter import named_specs
+from tessera.train.settings import parallel_for
 
 LAYOUTS = {
     "1d": ("llama", {"tensor_parallel_size": 4}),

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from distributed.model_cases import GPT2, LLAMA, Batch
+from distributed.model_cases import GPT2, LLAMA, batch_of
 from support.mesh import shared_mesh
 from tessera.core.collectives import Recorder, totals
 from tessera.core.live_memory import PeakMemory
@@ -89,7 +89,7 @@ def run_step(model: ModelConfig, case: Case, mesh: Mesh, steps: int = 1) -> tupl
     step = Step(decoder, optimizer, max_grad_norm=1.0, label_smoothing=0.1 if case.shape.label_smoothing else 0.0)
     generator = torch.Generator().manual_seed(3)
     size = (case.shape.batch, case.shape.sequence)
-    batches = [Batch(*torch.randint(0, model.vocab_size, (2, *size), generator=generator))]
+    batches = [batch_of(*torch.randint(0, model.vocab_size, (2, *size), generator=generator))]
     for index in range(steps):
         with Recorder() as recorder:
             step(batches * case.shape.micro_batches, index, 1e-3)
@@ -119,5 +119,5 @@ def memory_on_ranks(model: ModelConfig, case: Case) -> tuple[int, int]:
         ids = torch.zeros(case.shape.batch, case.shape.sequence, dtype=torch.int64)
         before = memory.peak = memory.current
         decoder.register_forward_hook(lambda *_: live.append(memory.current))
-        step([Batch(ids, ids)], 0, 1e-3)
+        step([batch_of(ids, ids)], 0, 1e-3)
     return live[0] - before, memory.peak

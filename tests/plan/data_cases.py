@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from distributed.model_cases import MODELS, Batch, share
+from distributed.model_cases import MODELS, batch_of, share
 from support.mesh import shared_mesh
 from tessera.core.axes import DATA_AXES
 from tessera.core.collectives import Recorder
@@ -34,7 +34,7 @@ def data_traffic(
     model.initialize(seed=5)
     step = Step(model, build_optimizer(model, "adamw_torch_fused", (0.9, 0.95), 1e-8, 0.0), max_grad_norm=1.0)
     ids = torch.randint(0, 509, (ROWS, LENGTH), generator=torch.Generator().manual_seed(3))
-    batches = [share(Batch(ids, ids, place * ROWS), mesh) for place in range(micro_batches)]
+    batches = [share(batch_of(ids, ids, place * ROWS), mesh) for place in range(micro_batches)]
     with Recorder() as recorder:
         step(batches, 0, 1e-3)
     shape = StepShape(ROWS // mesh.size(DATA_AXES), LENGTH, micro_batches, recompute)

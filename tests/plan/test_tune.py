@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from plan.tune_cases import MODEL, UNSLICED, cache_at, config_of, peaks, told, told_apart, trained, trial_traffic
+from plan.tune_cases import MODEL, UNSLICED, asked, cache_at, config_of, peaks, told, told_apart, trained, trial_traffic
 from support.pool import pool
 from tessera.core.mesh import Mesh
 from tessera.models.hub import read_model_config
@@ -27,7 +27,7 @@ def mesh_of(config):
 
 def possible(model=MODEL, **changes):
     config = config_of(**changes)
-    return candidates(config, model, mesh_of(config), torch.float32)
+    return candidates(*asked(config), model, mesh_of(config), torch.float32)
 
 
 def names(model=MODEL, **changes):
@@ -245,7 +245,8 @@ def test_prefetch_and_defer_hold_a_weight_more():
 
 def key_of(model=MODEL, compute=torch.float32, **changes):
     config = config_of(**changes)
-    return _key(config, model, mesh_of(config), compute)
+    scratch = config.tensor_parallel_scratch_gib
+    return _key(*asked(config), model, mesh_of(config), compute, scratch, config.tf32)
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from tessera.core.collectives import Recorder
 from tessera.core.mesh import Mesh
-from tessera.data.loader import Batch, Loader
+from tessera.data.batch import MicroBatch
+from tessera.data.loader import Loader
 from tessera.engine.replicas import drifted
-from tessera.engine.step import MicroBatch, Step, StepResult
+from tessera.engine.step import Step, StepResult
 from tessera.nn.parameter import to_local
 from train.on_rank import own_rank, said_on_rank, stopping
 
@@ -45,7 +46,7 @@ def compared_on_rank(settings: dict[str, Any]) -> tuple[str, list[tuple[int, lis
         comparisons.append((len(list(model.parameters())), moved))
         return lines
 
-    with patch("tessera.train.trainer.drifted", watched):
+    with patch("tessera.train.health.drifted", watched):
         return said_on_rank(settings), comparisons
 
 
@@ -70,11 +71,11 @@ def spoilt_on_rank(settings: dict[str, Any], steps: set[int], rank: int, factor:
 def _logged(seen: list[tuple[int, int, int]]) -> Iterator[None]:
     real = Loader.step_batches
 
-    def step_batches(self: Loader, step: int) -> list[Batch]:
+    def step_batches(self: Loader, step: int) -> list[MicroBatch]:
         batches = real(self, step)
         for batch in batches:
             firsts = batch.input_ids[:, 0].tolist()
-            seen.extend((step + 1, batch.first_row + place, token) for place, token in enumerate(firsts))
+            seen.extend((step + 1, batch.first_document + place, token) for place, token in enumerate(firsts))
         return batches
 
     with patch.object(Loader, "step_batches", step_batches):

@@ -3,10 +3,10 @@
 from distributed.model_cases import LLAMA
 from tessera.config.load import make_config
 from tessera.core.mesh import Mesh
-from tessera.layout.resolve import parallel_for
 from tessera.layout.shape import StepShape
 from tessera.plan.traffic import received_bytes, step_transfers
 from tessera.train.announce import mesh_lines
+from tessera.train.settings import parallel_for
 
 
 def lines_of(monkeypatch, here, **keys):

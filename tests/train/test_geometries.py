@@ -13,9 +13,9 @@ import torch
 
 from tessera.config.schema import TrainConfig
 from tessera.core.mesh import Mesh
-from tessera.layout.resolve import parallel_for, step_shape
 from tessera.plan.traffic import step_transfers, totals
-from tessera.train.preflight import model_of
+from tessera.train.run import model_of
+from tessera.train.settings import parallel_for, step_shape
 from train.runs import Metrics, Workshop, exported, metrics, run
 from train.test_parity import SAME, SAME_WEIGHTS, check, without_key_bias, worst_difference
 

@@ -13,10 +13,10 @@ from tessera.config.load import make_config
 from tessera.config.schema import TrainConfig
 from tessera.core.axes import AXES
 from tessera.core.mesh import Mesh
-from tessera.layout.resolve import parallel_for, step_shape
 from tessera.plan.traffic import step_transfers
 from tessera.train.announce import mesh_lines
 from tessera.train.links import best_numbering, groups_that_leave, leaving, traffic
+from tessera.train.settings import parallel_for, step_shape
 from train.on_rank import numbering_on_machines, train_on_machines
 from train.runs import Workshop, metrics, run
 from train.test_parity import check

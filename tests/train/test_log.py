@@ -12,6 +12,7 @@ from tessera.config.load import load_config
 from tessera.config.schema import TrainConfig
 from tessera.train.log import Log
 from tessera.train.trainer import train
+from train.on_rank import handed_on_rank
 from train.runs import Workshop, metrics, run
 
 ALL_REDUCE = "c10d.allreduce_.default"
@@ -87,7 +88,7 @@ class Calls(TorchDispatchMode):
 
 def train_and_count(settings) -> Counter[str]:
     with Calls() as calls:
-        train(TrainConfig.model_validate(settings))
+        train(handed_on_rank(settings))
     return calls.counts
 
 

@@ -89,7 +89,7 @@ def test_a_fault_ends_with_code_1_and_its_name(config):
 def test_mistakes_are_told_before_a_rank_starts(config, asked, said, monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("tessera.launch.launch.run_workers", lambda *_: pytest.fail("ranks were started"))
+    monkeypatch.setattr("tessera.cli.verify.run_workers", lambda *_, **__: pytest.fail("ranks were started"))
     with pytest.raises(UserError) as mistake:
         verify(config, asked)
     assert str(mistake.value).startswith(said)

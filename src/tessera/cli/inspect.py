@@ -30,8 +30,8 @@ from tessera.inspect.held import (
 )
 from tessera.inspect.picture import Grid, check_picture, draw
 from tessera.inspect.tables import WIDTH, Report, print_report
-from tessera.layout.resolve import compute_dtype, parallel_for, step_shape
-from tessera.train.preflight import fitting_model
+from tessera.train.run import fitting_model
+from tessera.train.settings import compute_dtype, parallel_for, step_shape
 
 
 def inspect(

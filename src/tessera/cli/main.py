@@ -64,12 +64,13 @@ def train(
     launcher: Annotated[str, typer.Option(help="Who starts the ranks: tessera, torchrun or accelerate.")] = "tessera",
 ) -> None:
     """Train the model of a YAML file; starts its own ranks, or runs as one under torchrun."""
-    from tessera.cli.train import train
+    from tessera.launch.launch import launch
     from tessera.launch.options import LaunchOptions, known_launcher
 
     by = known_launcher(launcher)
     options = LaunchOptions(per_machine, machines, machine, main_address, main_port, max_restarts, by)
-    train(config, num_processes, max_steps, overrides or [], options)
+    steps = [] if max_steps is None else [f"max_steps={max_steps}"]
+    launch(config, [*(overrides or []), *steps], num_processes, options)
 
 
 @app.command()

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tessera.data.batch import MicroBatch
 from tessera.layout.parallel import Parallel
 from tessera.layout.spec import Init, ParameterSpec
 from tessera.layout.streams import Layout, check_chain
 from tessera.models.config import ModelConfig
-from tessera.nn.attention import Attention
+from tessera.nn.attention import Attention, AttentionConfig
 from tessera.nn.dropout import dropout
 from tessera.nn.embedding import LearnedPositions, VocabParallelEmbedding
 from tessera.nn.initialize import initialize
@@ -41,14 +42,13 @@ class DecoderLayer(nn.Module):
             Init(std=config.initializer_range / (2 * config.num_layers) ** 0.5) if config.norm == "layer" else init
         )
         self.attention_norm = _norm(config, parallel)
-        self.attention = Attention(
+        attention = AttentionConfig(
             config.hidden_size,
             config.num_heads,
             config.num_kv_heads,
             config.head_dim,
-            parallel,
-            name=f"{self.name}.attention",
             causal=config.causal,
+            window=config.kind_of(index).window,
             qkv_bias=config.qkv_bias,
             out_bias=config.attention_out_bias,
             dropout=config.attention_dropout,
@@ -56,6 +56,7 @@ class DecoderLayer(nn.Module):
             init=init,
             out_init=out_init,
         )
+        self.attention = Attention(attention, parallel, name=f"{self.name}.attention")
         self.mlp_norm = _norm(config, parallel)
         self.mlp = MLP(
             config.hidden_size,
@@ -93,7 +94,7 @@ def drop(x_TF: Tensor, tokens: Tokens, p: float, stream: Norm, layer: str) -> Te
         return x_TF
     features = stream.specs["weight"].local_slices(stream.parallel.mesh)[0]
     columns = torch.arange(features.start, features.stop, device=x_TF.device)
-    return dropout(x_TF, tokens.rows(tokens.residual), columns, p, tokens.dropout, layer)
+    return dropout(x_TF, tokens.residual.rows, columns, p, tokens.dropout, layer)
 
 
 class OutputHead(ParallelModule):
@@ -139,27 +140,26 @@ class Decoder(nn.Module):
         """Random weights from (seed, parameter name, global index), the same on every mesh."""
         initialize(self, self.parallel.mesh, seed)
 
-    def hidden_states(self, input_ids: Tensor, dropout_key: int | None = None, first_row: int = 0) -> Tensor:
-        """The normed residual stream of `input_ids` [B, S] (the same on every model rank), in the residual layout."""
+    def hidden_states(self, batch: MicroBatch, dropout_key: int | None = None) -> Tensor:
+        """The normed residual stream of `batch` (the same on every model rank), in the residual layout."""
         mesh, compute = self.parallel.mesh, self.parallel.compute
-        tokens = Tokens.of(input_ids, self.residual, self.parallel.attention, mesh, dropout_key, first_row)
+        tokens = Tokens.of(batch, self.parallel.streams, mesh, dropout_key)
         self.parallel.overlap.begin(torch.is_grad_enabled())
-        x = self.embedding(self._looked_up(input_ids))
+        x = self.embedding(self._looked_up(batch.input_ids))
         if self.positions is not None:
-            x = x + self.positions(tokens.positions(tokens.residual))
+            x = x + self.positions(tokens.residual.positions)
         x = drop(x, tokens, self.config.embedding_dropout, self.norm, "embedding")
         rope = None
         if self.config.rope is not None:
-            rope = rope_table(tokens.sequence, self.config.head_dim, self.config.rope, compute, x.device)
+            rope = rope_table(tokens.positions, self.config.head_dim, self.config.rope, compute)
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
             x = layer(x, tokens, rope, recompute)
         return self.norm(x)
 
     def _looked_up(self, ids: Tensor) -> Tensor:
-        """The ids of this rank's (depth · row) part, flat: what the embedding looks up and the loss is taken over."""
-        mesh = self.parallel.mesh
-        axes = ("depth", "row")
+        """This rank's part of `ids`, flat: what the embedding looks up and the loss is taken over."""
+        mesh, axes = self.parallel.mesh, self.parallel.streams.ids
         return ids.reshape(-1).chunk(mesh.size(axes))[mesh.index(axes)]
 
     def _head_weight(self) -> Tensor:
@@ -170,20 +170,17 @@ class Decoder(nn.Module):
 
     def forward(
         self,
-        input_ids: Tensor,
-        targets: Tensor,
+        batch: MicroBatch,
         denominator: float,
         *,
         dropout_key: int | None = None,
-        first_row: int = 0,
         label_smoothing: float = 0.0,
     ) -> Tensor:
         """The summed cross entropy over this rank's tokens divided by `denominator`.
 
-        input_ids and targets are int64 [B, S] (targets already shifted, −100 ignored), the same on every model rank;
-        `dropout_key` switches dropout on (see nn/dropout.py), with `first_row` the first sequence's place in the step.
+        `batch` is the same on every model rank; `dropout_key` switches dropout on (see nn/dropout.py).
         """
-        x = self.hidden_states(input_ids, dropout_key, first_row)
+        x = self.hidden_states(batch, dropout_key)
         head = Head(
             self.head.plan.roles(self.parallel.mesh),
             self.embedding.vocabulary,
@@ -191,13 +188,13 @@ class Decoder(nn.Module):
             denominator,
             label_smoothing,
         )
-        return linear_cross_entropy(x, self._head_weight(), self._head_bias(), self._looked_up(targets), head)
+        return linear_cross_entropy(x, self._head_weight(), self._head_bias(), self._looked_up(batch.targets), head)
 
     @torch.no_grad()
     def logits(self, input_ids: Tensor) -> Tensor:
         """Full logits [B, S, V] on every rank, for sampling and tests."""
         mesh = self.parallel.mesh
-        x = self.hidden_states(input_ids)
+        x = self.hidden_states(MicroBatch(input_ids, input_ids, valid=0))
         roles = self.head.plan.roles(mesh)
         (local,) = distributed_product(x, [self._head_weight()], [self._head_bias()], roles)
         shape, output = (input_ids.numel(), self.config.vocab_size), self.head.plan.output

@@ -10,28 +10,21 @@ from dataclasses import dataclass, replace
 
 from tessera.core.axes import MODEL_AXES
 from tessera.core.mesh import Mesh
+from tessera.layout import resolve
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape, padded_length
-from tessera.layout.streams import attention_layout, residual_layout
 from tessera.models.anatomy import anatomy_of
 from tessera.models.config import ModelConfig
 from tessera.plan.memory import saved_bytes, state_bytes
 from tessera.plan.traffic import received_bytes, step_transfers
 from tessera.sizes.numbers import divisors_of
 from tessera.sizes.rules import Ask, TensorParallel, first_misfit, modes_with
-from tessera.sizes.schedule import Schedule
 
 
 def parallel_of(tensor: TensorParallel, batch: int, rank: int = 0) -> Parallel:
-    """The layouts of `tensor` as `rank` sees them, in float32, with no process behind it."""
-    mesh = Mesh(tensor.axes, rank=rank)
-    return Parallel(
-        mesh,
-        residual_layout(tensor.sequence_parallel, tensor.schedule),
-        schedule=Schedule(tensor.schedule, tensor.slices, keep=tensor.keep_gathered),
-        attention=attention_layout(mesh.sizes, batch),
-        weights_over=("depth", "row") if tensor.depth_weights == "shard" else ("row",),
-    )
+    """The layouts of `tensor` as `rank` sees them, in float32, with no process behind it; weights move when needed."""
+    moved = replace(tensor, prefetch=False, defer=False)
+    return resolve.parallel_of(moved, Mesh(tensor.axes, rank=rank), batch)
 
 
 def padded(shape: StepShape, parallel: Parallel) -> StepShape:

@@ -9,10 +9,10 @@ from tessera.core.axes import AXES, DATA_AXES
 from tessera.core.mesh import Mesh
 from tessera.core.text import mib, table_lines
 from tessera.layout.parallel import Parallel
-from tessera.layout.resolve import step_shape
 from tessera.models.config import ModelConfig
 from tessera.plan.traffic import step_transfers
 from tessera.train.links import Axes, groups_that_leave, leaving, traffic
+from tessera.train.settings import step_shape
 
 if TYPE_CHECKING:
     from tessera.config.schema import TrainConfig

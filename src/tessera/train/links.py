@@ -16,9 +16,9 @@ import torch
 from tessera.core.axes import AXES
 from tessera.core.collectives import gathered
 from tessera.core.mesh import Mesh
-from tessera.layout.resolve import parallel_for, step_shape
 from tessera.models.config import ModelConfig
 from tessera.plan.traffic import Transfer, step_transfers
+from tessera.train.settings import parallel_for, step_shape
 
 if TYPE_CHECKING:
     from tessera.config.schema import TrainConfig

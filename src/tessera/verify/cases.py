@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from tessera.core.axes import MODEL_AXES
 from tessera.core.errors import UserError
-from tessera.layout.resolve import check_layout
 from tessera.layout.streams import HIDDEN, attention_layout
 from tessera.models.config import ModelConfig
 from tessera.plan.tune import kinds
@@ -16,6 +15,7 @@ from tessera.sizes.geometries import GEOMETRIES, geometry_axes
 from tessera.sizes.numbers import divisors_of
 from tessera.sizes.rules import IN_ONE_PIECE, config_key
 from tessera.sizes.schedule import Schedule
+from tessera.train.settings import check_layout
 from tessera.verify.problem import LENGTH, Problem, small_batch, small_model
 
 if TYPE_CHECKING:

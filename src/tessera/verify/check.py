@@ -11,9 +11,9 @@ from tessera.core.axes import DATA_AXES
 from tessera.core.collectives import Recorder, gathered
 from tessera.core.mesh import Mesh
 from tessera.layout.parallel import Parallel
-from tessera.layout.resolve import compute_dtype, parallel_for, step_shape
 from tessera.layout.streams import residual_layout
 from tessera.plan.traffic import Transfer, step_transfers, totals
+from tessera.train.settings import compute_dtype, parallel_for, step_shape
 from tessera.verify.cases import Case, in_miniature
 from tessera.verify.compare import Comparison, Traffic, compare
 from tessera.verify.diagnose import diagnose

@@ -21,15 +21,15 @@ from torch import Tensor
 from tessera.core.axes import AXES, DATA_AXES
 from tessera.core.collectives import Recorder, gathered
 from tessera.core.mesh import Mesh
-from tessera.data.loader import Batch
+from tessera.data.batch import MicroBatch
 from tessera.engine.step import Step
 from tessera.layout.parallel import Parallel
-from tessera.layout.resolve import step_shape
 from tessera.layout.spec import ParameterSpec, local_slice
 from tessera.models.anatomy import HEAD, anatomy_of
 from tessera.models.decoder import Decoder
 from tessera.nn.parameter import named_specs, to_local
 from tessera.plan.traffic import LAYERS, OUTSIDE, Transfer, step_transfers
+from tessera.train.settings import step_shape
 from tessera.verify import own
 from tessera.verify.cases import Case
 from tessera.verify.steps import batches_of, build, stepper
@@ -50,7 +50,7 @@ class Beside:
     reference: Step
     expected: Trace
     gradients: dict[str, Tensor]  # the reference's, whole
-    batches: Sequence[Batch]
+    batches: Sequence[MicroBatch]
     transfers: list[Transfer]
 
     @property

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tessera.data.loader import Batch
+from tessera.data.batch import MicroBatch
 from tessera.data.samples import IGNORED
 from tessera.models.config import ModelConfig
 from tessera.sizes.numbers import divisors_of
@@ -29,11 +29,11 @@ class Problem:
     steps: int
     seed: int = 42
 
-    def batches(self, step: int, multiple: int = 1) -> list[Batch]:
+    def batches(self, step: int, multiple: int = 1) -> list[MicroBatch]:
         """The micro-batches of a step, rows padded to a `multiple`; some targets, and one whole row, are ignored."""
         return [self._batch(step * self.micro_batches + i, multiple) for i in range(self.micro_batches)]
 
-    def _batch(self, number: int, multiple: int) -> Batch:
+    def _batch(self, number: int, multiple: int) -> MicroBatch:
         generator = torch.Generator().manual_seed(self.seed + number)
         ids = torch.randint(0, self.model.vocab_size, (self.batch, self.length), generator=generator)
         targets = ids.roll(-1, 1)
@@ -44,8 +44,8 @@ class Problem:
         padding = -self.length % multiple
         ids = torch.nn.functional.pad(ids, (0, padding))
         targets = torch.nn.functional.pad(targets, (0, padding), value=IGNORED)
-        first_row = number % self.micro_batches * self.batch
-        return Batch(ids, targets, int((targets != IGNORED).sum()), first_row)
+        first_document = number % self.micro_batches * self.batch
+        return MicroBatch(ids, targets, int((targets != IGNORED).sum()), first_document)
 
 
 def small_model(model: ModelConfig, layouts: Sequence[Mapping[str, int]], slices: int) -> ModelConfig:

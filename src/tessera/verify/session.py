@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from tessera.core.errors import RunFailed
-from tessera.layout.resolve import compute_dtype
+from tessera.train.settings import compute_dtype
 from tessera.verify import report
 from tessera.verify.cases import Case
 from tessera.verify.check import Checker, Result

@@ -8,18 +8,18 @@ from torch import Tensor
 
 from tessera.core.axes import DATA_AXES
 from tessera.core.collectives import Recorder
-from tessera.data.loader import Batch
+from tessera.data.batch import MicroBatch
 from tessera.data.samples import IGNORED
 from tessera.engine.fsdp import build_decoder
 from tessera.engine.optimizer import build_optimizer
 from tessera.engine.step import Step
 from tessera.layout.parallel import Parallel
-from tessera.layout.resolve import fsdp_of
 from tessera.layout.shape import length_multiple
 from tessera.layout.spec import ParameterSpec
 from tessera.models.decoder import Decoder
 from tessera.nn.initialize import hash_seed
 from tessera.nn.parameter import named_specs, to_local
+from tessera.train.settings import fsdp_of
 from tessera.verify.problem import Problem
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def stepper(model: Decoder, problem: Problem, config: "TrainConfig") -> Step:
     )
 
 
-def batches_of(problem: Problem, model: Decoder, step: int) -> list[Batch]:
+def batches_of(problem: Problem, model: Decoder, step: int) -> list[MicroBatch]:
     """This data rank's share of the micro-batches of a step, padded as its mesh needs it."""
     mesh = model.parallel.mesh
     rows = problem.batch // mesh.size(DATA_AXES)
@@ -79,9 +79,11 @@ def batches_of(problem: Problem, model: Decoder, step: int) -> list[Batch]:
     return [_rows_of(batch, slice(first, first + rows)) for batch in whole]
 
 
-def _rows_of(batch: Batch, rows: slice) -> Batch:
+def _rows_of(batch: MicroBatch, rows: slice) -> MicroBatch:
     targets = batch.targets[rows]
-    return Batch(batch.input_ids[rows], targets, int((targets != IGNORED).sum()), batch.first_row + rows.start)
+    return MicroBatch(
+        batch.input_ids[rows], targets, int((targets != IGNORED).sum()), batch.first_document + rows.start
+    )
 
 
 def take(problem: Problem, parallel: Parallel, config: "TrainConfig", recorder: Recorder | None = None) -> StepsTaken:

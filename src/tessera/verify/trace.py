@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from tessera.core.mesh import Mesh
-from tessera.data.loader import Batch
+from tessera.data.batch import MicroBatch
 from tessera.engine.gradients import first_copy
 from tessera.engine.step import Step
 from tessera.layout.spec import local_slice
-from tessera.layout.streams import HIDDEN, Layout
+from tessera.layout.streams import Layout
 from tessera.models.anatomy import EMBEDDING, HEAD, LOSS, anatomy_of
 from tessera.models.config import ModelConfig
 from tessera.models.decoder import Decoder
@@ -76,12 +76,12 @@ class Trace:
             tensor.register_hook(lambda gradient: self.see(point._replace(backward=True), gradient, layout))
 
 
-def traced(step: Step, batches: Sequence[Batch]) -> Trace:
+def traced(step: Step, batches: Sequence[MicroBatch]) -> Trace:
     """The gradients of one step of `step`, what passed on the way, and this rank's part of the loss."""
     trace = Trace()
     with _hooks(step.model, trace):
         loss = step.gradients(batches, 0)
-    trace.loss = loss.item() if first_copy(step.mesh, HIDDEN.tokens) else 0.0
+    trace.loss = loss.item() if first_copy(step.mesh, step.streams.loss) else 0.0
     return trace
 
 
