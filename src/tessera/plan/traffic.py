@@ -132,7 +132,7 @@ class _Step:
         self.anatomy, self.shape, self.parallel, self.mesh = anatomy_of(model), shape, parallel, parallel.mesh
         self.element, self.stored = parallel.compute.itemsize, parallel.dtype.itemsize
         self.statistic = torch.promote_types(parallel.compute, torch.float32).itemsize
-        self.tokens = shape.tokens // self.mesh.size(("depth", "row"))
+        self.tokens = shape.tokens // self.mesh.size(parallel.streams.ids)
         self.features = model.hidden_size // self.mesh.sizes["inner"]
         vocabulary = local_slice(model.vocab_size, ("col",), self.mesh)
         self.vocabulary = vocabulary.stop - vocabulary.start
