@@ -1,6 +1,8 @@
 """The one table of products, norms and attention against the model that is built: neither has what the other lacks."""
 
+import ast
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +12,7 @@ from tessera.layout.parallel import Parallel
 from tessera.layout.spec import Init
 from tessera.layout.streams import HIDDEN_BY_HEADS, residual_layout
 from tessera.models.anatomy import anatomy_of
+from tessera.models.config import LayerKind
 from tessera.models.decoder import Decoder
 from tessera.nn.linear import ParallelLinear
 from tessera.nn.norm import HeadNorm, Norm
@@ -25,7 +28,8 @@ PARALLELS = {
     "fsdp": Parallel(Mesh(rank=0), residual_layout(True), weights_over=(), fsdp=("shard", "row")),
 }
 SWITCHES = ("qkv_bias", "attention_out_bias", "mlp_bias", "head_bias", "tied", "qk_norm")
-ALL = MODELS | {
+ALL = MODELS | {"windows": replace(LLAMA, num_layers=3, layer_kinds=(LayerKind(), LayerKind(8)))}
+ALL |= {
     f"{family} with {switch} turned": replace(model, **{switch: not getattr(model, switch)})
     for family, model in (("llama", LLAMA), ("gpt2", GPT2))
     for switch in SWITCHES
@@ -61,8 +65,12 @@ def test_products_norms_and_attention_are_the_modules_of_each_layer(model):
         linears = {name: m for name, m in module.named_modules() if isinstance(m, ParallelLinear)}
         norms = {name: m for name, m in module.named_modules() if isinstance(m, Norm)}
         head_norms = [name for name, m in module.named_modules() if isinstance(m, HeadNorm)]
-        assert [norm.name for block in layer for norm in (block.norm,)] == list(norms)
-        assert [name for block in layer if block.attention for name in block.attention.norms] == head_norms
+        assert [(block.norm.name, block.norm.width) for block in layer] == [(n, m.features) for n, m in norms.items()]
+        (attention,) = (block.attention for block in layer if block.attention)
+        c = module.attention.config
+        said = (attention.heads, attention.kv_heads, attention.head_dim, attention.window)
+        assert said == (c.num_heads, c.num_kv_heads, c.head_dim, c.window)
+        assert attention.rotary == (decoder.positions is None) and list(attention.norms) == head_norms
         products = [product for block in layer for product in block.products]
         assert sorted(linear.name for product in products for linear in product.linears) == sorted(linears)
         for product in products:
@@ -93,9 +101,18 @@ def test_sites_of_weights():
 
 
 def test_layers_of_a_kind_are_counted_together():
-    anatomy = anatomy_of(replace(LLAMA, num_layers=7))
-    assert [count for _, count in anatomy.kinds] == [7]
-    other = anatomy_of(replace(LLAMA, num_layers=1, ffn_size=192)).layers
-    mixed = replace(anatomy, layers=(*anatomy.layers[:2], *other, *anatomy.layers[2:]))
-    assert mixed.kinds == [(anatomy.layers[0], 7), (other[0], 1)]
-    assert [name for name, *_ in mixed.parameters(PARALLELS["summa"])][0] == "embedding.weight"
+    assert [count for _, count in anatomy_of(replace(LLAMA, num_layers=7)).kinds] == [7]
+    mixed = anatomy_of(replace(LLAMA, num_layers=7, layer_kinds=(LayerKind(), LayerKind(8), LayerKind())))
+    assert mixed.kinds == [(mixed.layers[0], 5), (mixed.layers[1], 2)]
+
+
+def test_no_site_of_a_layer_is_named_anywhere_else():
+    """Who lists a layer's products asks the anatomy; the modules themselves may say their names."""
+    source = Path(__file__).parents[2] / "src" / "tessera"
+    sites = {site for model in ALL.values() for layer, _ in anatomy_of(model).kinds for b in layer for site in b.sites}
+    own = {site for site in sites | {"final norm"} if not site.isalpha()}  # of one word are other things too
+    assert own == {"q·k·v", "gate·up", "attention out", "layer norms", "final norm"}
+    for path in source.rglob("*.py"):
+        if path.parent.name != "nn" and path.name != "anatomy.py":
+            constants = (n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant))
+            assert not own & {value for value in constants if isinstance(value, str)}, path

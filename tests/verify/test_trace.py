@@ -7,7 +7,7 @@ import torch
 
 from distributed.model_cases import GPT2, LLAMA
 from tessera.core.mesh import Mesh
-from tessera.data.loader import Batch
+from tessera.data.batch import MicroBatch
 from tessera.engine.step import Step
 from tessera.layout.parallel import Parallel
 from tessera.layout.streams import residual_layout
@@ -20,7 +20,7 @@ def test_a_step_passes_the_points_in_the_order_of_the_anatomy_and_back(config):
     model = Decoder(config, Parallel(Mesh(rank=0), residual_layout(True)))
     model.initialize(seed=5)
     ids = torch.randint(0, config.vocab_size, (2, 6), generator=torch.Generator().manual_seed(3))
-    trace = traced(Step(model, torch.optim.SGD(model.parameters(), lr=0.0)), [Batch(ids, ids, ids.numel())])
+    trace = traced(Step(model, torch.optim.SGD(model.parameters(), lr=0.0)), [MicroBatch(ids, ids, ids.numel())])
     *chain, (head, *_) = _chain(config)
     points = [(name, output) for _, name, output in chain]
     forward = [(p.name, p.output) for p in trace.values if not p.backward]

@@ -152,7 +152,7 @@ def count(
     memory: Annotated[float, typer.Option(help="GB of a device, which the best mesh may hold.")] = 80.0,
     output: Annotated[Path | None, typer.Option(help="A folder for scale.md, scale.svg and scale.png.")] = None,
 ) -> None:
-    """Count words and memory of one device in every geometry, on up to hundreds of devices that are not there."""
+    """Count traffic and memory of one device in every geometry, on up to hundreds of devices that are not there."""
     from tessera.cli.count import count
 
     count(ranks, model, layers, batch, sequence, keep, memory, output)
@@ -175,7 +175,7 @@ def verify(
         typer.Option("--set", metavar="KEY=VALUE", help="Replace a key of the file (repeatable)."),
     ] = None,
 ) -> None:
-    """Prove that a layout computes what one process computes: loss, every gradient, weights, and words by formula."""
+    """Prove that a layout computes what one process computes: loss, every gradient, weights, and traffic by formula."""
     from tessera.cli.verify import Asked, verify
 
     verify(config, Asked(overrides or [], full, all_layouts, inject, report))

@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 from tessera.layout.parallel import Parallel
 from tessera.layout.spec import Init, ParameterSpec
-from tessera.layout.streams import HIDDEN, Layout
-from tessera.models.config import ModelConfig
+from tessera.layout.streams import Layout
+from tessera.models.config import LayerKind, ModelConfig
 
 EMBEDDING, HEAD, LOSS = "embedding", "head", "loss"
 """The sites outside of the layers, beside the final norm's; the first two are names of modules too."""
@@ -67,7 +67,7 @@ class Product:
 
     def hidden(self, parallel: Parallel) -> Layout:
         """The layout of its hidden stream."""
-        return parallel.attention if self.by_heads else HIDDEN
+        return parallel.streams.attention if self.by_heads else parallel.streams.hidden
 
     def parameters(self, parallel: Parallel) -> Iterator[Parameter]:
         """The weight of each linear, followed by its bias."""
@@ -106,13 +106,15 @@ class Norm:
 class Attention:
     """Attention of `heads`, of which runs of equal length read one of `kv_heads`.
 
-    With `rotary` positions queries and keys are rotated. `norms` are modules that norm each query and each key head.
+    `window`: how many tokens a query sees; None: all. With `rotary` positions queries and keys are rotated. `norms` are
+    modules that norm each query and each key head.
     """
 
     site: str
     heads: int
     kv_heads: int
     head_dim: int
+    window: int | None
     rotary: bool
     norms: tuple[str, ...] = ()
 
@@ -208,18 +210,18 @@ class Anatomy:
 @lru_cache(maxsize=64)
 def anatomy_of(model: ModelConfig) -> Anatomy:
     """The anatomy of the decoder that `model` describes."""
-    layer = (_attention_block(model), _mlp_block(model))
+    kinds = map(model.kind_of, range(model.num_layers))
     logits = (Linear(HEAD, model.vocab_size, "V"),)
     return Anatomy(
         None if model.rope else model.max_positions,
-        (layer,) * model.num_layers,
+        tuple((_attention_block(model, kind), _mlp_block(model)) for kind in kinds),
         _norm(model, "final norm", "norm"),
         Product(HEAD, True, model.hidden_size, logits, model.head_bias, dims=("V", "h")),
         model.tied,
     )
 
 
-def _attention_block(model: ModelConfig) -> Block:
+def _attention_block(model: ModelConfig, kind: LayerKind) -> Block:
     width, query, kv = model.hidden_size, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     reads = (Linear("attention.q", query, "heads"), Linear("attention.k", kv, "kv"), Linear("attention.v", kv, "kv"))
     out = (Linear("attention.out", query, "heads"),)
@@ -228,7 +230,7 @@ def _attention_block(model: ModelConfig) -> Block:
     return Block(
         _norm(model, "layer norms", "attention_norm"),
         Product("q·k·v", True, width, reads, model.qkv_bias, by_heads=True),
-        Attention("attention", *heads, rotary=model.rope is not None, norms=norms),
+        Attention("attention", *heads, kind.window, model.rope is not None, norms),
         Product("attention out", False, width, out, model.attention_out_bias, by_heads=True),
     )
 

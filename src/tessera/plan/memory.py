@@ -54,7 +54,8 @@ def state_bytes(model: ModelConfig, parallel: Parallel) -> int:
 def saved_bytes(model: ModelConfig, shape: StepShape, parallel: Parallel) -> int:
     """What one micro-batch leaves for its backward on the rank of `parallel.mesh`, when the forward has ended.
 
-    The gradients of the head, formed in the forward, are among it. Without dropout; slices that are kept hold more.
+    The gradients of the head, formed in the forward, are among it. Without dropout and windows, whose kernel saves
+    more, as do slices that are kept.
     """
     mesh, element, index, anatomy = parallel.mesh, parallel.compute.itemsize, torch.int64.itemsize, anatomy_of(model)
     t = shape.tokens // mesh.size(parallel.residual.tokens)
@@ -68,7 +69,7 @@ def saved_bytes(model: ModelConfig, shape: StepShape, parallel: Parallel) -> int
         layers += count * (stream if shape.recompute else sum(blocks))
 
     # the embedding saves ids and which of them lie here; learned positions save positions
-    ids = shape.tokens // mesh.size(("depth", "row")) * (index + 1) if mesh.sizes["col"] > 1 else 0
+    ids = shape.tokens // mesh.size(parallel.streams.ids) * (index + 1) if mesh.sizes["col"] > 1 else 0
     positions = shape.sequence * model.head_dim * element if anatomy.positions is None else t * index
     head = sum(prod(parameter.spec.local_shape(mesh)) for parameter in anatomy.head.parameters(parallel))
     return layers + 2 * stream + anatomy.norm.statistics * statistic + ids + positions + head * element
@@ -91,7 +92,7 @@ def _saved_by_block(block: Block, shape: StepShape, parallel: Parallel, stream: 
     if block.attention is not None:
         inside = tokens * _saved_by_attention(block.attention, parallel)
     if schedule.keep:
-        into_column = shape.tokens // mesh.size(("depth", "row")) * width * element  # brought together along col
+        into_column = shape.tokens // mesh.size(parallel.streams.ids) * width * element  # brought together along col
         if block.attention is not None and inner > 1:
             inside += into_row  # attention keeps its own result beside what is brought together along inner
         into_row *= inner
@@ -109,8 +110,6 @@ def _saved_by_attention(attention: Attention, parallel: Parallel) -> int:
 
 def _kv_heads(attention: Attention, parallel: Parallel) -> int:
     """The key and value heads that this rank's queries read."""
-    ranks, place = parallel.mesh.size(parallel.attention.features), parallel.mesh.index(parallel.attention.features)
-    if attention.kv_heads % ranks == 0:
-        return attention.kv_heads // ranks
-    local = attention.heads // ranks
-    return len(kv_heads_of(range(place * local, (place + 1) * local), attention.heads, attention.kv_heads))
+    local = attention.heads // parallel.mesh.size(parallel.attention.features)
+    first = parallel.mesh.index(parallel.attention.features) * local
+    return len(kv_heads_of(range(first, first + local), attention.heads, attention.kv_heads))

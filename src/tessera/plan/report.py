@@ -43,10 +43,6 @@ class Line:
     counted: int | None = None
     memory: StepMemory | None = None
 
-    @property
-    def runs(self) -> bool:
-        return self.counted is not None
-
 
 def line_of(model: ModelConfig, shape: StepShape, contender: Contender) -> Line:
     """Run the step of a layout that fits. Raises RunFailed when calls or bytes on any axis are not the formula's."""
@@ -98,14 +94,10 @@ def terminal_table(title: str, lines: Sequence[Line]) -> Table:
     caption = f"elements in millions, bytes in GB. {' '.join(NOTES.split())}"
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD)
     table.padding, table.pad_edge = (0, 1, 0, 0), False  # to fit 80 columns
-    rows = [cells(line, 1e6) for line in lines]
-    for row in rows:
-        row["elements"] = row.pop("by formula")
-        del row["counted"]
-    for heading in (shown := ("devices", "layout", "mesh", "elements", "kept", "peak", "states", "saved")):
+    for heading in ("devices", "layout", "mesh", "elements", "kept", "peak", "states", "saved"):
         table.add_column(heading, justify="left" if heading in ("layout", "mesh") else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(row[heading] for heading in shown))
+    for line in lines:
+        table.add_row(*(cell for heading, cell in cells(line, 1e6).items() if heading != "counted"))
     return table
 
 
@@ -139,7 +131,7 @@ def draw(title: str, lines: Sequence[Line], folder: Path) -> None:
             devices = [line.contender.ranks for line in own]
             elements.plot(devices, [line.contender.elements / 1e9 for line in own], style, color=colour, lw=1.2)
             look = {"color": colour, "ls": style, "lw": 1.2, "marker": marker, "ms": 6, "label": name}
-            if all(line.runs for line in own):
+            if all(line.counted is not None for line in own):
                 counted = [line.counted / 1e9 for line in own if line.counted]
                 elements.plot(devices, counted, color=colour, ls="", marker=marker, ms=6)
                 memory.plot(devices, [line.memory.peak / 1e9 for line in own if line.memory], **look)

@@ -42,7 +42,7 @@ class Operands:
 def operands_of(layer: Layer, tokens: int, parallel: Parallel) -> list[Operands]:
     """The operands of each product of a layer, in order, for a micro-batch of `tokens` (padded)."""
     mesh, itemsize = parallel.mesh, parallel.compute.itemsize
-    rows, col, inner = tokens // mesh.size(("depth", "row")), mesh.sizes["col"], mesh.sizes["inner"]
+    rows, col, inner = tokens // mesh.size(parallel.streams.ids), mesh.sizes["col"], mesh.sizes["inner"]
     moves_r = col > 1 and parallel.residual.stored_dim("col") is not None
     moves_w, moves_h = mesh.size(parallel.weights_over) > 1, inner > 1
     return [

@@ -132,7 +132,7 @@ class _Step:
         self.anatomy, self.shape, self.parallel, self.mesh = anatomy_of(model), shape, parallel, parallel.mesh
         self.element, self.stored = parallel.compute.itemsize, parallel.dtype.itemsize
         self.statistic = torch.promote_types(parallel.compute, torch.float32).itemsize
-        self.tokens = shape.tokens // self.mesh.size(("depth", "row"))
+        self.tokens = shape.tokens // self.mesh.size(parallel.streams.ids)
         self.features = model.hidden_size // self.mesh.sizes["inner"]
         vocabulary = local_slice(model.vocab_size, ("col",), self.mesh)
         self.vocabulary = vocabulary.stop - vocabulary.start
@@ -181,8 +181,8 @@ class _Step:
             self.add(site, "backward", f"d{operand.what}", operand.axes, backwards, operand.out())
 
     def pieces(self, product: Product) -> int:
-        """In how many its hidden stream moves along inner: linears of different widths, scattered over features, move
-        one by one."""
+        """In how many collectives its hidden stream moves along inner: one for each of its linears where they are
+        scattered over features and differ in width, e.g. q beside fewer k and v."""
         scattered = product.hidden(self.parallel).stored_dim("inner") == 1 and not self.parallel.schedule.in_panels
         widths = {linear.features for linear in product.linears}
         return len(product.linears) if scattered and len(widths) > 1 else 1
@@ -232,8 +232,8 @@ class _Step:
         self.add(HEAD, "forward", "dW", W.axes, times, W.out())
 
     def replicas(self) -> None:
-        """Gradients that no product sums over all axes of `ParameterSpec.summed_axes`: for each set of axes the large
-        ones each alone, the others in one all-reduce."""
+        """Gradients summed at the end of a step, over `ParameterSpec.summed_axes`: for each set of axes the large ones
+        each alone, the others in one all-reduce."""
         gradients: defaultdict[tuple[str, ...], list[int]] = defaultdict(list)
         for parameters, times in self.anatomy.units(self.parallel):
             for parameter in parameters:

@@ -23,11 +23,6 @@ from tessera.layout.streams import Layout
 from tessera.models.anatomy import EMBEDDING, HEAD, LOSS, anatomy_of
 from tessera.models.config import ModelConfig
 from tessera.models.decoder import Decoder
-from tessera.nn.attention import Attention
-from tessera.nn.embedding import VocabParallelEmbedding
-from tessera.nn.linear import RowParallelLinear
-from tessera.nn.mlp import MLP
-from tessera.nn.norm import Norm
 
 
 class Point(NamedTuple):
@@ -107,12 +102,16 @@ def _hooks(model: Decoder, trace: Trace) -> Iterator[None]:
         return lambda _module, _inputs, output: trace.pass_point(name, True, layout, output)
 
     handles = [model.register_forward_pre_hook(begin)]
-    for name, module in model.named_modules():
-        if isinstance(module, Attention | MLP | RowParallelLinear | VocabParallelEmbedding):
-            layout = module.input if isinstance(module, RowParallelLinear) else None
-            handles.append(module.register_forward_pre_hook(before(name, layout)))
-        if isinstance(module, Norm | VocabParallelEmbedding | RowParallelLinear):
+    handles.append(model.embedding.register_forward_pre_hook(before(EMBEDDING, None)))
+    *chain, _ = _chain(model.config)
+    for _, name, output in chain:
+        module: Any = model.get_submodule(name)
+        if output:
             handles.append(module.register_forward_hook(after(name, module.output)))
+        else:  # of a row-parallel layer, the last of its block
+            block = name.rpartition(".")[0]
+            handles.append(model.get_submodule(block).register_forward_pre_hook(before(block, None)))
+            handles.append(module.register_forward_pre_hook(before(name, module.input)))
     try:
         yield
     finally:
