@@ -47,7 +47,7 @@ BESIDE_THE_DOOR = {  # names of torch.distributed that move no data of a step â†
         "tessera.engine.fsdp"  # its collectives come back to the door
     ),
     "new_group checkpoint": "tessera.checkpoint",  # DCP writes beside training, in a group of its own
-    "DistError PrefixStore Store TCPStore elastic rendezvous": "tessera.launch",  # processes find one another before groups
+    "DistError PrefixStore Store TCPStore elastic rendezvous": "tessera.launch",  # processes find one another
     "Store": "tessera.train.trainer",  # a type
     "elastic.multiprocessing.errors.record": "tessera.demos.memory",  # a rank of its own says why it ended
 }
