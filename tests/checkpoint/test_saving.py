@@ -1,6 +1,5 @@
 """Saves beside the training: what they leave, what damages are found, and how they fail."""
 
-import multiprocessing
 import random
 import shutil
 import subprocess
@@ -11,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from support.pool import PRELOAD, pool
+from support.forked import forkserver
+from support.pool import pool
 from tessera.checkpoint import folder as checkpoint_folder
 from tessera.checkpoint.folder import latest, read_state, verify
 from tessera.checkpoint.resumed import differences
@@ -273,9 +273,7 @@ def test_a_full_disk(workshop: Workshop, small_disk):
 def test_a_run_killed_during_a_save_leaves_a_whole_checkpoint(workshop: Workshop, tmp_path, moment):
     """At any moment after the first commit LATEST's checkpoint is whole, to the last bit."""
     settings = workshop.settings("llama", tmp_path / "run", save_steps=1, save_total_limit=1, max_steps=100_000)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    process = context.Process(target=train_on_rank, args=(settings,))
+    process = forkserver().Process(target=train_on_rank, args=(settings,))
     process.start()
     end = time.monotonic() + 60
     while not (tmp_path / "run/LATEST").exists() and time.monotonic() < end:

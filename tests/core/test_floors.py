@@ -47,11 +47,11 @@ BESIDE_THE_DOOR = {  # names of torch.distributed that move no data of a step â†
         "tessera.engine.fsdp"  # its collectives come back to the door
     ),
     "new_group checkpoint": "tessera.checkpoint",  # DCP writes beside training, in a group of its own
-    "DistError PrefixStore TCPStore elastic": "tessera.launch",  # processes find one another before there are groups
+    "DistError PrefixStore Store TCPStore elastic rendezvous": "tessera.launch",  # processes find one another
+    "Store": "tessera.train.trainer",  # a type
     "elastic.multiprocessing.errors.record": "tessera.demos.memory",  # a rank of its own says why it ended
 }
 METHODS = {"full_tensor", "redistribute"}  # of a DTensor: collectives that nobody sees
-STILL_KNOW_TRAIN_CONFIG = {"tessera.layout.resolve", "tessera.plan.tune"}
 
 
 @cache
@@ -101,7 +101,7 @@ def forbidden(name: str, used: set[str]) -> list[str]:
     if own == "sizes" or name in ("tessera.core.axes", "tessera.core.errors"):
         allowed = ("tessera.core.axes", "tessera.core.errors", "tessera.sizes")
         found += [o for o in used if o.split(".")[0] not in sys.stdlib_module_names and not o.startswith(allowed)]
-    if FLOOR.get(own, len(FLOORS)) < FLOOR["train"] and own != "config" and name not in STILL_KNOW_TRAIN_CONFIG:
+    if FLOOR.get(own, len(FLOORS)) < FLOOR["train"] and own != "config":
         found += [o for o in used if o.startswith(TRAIN_CONFIG)]
     return [f"{name} â†’ {other}" for other in sorted(found)]
 

@@ -33,7 +33,7 @@ def masks(model: Decoder, size: int) -> dict[str, Tensor]:
     ones = torch.ones(ids.numel() // mesh.size(residual.tokens), TINY.hidden_size // mesh.size(residual.features))
     places = ["embedding", *(f"layers.{i}.{block}" for i in range(len(model.layers)) for block in ("attention", "mlp"))]
     found = {place: drop(ones, tokens, p, model.norm, place) for place in places}
-    return found | {f"{i}": layer.attention._keep(tokens, KEY) for i, layer in enumerate(model.layers)}
+    return found | {f"{i}": layer.attention._keep(tokens, KEY) for i, layer in model.layers.items()}
 
 
 def masks_agree(sizes: dict[str, int], options: dict[str, Any], size: int) -> list[bool]:

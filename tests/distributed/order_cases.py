@@ -87,7 +87,7 @@ def forward_alone(step: Step, batch: MicroBatch) -> None:
 
 
 def broken_forward(step: Step, batch: MicroBatch) -> None:
-    handle = step.model.layers[1].mlp.register_forward_pre_hook(stop)
+    handle = step.model.layers["1"].mlp.register_forward_pre_hook(stop)
     _must_stop(lambda: forward_alone(step, batch))
     handle.remove()
 
@@ -96,7 +96,7 @@ def broken_backward(step: Step, batch: MicroBatch) -> None:
     def stop_its_gradient(module: Any, inputs: Any, output: torch.Tensor) -> None:
         output.register_hook(stop)
 
-    handle = step.model.layers[0].register_forward_hook(stop_its_gradient)
+    handle = step.model.layers["0"].register_forward_hook(stop_its_gradient)
     _must_stop(lambda: step.model(batch, 1.0).backward())
     handle.remove()
     step.model.zero_grad()

@@ -28,7 +28,7 @@ from tessera.plan.tune import Tuning, _Trial, candidates, tune
 from tessera.sizes.rules import TensorParallel
 from tessera.sizes.schedule import Schedule
 from tessera.train.settings import row_shape, step_shape
-from train.runs import train_on_rank
+from train.on_rank import train_on_rank
 
 MODEL = ModelConfig(
     family="llama",

@@ -126,7 +126,8 @@ class Decoder(nn.Module):
         self.positions = None
         if config.rope is None:
             self.positions = LearnedPositions(config.max_positions, config.hidden_size, parallel, init=init)
-        self.layers = nn.ModuleList(DecoderLayer(config, parallel, i) for i in range(config.num_layers))
+        # by their index in the whole model, so that names are the same where some layers are elsewhere
+        self.layers = nn.ModuleDict({str(i): DecoderLayer(config, parallel, i) for i in range(config.num_layers)})
         self.norm = _norm(config, parallel)
         self.head = OutputHead(config, parallel)
         check_chain("embedding", self.embedding.output, "the layers", self.norm.input)
@@ -140,22 +141,38 @@ class Decoder(nn.Module):
         """Random weights from (seed, parameter name, global index), the same on every mesh."""
         initialize(self, self.parallel.mesh, seed)
 
-    def hidden_states(self, batch: MicroBatch, dropout_key: int | None = None) -> Tensor:
-        """The normed residual stream of `batch` (the same on every model rank), in the residual layout."""
-        mesh, compute = self.parallel.mesh, self.parallel.compute
-        tokens = Tokens.of(batch, self.parallel.streams, mesh, dropout_key)
+    def begin(self, batch: MicroBatch, dropout_key: int | None = None) -> Tokens:
+        """The tokens of `batch`, the same on every model rank, for a forward that begins."""
         self.parallel.overlap.begin(torch.is_grad_enabled())
-        x = self.embedding(self._looked_up(batch.input_ids))
+        return Tokens.of(batch, self.parallel.streams, self.parallel.mesh, dropout_key)
+
+    def embed(self, tokens: Tokens) -> Tensor:
+        """The residual stream before the first layer."""
+        x = self.embedding(self._looked_up(tokens.batch.input_ids))
         if self.positions is not None:
             x = x + self.positions(tokens.residual.positions)
-        x = drop(x, tokens, self.config.embedding_dropout, self.norm, "embedding")
-        rope = None
+        return drop(x, tokens, self.config.embedding_dropout, self.norm, "embedding")
+
+    def run_layers(self, x_TF: Tensor, tokens: Tokens) -> Tensor:
+        """The residual stream after the layers that are here."""
+        rope, recompute = None, self.gradient_checkpointing and torch.is_grad_enabled()
         if self.config.rope is not None:
-            rope = rope_table(tokens.positions, self.config.head_dim, self.config.rope, compute)
-        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-        for layer in self.layers:
-            x = layer(x, tokens, rope, recompute)
-        return self.norm(x)
+            rope = rope_table(tokens.positions, self.config.head_dim, self.config.rope, self.parallel.compute)
+        for layer in self.layers.values():
+            x_TF = layer(x_TF, tokens, rope, recompute)
+        return x_TF
+
+    def loss(self, x_TF: Tensor, tokens: Tokens, denominator: float, label_smoothing: float = 0.0) -> Tensor:
+        """What `forward` returns, of the residual stream after the last layer."""
+        head = Head(
+            self.head.plan.roles(self.parallel.mesh),
+            self.embedding.vocabulary,
+            self.config.vocab_size,
+            denominator,
+            label_smoothing,
+        )
+        targets = self._looked_up(tokens.batch.targets)
+        return linear_cross_entropy(self.norm(x_TF), self._head_weight(), self._head_bias(), targets, head)
 
     def _looked_up(self, ids: Tensor) -> Tensor:
         """This rank's part of `ids`, flat: what the embedding looks up and the loss is taken over."""
@@ -178,23 +195,18 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """The summed cross entropy over this rank's tokens divided by `denominator`.
 
-        `batch` is the same on every model rank; `dropout_key` switches dropout on (see nn/dropout.py).
+        `batch` is the same on every model rank; `dropout_key` switches dropout on (see nn/dropout.py). The three parts,
+        `embed`, `run_layers` and `loss`, take and give the residual stream in its layout.
         """
-        x = self.hidden_states(batch, dropout_key)
-        head = Head(
-            self.head.plan.roles(self.parallel.mesh),
-            self.embedding.vocabulary,
-            self.config.vocab_size,
-            denominator,
-            label_smoothing,
-        )
-        return linear_cross_entropy(x, self._head_weight(), self._head_bias(), self._looked_up(batch.targets), head)
+        tokens = self.begin(batch, dropout_key)
+        return self.loss(self.run_layers(self.embed(tokens), tokens), tokens, denominator, label_smoothing)
 
     @torch.no_grad()
     def logits(self, input_ids: Tensor) -> Tensor:
         """Full logits [B, S, V] on every rank, for sampling and tests."""
         mesh = self.parallel.mesh
-        x = self.hidden_states(MicroBatch(input_ids, input_ids, valid=0))
+        tokens = self.begin(MicroBatch(input_ids, input_ids, valid=0))
+        x = self.norm(self.run_layers(self.embed(tokens), tokens))
         roles = self.head.plan.roles(mesh)
         (local,) = distributed_product(x, [self._head_weight()], [self._head_bias()], roles)
         shape, output = (input_ids.numel(), self.config.vocab_size), self.head.plan.output
