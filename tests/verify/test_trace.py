@@ -12,7 +12,7 @@ from tessera.engine.step import Step
 from tessera.layout.parallel import Parallel
 from tessera.layout.streams import residual_layout
 from tessera.models.decoder import Decoder
-from tessera.verify.trace import Point, _chain, behind, traced
+from tessera.verify.trace import Point, behind, operations, traced
 
 
 @pytest.mark.parametrize("config", [LLAMA, replace(GPT2, tied=True, head_bias=False)], ids=["llama", "gpt2 tied"])
@@ -21,7 +21,7 @@ def test_a_step_passes_the_points_in_the_order_of_the_anatomy_and_back(config):
     model.initialize(seed=5)
     ids = torch.randint(0, config.vocab_size, (2, 6), generator=torch.Generator().manual_seed(3))
     trace = traced(Step(model, torch.optim.SGD(model.parameters(), lr=0.0)), [MicroBatch(ids, ids, ids.numel())])
-    *chain, (head, *_) = _chain(config)
+    *chain, (head, *_) = operations(config)
     points = [(name, output) for _, name, output in chain]
     forward = [(p.name, p.output) for p in trace.values if not p.backward]
     backward = [(p.name, p.output) for p in trace.values if p.backward]

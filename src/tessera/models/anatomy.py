@@ -184,14 +184,6 @@ class Anatomy:
                     yield parameter._replace(name=f"layers.{index}.{parameter.name}")
         yield from self._last(parallel)
 
-    def sites_of(self, weight: str) -> tuple[str, ...]:
-        """Where the weight of this full name is multiplied: a tied embedding's at two sites, a norm's at none."""
-        sites = {EMBEDDING: (EMBEDDING, HEAD) if self.tied else (EMBEDDING,), HEAD: (HEAD,)}
-        for index, layer in enumerate(self.layers):
-            for product in (product for block in layer for product in block.products):
-                sites |= {f"layers.{index}.{linear.name}": (product.site,) for linear in product.linears}
-        return sites.get(weight.removesuffix(".weight"), ())
-
     def _tables(self, parallel: Parallel) -> Iterator[Parameter]:
         width, residual = self.norm.width, parallel.residual
         # looked up by one-hot rows of the hidden stream; the weight lies as the head's does

@@ -25,7 +25,7 @@ from tessera.data.batch import MicroBatch
 from tessera.engine.step import Step
 from tessera.layout.parallel import Parallel
 from tessera.layout.spec import ParameterSpec, local_slice
-from tessera.models.anatomy import HEAD, anatomy_of
+from tessera.models.anatomy import HEAD
 from tessera.models.decoder import Decoder
 from tessera.nn.parameter import named_specs, to_local
 from tessera.plan.traffic import LAYERS, OUTSIDE, Transfer, step_transfers
@@ -33,7 +33,7 @@ from tessera.train.settings import step_shape
 from tessera.verify import own
 from tessera.verify.cases import Case
 from tessera.verify.steps import batches_of, build, stepper
-from tessera.verify.trace import Operation, Point, Trace, behind, part, traced
+from tessera.verify.trace import Operation, Point, Trace, behind, operations, part, traced
 
 ARRIVING = ("all_gather", "broadcast", "shift")
 SUMMING = ("reduce_scatter", "all_reduce", "reduce", "shift")
@@ -201,7 +201,9 @@ def _of_gradients(beside: Beside, wrong: dict[str, ParameterSpec]) -> list[str]:
     others = f" and {len(wrong) - 1} others" if len(wrong) > 1 else ""
     # a vector's gradient is summed with the replicas
     replicas = [t for t in beside.transfers if t.what == "replicas" and not set(t.axes) & spec.cut_axes]
-    sites = (*anatomy_of(beside.model.config).sites_of(name), _unit(name))
+    module, _, kind = name.rpartition(".")
+    reading = [each for each, *_ in operations(beside.model.config) if kind == "weight" and module in each.modules]
+    sites = {_unit(name), *(site for operation in reading for site in operation.sites)}
     moved = ("dY", "dW") if name == "embedding.weight" else ("X", "dW")
     own_product = [t for t in beside.transfers if t.site in sites and t.what in moved]
     transfers = [t for t in own_product if t.phase == "backward" or t.what == "dW"] + replicas

@@ -103,8 +103,8 @@ def _hooks(model: Decoder, trace: Trace) -> Iterator[None]:
 
     handles = [model.register_forward_pre_hook(begin)]
     handles.append(model.embedding.register_forward_pre_hook(before(EMBEDDING, None)))
-    *chain, _ = _chain(model.config)
-    for _, name, output in chain:
+    *leading_to_points, _ = operations(model.config)
+    for _, name, output in leading_to_points:
         module: Any = model.get_submodule(name)
         if output:
             handles.append(module.register_forward_hook(after(name, module.output)))
@@ -127,15 +127,15 @@ def part(whole: Tensor, layout: Layout, mesh: Mesh) -> Tensor:
 
 def behind(point: Point, model: Decoder) -> Operation:
     """The operation whose result is at `point`: of two that meet there, in the backward the later one."""
-    chain = _chain(model.config)
-    operation = next(operation for operation, *at in chain if at == [point.name, point.output])
+    in_order = operations(model.config)
+    operation = next(operation for operation, *at in in_order if at == [point.name, point.output])
     if not point.backward:
         return operation
-    later, *_ = next(chain)
+    later, *_ = next(in_order)
     return later if HEAD in later.sites else later._replace(phase="backward")  # the head's gradients are formed early
 
 
-def _chain(model: ModelConfig) -> Iterator[tuple[Operation, str, bool]]:
+def operations(model: ModelConfig) -> Iterator[tuple[Operation, str, bool]]:
     """The operations of a forward in order, each with the module at whose output (or input) its result is a point."""
     anatomy = anatomy_of(model)
     yield Operation((EMBEDDING,), (EMBEDDING,)), EMBEDDING, True
