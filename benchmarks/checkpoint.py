@@ -66,6 +66,7 @@ class Bench:
         (folder / "model").mkdir()
         (folder / "model/config.json").write_text(json.dumps(CONFIG))
         device = devices.local_device()
+        devices.prepare(device, tf32=False)
         config = read_model_config(folder / "model")
         self.model = Decoder(config, Parallel(Mesh({}, device), residual_layout(True)))
         self.model.initialize(0)

@@ -33,6 +33,7 @@ from benchmarks.contenders.dtensor_mlp import Stack as DTensorStack
 from benchmarks.measure import LiveTensors
 from benchmarks.report import describe_machine
 from tessera.config.schema import TrainConfig
+from tessera.core import device as devices
 from tessera.core.mesh import Mesh
 from tessera.engine.gradients import sum_replicated_gradients
 from tessera.engine.optimizer import build_optimizer
@@ -272,6 +273,7 @@ Job = Callable[[dict[str, Mesh]], Any]  # what every rank does, and sends
 
 def serve(rank: int, world: int, store: str, jobs: list[Job], pipe: Any) -> None:
     torch.set_num_threads(1)
+    devices.prepare(torch.device("cpu"), tf32=False)  # as a rank of a run, and all contenders alike
     dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
     meshes: dict[str, Mesh] = {}
     for job in jobs:

@@ -88,6 +88,7 @@ CONTENDERS = {"tessera": trainer_of, "transformers": transformers_of}
 def measure(contender: str, model: ModelConfig, batch: int, sequence: int, steps: int, bf16: bool) -> str:
     """Train on random tokens; the median of `steps` steps after two that warm up."""
     device = devices.local_device()
+    devices.prepare(device, tf32=False)
     stack, step = CONTENDERS[contender](model, device, torch.bfloat16 if bf16 else torch.float32)
     ids = torch.randint(0, model.vocab_size, (batch, sequence + 1), generator=torch.Generator().manual_seed(0))
     inputs, targets = ids[:, :-1].to(device), ids[:, 1:].to(device)

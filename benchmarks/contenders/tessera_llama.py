@@ -1,11 +1,13 @@
-"""Tessera's own decoder and optimizer step, as `tessera train` runs them."""
+"""Tessera's own decoder and optimizer step, in a process prepared as `tessera train` prepares a rank's."""
 
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.workload import LEARNING_RATE, MAX_GRAD_NORM, WEIGHT_DECAY, Shape
+from tessera.core import device as devices
 from tessera.core.mesh import Mesh
 from tessera.data.batch import MicroBatch
 from tessera.engine.optimizer import build_optimizer
@@ -33,6 +35,7 @@ class Training:
 
 def build(shape: Shape, folder: Path, rank: int, world: int, sequence_parallel: bool) -> Training:
     """The 1D geometry over `world` ranks."""
+    devices.prepare(torch.device("cpu"), tf32=False)
     parallel = Parallel(Mesh({"col": world}), residual_layout(sequence_parallel))
     model = Decoder(read_model_config(folder), parallel)
     load_weights(model, folder)

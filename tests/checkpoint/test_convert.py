@@ -17,7 +17,7 @@ from tessera.checkpoint.convert import convert
 from tessera.config.schema import TrainConfig
 from tessera.core.errors import RunFailed, UserError
 from tessera.models import hub
-from tessera.train.preflight import checkpoint_to_resume
+from tessera.train.run import checkpoint_to_resume
 from train.on_rank import said_on_rank
 from train.runs import MODELS, Workshop, exported, metrics, run
 

@@ -14,12 +14,11 @@ import torch
 
 from support.pool import pool
 from tessera.checkpoint import folder as checkpoint_folder
-from tessera.checkpoint import tensors as checkpoint
 from tessera.config.schema import TrainConfig
 from tessera.core.errors import UserError
-from tessera.launch.rank import restart_overrides
-from tessera.train.preflight import checkpoint_to_resume
-from tessera.train.trainer import train
+from tessera.launch.rank import restarted
+from tessera.train.run import checkpoint_to_resume
+from train.faults_on_rank import train_with_fresh_moments
 from train.runs import Metrics, Workshop, exported, metrics, refusal_on_rank, run
 
 LONG = {"max_steps": 7, "save_steps": 3, "shuffle": True}  # 42 of 26 rows: the order of a second epoch too
@@ -56,9 +55,10 @@ def test_a_rank_that_torchrun_starts_again_takes_what_latest_names(whole_run, tm
     output = tmp_path / "run"
     shutil.copytree(whole_run(1)["output_dir"], output)
     (output / "LATEST").write_text("checkpoint-3\n")
-    assert (output / "checkpoint-6").exists() and restart_overrides(str(output)) == []
+    config = TrainConfig.model_validate(whole_run(1) | {"output_dir": str(output)})
+    assert (output / "checkpoint-6").exists() and restarted(config) == config
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert restart_overrides(str(output)) == [f"resume_from_checkpoint='{output / 'checkpoint-3'}'"]
+    assert restarted(config).resume_from_checkpoint == str(output / "checkpoint-3")
 
 
 # ---- The same numbers
@@ -107,21 +107,6 @@ def test_a_resumed_run_that_does_not_log_its_first_step(whole_run, tmp_path):
     found = run(copy_of(whole_run(1), tmp_path / "run", logging_steps=100))
     assert losses(found) == losses(metrics(whole_run(1)))
     assert all(m["memory_gib"] > 0 for m in found)
-
-
-def train_with_fresh_moments(settings: dict[str, Any]) -> None:
-    """Go on with the weights of a checkpoint and an optimizer that has never stepped."""
-
-    def load_and_forget(folder, model, optimizer):
-        state = real(folder, model, optimizer)
-        optimizer.state.clear()
-        return state
-
-    real, checkpoint.load = checkpoint.load, load_and_forget
-    try:
-        train(TrainConfig.model_validate(settings))
-    finally:
-        checkpoint.load = real
 
 
 def test_an_optimizer_state_left_out_would_be_seen(whole_run, tmp_path):

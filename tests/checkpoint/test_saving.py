@@ -1,6 +1,5 @@
 """Saves beside the training: what they leave, what damages are found, and how they fail."""
 
-import multiprocessing
 import random
 import shutil
 import subprocess
@@ -11,13 +10,14 @@ from typing import Any
 
 import pytest
 
-from support.pool import PRELOAD, pool
+from support.forked import forkserver
+from support.pool import pool
 from tessera.checkpoint import folder as checkpoint_folder
 from tessera.checkpoint.folder import latest, read_state, verify
 from tessera.checkpoint.resumed import differences
 from tessera.config.schema import TrainConfig
 from tessera.core.errors import UserError
-from tessera.train.preflight import checkpoint_to_resume
+from tessera.train.run import checkpoint_to_resume
 from train.on_rank import (
     failing_on_rank,
     limited_on_rank,
@@ -69,8 +69,8 @@ def test_what_a_checkpoint_holds(done):
     }
     state = read_state(folder)
     tokens = metrics(done)[3]["tokens"]
-    assert (state["step"], state["tokens"], state["samples"], state["seed"], state["skipped"]) == (4, tokens, 24, 42, 0)
-    assert state["config"] == TrainConfig.model_validate(done).model_dump(mode="json")
+    assert (state.step, state.tokens, state.samples, state.seed, state.skipped) == (4, tokens, 24, 42, 0)
+    assert state.config == TrainConfig.model_validate(done).model_dump(mode="json")
 
 
 @pytest.mark.skipif(shutil.which("sha256sum") is None, reason="no sha256sum here")
@@ -273,9 +273,7 @@ def test_a_full_disk(workshop: Workshop, small_disk):
 def test_a_run_killed_during_a_save_leaves_a_whole_checkpoint(workshop: Workshop, tmp_path, moment):
     """At any moment after the first commit LATEST's checkpoint is whole, to the last bit."""
     settings = workshop.settings("llama", tmp_path / "run", save_steps=1, save_total_limit=1, max_steps=100_000)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    process = context.Process(target=train_on_rank, args=(settings,))
+    process = forkserver().Process(target=train_on_rank, args=(settings,))
     process.start()
     end = time.monotonic() + 60
     while not (tmp_path / "run/LATEST").exists() and time.monotonic() < end:

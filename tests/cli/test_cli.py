@@ -15,20 +15,30 @@ from tessera.launch.launch import launch
 
 CONFIG = "base_model: m\ndatasets: [{path: a.txt}]\n"
 STAND_INS = """
-import os, sys, types
-def train(config):
-    print("trained", os.environ.get("RANK"), os.environ.get("WORLD_SIZE"), config.max_steps, flush=True)
+import json, os, sys, types
+class Run:
+    def __init__(self, content): self.content = content
+    def going_on_from(self, checkpoint): return self
+    def to_json(self): return json.dumps(self.content)
+    @classmethod
+    def from_json(cls, text): return cls(json.loads(text))
+def prepared_run(config, processes):
+    print("checked", os.environ.get("RANK"), processes, flush=True)
+    if os.environ["FAKE"] == "refused":
+        raise UserError("base_model", config.base_model, "is not there")
+    return Run({"base_model": config.base_model, "max_steps": config.max_steps})
+def train(run, store=None):
+    print("trained", os.environ.get("RANK"), os.environ.get("WORLD_SIZE"), run.content["max_steps"], flush=True)
     if os.environ["FAKE"] == "user error":
-        raise UserError("base_model", config.base_model, "does not fit")
+        raise UserError("base_model", run.content["base_model"], "does not fit")
     if os.environ["FAKE"] == "run failed":
         from tessera.core.errors import RunFailed
         raise RunFailed("the loss is not a number")
-def preflight(config, world):
-    print("checked", os.environ.get("RANK"), world, flush=True)
 class UserError(__import__("tessera.core.errors").core.errors.UserError): pass
-for name, function in (("trainer", train), ("preflight", preflight)):
+run = {"Run": Run, "prepared_run": prepared_run, "check": prepared_run, "check_gpus": lambda processes: None}
+for name, content in (("trainer", {"train": train}), ("run", run)):
     sys.modules[f"tessera.train.{name}"] = module = types.ModuleType(name)
-    setattr(module, name if name == "preflight" else "train", function)
+    vars(module).update(content)
 """
 
 
@@ -49,11 +59,16 @@ def write_config(folder: Path, text: str = CONFIG) -> Path:
 def called(monkeypatch) -> list[tuple[str, object]]:
     """What `launch` called in this process, instead of the real checks and trainer."""
     calls: list[tuple[str, object]] = []
-    trainer, preflight = types.ModuleType("trainer"), types.ModuleType("preflight")
+    trainer, checks = types.ModuleType("trainer"), types.ModuleType("run")
     trainer.train = lambda config: calls.append(("train", config.seed))  # type: ignore[attr-defined]
-    preflight.preflight = lambda config, world: calls.append(("preflight", world))  # type: ignore[attr-defined]
+
+    def prepared_run(config, processes):
+        calls.append(("prepared", processes))
+        return config
+
+    checks.prepared_run = prepared_run  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "tessera.train.trainer", trainer)
-    monkeypatch.setitem(sys.modules, "tessera.train.preflight", preflight)
+    monkeypatch.setitem(sys.modules, "tessera.train.run", checks)
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
     return calls
@@ -101,7 +116,7 @@ def test_a_mistake_ends_with_its_message_and_code_2(tmp_path):
 
 def test_one_process_is_checked_and_trains_here(tmp_path, called, capsys):
     launch(write_config(tmp_path), ["seed=7", "flash_attention=true"])
-    assert called == [("preflight", 1), ("train", 7)]
+    assert called == [("prepared", 1), ("train", 7)]
     out = capsys.readouterr().out
     assert "flash_attention: true has no effect" in out
     assert "sequence_len 2048" in out and "seed" not in out.partition("defaults:")[2]
@@ -142,10 +157,19 @@ def test_what_the_ranks_have_to_say_is_told_once(tmp_path, fake, code, told):
     assert (result.returncode, result.stderr) == (code, told)
 
 
-def test_torchrun_ranks_are_checked_one_by_one_and_train(tmp_path):
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tessera"]
+
+
+def test_under_torchrun_rank_0_makes_the_run_for_all(tmp_path):
     path = write_config(tmp_path, CONFIG + "tensor_parallel_size: 2\n")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tessera"]
-    result = run([*torchrun, "train", str(path)], tmp_path)
+    result = run([*TORCHRUN, "train", str(path)], tmp_path)
     assert result.returncode == 0, result.stderr
     said = [line for line in result.stdout.splitlines() if "default" not in line]
-    assert sorted(said) == ["checked 0 2", "checked 1 2", "trained 0 2 None", "trained 1 2 None"]
+    assert sorted(said) == ["checked 0 2", "trained 0 2 None", "trained 1 2 None"]
+
+
+def test_what_rank_0_refuses_ends_every_rank(tmp_path):
+    path = write_config(tmp_path, CONFIG + "tensor_parallel_size: 2\n")
+    result = run([*TORCHRUN, "train", str(path)], tmp_path, "refused")
+    assert result.returncode and "base_model: m\n  is not there" in result.stderr
+    assert [line for line in result.stdout.splitlines() if "default" not in line] == ["checked 0 2"]

@@ -21,7 +21,7 @@ def test_a_folder_is_read_in_sorted_order_without_hidden_and_empty_files(write):
     }.items():
         folder = write(f"d/{name}", text).parent
     files = read_files([entry(folder)])
-    assert [file.content for file in files] == [b"AB", b"AZ", b"B", b"C"]
+    assert [document.text for file in files for document in read_documents(file)] == ["AB", "AZ", "B", "C"]
 
 
 @pytest.mark.parametrize(

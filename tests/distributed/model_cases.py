@@ -1,7 +1,6 @@
 """Runs on every rank of a pool: a whole model on a mesh against the same model in one process, in float64."""
 
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from support.compare import worst
 from support.mesh import shared_mesh
+from support.once import once
 from tessera.core.axes import DATA_AXES
 from tessera.core.collectives import Recorder
 from tessera.core.mesh import Mesh
@@ -135,7 +135,7 @@ def train(
     }
 
 
-@cache
+@once
 def reference(
     config: ModelConfig, steps: int, smoothing: float = 0.0, size: int = 4, length: int = 12
 ) -> dict[str, Any]:

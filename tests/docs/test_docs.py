@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
+
+from support.forked import python
+from tessera.cli.main import app
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -28,9 +32,20 @@ def blocks(language: str) -> list:
 def test_python_runs(ranks, code, tmp_path):
     script = tmp_path / "block.py"
     script.write_text(code)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks] if ranks else []
-    run = subprocess.run([sys.executable, *torchrun, str(script)], capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
+    run = python(script, int(ranks) if ranks else None)
+    assert not any(run.codes), run.err
+
+
+def test_python_runs_as_a_reader_starts_it(tmp_path):
+    """The first block of `python` and the first of `torchrun`, with nothing imported for them."""
+    every = [block.values for block in blocks("python")]
+    for torchrun in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]):
+        ranks, code = next(block for block in every if bool(block[0]) == bool(torchrun))
+        script = tmp_path / "block.py"
+        script.write_text(code)
+        words = [sys.executable, *torchrun, *([ranks] if ranks else []), str(script)]
+        run = subprocess.run(words, capture_output=True, text=True, timeout=300)
+        assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.parametrize("_, text", blocks("yaml"))
@@ -61,11 +76,8 @@ def test_commands_exist(_, text):
 
 @cache
 def tessera_help(command: str) -> str:
-    environment = {"NO_COLOR": "1", "COLUMNS": "200", "PATH": "/usr/bin:/bin"}
-    run = subprocess.run(
-        [sys.executable, "-m", "tessera", command, "--help"], capture_output=True, text=True, env=environment
-    )
-    assert run.returncode == 0, run.stderr
+    run = CliRunner().invoke(app, [command, "--help"], env={"NO_COLOR": "1", "COLUMNS": "200"})
+    assert run.exit_code == 0, run.output
     return run.stdout
 
 

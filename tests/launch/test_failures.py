@@ -19,7 +19,7 @@ from tessera.cli.main import main
 from tessera.config.schema import TrainConfig
 from tessera.core.errors import UserError
 from tessera.launch import launch
-from tessera.train.preflight import resolve
+from tessera.train.run import resolve
 from train.runs import Workshop, command, environment, exported, metrics, refusal_on_rank, run, run_command
 
 # ---- Mistakes of the user: exit code 2, one message, nothing written, no process started

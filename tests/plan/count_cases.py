@@ -1,6 +1,8 @@
 """Counts of one optimizer step: what a recorder sees on real ranks, or on one rank of a fake world, and by formula."""
 
+from collections import Counter
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from tessera.engine.step import Step
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape
 from tessera.layout.streams import HIDDEN, HIDDEN_BY_HEADS, Layout, residual_layout
+from tessera.models.anatomy import anatomy_of
 from tessera.models.config import ModelConfig
 from tessera.models.decoder import Decoder
 from tessera.plan.count import fake_world, make_state
@@ -61,6 +64,21 @@ class Case:
         words += ["weights over depth"] if "depth" in self.weights_over else []
         words += [str(self.compute)] if self.compute else []
         return " ".join(words)
+
+
+def held_elements(model: ModelConfig, parallel: Parallel) -> dict[str, int]:
+    """Elements that a rank holds, of matrices, and of vectors (and learned positions) along each stream's features."""
+    held = Counter()
+    for parameters, times in anatomy_of(model).units(parallel):
+        for _, _, spec in parameters:
+            along = (
+                "residual"
+                if spec.acts_on == parallel.residual and spec.cuts[-1] == parallel.residual.features
+                else "hidden"
+            )
+            kind = "matrices" if len(spec.shape) > 1 and all(spec.cuts) else along
+            held[kind] += times * prod(spec.stored_shape(parallel.mesh))
+    return dict(held)
 
 
 def run_step(model: ModelConfig, case: Case, mesh: Mesh, steps: int = 1) -> tuple[Any, Decoder]:

@@ -16,13 +16,13 @@ from tessera.engine.step import Step
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import Fsdp, StepShape
 from tessera.layout.streams import residual_layout
-from tessera.plan.traffic import step_rows, totals
+from tessera.plan.traffic import step_transfers, totals
 from tessera.sizes.schedule import Schedule
 
 ROWS, LENGTH = 8, 6  # of a micro-batch, over all data ranks
 
 
-def data_words(
+def data_traffic(
     name: str, sizes: dict[str, int], asked: Fsdp, micro_batches: int, compute: torch.dtype, **options: Any
 ) -> tuple[Any, Any]:
     """(axis, kind) → calls and bytes received, counted in one step and by formula."""
@@ -39,4 +39,4 @@ def data_words(
         step(batches, 0, 1e-3)
     shape = StepShape(ROWS // mesh.size(DATA_AXES), LENGTH, micro_batches, recompute)
     shape = replace(shape, reshard=asked.reshard, by_layer=asked.by_layer)
-    return counted(recorder.records), totals(step_rows(model.config, shape, parallel))
+    return counted(recorder.records), totals(step_transfers(model.config, shape, parallel))

@@ -17,16 +17,18 @@ from tessera.config.schema import TrainConfig
 from tessera.core.collectives import Recorder, totals
 from tessera.core.live_memory import PeakMemory
 from tessera.layout.parallel import Parallel
-from tessera.layout.resolve import step_shape
+from tessera.layout.shape import StepShape
 from tessera.layout.streams import residual_layout
 from tessera.models.config import ModelConfig
 from tessera.nn.linear import ColumnParallelLinear, ParallelLinear, RowParallelLinear, parallel_linear
 from tessera.nn.parameter import to_local
-from tessera.plan import traffic as words
+from tessera.plan import traffic
 from tessera.plan.scratch import Operands, product_scratch
 from tessera.plan.tune import Tuning, _Trial, candidates, tune
+from tessera.sizes.rules import TensorParallel
 from tessera.sizes.schedule import Schedule
-from train.runs import train_on_rank
+from tessera.train.settings import row_shape, step_shape
+from train.on_rank import train_on_rank
 
 MODEL = ModelConfig(
     family="llama",
@@ -59,6 +61,11 @@ def config_of(**changes: Any) -> TrainConfig:
     return TrainConfig.model_validate(SETTINGS | changes)
 
 
+def asked(config: TrainConfig) -> tuple[TensorParallel, StepShape]:
+    """What `tune` takes of a config."""
+    return config.tensor_parallel, row_shape(config)
+
+
 @contextlib.contextmanager
 def cache_at(folder: Path) -> Iterator[None]:
     before = os.environ.get("XDG_CACHE_HOME")
@@ -85,21 +92,22 @@ def tuned(
     mesh = shared_mesh({axis: n for axis, n in config.axes.items() if n > 1})
     delay = (lambda record: seconds if record.kind in slow else 0.0) if slow else None
     with cache_at(folder), FEW_ROUNDS, Recorder(delay=delay) as recorder:
-        tuning = tune(config, model, mesh, torch.bfloat16 if bf16 else torch.float32)
+        compute = torch.bfloat16 if bf16 else torch.float32
+        tuning = tune(*asked(config), model, mesh, compute, config.tensor_parallel_scratch_gib)
     return tuning, len(recorder.records)
 
 
-def trial_words() -> list[tuple[dict[Any, Any], dict[Any, Any]]]:
+def trial_traffic() -> list[tuple[dict[Any, Any], dict[Any, Any]]]:
     """Of each candidate the (axis, kind) → (calls, bytes) of a trial, and by formula; sums of all ranks left out."""
     config = config_of()
     mesh, found = shared_mesh({axis: n for axis, n in config.axes.items() if n > 1}), []
-    for candidate in candidates(config, MODEL, mesh, torch.float32):
+    for candidate in candidates(*asked(config), MODEL, mesh, torch.float32):
         trial, parallel = _Trial(candidate), candidate.parallel
         trial.run()  # the order of weights is learnt
         with Recorder() as recorder:
             trial.run()
         model = replace(MODEL, num_layers=2, vocab_size=16)
-        form = words.totals(words.step_rows(model, step_shape(config, parallel), parallel))
+        form = traffic.totals(traffic.step_transfers(model, step_shape(config, parallel), parallel))
         both = totals(recorder.records), form
         found.append(tuple({key: n for key, n in each.items() if key[1] != "all_reduce"} for each in both))
     return found

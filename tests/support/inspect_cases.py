@@ -13,7 +13,6 @@ from tessera.core.axes import MODEL_AXES
 from tessera.core.collectives import Recorder
 from tessera.engine.optimizer import build_optimizer
 from tessera.engine.step import Step
-from tessera.layout.resolve import parallel_for
 from tessera.layout.spec import Init, ParameterSpec
 from tessera.layout.streams import HIDDEN
 from tessera.models.decoder import Decoder
@@ -22,6 +21,7 @@ from tessera.nn.initialize import initialize
 from tessera.nn.linear import parallel_linear
 from tessera.nn.parameter import named_specs, to_local
 from tessera.product.moves import cut
+from tessera.train.settings import parallel_for
 
 BATCH, LENGTH = 8, 12
 BASE = {

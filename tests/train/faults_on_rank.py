@@ -1,6 +1,7 @@
 """Runs with a fault on one rank, and runs that tell what they did: for the ranks of a pool, as on_rank.py."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -8,7 +9,9 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from tessera.checkpoint import tensors as checkpoint
 from tessera.core.collectives import Recorder
 from tessera.core.mesh import Mesh
 from tessera.data.batch import MicroBatch
@@ -16,7 +19,8 @@ from tessera.data.loader import Loader
 from tessera.engine.replicas import drifted
 from tessera.engine.step import Step, StepResult
 from tessera.nn.parameter import to_local
-from train.on_rank import own_rank, said_on_rank, stopping
+from tessera.train.trainer import train
+from train.on_rank import handed_on_rank, own_rank, said_on_rank, stopping
 
 
 def altered_on_rank(settings: dict[str, Any], step: int, ranks: set[int], name: str) -> str:
@@ -46,7 +50,7 @@ def compared_on_rank(settings: dict[str, Any]) -> tuple[str, list[tuple[int, lis
         comparisons.append((len(list(model.parameters())), moved))
         return lines
 
-    with patch("tessera.train.trainer.drifted", watched):
+    with patch("tessera.train.health.drifted", watched):
         return said_on_rank(settings), comparisons
 
 
@@ -90,3 +94,37 @@ def samples_on_rank(settings: dict[str, Any], stop_at: int | None) -> list[tuple
     if "Error: " in told or "Failed: " in told:
         raise AssertionError(told)
     return seen
+
+
+def train_with_fresh_moments(settings: dict[str, Any]) -> None:
+    """Go on with the weights of a checkpoint and an optimizer that has never stepped."""
+
+    def load_and_forget(folder: Any, model: Any, optimizer: Any) -> Any:
+        state = real(folder, model, optimizer)
+        optimizer.state.clear()
+        return state
+
+    real, checkpoint.load = checkpoint.load, load_and_forget
+    try:
+        train(handed_on_rank(settings))
+    finally:
+        checkpoint.load = real
+
+
+class Calls(TorchDispatchMode):
+    """Counts every call of torch.distributed, whether through our door or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def train_and_count(settings: dict[str, Any]) -> Counter[str]:
+    with Calls() as calls:
+        train(handed_on_rank(settings))
+    return calls.counts

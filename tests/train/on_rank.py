@@ -21,7 +21,7 @@ from tessera.core.errors import RunFailed, UserError
 from tessera.core.mesh import Mesh
 from tessera.engine.optimizer import learning_rate
 from tessera.train.links import run_mesh
-from tessera.train.preflight import model_of
+from tessera.train.run import Run, model_of, prepared_run
 from tessera.train.trainer import train
 
 
@@ -31,9 +31,29 @@ def _shared(*arguments: Any) -> Mesh:
 
 
 def train_on_rank(settings: dict[str, Any]) -> None:
+    run_on_rank(handed_on_rank(settings).to_json())
+
+
+def run_on_rank(handed: str) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the pool talks over gloo
-    with patch("tessera.train.trainer.run_mesh", _shared):
-        train(TrainConfig.model_validate(settings))
+    with patch("tessera.train.build.run_mesh", _shared):
+        train(Run.from_json(handed))
+
+
+def handed_on_rank(settings: dict[str, Any]) -> Run:
+    """The run as a launcher hands it to every rank: made by one process, JSON for the others."""
+    made: list[Any] = [None]
+    if own_rank() == 0:
+        try:
+            with redirect_stdout(io.StringIO()):  # a launcher says it, no rank
+                made = [prepared_run(TrainConfig.model_validate(settings), 1).to_json()]
+        except UserError as error:
+            made = [(error.key, str(error.value), error.reason, error.hint)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(made)
+    if isinstance(made[0], tuple):
+        raise UserError(*made[0])
+    return Run.from_json(made[0])
 
 
 def train_on_machines(settings: dict[str, Any], here: int) -> str:
@@ -87,7 +107,7 @@ def failing_on_rank(settings: dict[str, Any], steps: set[int], rank: int) -> str
     """What a run prints in which this rank's disk is full at saves of these steps."""
 
     def fill(writer: Writer) -> None:
-        if writer.state["step"] in steps and own_rank() == rank:
+        if writer.state.step in steps and own_rank() == rank:
             raise OSError(28, "No space left on device")
 
     with _writing(fill):
@@ -99,7 +119,7 @@ def limited_on_rank(settings: dict[str, Any], step: int, limit: int) -> str:
     none = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limit_size(writer: Writer) -> None:
-        soft = limit if writer.state["step"] == step and own_rank() == 1 else none[0]
+        soft = limit if writer.state.step == step and own_rank() == 1 else none[0]
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, none[1]))
 
     try:
@@ -115,7 +135,7 @@ def slow_save_on_rank(settings: dict[str, Any], step: int, until: int) -> str:
 
     def wait(writer: Writer) -> None:
         end = time.monotonic() + 20
-        while writer.state["step"] == step and log.read_text().count("\n") < until and time.monotonic() < end:
+        while writer.state.step == step and log.read_text().count("\n") < until and time.monotonic() < end:
             time.sleep(0.002)
 
     def copy(self: HostCopies, *args: Any) -> Any:

@@ -1,17 +1,15 @@
 """metrics.jsonl and resolved_config.yaml, and what monitoring costs."""
 
 import json
-from collections import Counter
 from pathlib import Path
 
 import pytest
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from support.pool import pool
 from tessera.config.load import load_config
 from tessera.config.schema import TrainConfig
 from tessera.train.log import Log
-from tessera.train.trainer import train
+from train.faults_on_rank import train_and_count
 from train.runs import Workshop, metrics, run
 
 ALL_REDUCE = "c10d.allreduce_.default"
@@ -70,25 +68,6 @@ def test_a_run_killed_before_its_first_line_keeps_those_of_the_run_it_goes_on_fr
     Log(tmp_path, 9, 2, 1, enabled=True).close()
     assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
-
-
-class Calls(TorchDispatchMode):
-    """Counts every call of torch.distributed, whether through our door or not."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "c10d":
-            self.counts[str(func)] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def train_and_count(settings) -> Counter[str]:
-    with Calls() as calls:
-        train(TrainConfig.model_validate(settings))
-    return calls.counts
 
 
 def test_monitoring_adds_no_collective_outside_logging_steps(workshop: Workshop, tmp_path):

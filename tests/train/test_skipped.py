@@ -57,7 +57,7 @@ def test_a_skipped_step_changes_nothing_and_the_next_takes_the_next_rows(worksho
     assert [(m["step"], m["skipped_steps"]) for m in found] == [(1, 0), (2, 1), (3, 1), (4, 1)]
     assert (found[1]["loss"], found[1]["grad_norm"]) == (None, None)
     assert tensors(settings, 1) == tensors(settings, 2) != tensors(settings, 3)
-    assert read_state(tmp_path / "run/checkpoint-4")["skipped"] == 1
+    assert read_state(tmp_path / "run/checkpoint-4").skipped == 1
 
     data_ranks = settings.get("dp_shard_size", 1) * settings.get("dp_replicate_size", 1)
     step = settings["micro_batch_size"] * settings["gradient_accumulation_steps"] * data_ranks
@@ -70,7 +70,7 @@ def test_a_skipped_step_changes_nothing_and_the_next_takes_the_next_rows(worksho
 def test_the_count_survives_a_resume(workshop: Workshop, tmp_path, layout):
     settings, world = skipping(workshop, tmp_path / "run", layout, save_steps=2), WORLDS[layout]
     pool(world).run(spoilt_on_rank, settings | {"max_steps": 2}, {1, 2}, 0)
-    assert read_state(tmp_path / "run/checkpoint-2")["skipped"] == 2
+    assert read_state(tmp_path / "run/checkpoint-2").skipped == 2
     pool(world).run(spoilt_on_rank, settings | {"resume_from_checkpoint": True}, {4}, 0)
     assert [m["skipped_steps"] for m in metrics(settings)] == [1, 2, 2, 3]
     assert [m["loss"] is None for m in metrics(settings)] == [True, True, False, True]

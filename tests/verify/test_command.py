@@ -7,6 +7,7 @@ import sys
 import pytest
 import yaml
 
+from support.forked import tessera
 from tessera.cli.verify import Asked, verify
 from tessera.core.errors import UserError
 from train.runs import environment
@@ -29,6 +30,7 @@ def run(config, *options):
 
 
 def test_a_config_is_verified(config, tmp_path):
+    """By ranks that the command starts; the others below are started for it."""
     before = sorted(tmp_path.rglob("*"))
     result = run(config, "--json", str(tmp_path / "report.json"))
     assert result.returncode == 0, result.stderr
@@ -44,16 +46,17 @@ def test_a_config_is_verified(config, tmp_path):
 
 
 def test_a_config_is_verified_at_full_size(config, tmp_path):
-    """The model, the rows and their length are those of the config, and so are the words."""
+    """The model, the rows and their length are those of the config, and so is the traffic."""
     line = ("--set", "tensor_parallel_mode=1d", "--set", "tensor_parallel_size=2")
-    result = run(config, "--full", *line, "--json", str(tmp_path / "report.json"))
-    assert result.returncode == 0 and result.stderr == "", result.stderr
+    words = (str(config), "--full", *line, "--json", str(tmp_path / "report.json"))
+    result = tessera("verify", *words, ranks=2)
+    assert (result.codes, result.err) == ([0, 0], ["", ""]) and result.out[1] == ""
     for said in (
         "gpt2 at full size: 6 layers, hidden 96, ffn 384, 8 heads of 12",
         "vocabulary 1000, tied; dropout: embedding 0.1",
         "1 step of 1 micro-batches of 4 rows of 48 tokens",
     ):
-        assert said in result.stdout
+        assert said in result.out[0]
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["ok"] and report["layouts"][0]["numbers"]["float64"]["gradients"] <= 1e-12
     calls = {row["kind"]: row["calls"] for row in report["layouts"][0]["words"]}
@@ -62,13 +65,13 @@ def test_a_config_is_verified_at_full_size(config, tmp_path):
 
 def test_a_fault_ends_with_code_1_and_its_name(config):
     """The third collective of a step gathers the embedding's output for q, k and v."""
-    result = run(config, "--inject", "3")
-    assert result.returncode == 1
-    assert "left out: collective 3 of the step, all_gather over col" in result.stdout
-    assert result.stderr.startswith("2d row 2 × col 2, gather: not the numbers of one process\n")
-    assert "parameter: layers.0.attention.q.weight" in result.stderr
-    assert "likely missing: all_gather of X over col (q·k·v, forward)" in result.stderr
-    assert "Traceback" not in result.stderr
+    result = tessera("verify", str(config), "--inject", "3", ranks=4)
+    assert result.codes == [1, 0, 0, 0], "the first has it to tell"
+    assert "left out: collective 3 of the step, all_gather over col" in result.out[0]
+    assert result.err[0].startswith("2d row 2 × col 2, gather: not the numbers of one process\n")
+    assert "parameter: layers.0.attention.q.weight" in result.err[0]
+    assert "likely missing: all_gather of X over col (q·k·v, forward)" in result.err[0]
+    assert "Traceback" not in result.err[0]
 
 
 @pytest.mark.parametrize(
@@ -89,7 +92,7 @@ def test_a_fault_ends_with_code_1_and_its_name(config):
 def test_mistakes_are_told_before_a_rank_starts(config, asked, said, monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("tessera.launch.launch.run_workers", lambda *_: pytest.fail("ranks were started"))
+    monkeypatch.setattr("tessera.cli.verify.run_workers", lambda *_, **__: pytest.fail("ranks were started"))
     with pytest.raises(UserError) as mistake:
         verify(config, asked)
     assert str(mistake.value).startswith(said)

@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -13,6 +12,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from tessera.checkpoint.folder import METADATA, STATE, Reader, read_state, verify
 from tessera.checkpoint.saver import Writer
+from tessera.checkpoint.state import RunState, Source
 from tessera.checkpoint.tensors import MODEL, alone_is_fine, check_model, reason_of
 from tessera.core.device import dtype_name
 from tessera.core.errors import RunFailed, UserError
@@ -70,13 +70,13 @@ def _to_hugging_face(
     source: Path, target: Path, config: Path | None, dtype: torch.dtype | None, max_shard_bytes: int
 ) -> str:
     state = read_state(source)
-    beside: Mapping[str, Any] = state["source"]
-    folder = config or Path(beside["folder"])
+    beside = state.source
+    folder = config or Path(beside.folder)
     if not (folder / "config.json").is_file():
         made = "" if config else ", where the run that saved this checkpoint had it"
         hint = "give a folder with config.json (and the tokenizer's files)"
         raise UserError("--config", folder, f"no config.json there{made}", hint)
-    tokenizer = Path(beside["tokenizer"]) if beside["tokenizer"] and not config else None
+    tokenizer = Path(beside.tokenizer) if beside.tokenizer and not config else None
     model = read_model_config(folder)
     shapes = parameter_shapes(model)
     reader = Reader(source)
@@ -98,10 +98,10 @@ def _to_hugging_face(
         folder,
         dtype,
         tokenizer=tokenizer,
-        config_changes=beside["config_changes"],
+        config_changes=beside.config_changes,
         max_shard_bytes=max_shard_bytes,
     )
-    return f"the model of step {state['step']}, in {dtype_name(dtype)}, written to {target}"
+    return f"the model of step {state.step}, in {dtype_name(dtype)}, written to {target}"
 
 
 def _stored_dtype(reader: Reader) -> torch.dtype:
@@ -119,16 +119,7 @@ def _to_checkpoint(source: Path, target: Path) -> str:
     check_weights(source, config)
     shapes = parameter_shapes(config)
     target = target.resolve()
-    state = {
-        "step": 0,
-        "tokens": 0,
-        "samples": 0,
-        "skipped": 0,
-        "course": {},
-        "config": {},
-        "source": {"folder": str(source.resolve()), "tokenizer": None, "config_changes": {}},
-        "optimizer": False,
-    }
+    state = RunState(0, 0, 0, 0, Source(str(source.resolve())), optimizer=False)
     with StoredParameters(source, config, shapes) as stored, alone_is_fine():
         # DCP plans from tensors without data, and asks the planner for each when its turn has come
         plan = {
@@ -153,7 +144,7 @@ class _Streamed(dcp.DefaultSavePlanner):
 class _Import(Writer):
     """Writes a checkpoint that no run has made: a file for each tensor, for DCP keeps those of a file in memory."""
 
-    def __init__(self, final: Path, state: dict[str, Any]) -> None:
+    def __init__(self, final: Path, state: RunState) -> None:
         super().__init__(final, state, keep=None)
         self.single_file_per_rank = False
 

@@ -1,7 +1,7 @@
 """A checkpoint as files: what makes a folder whole, its sums, and which one of a run is the latest.
 
     output_dir/checkpoint-N/    .metadata, __R_K.distcp     what DCP writes: every tensor, each rank its shards
-                                state.json                  step, tokens, samples, seed, config
+                                state.json                  what the run remembers (state.py)
                                 SHA256SUMS                  of each file above, for `sha256sum -c`
     output_dir/LATEST           the name of the last checkpoint, replaced when that has its name
 
@@ -26,6 +26,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
+from tessera.checkpoint.state import FORMAT, RunState
 from tessera.core.collectives import gathered
 from tessera.core.errors import UserError
 
@@ -33,9 +34,6 @@ STATE = "state.json"
 METADATA = ".metadata"
 SUMS = "SHA256SUMS"
 LATEST = "LATEST"
-FORMAT = 2
-"""1 was without SHA256SUMS and without the config."""
-
 # ------------------------------------------------------------------------------------------- written
 
 
@@ -48,9 +46,9 @@ def sums_of(folder: Path, names: Iterable[str]) -> dict[str, str]:
     return sums
 
 
-def seal(part: Path, state: Mapping[str, Any], sums: Mapping[str, str]) -> None:
+def seal(part: Path, state: RunState, sums: Mapping[str, str]) -> None:
     """Add state.json and SHA256SUMS (`sums` are those of the tensors' files) to a folder that DCP has written."""
-    _write(part / STATE, json.dumps({"format": FORMAT, **state}, indent=1) + "\n")
+    _write(part / STATE, state.to_json())
     write_sums(part, {**sums, **sums_of(part, (METADATA, STATE))})
     _sync(part)
 
@@ -113,7 +111,7 @@ def _sync(folder: Path) -> None:
 # ------------------------------------------------------------------------------------------- read
 
 
-def read_state(folder: Path) -> dict[str, Any]:
+def read_state(folder: Path) -> RunState:
     """The JSON part of a checkpoint. UserError: another format, or a file is missing, too short or (if small) altered.
 
     The sums of the large files are left to `verify`, which takes as long as reading them.
@@ -127,28 +125,32 @@ def read_state(folder: Path) -> dict[str, Any]:
                 raise altered(folder, name)
         except OSError as error:
             raise not_whole(folder, f"{name}: {error.strerror}") from error
-    state = _parse_state(folder)
-    if state.get("format") != FORMAT:
-        raise _other_format(folder, state)
+    found = _format(folder)
+    if found != FORMAT:
+        raise _other_format(folder, found)
+    try:
+        state = RunState.from_json((folder / STATE).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise not_whole(folder, f"{STATE}: {error}") from error
     _check_files(folder, sums)
     return state
 
 
-def _parse_state(folder: Path) -> dict[str, Any]:
+def _format(folder: Path) -> object:
+    """The format of a checkpoint, which says what else its state.json must have."""
     try:
-        return dict(json.loads((folder / STATE).read_text("utf-8")))
+        return dict(json.loads((folder / STATE).read_text("utf-8"))).get("format")
     except (OSError, ValueError, TypeError) as error:
         raise not_whole(folder, f"{STATE}: {error}") from error
 
 
 def _without_sums(folder: Path) -> UserError:
     """A checkpoint of format 1 has no sums; of any other their file has been lost."""
-    state = _parse_state(folder)
-    return not_whole(folder, f"{SUMS} is missing") if state.get("format") == FORMAT else _other_format(folder, state)
+    found = _format(folder)
+    return not_whole(folder, f"{SUMS} is missing") if found == FORMAT else _other_format(folder, found)
 
 
-def _other_format(folder: Path, state: Mapping[str, Any]) -> UserError:
-    found = state.get("format")
+def _other_format(folder: Path, found: object) -> UserError:
     hint = f"format 1 had no {SUMS}: finish that run with the version that began it" if found == 1 else ""
     return UserError("resume_from_checkpoint", folder, f"has format {found}, this version reads {FORMAT}", hint)
 

@@ -33,6 +33,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from tessera.checkpoint.folder import discard_parts, latest, publish, rotate, seal, sums_of
+from tessera.checkpoint.state import RunState
 from tessera.checkpoint.tensors import alone_is_fine, model_tensors, optimizer_tensors, reason_of
 from tessera.core.errors import RunFailed
 from tessera.models.decoder import Decoder
@@ -60,17 +61,17 @@ class Saver:
         self._settled = threading.Event()
         self._settled.set()
 
-    def save(self, model: Decoder, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Path:
-        """Begin to write `checkpoint-{state["step"]}` and return that path; when not asynchronous, finish it too."""
+    def save(self, model: Decoder, optimizer: torch.optim.Optimizer, state: RunState) -> Path:
+        """Begin to write `checkpoint-{state.step}` and return that path; when not asynchronous, finish it too."""
         self.wait()
         if self.together and self._group is None:
             # collectives of training may run at the same time on its groups
             self._group = dist.new_group(backend="gloo", timeout=self.timeout)
         if self.asynchronous and self._hook is None:
             self._hook = optimizer.register_step_pre_hook(lambda *_: self._copies.wait())
-        final = self.output_dir / f"checkpoint-{state['step']}"
+        final = self.output_dir / f"checkpoint-{state.step}"
         tensors = model_tensors(model) | optimizer_tensors(model, optimizer)
-        writer = Writer(final, state | {"optimizer": True}, self.keep, self._copies if self.asynchronous else None)
+        writer = Writer(final, state, self.keep, self._copies if self.asynchronous else None)
         how: dict[str, Any] = {
             "storage_writer": writer,
             "process_group": self._group,
@@ -123,6 +124,11 @@ class Saver:
     def wait(self) -> None:
         """Until no save is in flight."""
         self._settled.wait()
+
+    def newest(self) -> Path | None:
+        """The newest whole checkpoint, once no save is in flight."""
+        self.wait()
+        return latest(self.output_dir)
 
     def finish(self) -> None:
         """Wait for the save in flight. Raises RunFailed when the last one failed."""
@@ -203,9 +209,7 @@ class HostCopies(AsyncStager):
 class Writer(dcp.FileSystemWriter):
     """Writes one checkpoint: each rank its files and their sums, rank 0 the rest."""
 
-    def __init__(
-        self, final: Path, state: dict[str, Any], keep: int | None, copies: "HostCopies | None" = None
-    ) -> None:
+    def __init__(self, final: Path, state: RunState, keep: int | None, copies: "HostCopies | None" = None) -> None:
         self.final, self.state, self.keep, self.copies = final, state, keep, copies
         self.part = final.with_name(f".{final.name}.part")
         self.unremoved = ""

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +17,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from tessera.checkpoint.folder import Reader, read_state, verify
+from tessera.checkpoint.state import RunState
+from tessera.core.collectives import gathered
 from tessera.core.errors import UserError
 from tessera.models.decoder import Decoder
 from tessera.nn.parameter import as_stored, named_specs
@@ -45,17 +46,18 @@ def optimizer_tensors(model: Decoder, optimizer: torch.optim.Optimizer) -> dict[
     return tensors
 
 
-def load(folder: Path, model: Decoder, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def load(folder: Path, model: Decoder, optimizer: torch.optim.Optimizer) -> RunState:
     """Read a checkpoint of any layout into `model` and `optimizer`; collective. Returns what was saved as its state.
 
     A checkpoint without optimizer state leaves `optimizer` as it is. Raises UserError, before any tensor is read, when
     the folder is not a whole checkpoint of this model or a file of it is altered.
     """
     state, tensors = read_state(folder), model_tensors(model)
-    if state["optimizer"]:
+    if state.optimizer:
         tensors |= optimizer_tensors(model, optimizer)
     reader = Reader(folder)
-    check_model(reader, {name: tensor.shape for name, tensor in tensors.items()})
+    of_ranks = gathered({name: tuple(tensor.shape) for name, tensor in tensors.items()}, model.parallel.mesh.world)
+    check_model(reader, {name: shape for shapes in of_ranks for name, shape in shapes.items()})
     verify(folder)
     try:
         with alone_is_fine():

@@ -3,6 +3,9 @@
 import re
 from pathlib import Path
 
+import torch
+
+from tessera.checkpoint import convert as checkpoints
 from tessera.core.errors import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -14,12 +17,8 @@ def convert(source: Path, target: Path, config: Path | None, dtype: str | None, 
     if dtype is not None and dtype not in DTYPES:
         raise UserError("--dtype", dtype, "is not a dtype to write", f"one of {', '.join(DTYPES)}")
     size = None if max_shard_size is None else bytes_of(max_shard_size)
-    import torch
-
-    from tessera.checkpoint.convert import convert
-
     kind = None if dtype is None else getattr(torch, dtype)
-    print(convert(source, target, config=config, dtype=kind, max_shard_bytes=size), flush=True)
+    print(checkpoints.convert(source, target, config=config, dtype=kind, max_shard_bytes=size), flush=True)
 
 
 def bytes_of(size: str) -> int:

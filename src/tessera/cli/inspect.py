@@ -30,8 +30,8 @@ from tessera.inspect.held import (
 )
 from tessera.inspect.picture import Grid, check_picture, draw
 from tessera.inspect.tables import WIDTH, Report, print_report
-from tessera.layout.resolve import compute_dtype, parallel_for, step_shape
-from tessera.train.preflight import fitting_model
+from tessera.train.run import fitting_model
+from tessera.train.settings import compute_dtype, parallel_for, step_shape
 
 
 def inspect(
@@ -127,14 +127,14 @@ def json_report(report: Report) -> dict[str, Any]:
         "blocks": [_json_grid(grid) for grid in report.grids],
         "collectives": [
             {
-                "place": move.row.place,
-                "pass": move.row.phase,
-                "what": move.row.what,
-                "kind": move.row.kind,
-                "axes": move.row.axes,
+                "place": move.transfer.site,
+                "pass": move.transfer.phase,
+                "what": move.transfer.what,
+                "kind": move.transfer.kind,
+                "axes": move.transfer.axes,
                 "calls": {"least": min(move.calls), "most": max(move.calls)},
                 "received_bytes": {"least": min(move.received), "most": max(move.received)},
-                "times_a_step": move.row.times,
+                "times_a_step": move.transfer.times,
             }
             for move in report.traffic
         ],

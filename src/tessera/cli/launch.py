@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tessera.config.load import load_config
 from tessera.core.errors import UserError
 from tessera.launch.options import PORT
 
@@ -28,8 +29,6 @@ class Job:
 
 def launch(config: Path, job: Job, overrides: Sequence[str], slurm: bool, output: Path | None) -> None:
     """Write the script to `output`, or print it. Raises UserError for a config or sizes that do not fit."""
-    from tessera.config.load import load_config
-
     if not slurm:
         raise UserError("--slurm", None, "is the one batch system known so far", "add --slurm")
     loaded = load_config(config, overrides)[0]

@@ -64,12 +64,13 @@ def train(
     launcher: Annotated[str, typer.Option(help="Who starts the ranks: tessera, torchrun or accelerate.")] = "tessera",
 ) -> None:
     """Train the model of a YAML file; starts its own ranks, or runs as one under torchrun."""
-    from tessera.cli.train import train
+    from tessera.launch.launch import launch
     from tessera.launch.options import LaunchOptions, known_launcher
 
     by = known_launcher(launcher)
     options = LaunchOptions(per_machine, machines, machine, main_address, main_port, max_restarts, by)
-    train(config, num_processes, max_steps, overrides or [], options)
+    steps = [] if max_steps is None else [f"max_steps={max_steps}"]
+    launch(config, [*(overrides or []), *steps], num_processes, options)
 
 
 @app.command()
@@ -151,7 +152,7 @@ def count(
     memory: Annotated[float, typer.Option(help="GB of a device, which the best mesh may hold.")] = 80.0,
     output: Annotated[Path | None, typer.Option(help="A folder for scale.md, scale.svg and scale.png.")] = None,
 ) -> None:
-    """Count words and memory of one device in every geometry, on up to hundreds of devices that are not there."""
+    """Count traffic and memory of one device in every geometry, on up to hundreds of devices that are not there."""
     from tessera.cli.count import count
 
     count(ranks, model, layers, batch, sequence, keep, memory, output)
@@ -174,7 +175,7 @@ def verify(
         typer.Option("--set", metavar="KEY=VALUE", help="Replace a key of the file (repeatable)."),
     ] = None,
 ) -> None:
-    """Prove that a layout computes what one process computes: loss, every gradient, weights, and words by formula."""
+    """Prove that a layout computes what one process computes: loss, every gradient, weights, and traffic by formula."""
     from tessera.cli.verify import Asked, verify
 
     verify(config, Asked(overrides or [], full, all_layouts, inject, report))

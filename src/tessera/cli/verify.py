@@ -1,7 +1,7 @@
 """`tessera verify CONFIG`: a layout, or every layout of so many ranks, against one process on this machine.
 
 Needs config.json of the base model alone: ids are random. Writes nothing but the report it is asked for. The ranks run
-this command too, and read there again what is asked.
+this command too, and are handed there what the file says.
 """
 
 import os
@@ -9,14 +9,26 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch.distributed as dist
+from pydantic import TypeAdapter
+
+from tessera.config.load import load_config
+from tessera.config.schema import TrainConfig
+from tessera.core import device as devices
 from tessera.core.errors import RunFailed, UserError
+from tessera.launch.rank import as_rank, handed, is_rank
+from tessera.launch.workers import Restarts, run_workers
+from tessera.models.config import ModelConfig
+from tessera.train.run import model_of
+from tessera.verify import report
+from tessera.verify.cases import Case, cases_of, every_case
+from tessera.verify.check import Checker, count_collectives
+from tessera.verify.session import Session, conclude
 
-if TYPE_CHECKING:
-    from tessera.config.schema import TrainConfig
-    from tessera.verify.cases import Case
-
+Subject = tuple[TrainConfig, ModelConfig]
+"""What is verified: the config of a file, and the model that it names."""
+_SUBJECT = TypeAdapter(Subject)
 EVERY = "all"
 
 
@@ -45,40 +57,40 @@ class Asked:
 class Work:
     """What is asked, read: the layouts, why others do not fit, how many ranks they take."""
 
-    config: "TrainConfig"
-    cases: "list[Case]"
+    config: TrainConfig
+    cases: list[Case]
     unfit: dict[str, str]
     world: int
 
 
 def verify(config_path: Path, asked: Asked) -> None:
     """Verify, and print what was found. Raises UserError before a rank is started, RunFailed for what is wrong."""
-    from tessera.launch.launch import as_rank, run_workers
-    from tessera.launch.rank import is_rank
-
     if is_rank():
-        as_rank(lambda _: _run_rank(config_path, asked))
+        as_rank(lambda ours: _run_rank(_SUBJECT.validate_json(handed()) if ours else _read(config_path, asked), asked))
         return
-    from tessera.core.device import stay_on_cpu_without_gpus
-
-    work = _read(config_path, asked)
-    stay_on_cpu_without_gpus(work.world)
+    subject = _read(config_path, asked)
+    world = _work(subject, asked).world
+    devices.stay_on_cpu_without_gpus(world)
+    text, command = _SUBJECT.dump_json(subject, exclude_unset=True).decode(), ["-P", "-m", "tessera", "verify"]
     try:
-        run_workers(["-P", "-m", "tessera", "verify", str(config_path), *asked.words()], work.world)
+        run_workers([*command, str(config_path), *asked.words()], world, restarts=Restarts(handed=lambda _: text))
     except RunFailed as failure:
         if failure.exit_code > 128:  # by a signal
             raise RunFailed("stopped before everything was verified", failure.exit_code) from None
         raise
 
 
-def _read(config_path: Path, asked: Asked) -> Work:
-    """The layouts asked for. Raises UserError for what does not fit."""
-    from tessera.config.load import load_config
-    from tessera.train.preflight import model_of
-    from tessera.verify.cases import cases_of, every_case
+def _read(config_path: Path, asked: Asked) -> Subject:
+    """The config of the file, and the model that it names."""
 
     config, _ = load_config(config_path, asked.overrides)
-    model = model_of(config)
+    return config, model_of(config)
+
+
+def _work(subject: Subject, asked: Asked) -> Work:
+    """The layouts asked for. Raises UserError for what does not fit."""
+
+    config, model = subject
     if asked.report is not None and (asked.report.is_dir() or not asked.report.absolute().parent.is_dir()):
         raise UserError("--json", asked.report, "is a folder, or in one that does not exist")
     world = asked.all_layouts or config.world_size
@@ -95,8 +107,7 @@ def _read(config_path: Path, asked: Asked) -> Work:
     return work
 
 
-def _check_injection(asked: Asked, cases: "list[Case]") -> None:
-    from tessera.verify.check import count_collectives
+def _check_injection(asked: Asked, cases: list[Case]) -> None:
 
     if asked.inject is None:
         return
@@ -112,15 +123,9 @@ def _check_injection(asked: Asked, cases: "list[Case]") -> None:
         raise UserError("--inject", asked.inject, reason, f"1 to {there_are}, or {EVERY}")
 
 
-def _run_rank(config_path: Path, asked: Asked) -> None:
-    import torch.distributed as dist
+def _run_rank(subject: Subject, asked: Asked) -> None:
 
-    from tessera.core import device as devices
-    from tessera.verify import report
-    from tessera.verify.check import Checker
-    from tessera.verify.session import Session, conclude
-
-    work = _read(config_path, asked)
+    work = _work(subject, asked)
     if int(os.environ["WORLD_SIZE"]) != work.world:
         raise UserError("WORLD_SIZE", os.environ["WORLD_SIZE"], f"the layout has {work.world} ranks")
     device = devices.local_device()

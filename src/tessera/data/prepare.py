@@ -133,7 +133,7 @@ def _cache_key(config: DataSettings, files: list[SourceFile], tokenizer: TextTok
     trained = f"bpe {tokenizer} {tokenizers.__version__}" if isinstance(tokenizer, int) else None
     settings = {
         "format": FORMAT,
-        "files": [(f.kind, f.field, blake2b(f.content, digest_size=16).hexdigest()) for f in files],
+        "files": [(f.kind, f.field, f.digest) for f in files],
         "tokenizer": tokenizer.digest() if isinstance(tokenizer, TextTokenizer) else trained,
         "fit": (config.sequence_len, config.excess_length_strategy, config.train_on_inputs),
         "split": (repr(config.val_set_size), config.seed) if config.val_set_size else None,

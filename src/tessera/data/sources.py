@@ -14,9 +14,11 @@ names the file, and the line where there is one.
 import codecs
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, BinaryIO, Literal, Protocol
 
 import numpy as np
 
@@ -24,6 +26,8 @@ from tessera.core.errors import UserError
 from tessera.data.samples import IGNORED, Ids, Place, Row
 
 Kind = Literal["text", "lines", "alpaca", "tokenized"]
+BLOCK = 1 << 20
+"""Bytes hashed at a time."""
 
 
 class DatasetSettings(Protocol):
@@ -39,10 +43,13 @@ class DatasetSettings(Protocol):
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file with its content (a byte order mark left out); `field` as in the entry that named it."""
+    """A file, the BLAKE2b of its content (a byte order mark left out), and `field` as in the entry that named it.
+
+    Of its content no more is held than is read at a time: a block, or a line.
+    """
 
     path: Path
-    content: bytes
+    digest: str
     kind: Kind
     field: str
 
@@ -65,12 +72,8 @@ def read_files(datasets: Sequence[DatasetSettings]) -> list[SourceFile]:
         raise UserError("datasets", [], "no data set is given", "datasets: [{path: ...}] names one")
     files = []
     for entry in datasets:
-        contents = {path: _read(path) for path in _find(Path(entry.path))}
-        found = [
-            SourceFile(path, content, _kind(path, content, entry), entry.field)
-            for path, content in contents.items()
-            if content.strip()
-        ]
+        scanned = ((path, _digest(path)) for path in _find(Path(entry.path)))
+        found = [SourceFile(path, digest, _kind(path, entry), entry.field) for path, digest in scanned if digest]
         if not found:
             raise UserError("datasets", entry.path, "holds no text: the file or folder is empty")
         files += found
@@ -87,14 +90,29 @@ def _find(path: Path) -> list[Path]:
     return sorted(file for file in inside if not any(p.startswith(".") for p in file.relative_to(path).parts))
 
 
-def _read(path: Path) -> bytes:
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """The file behind its byte order mark, if it has one."""
     try:
-        return path.read_bytes().removeprefix(codecs.BOM_UTF8)
+        with path.open("rb") as file:
+            if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+                file.seek(0)
+            yield file
     except OSError as error:
         raise UserError("datasets", path, f"cannot be read: {error.strerror}") from error
 
 
-def _kind(path: Path, content: bytes, entry: DatasetSettings) -> Kind:
+def _digest(path: Path) -> str:
+    """The BLAKE2b of the content in hexadecimal; empty when that is nothing but space."""
+    digest, says_something = blake2b(digest_size=16), False
+    with _opened(path) as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+            says_something = says_something or not block.isspace()
+    return digest.hexdigest() if says_something else ""
+
+
+def _kind(path: Path, entry: DatasetSettings) -> Kind:
     jsonl = path.suffix == ".jsonl"
     if entry.type == "alpaca":
         return "alpaca"
@@ -104,15 +122,15 @@ def _kind(path: Path, content: bytes, entry: DatasetSettings) -> Kind:
         hint = "completion, alpaca, or no type at all"
         raise UserError("datasets.type", entry.type, f"unknown, for {path}", hint)
     if jsonl:
-        return _recognise(path, content, entry.field)
+        return _recognise(path, entry.field)
     if path.suffix in (".json", ".csv") and path == Path(entry.path):
         hint = "write it as .jsonl, or say `type: completion` to read it raw"
         raise UserError("datasets", path, "is not text", hint)
     return "text"
 
 
-def _recognise(path: Path, content: bytes, field: str) -> Kind:
-    _, row = next(_json_lines(path, content))
+def _recognise(path: Path, field: str) -> Kind:
+    _, row = next(_json_lines(path))
     if "input_ids" in row:
         return "tokenized"
     if field in row:
@@ -127,13 +145,15 @@ def _recognise(path: Path, content: bytes, field: str) -> Kind:
 def read_documents(file: SourceFile) -> list[Document]:
     """The documents of a file of text, lines or alpaca rows."""
     if file.kind == "text":
+        with _opened(file.path) as opened:
+            content = opened.read()
         try:
-            return [Document(Place(file.path), file.content.decode("utf-8"))]
+            return [Document(Place(file.path), content.decode("utf-8"))]
         except UnicodeDecodeError as error:
-            reason = f"is not UTF-8 text: byte {error.start} is 0x{file.content[error.start]:02x}"
+            reason = f"is not UTF-8 text: byte {error.start} is 0x{content[error.start]:02x}"
             raise UserError("datasets", file.path, reason) from error
     read = _alpaca if file.kind == "alpaca" else _line
-    return [read(row, place, file.field) for place, row in _json_lines(file.path, file.content)]
+    return [read(row, place, file.field) for place, row in _json_lines(file.path)]
 
 
 def read_token_rows(file: SourceFile) -> list[Row]:
@@ -141,22 +161,23 @@ def read_token_rows(file: SourceFile) -> list[Row]:
 
     Masked positions become ignored labels.
     """
-    return [_token_row(row, place) for place, row in _json_lines(file.path, file.content)]
+    return [_token_row(row, place) for place, row in _json_lines(file.path)]
 
 
-def _json_lines(path: Path, content: bytes) -> Iterator[tuple[Place, dict[str, Any]]]:
-    """Place and object of every line that is not blank. `content` has at least one."""
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        place = Place(path, number)
-        try:
-            row = json.loads(line.decode("utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise UserError("datasets", place, f"not valid JSON: {error}", "one JSON object per line") from error
-        if not isinstance(row, dict):
-            raise UserError("datasets", place, "not a JSON object", "one JSON object per line")
-        yield place, row
+def _json_lines(path: Path) -> Iterator[tuple[Place, dict[str, Any]]]:
+    """Place and object of every line that is not blank; the file has at least one."""
+    with _opened(path) as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            place = Place(path, number)
+            try:
+                row = json.loads(line.removesuffix(b"\n").decode("utf-8"))
+            except (ValueError, RecursionError) as error:
+                raise UserError("datasets", place, f"not valid JSON: {error}", "one JSON object per line") from error
+            if not isinstance(row, dict):
+                raise UserError("datasets", place, "not a JSON object", "one JSON object per line")
+            yield place, row
 
 
 def _string(row: dict[str, Any], key: str, place: Place) -> str:

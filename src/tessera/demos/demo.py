@@ -11,6 +11,10 @@ from rich.table import Table
 
 from tessera.core.device import stay_on_cpu_without_gpus
 from tessera.core.errors import RunFailed, UserError
+from tessera.data.samples import open_rows, unigram_entropy
+from tessera.data.stdlib import standard_library_files
+from tessera.launch.launch import launch
+from tessera.monitor.plots import plot_loss, read_metrics
 
 STEPS, COMPARED, TOLERANCE = 200, 8, 2e-5
 MARK = ".tessera-demo"
@@ -51,7 +55,6 @@ TRAINING = {
 
 def demo(output: Path, steps: int | None) -> None:
     """Run the demonstration into `output`; exits with 1 when the numbers are not those of one process."""
-    from tessera.launch.launch import launch
 
     console = Console(highlight=False)
     clear(output)
@@ -79,7 +82,6 @@ def clear(output: Path) -> None:
 
 def write_inputs(output: Path, steps: int) -> Path:
     """The text, the model's config.json and the YAML file of the run; returns the last."""
-    from tessera.data.stdlib import standard_library_files
 
     text = output / "text"
     text.mkdir()
@@ -104,7 +106,6 @@ def write_inputs(output: Path, steps: int) -> Path:
 
 def report(console: Console, output: Path) -> None:
     """What the run shows: memory, words, the held-out loss, a sample, the plot, and the comparison."""
-    from tessera.monitor.plots import plot_loss, read_metrics
 
     run = output / "run"
     summary = json.loads((run / "summary.json").read_text())
@@ -155,7 +156,6 @@ def axes_table(summary: dict[str, Any]) -> Table:
 
 def unigram_level(run: Path) -> float:
     """Nats a token of a model that knows only how frequent tokens are."""
-    from tessera.data.samples import open_rows, unigram_entropy
 
     prepared = run / "prepared"
     return unigram_entropy(open_rows(prepared, "train"), open_rows(prepared, "eval"), int(str(MODEL["vocab_size"])))
@@ -163,11 +163,10 @@ def unigram_level(run: Path) -> float:
 
 def in_transformers(run: Path) -> tuple[float, str]:
     """The held-out loss and a sample (top-k, seeded) by the exported model as plain transformers loads it."""
+    # the demonstration trains without them
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
-
-    from tessera.data.samples import open_rows
 
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(run).eval()

@@ -8,13 +8,29 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from tessera.core import device as devices
 from tessera.core.errors import RunFailed, UserError
-
-if TYPE_CHECKING:
-    from tessera.data.batch import MicroBatch
-    from tessera.models.config import ModelConfig
+from tessera.core.live_memory import PeakMemory
+from tessera.core.mesh import Mesh
+from tessera.data.batch import MicroBatch
+from tessera.engine.optimizer import build_optimizer
+from tessera.engine.step import Step
+from tessera.launch.rank import die_with_parent
+from tessera.launch.workers import run_workers
+from tessera.layout.parallel import Parallel
+from tessera.layout.streams import residual_layout
+from tessera.models.config import ModelConfig
+from tessera.models.decoder import Decoder
+from tessera.nn.parameter import parameter_elements
 
 VOCABULARY, SEQUENCES, LENGTH, BATCH, STEPS, RATE = 1024, 100, 32, 16, 500, 3e-4
 LOSS_TO_REACH = 0.0013
@@ -29,9 +45,8 @@ PUBLISHED = {
 }
 
 
-def experiment_model(causal: bool) -> "ModelConfig":
+def experiment_model(causal: bool) -> ModelConfig:
     """LayerNorm, GELU, biases, 1024 learned positions, untied head with bias: 18,397,184 parameters."""
-    from tessera.models.config import ModelConfig
 
     return ModelConfig(
         family="gpt2",
@@ -55,12 +70,8 @@ def experiment_model(causal: bool) -> "ModelConfig":
     )
 
 
-def experiment_batches(causal: bool, steps: int) -> "list[MicroBatch]":
+def experiment_batches(causal: bool, steps: int) -> list[MicroBatch]:
     """The batches of every step, drawn from one seed: the same whatever the ranks."""
-    import torch
-
-    from tessera.data.batch import MicroBatch
-
     generator = torch.Generator().manual_seed(0)
     sequences = torch.randint(0, VOCABULARY, (SEQUENCES, LENGTH), generator=generator)
     batches = []
@@ -75,20 +86,6 @@ def experiment_batches(causal: bool, steps: int) -> "list[MicroBatch]":
 
 def run_rank(causal: bool, steps: int, folder: Path) -> None:
     """The experiment on this rank; leaves rank-R.json in `folder`."""
-    import torch.distributed as dist
-    from rich.progress import track
-
-    from tessera.core import device as devices
-    from tessera.core.live_memory import PeakMemory
-    from tessera.core.mesh import Mesh
-    from tessera.engine.optimizer import build_optimizer
-    from tessera.engine.step import Step
-    from tessera.launch.launch import die_with_parent
-    from tessera.layout.parallel import Parallel
-    from tessera.layout.streams import residual_layout
-    from tessera.models.decoder import Decoder
-    from tessera.nn.parameter import parameter_elements
-
     die_with_parent()
     device = devices.local_device()
     dist.init_process_group(devices.backend(device))
@@ -107,7 +104,6 @@ def run_rank(causal: bool, steps: int, folder: Path) -> None:
 
 def run_world(ranks: int, causal: bool, steps: int = STEPS) -> dict[str, Any]:
     """The experiment on `ranks` processes of this machine: the largest rank's parameters and peak, and the losses."""
-    from tessera.launch.launch import run_workers
 
     with tempfile.TemporaryDirectory(prefix="tessera-memory-") as folder:
         run_workers(["-P", "-m", "tessera.demos.memory", str(int(causal)), str(steps), folder], ranks)
@@ -125,17 +121,13 @@ def differences(results: dict[int, dict[str, Any]]) -> tuple[float, float]:
 
 def demo_memory(ranks: str, causal: bool) -> None:
     """Run the experiment on each of `ranks`, print the table; exits with 1 when the curves or the loss are off."""
-    from rich.console import Console
-
-    from tessera.core.device import stay_on_cpu_without_gpus
-
     try:
         counts = [int(word) for word in ranks.split(",")]
     except ValueError:
         counts = []
     if not counts or any(count < 1 or 8 % count for count in counts):
         raise UserError("--ranks", ranks, "are the rank counts of the experiment", "any of 1, 2, 4, 8: the heads are 8")
-    stay_on_cpu_without_gpus(max(counts))
+    devices.stay_on_cpu_without_gpus(max(counts))
     console = Console()
     results = {count: run_world(count, causal) for count in counts}
     console.print(table(results, causal))
@@ -152,9 +144,8 @@ def demo_memory(ranks: str, causal: bool) -> None:
             raise RunFailed(f"{count} ranks save {saved:.0%} with {parameters:,} parameters each: less than published")
 
 
-def table(results: dict[int, dict[str, Any]], causal: bool) -> Any:
+def table(results: dict[int, dict[str, Any]], causal: bool) -> Table:
     """Ours, and below each line the published figures of the same experiment."""
-    from rich.table import Table
 
     title = f"Sequence memory, {'causal, ' if causal else ''}{STEPS} steps of {BATCH} × {LENGTH} tokens, Adam {RATE}"
     shown = Table(title=title, caption="published: Infrasys-AI/AIInfra, Megatron tensor parallelism reproduction, GPUs")
@@ -173,6 +164,4 @@ def table(results: dict[int, dict[str, Any]], causal: bool) -> Any:
 
 
 if __name__ == "__main__":
-    from torch.distributed.elastic.multiprocessing.errors import record
-
     record(run_rank)(sys.argv[1] == "1", int(sys.argv[2]), Path(sys.argv[3]))

@@ -1,27 +1,35 @@
 """Trains the run of a YAML file: in this process, in ranks that it starts (here, or here and on other machines), or as
 one rank that somebody else has started. `workers.py` says how ranks are run, `machines.py` how machines agree.
+
+The file is read once, by the launcher of machine 0 (by rank 0 under another launcher), whatever happens to it later:
+every rank and every restart is handed the `Run` that it resolves to.
 """
 
+import json
 import os
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tessera.config.load import load_config
+from tessera.config.schema import TrainConfig, defaults_taken
 from tessera.core.errors import UserError
 from tessera.launch.interface import interface_variables
-from tessera.launch.machines import Machines, Place
+from tessera.launch.machines import HANDED, Machines, Place
 from tessera.launch.options import LaunchOptions
 from tessera.launch.rank import as_rank as as_rank
 from tessera.launch.rank import die_with_parent as die_with_parent
-from tessera.launch.rank import is_rank, restart_overrides
+from tessera.launch.rank import handed, is_rank, restarted
 from tessera.launch.workers import Restarts
 from tessera.launch.workers import environment as environment
 from tessera.launch.workers import run_workers as run_workers
 
 if TYPE_CHECKING:
-    from tessera.config.schema import TrainConfig
+    from torch.distributed import Store
+
+
+# tessera.train imports torch, which `--help` and a mistake in the file do without: hence the imports inside functions.
 
 
 def launch(
@@ -36,7 +44,7 @@ def launch(
     process is one rank. Raises `UserError` before a process is started, `RunFailed` once they were.
     """
     if is_rank():
-        _run_rank(config_path, overrides, num_processes)
+        as_rank(lambda ours: _rank(config_path, overrides, num_processes, ours))
         return
     options = options or LaunchOptions()
     config = _load(config_path, overrides, say=options.machine in (None, 0))
@@ -52,14 +60,17 @@ def launch(
         os.environ.update(_variables(place))
         run_foreign(options, here, command)
     elif world == 1 and not options.max_restarts:
-        _preflight(config, here, prepare=True)
+        from tessera.train.run import prepared_run
         from tessera.train.trainer import train
 
-        train(config)
+        train(prepared_run(config, here))
     else:
-        restarts = Restarts(options.max_restarts, _Resume(config).newest)
+        from tessera.train.run import check, prepared_run
+
+        newest = _Resume(config).newest
         with environment(_variables(place)), Machines(place, here) as machines:
-            _preflight(config, here, prepare=place.rank == 0)
+            run = (prepared_run if place.rank == 0 else check)(config, here)  # the data is prepared on one machine
+            restarts = Restarts(options.max_restarts, newest, lambda resume: run.going_on_from(resume).to_json())
             run_workers(["-P", *command], here, machines, restarts)
 
 
@@ -72,10 +83,7 @@ def _variables(place: Place) -> dict[str, str]:
     return interface_variables(place.address) | quiet
 
 
-def _load(config_path: str | Path, overrides: Sequence[str], say: bool) -> "TrainConfig":
-    from tessera.config.load import load_config
-    from tessera.config.schema import defaults_taken
-
+def _load(config_path: str | Path, overrides: Sequence[str], say: bool) -> TrainConfig:
     config, notes = load_config(config_path, overrides)
     if say:
         defaults = ", ".join(f"{k} {v}" for k, v in defaults_taken(config).items() if v is not None)
@@ -83,12 +91,12 @@ def _load(config_path: str | Path, overrides: Sequence[str], say: bool) -> "Trai
     return config
 
 
-def _filled_in(config: "TrainConfig", processes: int | None, key: str) -> "TrainConfig":
+def _filled_in(config: TrainConfig, processes: int | None, key: str) -> TrainConfig:
     """The config for so many processes (None: as many as its sizes make); `key` said how many."""
     try:
         _ = config.axes
     except UserError:
-        from tessera.train.preflight import resolve
+        from tessera.train.run import resolve
 
         resolve(config)  # raises too, and knows which sizes fit the model
         raise
@@ -105,22 +113,10 @@ def _filled_in(config: "TrainConfig", processes: int | None, key: str) -> "Train
     )
 
 
-def _preflight(config: "TrainConfig", here: int, *, prepare: bool) -> None:
-    """Check everything for `here` processes on this machine; the data is prepared on one machine only."""
-    if prepare:
-        from tessera.train.preflight import preflight
-
-        preflight(config, here)
-    else:
-        from tessera.train.preflight import check
-
-        check(config, here)
-
-
 class _Resume:
     """Which checkpoint ranks that are started again go on from: the newest that this run itself has made."""
 
-    def __init__(self, config: "TrainConfig") -> None:
+    def __init__(self, config: TrainConfig) -> None:
         self.output = Path(config.output_dir)
         self.before = self._checkpoints()
 
@@ -141,30 +137,42 @@ class _Resume:
 # ---- In a rank
 
 
-def _run_rank(config_path: str | Path, overrides: Sequence[str], num_processes: int | None) -> None:
-    def rank(ours: bool) -> None:
-        config = _load(config_path, overrides, say=not ours and os.environ["RANK"] == "0")
-        if again := restart_overrides(config.output_dir):
-            config = _load(config_path, [*overrides, *again], say=False)
-        world = int(os.environ["WORLD_SIZE"])
-        config = _filled_in(config, world, "WORLD_SIZE")
-        _filled_in(config, num_processes, "--num-processes")
-        if not ours:
-            with _one_rank_at_a_time():
-                here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-                _preflight(config, here, prepare=os.environ.get("GROUP_RANK", "0") == "0")
-        from tessera.train.trainer import train
+def _rank(config_path: str | Path, overrides: Sequence[str], num_processes: int | None, ours: bool) -> None:
+    """One rank: of ours it is handed the run, else rank 0 makes it for all."""
+    from tessera.train.run import Run, check_gpus, prepared_run
+    from tessera.train.trainer import train
 
-        train(config)
+    if ours:
+        train(Run.from_json(handed()))
+        return
+    from torch.distributed import rendezvous
 
-    as_rank(rank)
+    store, rank, world = next(iter(rendezvous("env://")))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+
+    def make() -> str:
+        config = _load(config_path, overrides, say=True)
+        config = restarted(_filled_in(config, world, "WORLD_SIZE"))
+        return prepared_run(_filled_in(config, num_processes, "--num-processes"), here).to_json()
+
+    check_gpus(here)
+    train(Run.from_json(_made_by_first(store, rank, make)), store)
 
 
-@contextmanager
-def _one_rank_at_a_time() -> Iterator[None]:
-    import fcntl
-
-    name = f"tessera-{os.getuid()}-{os.environ['MASTER_PORT']}.lock"
-    with open(Path(tempfile.gettempdir()) / name, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
-        yield
+def _made_by_first(store: "Store", rank: int, make: Callable[[], str]) -> str:
+    """What rank 0 makes, on every rank; a UserError there is raised on all. Data may take long to prepare."""
+    key = f"{HANDED}/{store.add(f'tessera/launches/{rank}', 1)}"  # a script may launch several runs
+    if rank == 0:
+        try:
+            made = make()
+        except UserError as error:
+            told = [error.key, None if error.value is None else str(error.value), error.reason, error.hint]
+            store.set(key, json.dumps({"refused": told}))
+            raise
+        store.set(key, made)
+        return made
+    store.wait([key], timedelta(days=1))
+    text = store.get(key).decode()
+    if told := json.loads(text).get("refused"):
+        raise UserError(*told)
+    return text

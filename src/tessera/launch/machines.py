@@ -45,6 +45,10 @@ class Place:
     port: int = 0
 
 
+HANDED = "tessera/handed"
+"""The key of a store under which ranks find what they are to do."""
+
+
 @dataclass(frozen=True)
 class Meeting:
     """Where the ranks of an attempt find one another: a store of its own, and the checkpoint they go on from."""
@@ -215,14 +219,22 @@ class Machines:
         ended = [outcome for rank in self.others if (outcome := self._outcome(rank, attempt))]
         return cause([*ended, self.broken] if self.broken else ended)
 
-    def meet(self, attempt: int, resume: Callable[[], str | None], check: Callable[[], None]) -> Meeting:
+    def meet(
+        self,
+        attempt: int,
+        resume: Callable[[], str | None],
+        handed: Callable[[str | None], str],
+        check: Callable[[], None],
+    ) -> Meeting:
         """Come to `attempt` and wait for the others. Raises RunFailed or UserError when they cannot all come.
 
-        Machine 0 asks `resume` for the checkpoint to go on from; `check` is called often and may raise.
+        Machine 0 asks `resume` for the checkpoint to go on from, and leaves for the ranks what `handed` makes of it;
+        `check` is called often and may raise.
         """
         if self.place.rank == 0:
             goes_on, address = resume(), self.place.address
             store = _store(address, 0, hosting=True)
+            store.set(HANDED, handed(goes_on))
             self._say(attempt=attempt, meeting=[attempt, store.port, goes_on])
             self._wait(attempt, lambda: all(self._came(rank, attempt) for rank in self.others), check)
             return Meeting(store, address, store.port, goes_on)

@@ -8,14 +8,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from tessera.config.schema import TrainConfig
 from tessera.core.errors import UserError
+from tessera.launch.machines import HANDED
 from tessera.launch.outcome import USER_ERROR
 
 LAUNCHER = "TESSERA_LAUNCHER_PID"
 ATTEMPT = "TESSERA_ATTEMPT"
-"""How often the ranks have been started before."""
-RESUME = "TESSERA_RESUME"
-"""The checkpoint that a restarted rank goes on from; empty: as the config says."""
+"""How often the ranks have been started before: for a rank's own words."""
 STACK = "stack.txt"
 """Beside a rank's error file: its Python stack, once it got SIGUSR1."""
 
@@ -64,18 +64,18 @@ def _show_stack_when_asked() -> None:
         faulthandler.register(signal.SIGTERM, file=file, all_threads=False, chain=True)  # until training handles it
 
 
-def restart_overrides(output_dir: str) -> list[str]:
-    """Settings of a rank that is started again: it goes on from the latest whole checkpoint of this run, if any."""
-    resume: str | Path | None = None
-    if int(os.environ.get(ATTEMPT, "0")):
-        resume = os.environ.get(RESUME)
-    elif int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):  # by another launcher, which knows of no checkpoints
-        from tessera.checkpoint.folder import latest
+def handed() -> bytes:
+    """What the launcher of machine 0 has left for its ranks in the store where they find one another."""
+    from torch.distributed import TCPStore  # the launcher has none of torch while it needs none
 
-        resume = latest(Path(output_dir))
-    return [f"resume_from_checkpoint={quoted(str(resume))}"] if resume else []
+    return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False).get(HANDED)
 
 
-def quoted(text: str) -> str:
-    """`text` as a YAML string, whatever is in it."""
-    return "'" + text.replace("'", "''") + "'"
+def restarted(config: TrainConfig) -> TrainConfig:
+    """The config of ranks that another launcher has started again: they go on from the latest whole checkpoint."""
+    if not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+        return config
+    from tessera.checkpoint.folder import latest  # imports torch
+
+    resume = latest(Path(config.output_dir))
+    return config.model_copy(update={"resume_from_checkpoint": str(resume)}) if resume else config

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from tessera.core.errors import RunFailed
 from tessera.launch.machines import Machines, Meeting, Place
 from tessera.launch.outcome import Outcome, cause
-from tessera.launch.rank import ATTEMPT, LAUNCHER, RESUME
+from tessera.launch.rank import ATTEMPT, LAUNCHER
 from tessera.launch.watch import StopSignals, Watch
 
 if TYPE_CHECKING:
@@ -33,10 +33,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Restarts:
-    """How often the ranks may be started again after a failure, and which checkpoint (a path) they then go on from."""
+    """How often the ranks may be started again after a failure, which checkpoint (a path) they then go on from, and
+    what they are handed (JSON) to go on from that, or to begin."""
 
     most: int = 0
     resume: Callable[[], str | None] = lambda: None
+    handed: Callable[[str | None], str] = lambda resume: "{}"
 
 
 def run_workers(
@@ -52,7 +54,7 @@ def run_workers(
     with StopSignals() as signals:
         while True:
             resume = restarts.resume if attempt else lambda: None
-            meeting = machines.meet(attempt, resume, signals.check)
+            meeting = machines.meet(attempt, resume, restarts.handed, signals.check)
             if attempt:
                 begun = f"from {meeting.resume}" if meeting.resume else "as at first: this run has no whole checkpoint"
                 print(f"starting again (restart {attempt} of {restarts.most}), {begun}", file=sys.stderr, flush=True)
@@ -77,7 +79,6 @@ def _attempt(args: Sequence[str], machines: Machines, attempt: int, meeting: Mee
         "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGQUIT",  # the others are ours
         LAUNCHER: str(os.getpid()),
         ATTEMPT: str(attempt),
-        RESUME: meeting.resume or "",
     }
     with tempfile.TemporaryDirectory(prefix="tessera-") as logs, environment(variables), _quiet_agent():
         agent = _agent(args, machines, meeting, logs)

@@ -1,4 +1,4 @@
-"""Layouts: which mesh axes cut the tokens and the features of the two streams, and the table of geometries.
+"""Layouts: which mesh axes cut the tokens and the features of the two streams.
 
     stream      tokens cut over          features cut over
     residual    depth · row · col        inner                 without sequence parallelism: tokens over depth · row
@@ -133,6 +133,3 @@ def check_chain(producer: str, output: Layout, consumer: str, input: Layout) -> 
     """Raise ValueError, naming both, when one layer's output layout is not the next one's input layout."""
     if output != input:
         raise ValueError(f"{producer} gives {output}, but {consumer} takes {input}: layouts must chain without a move")
-
-
-# ---------------------------------------------------------------------------------------------- geometries

@@ -1,4 +1,4 @@
-"""What one decoder needs to know of a model; families.py reads it from a Hugging Face config.json."""
+"""What one decoder needs to know of a model; families/ reads it from a Hugging Face config.json."""
 
 from dataclasses import dataclass
 
@@ -53,7 +53,7 @@ class ModelConfig:
 
     @property
     def dimensions(self) -> dict[str, int]:
-        """The sizes that mesh axes cut, by the names users know; see `fitting.check_sizes`."""
+        """The sizes that mesh axes cut, by the names users know; see `remedies.check_sizes`."""
         return {
             "hidden_size": self.hidden_size,
             "num_attention_heads": self.num_heads,

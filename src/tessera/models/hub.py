@@ -1,7 +1,7 @@
 """Hugging Face folders in and out.
 
 In: config.json, and safetensors of which every rank reads only its slices. Out: what `AutoModelForCausalLM`
-of transformers loads. What a tensor is called and how it is stored is in `families.py`.
+of transformers loads. What a tensor is called and how it is stored is in families/.
 """
 
 import json
@@ -18,17 +18,19 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
+from tessera.core.collectives import gathered, start_broadcast
 from tessera.core.device import dtype_name
 from tessera.core.errors import UserError
 from tessera.core.mesh import Mesh
 from tessera.layout.parallel import Parallel
-from tessera.layout.spec import ParameterSpec
 from tessera.layout.streams import residual_layout
 from tessera.models.config import ModelConfig
 from tessera.models.decoder import Decoder
-from tessera.models.families import FAMILIES, HEAD, StoredTensor, model_config, stored_tensors
+from tessera.models.families.family import HEAD
+from tessera.models.families.stored import StoredTensor, stored_tensors
+from tessera.models.families.table import FAMILIES, model_config
 from tessera.models.tensor_files import DTYPES, INDEX, ITEM_BYTES, SINGLE, Entry, broken, find_tensors, write_tensors
 from tessera.nn.parameter import gather_parameter, named_specs, to_local
 
@@ -72,7 +74,7 @@ def resolve_model_folder(base_model: str, *, weights: bool = True) -> Path:
 
 
 def read_model_config(folder: Path) -> ModelConfig:
-    """What config.json in `folder` says. UserError: no such file, not JSON, or as `families.model_config`."""
+    """What config.json in `folder` says. UserError: no such file, not JSON, or as `model_config`."""
     return model_config(read_config_json(folder), folder / "config.json")
 
 
@@ -239,11 +241,21 @@ def export(
     """
     mesh = model.parallel.mesh
     writes, dtype = mesh.rank == 0, dtype or model.parallel.dtype
-    parameters = {name: (parameter, spec) for name, parameter, spec in named_specs(model)}
+    own, places = {name: (parameter, spec) for name, parameter, spec in named_specs(model)}, _stage_of_each(model)
+
+    def whole(name: str) -> Tensor:
+        """Gathered on every rank; on the CPU of rank 0, and of the others nothing."""
+        stage, shape = places[name]
+        tensor = torch.empty(shape, dtype=model.parallel.dtype, device=mesh.device)
+        if mesh.coordinates["pp"] == stage:
+            tensor = gather_parameter(*own[name], mesh)
+        tensor = start_broadcast(tensor, stage, mesh.group(("pp",))).wait()
+        return tensor.to("cpu", dtype) if writes else tensor.new_empty(0)
+
     write_model(
         model.config,
-        {name: spec.shape for name, (_, spec) in parameters.items()},
-        lambda name: _whole(*parameters[name], mesh, dtype, keep=writes),
+        {name: shape for name, (_, shape) in places.items()},
+        whole,
         folder,
         source,
         dtype,
@@ -306,10 +318,14 @@ def _plan_files(tensors: Sequence[StoredTensor], dtype: torch.dtype, limit: int)
     return {f"model-{i:05d}-of-{len(contents):05d}.safetensors": c for i, c in enumerate(contents, 1)}
 
 
-def _whole(parameter: nn.Parameter, spec: ParameterSpec, mesh: Mesh, dtype: torch.dtype, *, keep: bool) -> Tensor:
-    """The full tensor, gathered on every rank; on the CPU of one that is to `keep` it, else nothing of it."""
-    whole = gather_parameter(parameter, spec, mesh)
-    return whole.to("cpu", dtype) if keep else whole.new_empty(0)
+def _stage_of_each(model: Decoder) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """Of each parameter of the whole model a pipeline stage that holds it, and its shape: no rank needs to have all."""
+    mesh = model.parallel.mesh
+    found: dict[str, tuple[int, tuple[int, ...]]] = {}
+    own = {name: spec.shape for name, _, spec in named_specs(model)}
+    for rank, shapes in enumerate(gathered(own, mesh.world)):
+        found |= {name: (mesh.at(rank).coordinates["pp"], shape) for name, shape in shapes.items() if name not in found}
+    return found
 
 
 def _joined(parts: Sequence[Tensor], transposed: bool) -> Tensor:

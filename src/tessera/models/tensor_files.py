@@ -89,9 +89,7 @@ def _read_header(file: Path) -> dict[str, Entry]:
         raise broken(file, f"cannot be read: {error.strerror}") from error
     if header is None:
         raise broken(
-            file,
-            f"is not a safetensors file, or is cut off in its header ({size} bytes)",
-            _pointer_hint(file),
+            file, f"is not a safetensors file, or is cut off in its header ({size} bytes)", _pointer_hint(file)
         )
     try:
         entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}

@@ -87,8 +87,8 @@ class CountedStep:
 def counted_step(model: ModelConfig, shape: StepShape, parallel: Parallel) -> CountedStep:
     """Run one AdamW step of the trainer as the rank of `parallel.mesh`, on fake tensors in a fake world.
 
-    The arguments are those of `words.step_rows`. The optimizer's state is there from the start, as in every step but
-    the first, and the order of weight gathers is known when the schedule fetches them early.
+    The arguments are those of `plan.traffic.step_transfers`. The optimizer's state is there from the start, as in every
+    step but the first, and the order of weight gathers is known when the schedule fetches them early.
     """
     sizes = {axis: size for axis, size in parallel.mesh.sizes.items() if size > 1}
     with fake_world(sizes, parallel.mesh.rank) as mesh, fake_tensors(), PeakMemory() as memory:

@@ -18,7 +18,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -30,18 +30,15 @@ from tessera.core.mesh import Mesh
 from tessera.data.batch import MicroBatch
 from tessera.engine.step import Step
 from tessera.layout.parallel import Parallel
-from tessera.layout.resolve import parallel_for
-from tessera.layout.shape import padded_length
+from tessera.layout.resolve import parallel_of
+from tessera.layout.shape import StepShape, padded_length
 from tessera.models.config import ModelConfig
 from tessera.models.decoder import Decoder
 from tessera.nn.parameter import to_local
 from tessera.plan.remembered import Remembered
 from tessera.plan.scratch import scratch_bytes
-from tessera.sizes.rules import Ask, first_misfit
+from tessera.sizes.rules import Ask, TensorParallel, first_misfit
 from tessera.sizes.schedule import Schedule
-
-if TYPE_CHECKING:
-    from tessera.config.schema import TrainConfig
 
 KINDS = (("gather", 1), ("gather", 2), ("gather", 4), ("gather", 8), ("summa", 1), ("cannon", 1))
 LAYERS = 2
@@ -100,19 +97,32 @@ class Tuning:
         ]
 
 
-def tune(config: "TrainConfig", model: ModelConfig, mesh: Mesh, compute: torch.dtype) -> Tuning:
-    """The fastest schedule for `config` on `mesh`; every rank calls it, and gets the same."""
-    every, limit = candidates(config, model, mesh, compute), int(config.tensor_parallel_scratch_gib * 2**30)
+def tune(
+    tensor: TensorParallel,
+    shape: StepShape,
+    model: ModelConfig,
+    mesh: Mesh,
+    compute: torch.dtype,
+    scratch_gib: float,
+    *,
+    tf32: bool = False,
+) -> Tuning:
+    """The fastest schedule that `tensor` allows on `mesh`; every rank calls it, and gets the same.
+
+    `shape` is that of full-length rows, not padded. Candidates may hold `scratch_gib` GiB of gathered operands.
+    """
+    every, limit = candidates(tensor, shape, model, mesh, compute), int(scratch_gib * 2**30)
     running = [c for c in every if c.scratch <= limit]
     if len(running) > 1:
-        return _fastest(running, every, limit, Remembered(_key(config, model, mesh, compute)))
-    key = f"tensor_parallel_scratch_gib: {config.tensor_parallel_scratch_gib:g}"
+        key = _key(tensor, shape, model, mesh, compute, scratch_gib, tf32)
+        return _fastest(running, every, limit, Remembered(key))
+    asked = f"tensor_parallel_scratch_gib: {scratch_gib:g}"
     if len(every) == 1:
         source = "the only one here"
     elif running:
-        source = f"the only one within {key}"
+        source = f"the only one within {asked}"
     else:
-        source = f"which needs least; all need more than {key}"
+        source = f"which needs least; all need more than {asked}"
     (chosen,) = running or [min(every, key=lambda c: c.scratch)]
     return Tuning(chosen.parallel.schedule, every, {}, limit, source)
 
@@ -136,21 +146,29 @@ def kinds(data_ranks: int) -> Sequence[tuple[str, int]]:
     return KINDS if data_ranks == 1 else KINDS[:1]
 
 
-def candidates(config: "TrainConfig", model: ModelConfig, mesh: Mesh, compute: torch.dtype) -> list[Candidate]:
-    """The schedules that fit the config's other keys and the model; one is enough where nothing moves."""
+def candidates(
+    tensor: TensorParallel, shape: StepShape, model: ModelConfig, mesh: Mesh, compute: torch.dtype
+) -> list[Candidate]:
+    """The schedules that fit the other switches and the model; one is enough where nothing moves."""
     found = []
     for name, slices in kinds(mesh.size(DATA_AXES)) if mesh.world > 1 else KINDS[:1]:
-        tensor = replace(config.tensor_parallel, schedule=name, slices=slices)
-        if first_misfit(Ask(tensor, model.dimensions, config.micro_batch_size)) is None:
-            schedule = replace(config.schedule, name=name, slices=slices)
-            parallel = parallel_for(config, mesh, schedule, compute=compute)
-            rows = config.micro_batch_size
-            length = padded_length(config.sequence_len, rows, parallel.residual, mesh)
-            found.append(Candidate(model, parallel, rows, length, config.gradient_checkpointing))
+        asked = replace(tensor, schedule=name, slices=slices)
+        if first_misfit(Ask(asked, model.dimensions, shape.batch)) is None:
+            parallel = parallel_of(asked, mesh, shape.batch, compute=compute)
+            length = padded_length(shape.sequence, shape.batch, parallel.residual, mesh)
+            found.append(Candidate(model, parallel, shape.batch, length, shape.recompute))
     return found
 
 
-def _key(config: "TrainConfig", model: ModelConfig, mesh: Mesh, compute: torch.dtype) -> dict[str, Any]:
+def _key(
+    tensor: TensorParallel,
+    shape: StepShape,
+    model: ModelConfig,
+    mesh: Mesh,
+    compute: torch.dtype,
+    scratch_gib: float,
+    tf32: bool,
+) -> dict[str, Any]:
     """Everything that the times, and which candidates there are, depend on."""
     return {
         "tessera": tessera.__version__,
@@ -159,11 +177,11 @@ def _key(config: "TrainConfig", model: ModelConfig, mesh: Mesh, compute: torch.d
         "ranks": [mesh.world, os.environ.get("LOCAL_WORLD_SIZE")],  # of which on this machine
         "mesh": [[axis, mesh.sizes[axis]] for axis in mesh.numbering if axis in MODEL_AXES],
         "model": str(model),
-        "batch": [config.micro_batch_size, config.sequence_len],
-        "compute": [str(compute), config.tf32],
-        "switches": asdict(config.schedule) | {"recompute": config.gradient_checkpointing},
-        "layout": [config.sequence_parallel, config.tensor_parallel_depth_weights],
-        "scratch_gib": config.tensor_parallel_scratch_gib,
+        "batch": [shape.batch, shape.sequence],
+        "switches": asdict(tensor.as_schedule) | {"recompute": shape.recompute},
+        "compute": [str(compute), tf32],
+        "layout": [tensor.sequence_parallel, tensor.depth_weights],
+        "scratch_gib": scratch_gib,
     }
 
 

@@ -20,6 +20,7 @@ from typing import NamedTuple
 from tessera.core.axes import MODEL_AXES
 from tessera.core.errors import UserError
 from tessera.sizes.geometries import GEOMETRIES, geometry_axes, mesh_sizes
+from tessera.sizes.schedule import LOOPS, Schedule
 
 HEADS = ("num_attention_heads", "kv_features")
 """The dimensions cut over `inner` too where the batch is not."""
@@ -64,6 +65,12 @@ class TensorParallel:
         if self.depth not in (None, axes["depth"]):
             raise UserError("tensor_parallel_depth", self.depth, f"tensor_parallel_mesh {written} has another")
         return axes
+
+    @property
+    def as_schedule(self) -> Schedule:
+        """How operands move; before auto has measured, gathered."""
+        name = "gather" if self.schedule == "auto" else self.schedule
+        return Schedule(name, self.slices, self.keep_gathered, self.prefetch, self.defer, self.overlap)
 
     @property
     def written_mesh(self) -> str:
@@ -116,7 +123,7 @@ def _misfits(ask: Ask) -> Iterator[Misfit]:
 
 def _schedule_misfits(tensor: TensorParallel, axes: Mapping[str, int]) -> Iterator[Misfit]:
     """Rules of the schedule and of the weights along depth, whatever the model."""
-    schedule, loop = tensor.schedule, tensor.schedule in ("summa", "cannon")
+    schedule, loop = tensor.schedule, tensor.schedule in LOOPS
     if tensor.depth_weights == "shard" and axes["depth"] == 1:
         yield _misfit_of(tensor, "depth_weights", "there is no depth to cut weights over", "mode")
     if loop and axes["row"] != axes["col"]:

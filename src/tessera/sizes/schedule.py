@@ -7,7 +7,8 @@ cannon   operands skewed, then shifted to the neighbour (Cannon 1969)
 
 from dataclasses import dataclass
 
-SCHEDULES = ("gather", "summa", "cannon")
+LOOPS = ("summa", "cannon")
+SCHEDULES = ("gather", *LOOPS)
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ import torch
 from tessera.core.axes import AXES
 from tessera.core.collectives import gathered
 from tessera.core.mesh import Mesh
-from tessera.layout.resolve import parallel_for, step_shape
 from tessera.models.config import ModelConfig
-from tessera.plan.traffic import Row, step_rows
+from tessera.plan.traffic import Transfer, step_transfers
+from tessera.train.settings import parallel_for, step_shape
 
 if TYPE_CHECKING:
     from tessera.config.schema import TrainConfig
@@ -36,11 +36,11 @@ def run_mesh(config: "TrainConfig", model: ModelConfig, device: torch.device, co
     return Mesh(config.mesh_sizes, device, numbering=best_numbering(config, model, here, compute))
 
 
-def traffic(rows: Sequence[Row]) -> dict[Axes, int]:
+def traffic(transfers: Sequence[Transfer]) -> dict[Axes, int]:
     """Bytes that a rank receives along each group of axes in a step, the busiest first."""
     received: dict[Axes, int] = {}
-    for row in rows:
-        received[row.axes] = received.get(row.axes, 0) + row.times * row.received
+    for transfer in transfers:
+        received[transfer.axes] = received.get(transfer.axes, 0) + transfer.times * transfer.received
     return dict(sorted(received.items(), key=lambda item: -item[1]))
 
 
@@ -69,8 +69,8 @@ def best_numbering(config: "TrainConfig", model: ModelConfig, here: int, compute
     """
     usual = Mesh(config.mesh_sizes, "meta", rank=0)
     parallel = parallel_for(config, usual, compute=compute)
-    rows = step_rows(model, step_shape(config, parallel), parallel)
-    received, nested = traffic(rows), {row.axes for row in rows if row.kind != "all_reduce"}
+    transfers = step_transfers(model, step_shape(config, parallel), parallel)
+    received, nested = traffic(transfers), {each.axes for each in transfers if each.kind != "all_reduce"}
     present = usual.present(AXES)
     single = tuple(axis for axis in AXES if axis not in present)
 

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from tessera.core.axes import MODEL_AXES
 from tessera.core.errors import UserError
-from tessera.layout.resolve import check_layout
 from tessera.layout.streams import HIDDEN, attention_layout
 from tessera.models.config import ModelConfig
 from tessera.plan.tune import kinds
 from tessera.sizes.geometries import GEOMETRIES, geometry_axes
+from tessera.sizes.numbers import divisors_of
 from tessera.sizes.rules import IN_ONE_PIECE, config_key
 from tessera.sizes.schedule import Schedule
+from tessera.train.settings import check_layout
 from tessera.verify.problem import LENGTH, Problem, small_batch, small_model
 
 if TYPE_CHECKING:
@@ -144,8 +145,7 @@ def _ways(config: "TrainConfig", world: int) -> Iterator["TrainConfig"]:
 def _meshes(axes: Iterable[str], world: int) -> Iterator[dict[str, int]]:
     """The sizes of inner, depth, row and col whose product is `world`, all 1 but for `axes`."""
     names = [axis for axis in MODEL_AXES if axis in set(axes)]
-    divisors = [n for n in range(1, world + 1) if world % n == 0]
-    for numbers in itertools.product(divisors, repeat=len(names)):
+    for numbers in itertools.product(divisors_of(world), repeat=len(names)):
         if math.prod(numbers) == world:
             yield dict.fromkeys(MODEL_AXES, 1) | dict(zip(names, numbers, strict=True))
 

@@ -34,7 +34,7 @@ def of_point(point: Point, axis: str, model: Decoder, reference: Decoder, trace:
     else:
         name = point.name if point.output else ""
     arguments = trace.arguments.get((point.micro_batch, name))
-    if arguments is None or operation.places in (("final norm",), ("layer norms",)):
+    if arguments is None:
         return None
     module = reference.get_submodule(name)
     x = arguments[0].detach()

@@ -5,7 +5,7 @@ kv heads and whether each divides by the axes that cut it, dropout, a vocabulary
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +13,7 @@ import torch
 from tessera.data.batch import MicroBatch
 from tessera.data.samples import IGNORED
 from tessera.models.config import ModelConfig
+from tessera.sizes.numbers import divisors_of
 
 LENGTH = 11  # a prime: sequences are padded wherever tokens are cut
 
@@ -89,12 +90,8 @@ def _fewer(kv_heads: int, ranks: int) -> int:
     """A small divisor of `kv_heads` that divides by exactly those divisors of `ranks` by which it does."""
     fewest = math.gcd(kv_heads, ranks)
     rest = ranks // fewest
-    more = (n for n in _divisors(kv_heads // fewest) if n > 1 and math.gcd(n, rest) == 1)
+    more = (n for n in divisors_of(kv_heads // fewest) if n > 1 and math.gcd(n, rest) == 1)
     return fewest * next(more, 1)
-
-
-def _divisors(number: int) -> Iterator[int]:
-    return (n for n in range(1, number + 1) if number % n == 0)
 
 
 def _prime_above(number: int) -> int:

@@ -14,12 +14,12 @@ from tessera.engine.fsdp import build_decoder
 from tessera.engine.optimizer import build_optimizer
 from tessera.engine.step import Step
 from tessera.layout.parallel import Parallel
-from tessera.layout.resolve import fsdp_of
 from tessera.layout.shape import length_multiple
 from tessera.layout.spec import ParameterSpec
 from tessera.models.decoder import Decoder
 from tessera.nn.initialize import hash_seed
 from tessera.nn.parameter import named_specs, to_local
+from tessera.train.settings import fsdp_of
 from tessera.verify.problem import Problem
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ CLIPPED_TO = 0.1  # below any norm that occurs, so that clipping takes place
 
 
 @dataclass
-class Outcome:
+class StepsTaken:
     """What the steps gave on one rank: loss and norm of each, the first one's gradients and the last weights (shards).
 
     Gradients are those before clipping.
@@ -86,11 +86,11 @@ def _rows_of(batch: MicroBatch, rows: slice) -> MicroBatch:
     )
 
 
-def take(problem: Problem, parallel: Parallel, config: "TrainConfig", recorder: Recorder | None = None) -> Outcome:
+def take(problem: Problem, parallel: Parallel, config: "TrainConfig", recorder: Recorder | None = None) -> StepsTaken:
     """All steps of `problem`; `recorder` sees the collectives of the first."""
     model = build(problem, parallel, config)
     step = stepper(model, problem, config)
-    outcome = Outcome(specs={name: spec for name, _, spec in named_specs(model)})
+    taken = StepsTaken(specs={name: spec for name, _, spec in named_specs(model)})
     for index in range(problem.steps):
         batches = batches_of(problem, model, index)
         if index == 0 and recorder is not None:
@@ -98,15 +98,15 @@ def take(problem: Problem, parallel: Parallel, config: "TrainConfig", recorder: 
                 result = step(batches, index, LEARNING_RATE)
         else:
             result = step(batches, index, LEARNING_RATE)
-        outcome.losses.append(result.loss)
-        outcome.norms.append(result.grad_norm)
+        taken.losses.append(result.loss)
+        taken.norms.append(result.grad_norm)
         if index == 0:
             clipped = CLIPPED_TO / (result.grad_norm + 1e-6)
-            outcome.gradients = {n: _gradient(p) for n, p, _ in named_specs(model)}
+            taken.gradients = {n: _gradient(p) for n, p, _ in named_specs(model)}
             if result.finite and clipped < 1:  # undone, so that a norm that is wrong leaves right gradients right
-                torch._foreach_div_(list(outcome.gradients.values()), clipped)
-    outcome.weights = {n: to_local(p) for n, p, _ in named_specs(model)}
-    return outcome
+                torch._foreach_div_(list(taken.gradients.values()), clipped)
+    taken.weights = {n: to_local(p) for n, p, _ in named_specs(model)}
+    return taken
 
 
 def _gradient(parameter: torch.nn.Parameter) -> Tensor:

@@ -1,0 +1,179 @@
+"""One rank of a run, built: mesh, model, optimizer, data, and where it goes on from. Every rank calls it."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tessera.checkpoint import tensors as checkpoint
+from tessera.checkpoint.resumed import differences
+from tessera.checkpoint.state import RunState
+from tessera.core import device as devices
+from tessera.core.axes import DATA_AXES
+from tessera.core.collectives import gathered
+from tessera.core.errors import UserError
+from tessera.core.mesh import Mesh
+from tessera.data.loader import Loader
+from tessera.data.prepare import Prepared, open_prepared
+from tessera.data.samples import Split, open_rows
+from tessera.engine.fsdp import build_decoder
+from tessera.engine.optimizer import build_optimizer
+from tessera.engine.step import Step
+from tessera.layout.shape import length_multiple
+from tessera.models.decoder import Decoder
+from tessera.models.hub import load_weights
+from tessera.plan.tune import tune
+from tessera.train.links import run_mesh
+from tessera.train.run import Run
+from tessera.train.settings import compute_dtype, fsdp_of, parallel_for, row_shape
+
+
+@dataclass
+class Progress:
+    """What a checkpoint remembers beside tensors: optimizer steps done, targets trained on, and steps without update.
+
+    `skipped` steps had a loss or gradient that was not finite, the last `in_a_row` of them one after another.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    in_a_row: int = 0
+
+
+@dataclass
+class Built:
+    """What the steps of a run need on this rank; `said` is what a person should know before the first one."""
+
+    run: Run
+    prepared: Prepared
+    step: Step
+    loader: Loader
+    progress: Progress = field(default_factory=Progress)
+    total_steps: int = 0
+    warmup: int = 0
+    said: list[str] = field(default_factory=list)
+
+    @property
+    def model(self) -> Decoder:
+        return self.step.model
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.step.mesh
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that speaks and writes for all."""
+        return self.mesh.rank == 0
+
+    @property
+    def output(self) -> Path:
+        return Path(self.run.config.output_dir)
+
+    def course(self) -> dict[str, Any]:
+        """What follows from the settings, and the order of samples and the learning rate from it."""
+        return {
+            "samples_per_step": self.loader.samples_per_step,
+            "data": self.prepared.manifest.key,
+            "steps": self.total_steps,
+            "warmup_steps": self.warmup,
+            "computing_in": devices.dtype_name(self.model.parallel.compute),
+        }
+
+
+def build(run: Run, device: torch.device) -> Built:
+    """The run on this rank, its weights filled. Raises UserError on every rank alike."""
+    config, compute = run.config, compute_dtype(run.config, device)
+    mesh = run_mesh(config, run.model, device, compute)
+    _check_same_disk(run, mesh)
+    prepared = open_prepared(run.prepared)
+    tuning = None
+    if config.tensor_parallel_schedule == "auto":
+        limit = config.tensor_parallel_scratch_gib
+        tuning = tune(config.tensor_parallel, row_shape(config), run.model, mesh, compute, limit, tf32=config.tf32)
+    parallel = parallel_for(config, mesh, tuning.schedule if tuning else None, compute=compute)
+    recompute = config.gradient_checkpointing
+    model = build_decoder(run.model, parallel, fsdp_of(config), gradient_checkpointing=recompute)
+    betas = (config.adam_beta1, config.adam_beta2)
+    step = Step(
+        model,
+        build_optimizer(model, config.optimizer, betas, config.adam_epsilon, config.weight_decay),
+        max_grad_norm=config.max_grad_norm,
+        label_smoothing=config.label_smoothing_factor,
+        seed=config.seed,
+    )
+    built = Built(run, prepared, step, loader_of(run, prepared, model, "train", shuffle=config.shuffle))
+    built.said = tuning.lines() if tuning else []
+    state = _fill(built)
+    _set_course(built)
+    if state is not None:
+        _check_resumed(built, state)
+    return built
+
+
+def _check_same_disk(run: Run, mesh: Mesh) -> None:
+    """Raise UserError on every rank when some see a checkpoint or prepared data that others do not."""
+    needed = [path for path in (run.resume, run.prepared) if path is not None]
+    for rank, seen in enumerate(gathered([path.is_dir() for path in needed], mesh.world)):
+        if not all(seen):
+            reason = f"rank {rank} does not see {needed[seen.index(False)]}"
+            raise UserError("output_dir", run.config.output_dir, reason, "a disk that every machine sees")
+
+
+def loader_of(run: Run, prepared: Prepared, model: Decoder, split: Split, *, shuffle: bool) -> Loader:
+    """This data rank's micro-batches of a split, padded as the mesh of `model` needs them."""
+    config, mesh = run.config, model.parallel.mesh
+    return Loader(
+        open_rows(prepared.folder, split),
+        config.micro_batch_size,
+        config.gradient_accumulation_steps,
+        config.seed,
+        shuffle,
+        length_multiple(config.micro_batch_size, model.residual, mesh),
+        data_rank=mesh.index(DATA_AXES),
+        data_ranks=mesh.size(DATA_AXES),
+    )
+
+
+def _fill(built: Built) -> RunState | None:
+    """Weights from the checkpoint to resume, whose state is returned, from the model's safetensors, or random."""
+    run, model = built.run, built.model
+    if run.resume is None:
+        if run.config.random_init:
+            model.initialize(run.config.seed)
+        else:
+            load_weights(model, run.model_folder)
+        return None
+    state = checkpoint.load(run.resume, model, built.step.optimizer)
+    if not state.optimizer and built.first:
+        print(f"{run.resume} has no optimizer state, which starts from zero", flush=True)
+    built.loader.start_at(state.step, state.samples)
+    built.progress = Progress(state.step, state.tokens, state.skipped)
+    return state
+
+
+def _set_course(built: Built) -> None:
+    """How long the run is, and its warm-up."""
+    config, loader = built.run.config, built.loader
+    built.total_steps = config.max_steps or loader.steps_for(config.num_epochs)
+    if config.max_steps is None:
+        loader.last_sample = loader.samples_for(config.num_epochs)
+    ratio = 0.0 if config.lr_scheduler == "constant" else config.warmup_ratio
+    own = config.warmup_steps
+    built.warmup = math.ceil(ratio * built.total_steps) if own is None else own
+
+
+def _check_resumed(built: Built, state: RunState) -> None:
+    """Say, by key, what changes the course of a resumed run or its numbers; UserError when it is past its end."""
+    config, last, total = built.run.config, built.loader.last_sample, built.total_steps
+    if state.step > total or last is not None and state.samples > last:
+        whole = f"{total} steps" if last is None else f"{last} rows"
+        reason = f"the run is {whole} long, the checkpoint was made after {state.step} steps, {state.samples} rows"
+        raise UserError("resume_from_checkpoint", built.run.resume, reason, "raise max_steps or num_epochs")
+    now = config.model_dump(mode="json") | built.course()
+    defaults = {key: entry.get_default() for key, entry in type(config).model_fields.items()}
+    for line in differences(state.config | state.course, now, defaults) if built.first else []:
+        print(line, flush=True)

@@ -1,0 +1,121 @@
+"""Run: what a config resolves to, once, before any rank exists; then every rank is handed it as JSON.
+
+Made by the launcher, or by rank 0 where another launcher has started the ranks. What depends on the device stays open
+in it (`bf16: auto`, schedule auto): the ranks agree on that. Nothing here touches a GPU.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from tessera.checkpoint.folder import latest, read_state
+from tessera.config.schema import TrainConfig
+from tessera.core.device import gpus_missing
+from tessera.core.errors import UserError
+from tessera.data.prepare import prepare
+from tessera.models.config import ModelConfig
+from tessera.models.hub import check_weights, read_model_config, resolve_model_folder
+from tessera.train.settings import check_layout
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has been checked, its data prepared.
+
+    `config` has every size filled in; `folder` is that of the base model and `model` what its config.json says;
+    `prepared` holds the rows; `resume` is the checkpoint to go on from, or None to begin anew.
+    """
+
+    config: TrainConfig
+    folder: Path
+    model: ModelConfig
+    prepared: Path
+    resume: Path | None
+
+    def to_json(self) -> str:
+        """For `from_json` in another process; keys that the user did not give stay not given."""
+        return _JSON.dump_json(self, exclude_unset=True).decode()
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "Run":
+        return _JSON.validate_json(text)
+
+    def going_on_from(self, checkpoint: str | None) -> "Run":
+        """The same run, started again: from `checkpoint`, or as at first where that is None."""
+        return self if checkpoint is None else replace(self, resume=Path(checkpoint))
+
+    @property
+    def model_folder(self) -> Path:
+        """Where this machine has the base model: in another place than the machine that made the run, if from a hub."""
+        return self.folder if self.folder.is_dir() else resolve_model_folder(self.config.base_model)
+
+
+_JSON = TypeAdapter(Run)
+
+
+def resolve(config: TrainConfig) -> Run:
+    """Read what the config names and check that the sizes fit; writes nothing, starts nothing. Raises UserError."""
+    folder, output = resolve_model_folder(config.base_model), Path(config.output_dir)
+    if folder.resolve() == output.resolve():
+        reason = "is base_model too, whose weights would be overwritten"
+        raise UserError("output_dir", config.output_dir, reason, "give the run a folder of its own")
+    return Run(config, folder, fitting_model(config, folder), output / "prepared", checkpoint_to_resume(config))
+
+
+def fitting_model(config: TrainConfig, folder: Path | None = None) -> ModelConfig:
+    """The model of base_model (of config.json in `folder`, where known); UserError when it does not fit `config`."""
+    model = model_of(config, folder)
+    check_layout(config, model.dimensions)
+    return model
+
+
+def model_of(config: TrainConfig, folder: Path | None = None) -> ModelConfig:
+    """The same, whatever the layout; UserError when its positions are fewer than `sequence_len`."""
+    model = read_model_config(folder or resolve_model_folder(config.base_model, weights=False))
+    if model.rope is None and config.sequence_len > model.max_positions:
+        reason = f"the model has {model.max_positions} positions"
+        raise UserError("sequence_len", config.sequence_len, reason, f"at most {model.max_positions}")
+    return model
+
+
+def checkpoint_to_resume(config: TrainConfig) -> Path | None:
+    """The checkpoint that the config's resume keys mean, None to begin anew. Raises UserError when it is not whole."""
+    wanted, output = config.resume_from_checkpoint, Path(config.output_dir)
+    last = latest(output)
+    if isinstance(wanted, str):
+        resume = Path(wanted)
+    elif last and (wanted or config.auto_resume_from_checkpoints):
+        resume = last
+    elif wanted:
+        raise UserError("resume_from_checkpoint", wanted, f"{output} holds no whole checkpoint")
+    else:
+        return None
+    step = read_state(resume).step
+    if config.max_steps is not None and step > config.max_steps:
+        raise UserError("max_steps", config.max_steps, f"{resume} was made after step {step}", "raise max_steps")
+    return resume
+
+
+def check_gpus(processes: int) -> None:
+    """Raise UserError on a machine with GPUs, but fewer than `processes`."""
+    if missing := gpus_missing(processes):
+        hint = "give one process each a GPU, or set CUDA_VISIBLE_DEVICES= (nothing) to train on CPU"
+        raise UserError("processes", processes, f"this machine is {missing} GPUs short", hint)
+
+
+def check(config: TrainConfig, processes: int) -> Run:
+    """Check everything for a machine with so many `processes`; writes nothing. Raises UserError."""
+    check_gpus(processes)
+    run = resolve(config)
+    if not config.random_init and run.resume is None:
+        check_weights(run.folder, run.model)
+    return run
+
+
+def prepared_run(config: TrainConfig, processes: int) -> Run:
+    """The same, then read the data and prepare it: what is left for the ranks is to train. Raises UserError."""
+    run = check(config, processes)
+    source = config.model_copy(update={"base_model": str(run.folder)})
+    print(prepare(source, run.model.vocab_size, run.prepared).summary(), flush=True)
+    return run

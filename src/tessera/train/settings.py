@@ -1,0 +1,72 @@
+"""What a config asks of the rooms below `train`, in their own values: none of them sees the config."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from tessera.config.schema import TrainConfig
+from tessera.core.device import has_bf16
+from tessera.core.mesh import Mesh
+from tessera.layout import resolve
+from tessera.layout.parallel import Parallel
+from tessera.layout.shape import Fsdp, StepShape, padded_length
+from tessera.sizes.schedule import Schedule
+
+
+def check_layout(config: TrainConfig, dimensions: Mapping[str, int]) -> None:
+    """Raise UserError, with the nearest sizes that fit, when the config's layout does not fit a model or FSDP2."""
+    resolve.check_layout(config.tensor_parallel, config.data_sizes, dimensions, config.micro_batch_size)
+
+
+def parallel_for(
+    config: TrainConfig,
+    mesh: Mesh,
+    schedule: Schedule | None = None,
+    dtype: torch.dtype = torch.float32,
+    compute: torch.dtype | None = None,
+) -> Parallel:
+    """The layouts that `config` asks for, on `mesh`; the rest as `layout.resolve.parallel_of`."""
+    return resolve.parallel_of(config.tensor_parallel, mesh, config.micro_batch_size, schedule, dtype, compute)
+
+
+def fsdp_of(config: TrainConfig) -> Fsdp:
+    """What the config's fsdp_config asks of FSDP2."""
+    keys = config.fsdp_config
+    by_layer = keys.auto_wrap_policy == "TRANSFORMER_BASED_WRAP"
+    return Fsdp(keys.reshard_after_forward, keys.forward_prefetch, keys.offload_params, by_layer)
+
+
+def row_shape(config: TrainConfig) -> StepShape:
+    """What a step of `config` runs on a data rank: full-length rows, not padded."""
+    fsdp = fsdp_of(config)
+    return StepShape(
+        config.micro_batch_size,
+        config.sequence_len,
+        config.gradient_accumulation_steps,
+        recompute=config.gradient_checkpointing,
+        label_smoothing=config.label_smoothing_factor > 0,
+        reshard=fsdp.reshard,
+        by_layer=fsdp.by_layer,
+    )
+
+
+def step_shape(
+    config: TrainConfig,
+    parallel: Parallel,
+    batch: int | None = None,
+    length: int | None = None,
+    micro_batches: int | None = None,
+) -> StepShape:
+    """The same padded for `parallel`; `batch` (of a data rank), `length`, `micro_batches` are others where given."""
+    asked = row_shape(config)
+    rows = batch or asked.batch
+    padded = padded_length(length or asked.sequence, rows, parallel.residual, parallel.mesh)
+    return replace(asked, batch=rows, sequence=padded, micro_batches=micro_batches or asked.micro_batches)
+
+
+def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """What the config computes in on `device`, over parameters in float32."""
+    policy = config.fsdp_config.mixed_precision_policy
+    bf16 = config.bf16 if policy is None else policy == "bf16"
+    return torch.bfloat16 if (has_bf16(device) if bf16 == "auto" else bf16) else torch.float32

@@ -1,0 +1,55 @@
+"""A run is resolved once: what the ranks are handed says all, whatever happens to the files it came from."""
+
+import shutil
+
+import pytest
+
+from support.pool import pool
+from tessera.config.schema import TrainConfig
+from tessera.core.errors import UserError
+from tessera.train.run import Run, prepared_run
+from train.on_rank import run_on_rank
+from train.runs import Workshop, metrics, run
+
+CHANGES = {
+    "plain": {},
+    "2d and sections": {
+        "tensor_parallel_mode": "2d",
+        "tensor_parallel_mesh": {"row": 2, "col": 2},
+        "fsdp_config": {"forward_prefetch": True},
+        "micro_batch_size": 4,
+    },
+    "numbers": {"learning_rate": 1, "val_set_size": 0.25, "bf16": "auto", "save_total_limit": 2, "num_epochs": 1.5},
+    "no warm-up": {"lr_scheduler": "constant", "warmup_steps": None},
+}
+
+
+@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES.keys())
+def test_a_run_is_the_same_behind_json(workshop: Workshop, tmp_path, changes):
+    settings = workshop.settings("llama", tmp_path / "run", **changes)
+    made = prepared_run(TrainConfig.model_validate(settings), 1)
+    handed = Run.from_json(made.to_json())
+    assert handed == made
+    assert handed.config.model_fields_set == made.config.model_fields_set, "what was given is not what was taken"
+
+
+def test_ranks_read_neither_the_data_nor_the_weights_again(workshop: Workshop, tmp_path):
+    rows, model = tmp_path / "rows.jsonl", tmp_path / "model"
+    shutil.copyfile(workshop.rows, rows)
+    shutil.copytree(workshop.model("llama"), model)
+    settings = workshop.settings("llama", tmp_path / "run", tensor_parallel_size=2, max_steps=3, random_init=True)
+    expected = run(settings | {"output_dir": str(tmp_path / "beside")})
+    settings |= {"datasets": [{"path": str(rows)}], "base_model": str(model)}
+    handed = prepared_run(TrainConfig.model_validate(settings), 2).to_json()
+    rows.unlink()
+    (model / "model.safetensors").unlink()
+    pool(2).run(run_on_rank, handed)
+    assert [m["loss"] for m in metrics(settings)] == [m["loss"] for m in expected]
+
+
+def test_a_rank_that_does_not_see_the_prepared_data_ends_the_run(workshop: Workshop, tmp_path):
+    settings = workshop.settings("llama", tmp_path / "run")
+    handed = prepared_run(TrainConfig.model_validate(settings), 1)
+    shutil.rmtree(handed.prepared)
+    with pytest.raises(UserError, match="a disk that every machine sees"):
+        run_on_rank(handed.to_json())
