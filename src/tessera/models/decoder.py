@@ -18,7 +18,7 @@ from tessera.nn.attention import Attention, AttentionConfig
 from tessera.nn.dropout import dropout
 from tessera.nn.embedding import LearnedPositions, VocabParallelEmbedding
 from tessera.nn.initialize import initialize
-from tessera.nn.loss import Head, linear_cross_entropy
+from tessera.nn.loss import LossSpec, linear_cross_entropy
 from tessera.nn.mlp import MLP
 from tessera.nn.norm import LayerNorm, Norm, RMSNorm
 from tessera.nn.parameter import ParallelModule, gather_whole
@@ -168,7 +168,7 @@ class Decoder(nn.Module):
 
     def loss(self, x_TF: Tensor, tokens: Tokens, denominator: float, label_smoothing: float = 0.0) -> Tensor:
         """What `forward` returns, of the residual stream after the last layer."""
-        head = Head(
+        head = LossSpec(
             self.head.plan.roles(self.parallel.mesh),
             self.embedding.vocabulary,
             self.config.vocab_size,
