@@ -179,8 +179,7 @@ def convert(
     source: Annotated[Path, typer.Argument(help="A checkpoint-N folder, or a Hugging Face one.", metavar="FROM")],
     target: Annotated[Path, typer.Argument(help="The folder to write, new or empty.", metavar="TO")],
     config: Annotated[
-        Path | None,
-        typer.Option(help="A folder with config.json and tokenizer; without it where the run had them."),
+        Path | None, typer.Option(help="A folder with config.json and tokenizer; without it where the run had them.")
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; without it as in the checkpoint.")

@@ -190,12 +190,7 @@ class Decoder(nn.Module):
         return self.head.local("bias") if self.config.head_bias else None
 
     def forward(
-        self,
-        batch: MicroBatch,
-        denominator: float,
-        *,
-        dropout_key: int | None = None,
-        label_smoothing: float = 0.0,
+        self, batch: MicroBatch, denominator: float, *, dropout_key: int | None = None, label_smoothing: float = 0.0
     ) -> Tensor:
         """The summed cross entropy over this rank's tokens divided by `denominator`.
 

@@ -361,10 +361,7 @@ def _write_rest(
     name = dtype_name(dtype)
     config |= {key: name for key in ("dtype", "torch_dtype") if key in config} or {"dtype": name}
     config |= dict(changes)
-    config |= {
-        "architectures": [FAMILIES[model.family].architecture],
-        "vocab_size": model.vocab_size,
-    }
+    config |= {"architectures": [FAMILIES[model.family].architecture], "vocab_size": model.vocab_size}
     _write_json(aside / "config.json", config)
     for home, file in [(source, "generation_config.json"), *((tokenizer, file) for file in TOKENIZER_FILES)]:
         if (home / file).is_file():
