@@ -27,7 +27,7 @@ from benchmarks.report import describe_machine
 from tessera.checkpoint.saver import Saver
 from tessera.core import device as devices
 from tessera.core.mesh import Mesh
-from tessera.data.loader import Batch
+from tessera.data.batch import MicroBatch
 from tessera.engine.optimizer import build_optimizer
 from tessera.engine.step import Step
 from tessera.layout.parallel import Parallel
@@ -66,13 +66,14 @@ class Bench:
         (folder / "model").mkdir()
         (folder / "model/config.json").write_text(json.dumps(CONFIG))
         device = devices.local_device()
+        devices.prepare(device, tf32=False)
         config = read_model_config(folder / "model")
         self.model = Decoder(config, Parallel(Mesh({}, device), residual_layout(True)))
         self.model.initialize(0)
         self.optimizer = build_optimizer(self.model, "adamw_torch_fused", (0.9, 0.95), 1e-8, 0.1)
         self.step = Step(self.model, self.optimizer, max_grad_norm=1.0)
         ids = torch.randint(0, config.vocab_size, (1, 65), generator=torch.Generator().manual_seed(0))
-        self.batch = Batch(ids[:, :-1], ids[:, 1:], 64)
+        self.batch = MicroBatch(ids[:, :-1], ids[:, 1:], 64)
         self.done = 0
 
     def train(self) -> float:

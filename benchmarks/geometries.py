@@ -33,6 +33,7 @@ from benchmarks.contenders.dtensor_mlp import Stack as DTensorStack
 from benchmarks.measure import LiveTensors
 from benchmarks.report import describe_machine
 from tessera.config.schema import TrainConfig
+from tessera.core import device as devices
 from tessera.core.mesh import Mesh
 from tessera.engine.gradients import sum_replicated_gradients
 from tessera.engine.optimizer import build_optimizer
@@ -44,6 +45,7 @@ from tessera.models.decoder import Decoder
 from tessera.nn.linear import ColumnParallelLinear, RowParallelLinear
 from tessera.nn.parameter import gather_whole, named_specs, to_local
 from tessera.plan.tune import Candidate, beside_fastest, candidates, tune
+from tessera.product.overlap import FORWARD
 from tessera.sizes.schedule import Schedule
 
 LAYERS = 3
@@ -138,7 +140,7 @@ class TesseraStack(nn.Module):
                     to_local(parameter).copy_(whole[spec.local_slices(mesh)])
 
     def forward(self, x: Tensor) -> Tensor:
-        self.parallel.overlap.begin(True)
+        self.parallel.overlap.begin(FORWARD)  # and its backward with it
         for up, down in self.layers:  # type: ignore[misc]
             x = x + down(F.gelu(up(x)))
         return x
@@ -271,6 +273,7 @@ Job = Callable[[dict[str, Mesh]], Any]  # what every rank does, and sends
 
 def serve(rank: int, world: int, store: str, jobs: list[Job], pipe: Any) -> None:
     torch.set_num_threads(1)
+    devices.prepare(torch.device("cpu"), tf32=False)  # as a rank of a run, and all contenders alike
     dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
     meshes: dict[str, Mesh] = {}
     for job in jobs:

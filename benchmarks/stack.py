@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tessera.core import device as devices
 from tessera.core.mesh import Mesh
-from tessera.data.loader import Batch
+from tessera.data.batch import MicroBatch
 from tessera.engine.optimizer import build_optimizer
 from tessera.engine.step import Step
 from tessera.layout.parallel import Parallel
@@ -47,7 +47,7 @@ def trainer_of(
     decoder = Decoder(model, Parallel(Mesh({}, device), residual_layout(True), compute=compute))
     decoder.initialize(seed=0)
     step = Step(decoder, build_optimizer(decoder, "adamw_torch_fused", (0.9, 0.95), 1e-8, 0.1), max_grad_norm=1.0)
-    return decoder, lambda ids, targets: step([Batch(ids, targets, ids.numel())], 0, 1e-4)
+    return decoder, lambda ids, targets: step([MicroBatch(ids, targets, ids.numel())], 0, 1e-4)
 
 
 def transformers_of(
@@ -88,6 +88,7 @@ CONTENDERS = {"tessera": trainer_of, "transformers": transformers_of}
 def measure(contender: str, model: ModelConfig, batch: int, sequence: int, steps: int, bf16: bool) -> str:
     """Train on random tokens; the median of `steps` steps after two that warm up."""
     device = devices.local_device()
+    devices.prepare(device, tf32=False)
     stack, step = CONTENDERS[contender](model, device, torch.bfloat16 if bf16 else torch.float32)
     ids = torch.randint(0, model.vocab_size, (batch, sequence + 1), generator=torch.Generator().manual_seed(0))
     inputs, targets = ids[:, :-1].to(device), ids[:, 1:].to(device)

@@ -1,13 +1,15 @@
-"""Tessera's own decoder and optimizer step, as `tessera train` runs them."""
+"""Tessera's own decoder and optimizer step, in a process prepared as `tessera train` prepares a rank's."""
 
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.workload import LEARNING_RATE, MAX_GRAD_NORM, WEIGHT_DECAY, Shape
+from tessera.core import device as devices
 from tessera.core.mesh import Mesh
-from tessera.data.loader import Batch
+from tessera.data.batch import MicroBatch
 from tessera.engine.optimizer import build_optimizer
 from tessera.engine.step import Step
 from tessera.layout.parallel import Parallel
@@ -25,7 +27,7 @@ class Training:
 
     def step(self, tokens: Tensor) -> tuple[float, float]:
         targets = F.pad(tokens[:, 1:], (0, 1), value=IGNORED)
-        batch = Batch(tokens, targets, valid=int((targets != IGNORED).sum()))
+        batch = MicroBatch(tokens, targets, valid=int((targets != IGNORED).sum()))
         result = self.run([batch], self.number, LEARNING_RATE)
         self.number += 1
         return result.loss, result.grad_norm
@@ -33,6 +35,7 @@ class Training:
 
 def build(shape: Shape, folder: Path, rank: int, world: int, sequence_parallel: bool) -> Training:
     """The 1D geometry over `world` ranks."""
+    devices.prepare(torch.device("cpu"), tf32=False)
     parallel = Parallel(Mesh({"col": world}), residual_layout(sequence_parallel))
     model = Decoder(read_model_config(folder), parallel)
     load_weights(model, folder)

@@ -82,6 +82,6 @@ def test_an_output_that_is_a_file(tmp_path):
 
 
 def test_counts_that_are_not_the_formula_fail_the_command(folder, monkeypatch):
-    monkeypatch.setattr("tessera.cli.count.totals", lambda rows: {})
+    monkeypatch.setattr("tessera.plan.report.totals", lambda rows: {})
     error = run("--model", str(folder), "--ranks", "2", "--batch", "4", "--sequence", "8").exception
     assert isinstance(error, RunFailed) and "1D on 2 devices" in str(error)

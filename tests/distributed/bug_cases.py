@@ -25,7 +25,7 @@ from distributed.model_cases import LLAMA, batches, build, model_errors
 from support.mesh import shared_mesh
 from tessera.core.mesh import Mesh
 from tessera.layout.spec import ParameterSpec
-from tessera.layout.streams import HIDDEN, residual_layout
+from tessera.layout.streams import Streams, residual_layout
 from tessera.models.config import ModelConfig
 from tessera.nn.initialize import hash_seed
 from tessera.nn.linear import RowParallelLinear
@@ -45,12 +45,12 @@ def summed_without(axis: str) -> Any:
 
 def batch_cut_over_the_grid_only() -> Any:
     """Every layer of depth works on the same tokens."""
-    streams = (
+    streams = tessera.layout.streams.Streams(
         tessera.layout.streams.Layout(("row", "col"), ("inner",)),
         tessera.layout.streams.Layout(("row", "inner"), ("col",)),
     )
     right = Tokens.of.__func__  # type: ignore[attr-defined]
-    return patch.object(Tokens, "of", classmethod(lambda cls, ids, *a: right(cls, ids, *streams, *a[2:])))
+    return patch.object(Tokens, "of", classmethod(lambda cls, batch, _, *a: right(cls, batch, streams, *a)))
 
 
 def products_in_half_precision() -> Any:
@@ -168,9 +168,8 @@ def every_token_once(sizes: Sizes, config: ModelConfig = LLAMA) -> bool:
     """The residual stream of a rank is 1/P of the whole, and no two ranks of depth hold the same tokens."""
     mesh = shared_mesh(sizes)
     (batch,) = batches(config, 1)
-    tokens = Tokens.of(batch.input_ids, residual_layout(True), HIDDEN, mesh)
-    held = tokens.residual.stop - tokens.residual.start
-    return held * math.prod(sizes.values()) == batch.input_ids.numel()
+    tokens = Tokens.of(batch, Streams(residual_layout(True)), mesh)
+    return len(tokens.residual.rows) * math.prod(sizes.values()) == batch.input_ids.numel()
 
 
 def saved_are_shards(sizes: Sizes) -> bool:
@@ -189,7 +188,7 @@ def one_rank_runs(schedule: str) -> bool:
     try:
         model = build(LLAMA, Mesh(rank=0), schedule=Schedule(schedule))
         (batch,) = batches(LLAMA, 1)
-        return bool(torch.isfinite(model(batch.input_ids, batch.targets, 1.0)))
+        return bool(torch.isfinite(model(batch, 1.0)))
     except AttributeError:
         return False
 

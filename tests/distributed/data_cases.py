@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 
-from distributed.model_cases import LLAMA, Batch, build, share
+from distributed.model_cases import LLAMA, batch_of, build, share
 from support.mesh import shared_mesh
 from tessera.checkpoint.tensors import model_tensors
 from tessera.engine.optimizer import build_optimizer
@@ -48,6 +48,6 @@ def embedding_gradient(compute: torch.dtype) -> torch.Tensor:
     model = build(LLAMA, mesh, dtype=torch.float32, compute=compute, **FSDP)
     ids = torch.arange(16 * 256).view(16, 256) % 4
     step = Step(model, build_optimizer(model, "adamw_torch_fused", (0.9, 0.95), 1e-8, 0.0))
-    step.gradients([share(Batch(ids, ids.roll(-1, 1)), mesh)], 0)
+    step.gradients([share(batch_of(ids, ids.roll(-1, 1)), mesh)], 0)
     spec = model.embedding.specs["weight"]
     return gather_parameter(model.embedding.weight.grad, spec, mesh)

@@ -7,12 +7,11 @@ import torch
 from torch import Tensor
 
 from distributed.model_cases import GPT2, batches, build, full
-from nn.shards import chunk, mesh_of, part
+from nn.shards import chunk, mesh_of, part, tokens_of
 from tessera.engine.optimizer import build_optimizer
 from tessera.engine.step import Step
 from tessera.models.decoder import Decoder, drop
 from tessera.nn.dropout import dropout_key
-from tessera.nn.tokens import Tokens
 
 LENGTH, KEY = 4, dropout_key(seed=1, step=2)
 TINY = replace(GPT2, vocab_size=61, hidden_size=32, num_heads=4, num_kv_heads=4, ffn_size=32, max_positions=LENGTH)
@@ -30,11 +29,11 @@ def masks(model: Decoder, size: int) -> dict[str, Tensor]:
     parallel, p = model.parallel, model.config.residual_dropout
     mesh, residual = parallel.mesh, parallel.residual
     ids = torch.zeros(size, LENGTH, dtype=torch.int64)
-    tokens = Tokens.of(ids, residual, parallel.attention, mesh, KEY)
+    tokens = tokens_of(ids, parallel, KEY)
     ones = torch.ones(ids.numel() // mesh.size(residual.tokens), TINY.hidden_size // mesh.size(residual.features))
     places = ["embedding", *(f"layers.{i}.{block}" for i in range(len(model.layers)) for block in ("attention", "mlp"))]
     found = {place: drop(ones, tokens, p, model.norm, place) for place in places}
-    return found | {f"{i}": layer.attention._keep(tokens, KEY) for i, layer in enumerate(model.layers)}
+    return found | {f"{i}": layer.attention._keep(tokens, KEY) for i, layer in model.layers.items()}
 
 
 def masks_agree(sizes: dict[str, int], options: dict[str, Any], size: int) -> list[bool]:

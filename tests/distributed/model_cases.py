@@ -1,6 +1,6 @@
 """Runs on every rank of a pool: a whole model on a mesh against the same model in one process, in float64."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from support.once import once
 from tessera.core.axes import DATA_AXES
 from tessera.core.collectives import Recorder
 from tessera.core.mesh import Mesh
+from tessera.data.batch import MicroBatch
 from tessera.engine.fsdp import build_decoder
 from tessera.engine.optimizer import build_optimizer
 from tessera.engine.step import Step
@@ -72,18 +73,11 @@ MODELS = {
 }
 
 
-@dataclass
-class Batch:
-    input_ids: Tensor
-    targets: Tensor
-    first_row: int = 0
-
-    @property
-    def valid(self) -> int:
-        return int((self.targets != -100).sum())
+def batch_of(input_ids: Tensor, targets: Tensor, first_document: int = 0) -> MicroBatch:
+    return MicroBatch(input_ids, targets, int((targets != -100).sum()), first_document)
 
 
-def batches(config: ModelConfig, count: int, seed: int = 3, size: int = 4, length: int = 12) -> list[Batch]:
+def batches(config: ModelConfig, count: int, seed: int = 3, size: int = 4, length: int = 12) -> list[MicroBatch]:
     """Random token ids; a quarter of the targets ignored, among them the whole last sequence of each micro-batch."""
     generator = torch.Generator().manual_seed(seed)
     made = []
@@ -92,7 +86,7 @@ def batches(config: ModelConfig, count: int, seed: int = 3, size: int = 4, lengt
         targets = ids.roll(-1, 1)
         targets[torch.rand(size, length, generator=generator) < 0.1] = -100
         targets[-1] = -100
-        made.append(Batch(ids, targets, place * size))
+        made.append(batch_of(ids, targets, place * size))
     return made
 
 
@@ -101,12 +95,12 @@ def full(tensor: Any) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def share(batch: Batch, mesh: Mesh) -> Batch:
+def share(batch: MicroBatch, mesh: Mesh) -> MicroBatch:
     """The rows of this data rank."""
     rows = len(batch.targets) // mesh.size(DATA_AXES)
     first = mesh.index(DATA_AXES) * rows
     mine = slice(first, first + rows)
-    return Batch(batch.input_ids[mine], batch.targets[mine], batch.first_row + first)
+    return batch_of(batch.input_ids[mine], batch.targets[mine], batch.first_document + first)
 
 
 def build(config: ModelConfig, mesh: Mesh, sequence_parallel: bool = True, **options: Any) -> Decoder:

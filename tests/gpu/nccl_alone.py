@@ -1,4 +1,7 @@
-"""A program: every collective of the door but `shift` over NCCL in a group of one rank, for each dtype that travels."""
+"""A program: the collectives of the door over NCCL in a group of one rank, for each dtype that travels.
+
+All but `shift` and `exchange`, which need another rank.
+"""
 
 from datetime import timedelta
 
@@ -22,6 +25,7 @@ def main() -> None:
         check(collectives.start_all_reduce(x.clone(), group), x)
         check(collectives.start_broadcast(x, 0, group), x)
         check(collectives.start_reduce_to(x.clone(), 0, group), x)
+        check(collectives.start_all_to_all(x, [2], [2], group), x)
         whole = torch.empty_like(x)
         collectives.gather_into(whole, x, group, async_op=False)
         assert whole.equal(x)

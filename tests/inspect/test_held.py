@@ -25,7 +25,7 @@ from tessera.inspect.held import (
     traffic,
 )
 from tessera.inspect.picture import grid_of
-from tessera.inspect.tables import human_range, share_in_words
+from tessera.inspect.tables import share_in_words
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape, padded_length
 from tessera.models.decoder import Decoder
@@ -89,7 +89,7 @@ def test_every_rank_holds_and_receives_what_is_said(layout):
             assert [size[rank] for size in said] == [sum(held[n][i] for n in names) for i in (1, 2, 3)]
             assert totals.bytes[rank] == sum(sum(held[n][1:]) for n in names)
         moves = traffic(MODELS[name], inspection, SHAPE)
-        assert sum(move.row.times * move.received[rank] for move in moves) == received > 0
+        assert sum(move.transfer.times * move.received[rank] for move in moves) == received > 0
     # of this vocabulary, ranks hold different numbers of rows: one rank's numbers would not do for all
     assert [p.name for p in inspection.uneven()][0] == "embedding.weight"
     assert len(set(inspection.totals().by_rank)) > 1
@@ -199,11 +199,6 @@ def test_the_share_names_every_axis_that_cuts(layout):
     assert {f"1/{up.whole // n}" for n in up.elements} == {share}
 
 
-def test_ranges_of_bytes_name_each_unit_that_differs():
-    said = {(512, 512): "512 B", (512, 768): "512–768 B", (992, 1024): "992 B–1 KiB", (1024, 2**20): "1 KiB–1 MiB"}
-    assert {sizes: human_range(sizes) for sizes in said} == said
-
-
 def test_words_and_placements():
     inspection = inspected(*LAYOUTS["3d"])
     by_name = {p.name: p for p in inspection.parameters}
@@ -224,7 +219,7 @@ def test_words_and_placements():
 def test_ranks_of_cannon_receive_different_bytes():
     name, settings = LAYOUTS["2d cannon"]
     moves = traffic(MODELS[name], inspected(name, settings), SHAPE)
-    skewed = [m for m in moves if m.row.kind == "shift"]
+    skewed = [m for m in moves if m.transfer.kind == "shift"]
     assert skewed and all(len(set(m.received)) == 2 and len(set(m.calls)) == 2 for m in skewed)
 
 

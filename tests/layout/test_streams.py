@@ -1,14 +1,26 @@
 """Streams, plans of the two linear layers, and the table of geometries."""
 
+import itertools
 import math
 
 import pytest
 
 from tessera.core.errors import UserError
 from tessera.core.mesh import Mesh
+from tessera.engine.gradients import first_copy
 from tessera.layout.parallel import Parallel
-from tessera.layout.streams import HIDDEN, Layout, check_chain, column_parallel, residual_layout, row_parallel
-from tessera.nn.attention import Attention
+from tessera.layout.streams import (
+    BATCH_AXES,
+    HIDDEN,
+    HIDDEN_BY_HEADS,
+    Layout,
+    Streams,
+    check_chain,
+    column_parallel,
+    residual_layout,
+    row_parallel,
+)
+from tessera.nn.attention import Attention, AttentionConfig
 from tessera.nn.mlp import MLP
 from tessera.sizes.geometries import geometry_axes, mesh_sizes
 
@@ -19,6 +31,41 @@ def test_streams():
     assert Layout(("depth", "row", "inner"), ("col",)) == HIDDEN
     assert [HIDDEN.stored_dim(a) for a in ("depth", "row", "inner", "col")] == [0, 0, 0, 1]
     assert residual_layout(True).stored_dim("col") == 0 and residual_layout(False).stored_dim("col") is None
+
+
+def counted(mesh, axes):
+    """Which part of the batch and of its tokens each rank that is the first copy over `axes` has a loss of."""
+    ranks = [mesh.at(rank) for rank in range(mesh.world)]
+    return [(r.index(BATCH_AXES), r.index(HIDDEN.tokens)) for r in ranks if first_copy(r, axes)]
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"col": 2},
+        {"inner": 2, "row": 2, "col": 2},
+        {"replicate": 2, "shard": 2, "depth": 2, "col": 2},
+        {"shard": 2, "ring": 3, "ulysses": 2, "inner": 2, "col": 2},
+    ],
+    ids=str,
+)
+def test_every_token_has_one_rank_whose_loss_counts(sizes):
+    mesh = Mesh(sizes, rank=0)
+    for streams in (Streams(residual_layout(True)), Streams(residual_layout(False), HIDDEN_BY_HEADS)):
+        parts = mesh.size(streams.batch), mesh.size(HIDDEN.tokens)
+        assert sorted(counted(mesh, streams.loss)) == list(itertools.product(*map(range, parts)))
+        wrong = streams.hidden.tokens, (*streams.batch, *streams.ids), (*streams.loss, "col")
+        present = [mesh.size(streams.batch), mesh.sizes["inner"], mesh.sizes["col"]]
+        for axes, ranks in zip(wrong, present, strict=True):
+            assert (sorted(counted(mesh, axes)) == list(itertools.product(*map(range, parts)))) == (ranks == 1)
+
+
+def test_a_models_streams_are_one_value():
+    residual = residual_layout(False)
+    streams = Parallel(Mesh(), residual, attention=HIDDEN_BY_HEADS).streams
+    assert streams == Streams(residual, HIDDEN_BY_HEADS, HIDDEN)
+    assert streams.batch == ("replicate", "shard", "ring", "ulysses") and streams.ids == ("depth", "row")
 
 
 @pytest.mark.parametrize("sequence_parallel", [True, False], ids=["sp", "no-sp"])
@@ -55,12 +102,12 @@ def test_the_order_of_axes_is_part_of_a_layout():
 def test_blocks_check_their_layers(monkeypatch):
     """A row-parallel layer that reads another stream is found when the block is built."""
     parallel = Parallel(Mesh(), residual_layout(True))
-    MLP(8, 8, parallel), Attention(8, 2, 2, 4, parallel, name="here")
+    MLP(8, 8, parallel), Attention(AttentionConfig(8, 2, 2, 4), parallel, name="here")
     monkeypatch.setattr("tessera.nn.linear.RowParallelLinear.make_plan", staticmethod(Parallel.column))
     with pytest.raises(ValueError, match="up gives .* but down takes"):
         MLP(8, 8, parallel)
     with pytest.raises(ValueError, match="q, k, v gives .* but attention out takes"):
-        Attention(8, 2, 2, 4, parallel, name="here")
+        Attention(AttentionConfig(8, 2, 2, 4), parallel, name="here")
 
 
 def test_geometries():

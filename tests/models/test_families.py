@@ -15,7 +15,8 @@ from tessera.layout.parallel import Parallel
 from tessera.layout.streams import residual_layout
 from tessera.models.config import ModelConfig
 from tessera.models.decoder import Decoder
-from tessera.models.families import FAMILIES, model_config, stored_tensors
+from tessera.models.families.stored import stored_tensors
+from tessera.models.families.table import FAMILIES, model_config
 from tessera.nn.parameter import named_specs
 from tessera.nn.rope import RopeConfig, rope_frequencies
 

@@ -20,7 +20,7 @@ from tessera.layout.parallel import Parallel
 from tessera.layout.streams import residual_layout
 from tessera.models import hub
 from tessera.models.decoder import Decoder
-from tessera.models.families import FAMILIES
+from tessera.models.families.table import FAMILIES
 from tessera.models.hub import check_weights, export, load_weights, read_model_config
 from tessera.nn.parameter import named_specs, to_local
 

@@ -6,16 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nn.shards import drawer, fill, parallel_of, part, whole_gradients
+from nn.shards import drawer, fill, parallel_of, part, tokens_of, whole_gradients
 from support.compare import error
 from tessera.core.collectives import Recorder
 from tessera.engine.gradients import sum_replicated_gradients
-from tessera.layout.streams import HIDDEN
-from tessera.nn.attention import Attention
+from tessera.nn.attention import Attention, AttentionConfig
 from tessera.nn.dropout import keep_mask
 from tessera.nn.embedding import LearnedPositions, VocabParallelEmbedding
 from tessera.nn.rope import RopeConfig, rope_table
-from tessera.nn.tokens import Tokens
 
 B, S, FEATURES, HEAD_DIM = 2, 6, 24, 12
 DROPOUT_KEY = 77
@@ -53,8 +51,8 @@ def attention_errors(sizes, sequence_parallel, causal, rotary, dropout=0.0, chos
     """Errors by (heads, kv heads) of output and gradients; how far off kv heads taken in turns would be."""
     parallel = parallel_of(sizes, sequence_parallel)
     mesh, results, kinds = parallel.mesh, {}, []
-    rope = rope_table(S, HEAD_DIM, RopeConfig(), torch.float64, torch.device("cpu")) if rotary else None
-    tokens = Tokens.of(torch.zeros(B, S, dtype=torch.int64), parallel.residual, HIDDEN, mesh, DROPOUT_KEY)
+    rope = rope_table(torch.arange(S), HEAD_DIM, RopeConfig(), torch.float64) if rotary else None
+    tokens = tokens_of(torch.zeros(B, S, dtype=torch.int64), parallel, DROPOUT_KEY)
     for heads, kv_heads in chosen or combinations(mesh.sizes["col"]):
         draw = drawer(heads)
         sides = {"q": (heads, FEATURES), "k": (kv_heads, FEATURES), "v": (kv_heads, FEATURES)}
@@ -68,18 +66,10 @@ def attention_errors(sizes, sequence_parallel, causal, rotary, dropout=0.0, chos
         Y.backward(dY)
         in_turns = explicit(X.detach(), values, *options, lambda h, kv=kv_heads: h % kv)
 
-        layer = Attention(
-            FEATURES,
-            heads,
-            kv_heads,
-            HEAD_DIM,
-            parallel,
-            name="here",
-            causal=causal,
-            qkv_bias=True,
-            out_bias=True,
-            dropout=dropout,
+        config = AttentionConfig(
+            FEATURES, heads, kv_heads, HEAD_DIM, causal=causal, qkv_bias=True, out_bias=True, dropout=dropout
         )
+        layer = Attention(config, parallel, name="here")
         fill(layer, values)
         x = part(X.detach(), layer.input, mesh).requires_grad_()
         with Recorder(leave_out) as recorder:
@@ -111,7 +101,7 @@ def embedding_errors(vocabulary, sizes, sequence_parallel, leave_out=None):
     values = {"token.weight": draw(vocabulary, 8), "position.weight": draw(S + 3, 8)}
     fill(model, values)
     theirs = {n: v.clone().requires_grad_() for n, v in values.items()}
-    tokens = Tokens.of(ids.view(batch, S), parallel.residual, HIDDEN, mesh)
+    tokens = tokens_of(ids.view(batch, S), parallel)
     Y: Tensor = F.embedding(ids, theirs["token.weight"])
     P: Tensor = F.embedding(torch.arange(S).repeat(batch), theirs["position.weight"])
     dY = draw(batch * S, 8)
@@ -120,7 +110,7 @@ def embedding_errors(vocabulary, sizes, sequence_parallel, leave_out=None):
     looked_up = ids.chunk(mesh.size(("depth", "row")))[mesh.index(("depth", "row"))]
     with Recorder(leave_out) as recorder:
         y = model["token"](looked_up)
-        p = model["position"](tokens.positions(tokens.residual))
+        p = model["position"](tokens.residual.positions)
         # a whole position table gives whole rows: features are cut where the table is
         (y + p).backward(part(dY, parallel.residual, mesh))
     partial = whole_gradients(model)["position.weight"].clone()

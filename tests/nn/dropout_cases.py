@@ -3,13 +3,12 @@
 import torch
 from torch import Tensor
 
-from nn.shards import chunk, parallel_of, part
+from nn.shards import chunk, parallel_of, part, tokens_of
 from tessera.layout.parallel import Parallel
 from tessera.layout.streams import HIDDEN
 from tessera.models.decoder import drop
-from tessera.nn.attention import Attention
+from tessera.nn.attention import Attention, AttentionConfig
 from tessera.nn.norm import RMSNorm
-from tessera.nn.tokens import Tokens
 
 B, FEATURES, HEADS, P, KEY = 4, 16, 4, 0.3, 5
 
@@ -17,10 +16,10 @@ B, FEATURES, HEADS, P, KEY = 4, 16, 4, 0.3, 5
 def masks(parallel: Parallel, sequence: int) -> tuple[Tensor, Tensor]:
     """This rank's masks of the residual stream [T_local, F_local] and of attention probabilities [B, H, S, S]."""
     norm = RMSNorm(FEATURES, parallel.residual, parallel, 1e-6)
-    attention = Attention(FEATURES, HEADS, HEADS, 4, parallel, name="layers.1.attention", dropout=P)
-    tokens = Tokens.of(torch.zeros(B, sequence, dtype=torch.int64), parallel.residual, HIDDEN, parallel.mesh, KEY)
+    attention = Attention(AttentionConfig(FEATURES, HEADS, HEADS, 4, dropout=P), parallel, name="layers.1.attention")
+    tokens = tokens_of(torch.zeros(B, sequence, dtype=torch.int64), parallel, KEY)
     features = FEATURES // parallel.mesh.size(parallel.residual.features)
-    ones = torch.ones(tokens.residual.stop - tokens.residual.start, features, dtype=torch.float64)
+    ones = torch.ones(len(tokens.residual.rows), features, dtype=torch.float64)
     return drop(ones, tokens, P, norm, "layers.1.mlp"), attention._keep(tokens, KEY)
 
 

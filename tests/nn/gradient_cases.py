@@ -70,7 +70,7 @@ def sums(name: str, sizes: dict[str, int], sequence_parallel: bool) -> tuple[lis
     """The collectives of summing a step's replicated gradients (kind, axis, bytes); elements of those 1D must sum."""
     model = build(MODELS[name], mesh_of(sizes), sequence_parallel)
     (batch,) = batches(model.config, 1)
-    model(batch.input_ids, batch.targets, float(batch.valid)).backward()
+    model(batch, float(batch.valid)).backward()
     with Recorder() as recorder:
         sum_replicated_gradients(model, model.parallel.mesh)
     small = sum(p.numel() for n, p in model.named_parameters() if is_small(n))

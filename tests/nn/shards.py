@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from distributed.model_cases import full
 from support.mesh import shared_mesh
 from tessera.core.mesh import Mesh
+from tessera.data.batch import MicroBatch
 from tessera.layout.parallel import Parallel
 from tessera.layout.streams import Layout, residual_layout
 from tessera.nn.parameter import named_specs, to_local
+from tessera.nn.tokens import Tokens
 
 
 def mesh_of(sizes: dict[str, int]) -> Mesh:
@@ -63,6 +65,12 @@ def module_mesh(module: nn.Module) -> Mesh:
 
 def whole_gradients(module: nn.Module) -> dict[str, Tensor]:
     return {name: full(parameter.grad) for name, parameter, _ in named_specs(module)}
+
+
+def tokens_of(ids: Tensor, parallel: Parallel, key: int | None = None, first_document: int = 0) -> Tokens:
+    """This rank's tokens of the rows `ids`, each a document."""
+    batch = MicroBatch(ids, ids, ids.numel(), first_document)
+    return Tokens.of(batch, parallel.streams, parallel.mesh, key)
 
 
 def label(value: Any) -> str:

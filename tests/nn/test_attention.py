@@ -11,7 +11,9 @@ from support.pool import pool
 from tessera.core.mesh import Mesh
 from tessera.layout.parallel import Parallel
 from tessera.layout.streams import residual_layout
-from tessera.nn.attention import Attention, attend, kv_heads_of
+from tessera.nn.attend import attend
+from tessera.nn.attention import Attention, AttentionConfig, kv_heads_of
+from tessera.nn.mask import Mask
 
 TOLERANCE = 1e-12
 
@@ -81,8 +83,8 @@ def test_kv_heads_are_not_repeated_without_need():
 def test_the_kernel_takes_grouped_heads_in_every_dtype(dtype):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, heads, 9, 16, dtype=torch.float64) for heads in (4, 2, 2))
-    wanted = attend(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), causal=True)
-    rounded = attend(q.to(dtype), k.to(dtype), v.to(dtype), causal=True)
+    wanted, _ = attend(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), Mask(causal=True))
+    rounded, _ = attend(q.to(dtype), k.to(dtype), v.to(dtype), Mask(causal=True))
     assert rounded.dtype == dtype
     torch.testing.assert_close(rounded.double(), wanted, rtol=0, atol=2e-6 if dtype == torch.float32 else 4e-2)
 
@@ -90,5 +92,5 @@ def test_the_kernel_takes_grouped_heads_in_every_dtype(dtype):
 def test_layouts_chain_in_every_mode():
     for sequence_parallel, heads in itertools.product((True, False), (2, 4)):
         residual = residual_layout(sequence_parallel)
-        layer = Attention(8, heads, 2, 4, Parallel(Mesh(rank=0), residual), name="here")
+        layer = Attention(AttentionConfig(8, heads, 2, 4), Parallel(Mesh(rank=0), residual), name="here")
         assert layer.input == layer.output == residual and layer.q.output == layer.out.input

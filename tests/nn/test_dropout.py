@@ -8,12 +8,12 @@ import torch
 
 from distributed.model_cases import GPT2, batches, build
 from nn.dropout_cases import FEATURES, B, P, masks, masks_agree
-from nn.shards import label, parallel_of, part, world
+from nn.shards import label, parallel_of, part, tokens_of, world
 from support.pool import pool
 from tessera.core.mesh import Mesh
-from tessera.layout.streams import HIDDEN, residual_layout
+from tessera.layout.parallel import Parallel
+from tessera.layout.streams import residual_layout
 from tessera.nn.dropout import dropout, dropout_key, keep_mask
-from tessera.nn.tokens import Tokens
 
 LAYOUTS = [{"col": 2}, {"col": 4}, {"row": 2, "col": 2}, {"inner": 2, "col": 2}, {"depth": 2, "col": 2}]
 
@@ -52,10 +52,10 @@ def test_rows_name_the_same_token_on_every_mesh(sizes, sequence_parallel):
     for sequence, rank in itertools.product((6, 8), range(world(sizes))):
         mesh = Mesh(sizes, rank=rank)
         ids = torch.zeros(4, sequence, dtype=torch.int64)
-        tokens = Tokens.of(ids, residual, HIDDEN, mesh)
+        tokens = tokens_of(ids, Parallel(mesh, residual))
         whole = torch.tensor([(b << 32) + s for b in range(4) for s in range(sequence)])
-        assert torch.equal(tokens.rows(tokens.residual), part(whole, residual, mesh))
-        assert tokens.positions(tokens.residual).max() < sequence
+        assert torch.equal(tokens.residual.rows, part(whole, residual, mesh))
+        assert tokens.residual.positions.max() < sequence
 
 
 # ------------------------------------------------------------------------------------------------- randomness
@@ -120,11 +120,10 @@ def test_keys_differ_by_seed_and_step():
 
 
 def test_sequences_of_another_micro_batch_have_other_masks():
-    first, second = (parallel_of({}) for _ in range(2))
     ids = torch.zeros(2, 4, dtype=torch.int64)
-    a, b = (Tokens.of(ids, p.residual, HIDDEN, p.mesh, 1, first_row=n) for p, n in ((first, 0), (second, 1)))
-    assert torch.equal(a.rows(a.residual)[4:], b.rows(b.residual)[:4]), "row 1 of the one is row 0 of the other"
-    assert not torch.isin(a.rows(a.residual)[:4], b.rows(b.residual)).any()
+    a, b = (tokens_of(ids, parallel_of({}), 1, first).residual.rows for first in (0, 1))
+    assert torch.equal(a[4:], b[:4]), "row 1 of the one is row 0 of the other"
+    assert not torch.isin(a[:4], b).any()
 
 
 # ------------------------------------------------------------------------------------------------- recompute
@@ -134,7 +133,7 @@ def loss_and_gradients(key, **options):
     config = dataclasses.replace(GPT2, embedding_dropout=P, attention_dropout=P, residual_dropout=P)
     model = build(config, Mesh(rank=0), **options)
     (batch,) = batches(config, 1)
-    loss = model(batch.input_ids, batch.targets, float(batch.valid), dropout_key=key)
+    loss = model(batch, float(batch.valid), dropout_key=key)
     loss.backward()
     return loss.detach(), {n: p.grad for n, p in model.named_parameters()}
 

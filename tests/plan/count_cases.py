@@ -1,11 +1,13 @@
 """Counts of one optimizer step: what a recorder sees on real ranks, or on one rank of a fake world, and by formula."""
 
+from collections import Counter
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 import torch
 
-from distributed.model_cases import GPT2, LLAMA, Batch
+from distributed.model_cases import GPT2, LLAMA, batch_of
 from support.mesh import shared_mesh
 from tessera.core.collectives import Recorder, totals
 from tessera.core.live_memory import PeakMemory
@@ -15,6 +17,7 @@ from tessera.engine.step import Step
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape
 from tessera.layout.streams import HIDDEN, HIDDEN_BY_HEADS, Layout, residual_layout
+from tessera.models.anatomy import anatomy_of
 from tessera.models.config import ModelConfig
 from tessera.models.decoder import Decoder
 from tessera.plan.count import fake_world, make_state
@@ -63,6 +66,21 @@ class Case:
         return " ".join(words)
 
 
+def held_elements(model: ModelConfig, parallel: Parallel) -> dict[str, int]:
+    """Elements that a rank holds, of matrices, and of vectors (and learned positions) along each stream's features."""
+    held = Counter()
+    for parameters, times in anatomy_of(model).units(parallel):
+        for _, _, spec in parameters:
+            along = (
+                "residual"
+                if spec.acts_on == parallel.residual and spec.cuts[-1] == parallel.residual.features
+                else "hidden"
+            )
+            kind = "matrices" if len(spec.shape) > 1 and all(spec.cuts) else along
+            held[kind] += times * prod(spec.stored_shape(parallel.mesh))
+    return dict(held)
+
+
 def run_step(model: ModelConfig, case: Case, mesh: Mesh, steps: int = 1) -> tuple[Any, Decoder]:
     """The totals of the last of `steps` optimizer steps, and the model."""
     decoder = Decoder(model, case.parallel(mesh), gradient_checkpointing=case.shape.recompute)
@@ -71,7 +89,7 @@ def run_step(model: ModelConfig, case: Case, mesh: Mesh, steps: int = 1) -> tupl
     step = Step(decoder, optimizer, max_grad_norm=1.0, label_smoothing=0.1 if case.shape.label_smoothing else 0.0)
     generator = torch.Generator().manual_seed(3)
     size = (case.shape.batch, case.shape.sequence)
-    batches = [Batch(*torch.randint(0, model.vocab_size, (2, *size), generator=generator))]
+    batches = [batch_of(*torch.randint(0, model.vocab_size, (2, *size), generator=generator))]
     for index in range(steps):
         with Recorder() as recorder:
             step(batches * case.shape.micro_batches, index, 1e-3)
@@ -101,5 +119,5 @@ def memory_on_ranks(model: ModelConfig, case: Case) -> tuple[int, int]:
         ids = torch.zeros(case.shape.batch, case.shape.sequence, dtype=torch.int64)
         before = memory.peak = memory.current
         decoder.register_forward_hook(lambda *_: live.append(memory.current))
-        step([Batch(ids, ids)], 0, 1e-3)
+        step([batch_of(ids, ids)], 0, 1e-3)
     return live[0] - before, memory.peak

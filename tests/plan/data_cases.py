@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from distributed.model_cases import MODELS, Batch, share
+from distributed.model_cases import MODELS, batch_of, share
 from support.mesh import shared_mesh
 from tessera.core.axes import DATA_AXES
 from tessera.core.collectives import Recorder
@@ -16,13 +16,13 @@ from tessera.engine.step import Step
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import Fsdp, StepShape
 from tessera.layout.streams import residual_layout
-from tessera.plan.traffic import step_rows, totals
+from tessera.plan.traffic import step_transfers, totals
 from tessera.sizes.schedule import Schedule
 
 ROWS, LENGTH = 8, 6  # of a micro-batch, over all data ranks
 
 
-def data_words(
+def data_traffic(
     name: str, sizes: dict[str, int], asked: Fsdp, micro_batches: int, compute: torch.dtype, **options: Any
 ) -> tuple[Any, Any]:
     """(axis, kind) → calls and bytes received, counted in one step and by formula."""
@@ -34,9 +34,9 @@ def data_words(
     model.initialize(seed=5)
     step = Step(model, build_optimizer(model, "adamw_torch_fused", (0.9, 0.95), 1e-8, 0.0), max_grad_norm=1.0)
     ids = torch.randint(0, 509, (ROWS, LENGTH), generator=torch.Generator().manual_seed(3))
-    batches = [share(Batch(ids, ids, place * ROWS), mesh) for place in range(micro_batches)]
+    batches = [share(batch_of(ids, ids, place * ROWS), mesh) for place in range(micro_batches)]
     with Recorder() as recorder:
         step(batches, 0, 1e-3)
     shape = StepShape(ROWS // mesh.size(DATA_AXES), LENGTH, micro_batches, recompute)
     shape = replace(shape, reshard=asked.reshard, by_layer=asked.by_layer)
-    return counted(recorder.records), totals(step_rows(model.config, shape, parallel))
+    return counted(recorder.records), totals(step_transfers(model.config, shape, parallel))

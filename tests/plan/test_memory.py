@@ -8,13 +8,12 @@ import pytest
 import torch
 
 from distributed.model_cases import GPT2, LLAMA
-from plan.count_cases import Case, memory_on_ranks
+from plan.count_cases import Case, held_elements, memory_on_ranks
 from support.pool import pool
 from tessera.core.mesh import Mesh
 from tessera.layout.shape import StepShape
 from tessera.layout.streams import HIDDEN_BY_HEADS
 from tessera.plan.count import counted_step
-from tessera.plan.held import Parameters
 from tessera.plan.memory import saved_bytes, state_bytes
 from tessera.sizes.schedule import Schedule
 
@@ -31,10 +30,6 @@ MESHES = [
     {"inner": 2, "row": 2, "col": 2},
     {"depth": 2, "row": 2, "col": 2},
 ]
-
-
-def elements(shapes):
-    return sum(shape.elements for shape in shapes)
 
 
 def counted(model, case, rank=0):
@@ -81,21 +76,21 @@ def test_saved_activations_of_every_schedule_and_of_heads_over_inner():
 def test_matrices_are_one_part_in_inner_row_col(sizes):
     """Parameters, gradients and moments; with a vocabulary that divides, every rank holds the same."""
     model = replace(LLAMA, vocab_size=512)
-    whole = elements(Parameters(model, Case({}).parallel(Mesh(rank=0))).all().matrices)
+    whole = held_elements(model, Case({}).parallel(Mesh(rank=0)))["matrices"]
     parts = math.prod(sizes.get(axis, 1) for axis in ("inner", "row", "col"))
     for rank in range(math.prod(sizes.values())):
-        held = Parameters(model, Case(sizes).parallel(Mesh(sizes, rank=rank))).all()
-        assert elements(held.matrices) * parts == whole
+        held = held_elements(model, Case(sizes).parallel(Mesh(sizes, rank=rank)))
+        assert held["matrices"] * parts == whole
     memory = counted(model, Case(sizes, shape=SHAPE))
     assert memory.gradients == memory.parameters
-    assert memory.parameters == 4 * (whole // parts + elements(held.residual + held.hidden))
+    assert memory.parameters == 4 * sum(held.values())
 
 
 def test_weights_cut_over_depth_are_divided_by_depth_too():
     model, sizes = replace(LLAMA, vocab_size=512), {"depth": 2, "row": 2, "col": 2}
     replicated = counted(model, Case(sizes, shape=SHAPE))
     cut = counted(model, Case(sizes, weights_over=("depth", "row"), shape=SHAPE))
-    vectors = 4 * elements(Parameters(model, Case(sizes).parallel(Mesh(sizes, rank=0))).all().residual)
+    vectors = 4 * held_elements(model, Case(sizes).parallel(Mesh(sizes, rank=0)))["residual"]
     assert (replicated.parameters - vectors) == 2 * (cut.parameters - vectors)
 
 

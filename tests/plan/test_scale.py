@@ -6,21 +6,21 @@ import pytest
 
 from tessera.cli.count import default_model
 from tessera.layout.shape import StepShape
+from tessera.models.anatomy import anatomy_of
 from tessera.models.config import ModelConfig
 from tessera.plan.count import counted_step
 from tessera.plan.scale import (
-    PRODUCTS,
     best_mesh,
-    entries,
+    contenders,
     every_mesh,
     held_bytes,
     misfit,
     padded,
     parallel_of,
-    published_loop_words,
-    words,
+    published_loop_elements,
+    received_elements,
 )
-from tessera.plan.traffic import received_bytes, step_rows
+from tessera.plan.traffic import received_bytes, step_transfers
 from tessera.sizes.rules import TensorParallel
 
 # as many kv heads as heads, an MLP of 4h in two matrices, and T = 4h: the layer of the published comparisons
@@ -40,7 +40,7 @@ LAYER = ModelConfig(
 )
 T4H = StepShape(batch=64, sequence=4 * h // 64)
 
-# words a layer in units of h²: the closed forms of the one rule, evaluated by hand
+# elements a layer in units of h²: the closed forms of the one rule, evaluated by hand
 KEPT = {  # (inner, depth, row, col)
     (2, 1, 8, 4): 5.625,
     (1, 1, 8, 8): 6.125,
@@ -57,13 +57,14 @@ def mesh(axes, **options):
     return TensorParallel(mode, mesh=dict(zip(("inner", "depth", "row", "col"), axes, strict=True)), **options)
 
 
-def layer_words(tensor):
+def layer_elements(tensor):
     """Of the four products alone, by formula."""
-    rows = step_rows(LAYER, T4H, parallel_of(tensor, T4H.batch))
-    return received_bytes(row for row in rows if row.place in PRODUCTS) / 4 / h**2
+    transfers = step_transfers(LAYER, T4H, parallel_of(tensor, T4H.batch))
+    sites = {product.site for product, _ in anatomy_of(LAYER).products}
+    return received_bytes(each for each in transfers if each.site in sites) / 4 / h**2
 
 
-def counted_layer_words(tensor):
+def counted_layer_elements(tensor):
     """All that one layer more adds to a step, counted."""
     parallel = parallel_of(tensor, T4H.batch)
     one, two = (counted_step(replace(LAYER, num_layers=n), T4H, parallel).received for n in (1, 2))
@@ -71,37 +72,37 @@ def counted_layer_words(tensor):
 
 
 @pytest.mark.parametrize(("axes", "figure"), KEPT.items(), ids=str)
-def test_words_of_a_layer_with_copies_kept(axes, figure):
+def test_elements_of_a_layer_with_copies_kept(axes, figure):
     tensor = mesh(axes, keep_gathered=True)
-    assert layer_words(tensor) == figure
+    assert layer_elements(tensor) == figure
     # and what else a layer moves: statistics of the norms, gradients of their gains
-    assert figure <= counted_layer_words(tensor) < figure + 0.03
+    assert figure <= counted_layer_elements(tensor) < figure + 0.03
 
 
 @pytest.mark.parametrize(("axes", "figure"), AGAIN.items(), ids=str)
-def test_words_of_a_layer_gathered_again(axes, figure):
-    assert layer_words(mesh(axes)) == figure
+def test_elements_of_a_layer_gathered_again(axes, figure):
+    assert layer_elements(mesh(axes)) == figure
     # our loop broadcasts what a gather would gather again
-    assert layer_words(mesh(axes, schedule="summa")) == figure
+    assert layer_elements(mesh(axes, schedule="summa")) == figure
 
 
-def published_layer_words():
-    one, two = (published_loop_words(replace(LAYER, num_layers=n), T4H, 64) for n in (1, 2))
+def published_layer_elements():
+    one, two = (published_loop_elements(replace(LAYER, num_layers=n), T4H, 64) for n in (1, 2))
     return (two - one) / h**2
 
 
 def test_2d_moves_less_than_half_of_the_published_loop():
     rest = 0.02  # statistics of the norms
-    assert PUBLISHED <= published_layer_words() < PUBLISHED + rest
+    assert PUBLISHED <= published_layer_elements() < PUBLISHED + rest
     two_dimensional = mesh((1, 1, 8, 8), keep_gathered=True)
-    assert words(LAYER, T4H, two_dimensional) < words(LAYER, T4H, mesh((1, 1, 8, 8)))
-    assert counted_layer_words(two_dimensional) <= 0.5 * published_layer_words()
+    assert received_elements(LAYER, T4H, two_dimensional) < received_elements(LAYER, T4H, mesh((1, 1, 8, 8)))
+    assert counted_layer_elements(two_dimensional) <= 0.5 * published_layer_elements()
 
 
 def test_the_best_mesh_is_no_cube_and_moves_less():
     best = best_mesh(LAYER, T4H, 64, keep=True)
     assert tuple(best.axes.values()) == (2, 1, 8, 4)
-    assert counted_layer_words(best) < counted_layer_words(mesh((4, 1, 4, 4), keep_gathered=True)) - 1
+    assert counted_layer_elements(best) < counted_layer_elements(mesh((4, 1, 4, 4), keep_gathered=True)) - 1
 
 
 def test_the_best_mesh_is_the_best_of_all_that_fit():
@@ -112,23 +113,27 @@ def test_the_best_mesh_is_the_best_of_all_that_fit():
         assert best is not None
         for tensor in every_mesh(64):
             if misfit(model, shape, tensor) is None and sum(held_bytes(model, shape, tensor)) <= limit:
-                assert words(model, shape, best) <= words(model, shape, tensor), tensor.written_mesh
+                assert received_elements(model, shape, best) <= received_elements(model, shape, tensor), (
+                    tensor.written_mesh
+                )
     assert best_mesh(model, shape, 64, memory=1e6) is None
     assert best_mesh(replace(model, num_heads=7, num_kv_heads=7, hidden_size=896, ffn_size=7), shape, 9) is None
 
 
-def test_entries_say_why_a_layout_does_not_fit():
-    found = {entry.name: entry for entry in entries(default_model(1), StepShape(64, 64), 512)}
+def test_contenders_say_why_a_layout_does_not_fit():
+    found = {each.name: each for each in contenders(default_model(1), StepShape(64, 64), 512)}
     assert "num_attention_heads" in found["1D"].reason and "64" in found["1D"].reason
     assert "micro_batch_size" in found["FSDP"].reason or "depth × row" in found["FSDP"].reason
     assert "square" in found["SUMMA loop"].reason
     assert found["3D"].mesh == "8·1·8·8" and not found["3D"].reason
     assert "SUMMA, published" not in found
-    assert found["best mesh"].words <= min(e.words for e in found.values() if e.words)
+    assert found["best mesh"].elements <= min(e.elements for e in found.values() if e.elements)
 
 
 def test_sequences_are_padded_until_both_streams_divide():
     model = default_model(1)
     for axes, multiple in (((1, 1, 1, 8), 2), ((2, 1, 2, 2), 1), ((1, 1, 4, 4), 4)):
         assert padded(StepShape(4, 7), parallel_of(mesh(axes), 4)).sequence == -(-7 // multiple) * multiple
-        assert words(model, StepShape(4, 12), mesh(axes)) > words(model, StepShape(4, 8), mesh(axes))
+        assert received_elements(model, StepShape(4, 12), mesh(axes)) > received_elements(
+            model, StepShape(4, 8), mesh(axes)
+        )

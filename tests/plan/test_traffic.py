@@ -1,4 +1,4 @@
-"""Counted words equal the closed form exactly: every geometry, schedule and policy, real ranks and fake worlds."""
+"""Counted traffic equals the closed form exactly: every geometry, schedule and policy, real ranks and fake worlds."""
 
 import math
 from dataclasses import replace
@@ -8,15 +8,23 @@ import pytest
 import torch
 
 from distributed.model_cases import LLAMA
-from plan.count_cases import BULKY, EVERYTHING, MODELS, SHAPE, Case, counted_in_fake_world, counted_on_ranks
+from plan.count_cases import (
+    BULKY,
+    EVERYTHING,
+    MODELS,
+    SHAPE,
+    Case,
+    counted_in_fake_world,
+    counted_on_ranks,
+    held_elements,
+)
 from support.pool import pool
 from tessera.core.mesh import Mesh
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape
 from tessera.layout.streams import HIDDEN_BY_HEADS, residual_layout
 from tessera.plan.count import counted_step
-from tessera.plan.held import Parameters
-from tessera.plan.traffic import received_bytes, step_rows, totals
+from tessera.plan.traffic import received_bytes, step_transfers, totals
 from tessera.sizes.schedule import Schedule
 
 EARLY = Schedule(prefetch=True, defer=True)
@@ -26,7 +34,7 @@ OVER_DEPTH = ("depth", "row")
 
 
 def formula(model, case, rank):
-    return totals(step_rows(model, case.shape, case.parallel(Mesh(case.sizes, rank=rank))))
+    return totals(step_transfers(model, case.shape, case.parallel(Mesh(case.sizes, rank=rank))))
 
 
 def policies(sizes, schedules=POLICIES):
@@ -121,10 +129,9 @@ def test_large_gradients_are_counted_one_by_one():
     for rank, (counted,) in enumerate(of_ranks):
         assert counted == formula(BULKY, case, rank), rank
         assert counted["depth", "all_reduce"][0] == (5, 3)[rank % 2]
-        replicas = [
-            row for row in step_rows(BULKY, SHAPE, case.parallel(Mesh(case.sizes, rank=rank))) if row.what == "replicas"
-        ]
-        assert [row.calls for row in replicas] == [(5, 3)[rank % 2], 2]
+        transfers = step_transfers(BULKY, SHAPE, case.parallel(Mesh(case.sizes, rank=rank)))
+        replicas = [transfer for transfer in transfers if transfer.what == "replicas"]
+        assert [transfer.calls for transfer in replicas] == [(5, 3)[rank % 2], 2]
 
 
 @pytest.mark.parametrize(
@@ -143,8 +150,8 @@ def test_several_chunks_of_the_loss_exchange_once_each():
     shape = StepShape(batch=48, sequence=48)  # 2304 tokens: three chunks of 1024, two where inner holds half of each
     for sizes, chunks in (({"col": 2}, 3), ({"inner": 2, "col": 2}, 2)):
         case = Case(sizes, shape=shape)
-        exchanged = [row for row in step_rows(LLAMA, shape, case.parallel(Mesh(sizes, rank=0))) if row.place == "loss"]
-        assert sum(row.times for row in exchanged) == chunks
+        transfers = step_transfers(LLAMA, shape, case.parallel(Mesh(sizes, rank=0)))
+        assert sum(transfer.times for transfer in transfers if transfer.site == "loss") == chunks
         assert counted_in_fake_world(LLAMA, case, 0) == formula(LLAMA, case, 0)
 
 
@@ -213,11 +220,11 @@ def test_cannon_at_64_ranks_counts_by_coordinate(sizes):
 def test_prefetch_and_defer_change_no_count():
     for sizes, recompute in product(({"row": 4}, {"row": 2, "col": 2}), (False, True)):
         shape = replace(SHAPE, recompute=recompute, micro_batches=2)
-        rows = [
-            step_rows(LLAMA, shape, Case(sizes, schedule).parallel(Mesh(sizes, rank=1)))
+        late, early = (
+            step_transfers(LLAMA, shape, Case(sizes, schedule).parallel(Mesh(sizes, rank=1)))
             for schedule in (Schedule(), EARLY)
-        ]
-        assert rows[0] == rows[1]
+        )
+        assert late == early
 
 
 def test_the_benchmark_shape_needs_at_most_twenty_collectives_without_sequence_parallelism():
@@ -232,24 +239,23 @@ def test_the_benchmark_shape_needs_at_most_twenty_collectives_without_sequence_p
 
 
 def test_one_process_hands_over_nothing():
-    assert step_rows(LLAMA, SHAPE, Case({}).parallel(Mesh(rank=0))) == []
+    assert step_transfers(LLAMA, SHAPE, Case({}).parallel(Mesh(rank=0))) == []
 
 
 def test_a_formula_without_the_gathers_of_the_backward_would_be_far_off():
     case = Case({"row": 2, "col": 2})
-    rows = step_rows(LLAMA, SHAPE, case.parallel(Mesh(case.sizes, rank=0)))
-    without = [row for row in rows if (row.phase, row.kind) != ("backward", "all_gather")]
-    assert received_bytes(without) < 0.8 * received_bytes(rows)
+    transfers = step_transfers(LLAMA, SHAPE, case.parallel(Mesh(case.sizes, rank=0)))
+    without = [each for each in transfers if (each.phase, each.kind) != ("backward", "all_gather")]
+    assert received_bytes(without) < 0.8 * received_bytes(transfers)
 
 
 def test_held_elements_are_those_of_the_memory_experiment():
     from tessera.demos.memory import experiment_model
 
     model = experiment_model(False)
-    alone = Parameters(model, Parallel(Mesh(rank=0), residual_layout(True))).all()
-    assert alone.elements == 18_397_184
-    assert sum(s.elements for s in alone.residual) == 549_888
-    half = Parameters(model, Parallel(Mesh({"col": 2}, rank=0), residual_layout(True))).all()
-    for ours, whole in ((half.matrices, alone.matrices), (half.hidden, alone.hidden)):
-        assert 2 * sum(s.elements for s in ours) == sum(s.elements for s in whole)
-    assert half.residual == alone.residual
+    alone = held_elements(model, Parallel(Mesh(rank=0), residual_layout(True)))
+    assert sum(alone.values()) == 18_397_184
+    assert alone["residual"] == 549_888
+    half = held_elements(model, Parallel(Mesh({"col": 2}, rank=0), residual_layout(True)))
+    assert half == {name: n if name == "residual" else n // 2 for name, n in alone.items()}
+    assert all(n % 2 == 0 for n in alone.values())

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from plan.tune_cases import MODEL, UNSLICED, asked, cache_at, config_of, peaks, told, told_apart, trained, trial_words
+from plan.tune_cases import MODEL, UNSLICED, asked, cache_at, config_of, peaks, told, told_apart, trained, trial_traffic
 from support.pool import pool
 from tessera.core.mesh import Mesh
 from tessera.models.hub import read_model_config
@@ -147,7 +147,7 @@ def test_who_is_far_behind_is_not_run_to_the_end():
 
 
 def test_a_trial_is_a_step_of_two_whole_layers():
-    for found in pool(4).run(trial_words):
+    for found in pool(4).run(trial_traffic):
         assert len(found) == len(ALL)
         for counted, form in found:
             assert counted == form

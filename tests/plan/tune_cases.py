@@ -22,7 +22,7 @@ from tessera.layout.streams import residual_layout
 from tessera.models.config import ModelConfig
 from tessera.nn.linear import ColumnParallelLinear, ParallelLinear, RowParallelLinear, parallel_linear
 from tessera.nn.parameter import to_local
-from tessera.plan import traffic as words
+from tessera.plan import traffic
 from tessera.plan.scratch import Operands, product_scratch
 from tessera.plan.tune import Tuning, _Trial, candidates, tune
 from tessera.sizes.rules import TensorParallel
@@ -97,7 +97,7 @@ def tuned(
     return tuning, len(recorder.records)
 
 
-def trial_words() -> list[tuple[dict[Any, Any], dict[Any, Any]]]:
+def trial_traffic() -> list[tuple[dict[Any, Any], dict[Any, Any]]]:
     """Of each candidate the (axis, kind) → (calls, bytes) of a trial, and by formula; sums of all ranks left out."""
     config = config_of()
     mesh, found = shared_mesh({axis: n for axis, n in config.axes.items() if n > 1}), []
@@ -107,7 +107,7 @@ def trial_words() -> list[tuple[dict[Any, Any], dict[Any, Any]]]:
         with Recorder() as recorder:
             trial.run()
         model = replace(MODEL, num_layers=2, vocab_size=16)
-        form = words.totals(words.step_rows(model, step_shape(config, parallel), parallel))
+        form = traffic.totals(traffic.step_transfers(model, step_shape(config, parallel), parallel))
         both = totals(recorder.records), form
         found.append(tuple({key: n for key, n in each.items() if key[1] != "all_reduce"} for each in both))
     return found

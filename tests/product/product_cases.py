@@ -7,7 +7,7 @@ from support.compare import error
 from support.mesh import shared_mesh
 from tessera.core.collectives import Recorder
 from tessera.core.mesh import Mesh
-from tessera.plan.one_product import received_words
+from tessera.plan.one_product import received_elements
 from tessera.product.gathered import distributed_product
 from tessera.product.roles import Roles
 from tessera.sizes.schedule import Schedule
@@ -51,9 +51,9 @@ def product_errors(sizes, x_dim, w_dim, y_dim, keep, biased, count, leave_out):
         dy = [shard(v, mesh, y_cuts).sum(0) for v in dY]
         pairs += [(v.grad, want) for v, want in zip(bias, dy, strict=True)]
     p = [sizes.get(a, 1) for a in ("row", "col", "inner")]
-    words = received_words(T, N * count, K, *p, roles=roles, keep=keep)
+    words = received_elements(T, N * count, K, *p, roles=roles, keep=keep)
     if count > 1:
-        once = received_words(T, N, K, *p, roles=roles, keep=keep)
+        once = received_elements(T, N, K, *p, roles=roles, keep=keep)
         words["outputs"] = once["outputs"]  # X moves once for all weights
     counted = {"row": 0, "col": 0, "inner": 0}
     for record in recorder.records:

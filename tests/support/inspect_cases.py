@@ -66,7 +66,7 @@ def held_blocks(name: str, settings: dict[str, Any], weight: str) -> list[Any]:
     model = model_on_rank(name, settings)
     initialize(model, model.parallel.mesh, seed=5)
     values = to_local({full: p for full, p, _ in named_specs(model)}[weight])
-    up = model.layers[0].mlp.up
+    up = model.layers["0"].mlp.up
     streams = [
         cut(torch.arange(BATCH * LENGTH * features).view(-1, features), layout.cuts, model.parallel.mesh)
         for layout, features in ((up.input, up.in_features), (up.output, up.out_features))
@@ -82,7 +82,7 @@ def activations_on_rank(name: str, settings: dict[str, Any]) -> dict[str, torch.
 def activations_of(model: Decoder, batch: int) -> dict[str, torch.Tensor]:
     """The same of any model: taken from the layer as it runs, on `batch` sequences of random ids."""
     model.initialize(seed=5)
-    layer, made = model.layers[0], {}
+    layer, made = model.layers["0"], {}
 
     def keep(name: str):
         return lambda module, args: made.__setitem__(name, args[0])
@@ -106,7 +106,7 @@ def activations_of(model: Decoder, batch: int) -> dict[str, torch.Tensor]:
         patch.object(attention, "parallel_linear", keep_products(["q", "k", "v"])),
         patch.object(mlp, "parallel_linear", keep_products(["gate", "up"])),
     ):
-        model.hidden_states(ids)
+        model.logits(ids)
     for hook in hooks:
         hook.remove()
     return made

@@ -14,9 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tessera.checkpoint import tensors as checkpoint
 from tessera.core.collectives import Recorder
 from tessera.core.mesh import Mesh
-from tessera.data.loader import Batch, Loader
+from tessera.data.batch import MicroBatch
+from tessera.data.loader import Loader
 from tessera.engine.replicas import drifted
-from tessera.engine.step import MicroBatch, Step, StepResult
+from tessera.engine.step import Step, StepResult
 from tessera.nn.parameter import to_local
 from tessera.train.trainer import train
 from train.on_rank import handed_on_rank, own_rank, said_on_rank, stopping
@@ -74,11 +75,11 @@ def spoilt_on_rank(settings: dict[str, Any], steps: set[int], rank: int, factor:
 def _logged(seen: list[tuple[int, int, int]]) -> Iterator[None]:
     real = Loader.step_batches
 
-    def step_batches(self: Loader, step: int) -> list[Batch]:
+    def step_batches(self: Loader, step: int) -> list[MicroBatch]:
         batches = real(self, step)
         for batch in batches:
             firsts = batch.input_ids[:, 0].tolist()
-            seen.extend((step + 1, batch.first_row + place, token) for place, token in enumerate(firsts))
+            seen.extend((step + 1, batch.first_document + place, token) for place, token in enumerate(firsts))
         return batches
 
     with patch.object(Loader, "step_batches", step_batches):

@@ -4,7 +4,7 @@ from distributed.model_cases import LLAMA
 from tessera.config.load import make_config
 from tessera.core.mesh import Mesh
 from tessera.layout.shape import StepShape
-from tessera.plan.traffic import received_bytes, step_rows
+from tessera.plan.traffic import received_bytes, step_transfers
 from tessera.train.announce import mesh_lines
 from tessera.train.settings import parallel_for
 
@@ -28,7 +28,7 @@ def test_sixteen_ranks_on_two_machines(monkeypatch):
     ]
     moved = {line.split()[0]: line.split() for line in lines[6:-2]}
     assert moved["replicate"][1] == moved["replicate·shard·col"][1] == "between" and moved["shard"][1] == "in"
-    total = received_bytes(step_rows(LLAMA, StepShape(4, 12, 3), parallel)) / 2**20
+    total = received_bytes(step_transfers(LLAMA, StepShape(4, 12, 3), parallel)) / 2**20
     assert abs(sum(float(words[-1]) for words in moved.values()) - total) < 0.05 * len(moved) + 0.01
     assert lines[-2].startswith("  a machine sends ")
     assert lines[-1] == "effective batch: 4 (micro) × 3 (accumulation) × 16 (ranks) / 2 (tensor) = 96 rows"

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tessera.config.schema import TrainConfig
-from tessera.data.samples import open_rows
+from tessera.data.samples import open_samples
 from train.runs import THREE_STEPS, Workshop, run
 from train.test_parity import check
 
@@ -72,7 +72,7 @@ def test_the_held_out_loss_does_not_depend_on_the_layout(workshop: Workshop, tmp
     for place, layout in enumerate(("fsdp 2", "hsdp 2×2")):
         settings = settings_of(workshop, tmp_path / f"{place}", layout, "llama 64", max_steps=1, val_set_size=7)
         losses.append(run(settings)[-1]["eval_loss"])
-        assert len(open_rows(tmp_path / f"{place}" / "prepared", "eval")) == 7
+        assert len(open_samples(tmp_path / f"{place}" / "prepared", "eval")) == 7
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 

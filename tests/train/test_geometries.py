@@ -13,7 +13,7 @@ import torch
 
 from tessera.config.schema import TrainConfig
 from tessera.core.mesh import Mesh
-from tessera.plan.traffic import step_rows, totals
+from tessera.plan.traffic import step_transfers, totals
 from tessera.train.run import model_of
 from tessera.train.settings import parallel_for, step_shape
 from train.runs import THREE_STEPS, Metrics, Workshop, exported, metrics, run
@@ -98,7 +98,7 @@ def calls_by_formula(settings: dict[str, Any], name: str) -> dict[tuple[str, str
     config, (kind, _, slices) = TrainConfig.model_validate(settings), name.partition(" ")
     asked = {"name": "gather", "slices": int(slices)} if kind == "slices" else {"name": kind, "slices": 1}
     parallel = parallel_for(config, Mesh(config.mesh_sizes, rank=0), replace(config.schedule, **asked))
-    rows = step_rows(model_of(config), step_shape(config, parallel), parallel)
+    rows = step_transfers(model_of(config), step_shape(config, parallel), parallel)
     return {key: count for key, (count, _) in totals(rows).items()}
 
 

@@ -13,7 +13,7 @@ from tessera.config.load import make_config
 from tessera.config.schema import TrainConfig
 from tessera.core.axes import AXES
 from tessera.core.mesh import Mesh
-from tessera.plan.traffic import step_rows
+from tessera.plan.traffic import step_transfers
 from tessera.train.announce import mesh_lines
 from tessera.train.links import best_numbering, groups_that_leave, leaving, traffic
 from tessera.train.settings import parallel_for, step_shape
@@ -42,7 +42,7 @@ def config_of(**keys: Any) -> TrainConfig:
 
 def rows_of(config: TrainConfig, model=LLAMA):
     parallel = parallel_for(config, Mesh(config.mesh_sizes, rank=0))
-    return step_rows(model, step_shape(config, parallel), parallel)
+    return step_transfers(model, step_shape(config, parallel), parallel)
 
 
 def bytes_out(config: TrainConfig, here: int, numbering: tuple[str, ...], model=LLAMA) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models.hub_models import loaded
 from support.forked import tessera
-from tessera.data.samples import open_rows
+from tessera.data.samples import open_samples
 from train.runs import Metrics, Plain, Workshop, command, exported, metrics, run, run_command
 
 SAME = 2e-5
@@ -128,7 +128,7 @@ def test_the_held_out_loss_is_that_of_transformers(workshop: Workshop, tmp_path)
     assert "eval_loss" not in found[0]
     model = transformers.AutoModelForCausalLM.from_pretrained(settings["output_dir"])
     total, count = 0.0, 0
-    rows = open_rows(tmp_path / "run" / "prepared", "eval")
+    rows = open_samples(tmp_path / "run" / "prepared", "eval")
     assert len(rows) == 5
     for tokens, labels in (rows[i] for i in range(5)):
         scores = logits(model, torch.tensor(tokens[None].astype("int64")))[0, :-1]

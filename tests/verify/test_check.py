@@ -51,7 +51,7 @@ def test_a_right_layout_passes(models, layout):
         exact, training = result.comparisons
         assert max(exact.errors.values()) <= 1e-12 < max(training.errors.values()) <= training.tolerance
         assert ("heads over inner" in result.name) == (layout == "heads over inner")
-        assert all(row.calls == row.formula_calls > 0 for row in result.words)
+        assert all(check.calls == check.formula_calls > 0 for check in result.traffic)
 
 
 def test_leaving_out_any_collective_is_caught(models):
@@ -138,16 +138,16 @@ def test_a_bias_added_on_each_rank_is_named(models):
     assert "each of the 4 ranks of col adds it; it is added once, after the sum over col" in message
 
 
-def test_a_sum_that_is_never_asked_for_is_named_by_numbers_and_by_words(models):
+def test_a_sum_that_is_never_asked_for_is_named_by_numbers_and_by_traffic(models):
     message = pool(4).run(told, settings(models["llama"], **LINE), "no_sum_over_col")[0]
     assert "parameter: layers.0.attention.out.weight" in message
     assert "likely missing: reduce_scatter of Y over col (attention out, forward)" in message
     assert "likely missing: reduce_scatter over col; reduce_scatter over col: " in message
 
 
-def test_needless_words_are_told_though_the_numbers_are_right(models):
+def test_needless_traffic_is_told_though_the_numbers_are_right(models):
     message = pool(4).run(told, settings(models["llama"], **LINE), "gathered_for_nothing")[0]
-    assert message.startswith("1d col 4, gather: other words than the formula has\n")
+    assert message.startswith("1d col 4, gather: other traffic than the formula has\n")
     assert "all_gather over col: " in message and "off by" not in message
 
 

@@ -46,7 +46,7 @@ def test_a_config_is_verified(config, tmp_path):
 
 
 def test_a_config_is_verified_at_full_size(config, tmp_path):
-    """The model, the rows and their length are those of the config, and so are the words."""
+    """The model, the rows and their length are those of the config, and so is the traffic."""
     line = ("--set", "tensor_parallel_mode=1d", "--set", "tensor_parallel_size=2")
     words = (str(config), "--full", *line, "--json", str(tmp_path / "report.json"))
     result = tessera("verify", *words, ranks=2)

@@ -111,11 +111,16 @@ def diagnoses(keys: dict[str, Any], kinds: tuple[str, ...]) -> list[tuple[str, s
 
 @contextmanager
 def no_sum_over_depth() -> Iterator[None]:
+    """The step forgets it; the formula, which reads the same rule, does not."""
     summed = ParameterSpec.summed_axes.fget
     assert summed is not None
-    with mock.patch.object(
-        ParameterSpec, "summed_axes", property(lambda s: tuple(a for a in summed(s) if a != "depth"))
-    ):
+    without = property(lambda s: tuple(a for a in summed(s) if a != "depth"))
+
+    def forgetful(model: torch.nn.Module, mesh: Any) -> None:
+        with mock.patch.object(ParameterSpec, "summed_axes", without):
+            sum_replicated_gradients(model, mesh)
+
+    with mock.patch("tessera.engine.step.sum_replicated_gradients", forgetful):
         yield
 
 
@@ -162,7 +167,7 @@ def no_sum_over_col() -> Iterator[None]:
 
 @contextmanager
 def gathered_for_nothing() -> Iterator[None]:
-    """Right numbers, needless words."""
+    """Right numbers, needless traffic."""
     real = RMSNorm.forward
 
     def wasteful(norm: Norm, x: torch.Tensor) -> torch.Tensor:

@@ -127,14 +127,14 @@ def json_report(report: Report) -> dict[str, Any]:
         "blocks": [_json_grid(grid) for grid in report.grids],
         "collectives": [
             {
-                "place": move.row.place,
-                "pass": move.row.phase,
-                "what": move.row.what,
-                "kind": move.row.kind,
-                "axes": move.row.axes,
+                "place": move.transfer.site,
+                "pass": move.transfer.phase,
+                "what": move.transfer.what,
+                "kind": move.transfer.kind,
+                "axes": move.transfer.axes,
                 "calls": {"least": min(move.calls), "most": max(move.calls)},
                 "received_bytes": {"least": min(move.received), "most": max(move.received)},
-                "times_a_step": move.row.times,
+                "times_a_step": move.transfer.times,
             }
             for move in report.traffic
         ],

@@ -15,15 +15,9 @@ import yaml
 from pydantic import ValidationError
 
 from tessera.config import compat
-from tessera.config.schema import DatasetConfig, FsdpConfig, MeshConfig, Section, TokenizerConfig, TrainConfig
+from tessera.config.schema import SECTIONS, TrainConfig
 from tessera.core.errors import UserError
 
-_SECTIONS: dict[str, type[Section]] = {
-    "datasets": DatasetConfig,
-    "tokenizer": TokenizerConfig,
-    "tensor_parallel_mesh": MeshConfig,
-    "fsdp_config": FsdpConfig,
-}
 _Place = tuple[int | str, ...]  # of a value: the keys, and numbers in lists, that lead to it
 
 
@@ -91,10 +85,7 @@ def json_schema() -> dict[str, Any]:
     for key, why in compat.NO_EFFECT.items():
         schema["properties"][key] = {"description": f"No effect: {why}."}
     for key, later in compat.NOT_DONE.items():
-        schema["properties"][key] = {
-            "description": f"Not done yet: {later.meaning}.",
-            "enum": list(later.neutral),
-        }
+        schema["properties"][key] = {"description": f"Not done yet: {later.meaning}.", "enum": list(later.neutral)}
     return schema
 
 
@@ -108,19 +99,14 @@ class _Loader(yaml.SafeLoader):
             line = key.start_mark.line + 1
             if isinstance(key, yaml.ScalarNode) and key.value in lines and key.value != "<<":
                 raise UserError(
-                    key.value,
-                    None,
-                    f"given twice, in lines {lines[key.value]} and {line}",
-                    "keep one of them",
+                    key.value, None, f"given twice, in lines {lines[key.value]} and {line}", "keep one of them"
                 )
             lines[str(key.value)] = line
         return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(  # PyYAML itself wants a point and a sign: 2.0e-5
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"), list("-+.0123456789")
 )
 
 
@@ -236,7 +222,7 @@ def _problem(place: _Place, details: list[Any]) -> UserError:
     if isinstance(context.get("error"), UserError):  # raised by a check over several keys
         return context["error"]
     name, (top, *inside) = _name(place), [str(part) for part in place if isinstance(part, str)]
-    key, keys = (inside[-1], _SECTIONS[top].model_fields) if inside else (top, TrainConfig.model_fields)
+    key, keys = (inside[-1], SECTIONS[top].model_fields) if inside else (top, TrainConfig.model_fields)
     meaning = keys[key].description or "" if key in keys else ""
     if first["type"] == "missing":
         return UserError(name, None, "is required", meaning)
@@ -244,7 +230,7 @@ def _problem(place: _Place, details: list[Any]) -> UserError:
     if first["type"] == "extra_forbidden":
         section, _, within = key.partition(".")
         within = within.removeprefix("fsdp_") if section == "fsdp_config" else within
-        if not inside and section != "datasets" and within in getattr(_SECTIONS.get(section), "model_fields", ()):
+        if not inside and section != "datasets" and within in getattr(SECTIONS.get(section), "model_fields", ()):
             return UserError(name, shown, f"is a key inside {section}", f"write {section}: {{{within}: {shown}}}")
         others = [] if inside else [*compat.NO_EFFECT, *compat.NOT_DONE]
         hint = _nearest(key, keys) or _nearest(key, others) or f"known: {', '.join(keys)}"
@@ -263,7 +249,7 @@ def _place(loc: _Place) -> _Place:
     """Where pydantic found fault, without the types that a key may have."""
     if loc[:1] == ("tokenizer",):
         return ("tokenizer", *loc[2:])
-    return loc if loc and loc[0] in _SECTIONS else loc[:1] or ("config",)
+    return loc if loc and loc[0] in SECTIONS else loc[:1] or ("config",)
 
 
 def _name(place: _Place) -> str:
@@ -274,7 +260,7 @@ def _name(place: _Place) -> str:
 def _choices(name: str) -> str:
     """What a key with a closed set of values takes, as a hint."""
     top, _, inner = name.partition(".")
-    choices = _literals((_SECTIONS[top] if inner else TrainConfig).model_fields[inner or top].annotation)
+    choices = _literals((SECTIONS[top] if inner else TrainConfig).model_fields[inner or top].annotation)
     return f"done: {', '.join(choices)}" if choices else "leave it out"
 
 

@@ -1,4 +1,4 @@
-"""The one door to torch.distributed: collectives along a group of mesh axes, and a recorder of them.
+"""The one door to torch.distributed: collectives along a group of mesh axes, each counted by recorder.py.
 
     all_gather(x, dim)       concatenate the shards of every rank along `dim`, in rank order
     reduce_scatter(x, dim)   sum over the ranks, each keeping its shard along `dim`      (the conjugate of all_gather)
@@ -6,15 +6,15 @@
     broadcast(x, root)       every rank receives the root's x
     reduce(x, root)          sum over the ranks, which the root keeps                    (the conjugate of broadcast)
     shift(x, by)             every rank receives the x of the rank `by` places further, around the ring
+    all_to_all(x, sizes)     every rank sends each of the others its own rows of x
+    exchange(messages)       some ranks send some others a tensor: sends and receives as one batch
 
 Each has a `start_` form that issues the collective and returns a `Pending`; `wait()` gives the result. A group of None
 (an axis of size 1) costs nothing: the argument comes back.
 """
 
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,84 +22,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tessera.core.mesh import Group
+from tessera.core.recorder import Record, active
+from tessera.core.recorder import Recorder as Recorder
+from tessera.core.recorder import totals as totals
 
 # torch 2.13 renamed them; 2.11 has only the old names.
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-
-@dataclass(frozen=True)
-class Record:
-    """One collective as it was handed to torch.distributed.
-
-    `bytes` is the size of the whole tensor: what a gather returns, what a reduce-scatter or all-reduce takes, what a
-    broadcast, reduce or shift moves. `received` is what this rank receives when the collective runs as a ring, or, to
-    and from a root, as a chain around it: an all-reduce passes every shard twice; the root of a broadcast receives
-    nothing, nor does the rank after the root of a reduce, which starts the chain.
-    """
-
-    kind: str
-    axes: tuple[str, ...]
-    ranks: int
-    bytes: int
-    received: int
-
-    @property
-    def axis(self) -> str:
-        """The axes as one name, for tables and logs."""
-        return "·".join(self.axes)
-
-
-@dataclass(eq=False)  # two that counted the same are two: leaving `with` must not end the other
-class Recorder:
-    """Counts, while active (`with Recorder() as recorder:`), every collective that goes through this door.
-
-    `leave_out` is the place in the list of one collective that is not performed, each rank going on with what it has
-    alone: a test that still passes then does not test it. `delay` gives the seconds by which a collective is slowed.
-    `idle` are the places in the list before which others had something to shift and this rank had not.
-    """
-
-    leave_out: int | None = None
-    delay: Callable[[Record], float] | None = None
-    records: list[Record] = field(default_factory=list)
-    events: list[tuple[str, Any]] = field(default_factory=list)
-    idle: list[int] = field(default_factory=list)
-
-    def __enter__(self) -> "Recorder":
-        _active.append(self)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        _active.remove(self)
-
-    def bytes_by_axis(self) -> dict[str, int]:
-        """Bytes handed over (see `Record.bytes`), summed by axis."""
-        total: dict[str, int] = {}
-        for record in self.records:
-            total[record.axis] = total.get(record.axis, 0) + record.bytes
-        return total
-
-    def table(self) -> list[dict[str, Any]]:
-        """Calls and bytes by axis and kind."""
-        counts = Counter((r.axis, r.kind) for r in self.records)
-        handed: Counter[tuple[str, str]] = Counter()
-        for record in self.records:
-            handed[record.axis, record.kind] += record.bytes
-        return [{"axis": a, "kind": k, "calls": n, "bytes": handed[a, k]} for (a, k), n in sorted(counts.items())]
-
-
-def totals(records: Iterable[Record]) -> dict[tuple[str, str], tuple[int, int]]:
-    """(axis, kind) → calls and bytes received, as `plan.words.totals` gives them by formula."""
-    calls: Counter[tuple[str, str]] = Counter()
-    received: Counter[tuple[str, str]] = Counter()
-    for record in records:
-        calls[record.axis, record.kind] += 1
-        received[record.axis, record.kind] += record.received
-    return {key: (calls[key], received[key]) for key in sorted(calls)}
-
-
-# A plain list, not a context variable: on GPUs autograd runs backward, and its collectives, in threads of its own.
-_active: list[Recorder] = []
 
 
 class Pending:
@@ -111,37 +40,38 @@ class Pending:
     def wait(self) -> Tensor:
         if self.work is not None:
             self.work.wait()
-            for recorder in _active:
+            for recorder in active:
                 recorder.events.append(("wait", self._record))
             self.work = None
         return self._result
 
 
-def _issue(
-    kind: str, group: Group, whole: Tensor, result: Tensor, call: Callable[[], Any], root: int | None = None
-) -> Pending:
-    """Record the collective and perform it, unless a recorder asks to leave it out."""
-    size = whole.numel() * whole.element_size()
-    if root is not None:  # the one rank that receives nothing
-        received = 0 if group.rank == root else size
-    elif kind == "shift":
-        received = size
-    else:
-        received = (2 if kind == "all_reduce" else 1) * size * (group.size - 1) // group.size
+def _record(kind: str, group: Group, size: int, received: int) -> tuple[Record, bool]:
+    """Count what is issued now, of so many bytes; also whether it is to be performed: no recorder leaves it out."""
     record = Record(kind, group.axes, group.size, size, received)
     performed = True
-    for recorder in _active:
+    for recorder in active:
         performed &= recorder.leave_out != len(recorder.records)
         recorder.records.append(record)
         recorder.events.append(("issue", record))
         if recorder.delay is not None:
             time.sleep(recorder.delay(record))
+    return record, performed
+
+
+def _issue(
+    kind: str, group: Group, whole: Tensor, result: Tensor, call: Callable[[], Any], received: int | None = None
+) -> Pending:
+    """Record the collective and perform it, unless a recorder asks to leave it out; `received` unless by the ring."""
+    if received is None:
+        received = (2 if kind == "all_reduce" else 1) * whole.nbytes * (group.size - 1) // group.size
+    record, performed = _record(kind, group, whole.nbytes, received)
     return Pending(result, call() if performed else None, record)
 
 
 def _leaving_out() -> bool:
     """Whether some collective may not be performed: its result must be the same wrong value each time."""
-    return any(r.leave_out is not None for r in _active)
+    return any(r.leave_out is not None for r in active)
 
 
 def _dim_first(x: Tensor, dim: int) -> Tensor:
@@ -156,13 +86,8 @@ def start_all_gather(x: Tensor, dim: int, group: Group | None) -> Pending:
     whole = shard.new_empty(group.size * shard.shape[0], *shard.shape[1:])
     if _leaving_out():
         whole.zero_()
-    return _issue(
-        "all_gather",
-        group,
-        whole,
-        whole.movedim(0, dim),
-        lambda: _all_gather(whole, shard, group=group.process_group, async_op=True),
-    )
+    call = lambda: _all_gather(whole, shard, group=group.process_group, async_op=True)  # noqa: E731
+    return _issue("all_gather", group, whole, whole.movedim(0, dim), call)
 
 
 def start_reduce_scatter(x: Tensor, dim: int, group: Group | None) -> Pending:
@@ -175,13 +100,8 @@ def start_reduce_scatter(x: Tensor, dim: int, group: Group | None) -> Pending:
     shard = torch.empty_like(whole[: whole.shape[0] // group.size])
     if _leaving_out():
         shard.copy_(whole.chunk(group.size)[group.rank])
-    return _issue(
-        "reduce_scatter",
-        group,
-        whole,
-        shard.movedim(0, dim),
-        lambda: _reduce_scatter(shard, whole, group=group.process_group, async_op=True),
-    )
+    call = lambda: _reduce_scatter(shard, whole, group=group.process_group, async_op=True)  # noqa: E731
+    return _issue("reduce_scatter", group, whole, shard.movedim(0, dim), call)
 
 
 def gathered(own: object, ranks: int) -> list[Any]:
@@ -216,13 +136,8 @@ def start_all_reduce(x: Tensor, group: Group | None, op: dist.ReduceOp.RedOpType
     if group is None:
         return Pending(x)
     whole = x.detach().contiguous()
-    return _issue(
-        "all_reduce",
-        group,
-        whole,
-        whole,
-        lambda: dist.all_reduce(whole, op, group=group.process_group, async_op=True),
-    )
+    call = lambda: dist.all_reduce(whole, op, group=group.process_group, async_op=True)  # noqa: E731
+    return _issue("all_reduce", group, whole, whole, call)
 
 
 def start_broadcast(x: Tensor, root: int, group: Group | None) -> Pending:
@@ -233,22 +148,22 @@ def start_broadcast(x: Tensor, root: int, group: Group | None) -> Pending:
     whole = x.data.contiguous() if group.rank == root else torch.empty_like(x, memory_format=torch.contiguous_format)
     if group.rank != root and _leaving_out():
         whole.zero_()
-    process_group = group.process_group
-    call = lambda: dist.broadcast(whole, group=process_group, group_src=root, async_op=True)  # noqa: E731
-    return _issue("broadcast", group, whole, whole, call, root=root)
+    call = lambda: dist.broadcast(whole, group=group.process_group, group_src=root, async_op=True)  # noqa: E731
+    return _issue("broadcast", group, whole, whole, call, 0 if group.rank == root else whole.nbytes)
 
 
 def start_reduce_to(x: Tensor, root: int, group: Group | None) -> Pending:
     """Issue `reduce` to the rank in place `root`; what the others get is nothing to read. Hand over x for good."""
     if group is None:
         return Pending(x)
-    whole, process_group = x.detach().contiguous(), group.process_group
-    call = lambda: dist.reduce(whole, group=process_group, group_dst=root, async_op=True)  # noqa: E731
-    return _issue("reduce", group, whole, whole, call, root=(root + 1) % group.size)
+    whole = x.detach().contiguous()
+    call = lambda: dist.reduce(whole, group=group.process_group, group_dst=root, async_op=True)  # noqa: E731
+    starts_the_chain = group.rank == (root + 1) % group.size
+    return _issue("reduce", group, whole, whole, call, 0 if starts_the_chain else whole.nbytes)
 
 
-class _Exchange:
-    """A send and a receive as one piece of work; holds what is sent until it has gone."""
+class _Works:
+    """Several pieces of work as one; holds what is sent until it has gone."""
 
     def __init__(self, works: list[Any], sent: Tensor) -> None:
         self.works, self.sent = works, sent
@@ -258,23 +173,90 @@ class _Exchange:
             work.wait()
 
 
+def _messages(sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]], group: Group) -> list[Any]:
+    """One batch of sends to and receives from places in the group; a piece of work for each, sends first."""
+    peers = group.process_group
+    batch = [dist.P2POp(dist.isend, x, group=peers, group_peer=to) for x, to in sends]
+    batch += [dist.P2POp(dist.irecv, x, group=peers, group_peer=source) for x, source in receives]
+    works = dist.batch_isend_irecv(batch)
+    return works * (len(batch) // len(works))  # NCCL gives one for all of them
+
+
 def start_shift(x: Tensor, by: int, group: Group | None) -> Pending:
     """Issue `shift`: receive from the rank `by` places further along the ring, send to the one as far behind."""
     if group is None or by % group.size == 0:
-        for recorder in _active if group is not None else ():
+        for recorder in active if group is not None else ():
             recorder.idle.append(len(recorder.records))
         return Pending(x)
     sent, received = x.detach().contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
     if _leaving_out():
         received.copy_(sent)
-    process_group, source, target = group.process_group, (group.rank + by) % group.size, (group.rank - by) % group.size
+    source, target = (group.rank + by) % group.size, (group.rank - by) % group.size
+    call = lambda: _Works(_messages([(sent, target)], [(received, source)], group), sent)  # noqa: E731
+    return _issue("shift", group, sent, received, call, sent.nbytes)
 
-    def call() -> _Exchange:
-        send = dist.P2POp(dist.isend, sent, group=process_group, group_peer=target)
-        receive = dist.P2POp(dist.irecv, received, group=process_group, group_peer=source)
-        return _Exchange(dist.batch_isend_irecv([send, receive]), sent)
 
-    return _issue("shift", group, sent, received, call)
+def start_all_to_all(
+    x: Tensor, sizes_sent: Sequence[int], sizes_received: Sequence[int], group: Group | None
+) -> Pending:
+    """Issue `all_to_all`: this rank's `sizes_sent[r]` rows of x, in rank order, go to the rank in place r of the group.
+
+    The result has `sizes_received[r]` rows of each rank r, in rank order: what r sends, which must be of the same dtype
+    and the same other dims; any size may be 0. E.g. along two ranks, where rank 0 sends sizes [1, 3] and rank 1 sends
+    [2, 0], rank 0 receives [1, 2] and rank 1 [3, 0]. Raises ValueError for sizes that do not fit x or the group.
+    """
+    if group is None:
+        return Pending(x)
+    own, out, back = group.rank, list(sizes_sent), list(sizes_received)
+    if not (len(out) == len(back) == group.size and sum(out) == x.shape[0] and out[own] == back[own]):
+        given = f"sizes {out} sent and {back} received do not cut {tuple(x.shape)}"
+        raise ValueError(f"{given} for the {group.size} ranks along {group.axes}, of which this is rank {own}")
+    sent = x.detach().contiguous()
+    kept, result = sent.split(out)[own], sent.new_empty(sum(back), *sent.shape[1:])
+    if _leaving_out():
+        result.zero_().split(back)[own].copy_(kept)
+    peers = group.process_group
+    call = lambda: dist.all_to_all_single(result, sent, back, out, group=peers, async_op=True)  # noqa: E731
+    return _issue("all_to_all", group, sent, result, call, result.nbytes - kept.nbytes)
+
+
+class _LeftOut:
+    """A message that a recorder leaves out: it travels all the same, for its peer waits for it, and is zero."""
+
+    def __init__(self, work: Any, memory: Tensor) -> None:
+        self.work, self.memory = work, memory
+
+    def wait(self) -> None:
+        self.work.wait()
+        self.memory.zero_()
+
+
+def start_exchange(
+    sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]], group: Group | None
+) -> tuple[list[Pending], list[Pending]]:
+    """Issue messages between single ranks as one batch: each (tensor, place in the group) of `sends` and `receives`.
+
+    The tensor of a receive is the contiguous memory that the message fills; shape and dtype are as the sender's. E.g.
+    the rank in place 0 calls `start_exchange([(x, 1)], [], group)`, the one in place 1
+    `start_exchange([], [(memory, 0)], group)`; a rank without a message makes no call. Returns a Pending of each send
+    and one of each receive; wait for sends too: one that is dropped before takes its message with it. Messages from one
+    rank to another arrive in the order in which both name them. On NCCL all ranks must have used the group once before
+    only some of them do.
+    """
+    if group is None or not (sends or receives):
+        assert not (sends or receives), "one rank alone has nobody to exchange with"
+        return [], []
+    sent = [(x.detach().contiguous(), to) for x, to in sends]
+    counted = [_record("send", group, x.nbytes, 0) for x, _ in sent]
+    counted += [_record("receive", group, x.nbytes, x.nbytes) for x, _ in receives]
+    leaving = [(x if c[1] else torch.zeros_like(x), to) for (x, to), c in zip(sent, counted, strict=False)]
+    works = _messages(leaving, receives, group)
+    tensors = [x for x, _ in (*leaving, *receives)]
+    pending = [
+        Pending(x, work if performed else _LeftOut(work, x), record)
+        for x, work, (record, performed) in zip(tensors, works, counted, strict=True)
+    ]
+    return pending[: len(sends)], pending[len(sends) :]
 
 
 def all_gather(x: Tensor, dim: int, group: Group | None) -> Tensor:
@@ -295,3 +277,8 @@ def all_reduce(x: Tensor, group: Group | None) -> Tensor:
 def largest(x: Tensor, group: Group | None) -> Tensor:
     """The elementwise maximum over the ranks of `group`, in place when `x` is contiguous."""
     return start_all_reduce(x, group, dist.ReduceOp.MAX).wait()
+
+
+def all_to_all(x: Tensor, sizes_sent: Sequence[int], sizes_received: Sequence[int], group: Group | None) -> Tensor:
+    """This rank's `sizes_received[r]` rows of the x of each rank r of `group`, in rank order."""
+    return start_all_to_all(x, sizes_sent, sizes_received, group).wait()

@@ -8,29 +8,14 @@ another G (`start_at`) takes the samples that are left.
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from tessera.data.samples import EPOCH_ORDER, IGNORED, Rows, shuffled
-
-
-@dataclass(frozen=True)
-class Batch:
-    """`input_ids` and `targets`, int64 [B, S]; targets[b, t] is the label of token t+1, or -100 for none.
-
-    `valid` is the number of targets that are not -100, in this batch alone; `first_row` the place of its first row
-    among those of its optimizer step.
-    """
-
-    input_ids: Tensor
-    targets: Tensor
-    valid: int
-    first_row: int = 0
+from tessera.data.batch import MicroBatch
+from tessera.data.samples import EPOCH_ORDER, IGNORED, Samples, shuffled
 
 
 class Loader:
@@ -43,7 +28,7 @@ class Loader:
 
     def __init__(
         self,
-        rows: Rows,
+        rows: Samples,
         micro_batch_size: int,
         accumulation: int,
         seed: int,
@@ -93,13 +78,13 @@ class Loader:
         """The samples of `num_epochs` epochs, rounded up; what floating point adds does not count."""
         return math.ceil(round(num_epochs * self.samples_per_epoch, 6))
 
-    def step_batches(self, step: int) -> list[Batch]:
+    def step_batches(self, step: int) -> list[MicroBatch]:
         """The micro-batches of optimizer step `step` (from 0), one for each accumulation step."""
         whole = self.micro_batch_size * self.data_ranks
         first = self._first_sample + (step - self._first_step) * self.samples_per_step
         return [self._batch(range(first + at, first + at + whole), at) for at in range(0, self.samples_per_step, whole)]
 
-    def eval_batches(self) -> Iterator[Batch]:
+    def eval_batches(self) -> Iterator[MicroBatch]:
         """Every row once, in file order whatever `shuffle` says; padding rows fill up the last batch."""
         whole = self.micro_batch_size * self.data_ranks
         for first in range(0, len(self.rows), whole):
@@ -107,7 +92,7 @@ class Loader:
             indices: list[int | None] = [*present, *[None] * (whole - len(present))]
             yield self._assemble(indices, self._padded_length(present))
 
-    def _batch(self, samples: range, place: int) -> Batch:
+    def _batch(self, samples: range, place: int) -> MicroBatch:
         indices = [self._row_of(sample) for sample in samples]
         end = samples.stop if self.last_sample is None else self.last_sample
         present = [index if sample < end else None for sample, index in zip(samples, indices, strict=True)]
@@ -124,7 +109,7 @@ class Loader:
         longest = max(self.rows.length(index) for index in indices)
         return -(-longest // self.length_multiple) * self.length_multiple
 
-    def _assemble(self, indices: Sequence[int | None], length: int, place: int = 0) -> Batch:
+    def _assemble(self, indices: Sequence[int | None], length: int, place: int = 0) -> MicroBatch:
         """This rank's share of the rows `indices` (None: a padding row), as tensors of `length` tokens."""
         before = self.data_rank * self.micro_batch_size
         mine = indices[before:][: self.micro_batch_size]
@@ -136,4 +121,4 @@ class Loader:
                 input_ids[at, : len(tokens)] = tokens
                 targets[at, : len(labels) - 1] = labels[1:]
         valid = int(np.count_nonzero(targets != IGNORED))
-        return Batch(torch.from_numpy(input_ids), torch.from_numpy(targets), valid, place + before)
+        return MicroBatch(torch.from_numpy(input_ids), torch.from_numpy(targets), valid, place + before)

@@ -21,7 +21,7 @@ from tessera.core import device as devices
 from tessera.core.errors import RunFailed, UserError
 from tessera.core.live_memory import PeakMemory
 from tessera.core.mesh import Mesh
-from tessera.data.loader import Batch
+from tessera.data.batch import MicroBatch
 from tessera.engine.optimizer import build_optimizer
 from tessera.engine.step import Step
 from tessera.launch.rank import die_with_parent
@@ -70,7 +70,7 @@ def experiment_model(causal: bool) -> ModelConfig:
     )
 
 
-def experiment_batches(causal: bool, steps: int) -> list[Batch]:
+def experiment_batches(causal: bool, steps: int) -> list[MicroBatch]:
     """The batches of every step, drawn from one seed: the same whatever the ranks."""
     generator = torch.Generator().manual_seed(0)
     sequences = torch.randint(0, VOCABULARY, (SEQUENCES, LENGTH), generator=generator)
@@ -80,7 +80,7 @@ def experiment_batches(causal: bool, steps: int) -> list[Batch]:
         targets = ids
         if causal:
             targets = torch.cat([ids[:, 1:], torch.full((BATCH, 1), -100)], 1)
-        batches.append(Batch(ids, targets, int((targets >= 0).sum())))
+        batches.append(MicroBatch(ids, targets, int((targets >= 0).sum())))
     return batches
 
 

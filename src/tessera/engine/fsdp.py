@@ -16,13 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-)
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from tessera.core.collectives import all_reduce, gather_into, reduce_scatter_into
 from tessera.core.mesh import Group
@@ -67,7 +61,7 @@ def _shard(decoder: Decoder, fsdp: Fsdp) -> None:
         "mp_policy": policy,
         "offload_policy": CPUOffloadPolicy(pin_memory=on_cuda) if fsdp.offload else OffloadPolicy(),
     }
-    units = [*(decoder.layers if fsdp.by_layer else []), decoder]
+    units: list[Any] = [*(decoder.layers.values() if fsdp.by_layer else []), decoder]
     stored, copies = mesh.group(over), mesh.group(axis for axis in parallel.served if axis not in over)
     for unit in units:
         # embedding and head are the first that the backward needs: they stay
@@ -80,7 +74,7 @@ def _shard(decoder: Decoder, fsdp: Fsdp) -> None:
         if copies is not None:
             made.set_all_reduce_hook(_sum_over(copies))
     if fsdp.prefetch and fsdp.by_layer:
-        layers = [layer for layer in decoder.layers if isinstance(layer, FSDPModule)]
+        layers = [layer for layer in decoder.layers.values() if isinstance(layer, FSDPModule)]
         for layer, following in itertools.pairwise(layers):
             layer.set_modules_to_forward_prefetch([following])
     decoder.register_forward_hook(_cut_again)

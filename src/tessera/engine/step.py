@@ -6,34 +6,17 @@ The same step serves training, verification and benchmarks.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from tessera.core.axes import DATA_AXES
 from tessera.core.collectives import all_reduce
+from tessera.data.batch import MicroBatch
 from tessera.engine.fsdp import gradients_travel
 from tessera.engine.gradients import clip_gradients, first_copy, gradient_norm, sum_replicated_gradients
-from tessera.layout.streams import HIDDEN
 from tessera.models.decoder import Decoder
 from tessera.nn.dropout import dropout_key
-
-
-class MicroBatch(Protocol):
-    """input_ids and targets int64 [B, S], targets shifted and −100 where ignored; `valid` counts the others.
-
-    `first_row`: the place of its first sequence among all of the step, those of other data ranks included.
-    """
-
-    @property
-    def input_ids(self) -> Tensor: ...
-    @property
-    def targets(self) -> Tensor: ...
-    @property
-    def valid(self) -> int: ...
-    @property
-    def first_row(self) -> int: ...
+from tessera.product.overlap import BACKWARD
 
 
 @dataclass(frozen=True)
@@ -67,12 +50,12 @@ class Step:
     ) -> None:
         self.model, self.optimizer = model, optimizer
         self.max_grad_norm, self.label_smoothing, self.seed = max_grad_norm, label_smoothing, seed
-        self.mesh = model.parallel.mesh
+        self.mesh, self.streams = model.parallel.mesh, model.parallel.streams
 
     def valid_tokens(self, batches: Sequence[MicroBatch]) -> int:
         """The targets that count in this step, of all data ranks."""
         own = torch.tensor(sum(batch.valid for batch in batches), device=self.mesh.device)
-        return int(all_reduce(own, self.mesh.group(DATA_AXES)).item())
+        return int(all_reduce(own, self.mesh.group(self.streams.batch)).item())
 
     def gradients(self, batches: Sequence[MicroBatch], step: int, valid: int | None = None) -> Tensor:
         """Accumulate the gradients of all micro-batches, complete their sums; returns this rank's part of the loss.
@@ -85,13 +68,12 @@ class Step:
         for index, batch in enumerate(batches):
             gradients_travel(self.model, index == len(batches) - 1)
             loss = self.model(
-                batch.input_ids.to(self.mesh.device),
-                batch.targets.to(self.mesh.device),
+                batch.to(self.mesh.device),
                 denominator,
                 dropout_key=dropout_key(self.seed, step),
-                first_row=batch.first_row,
                 label_smoothing=self.label_smoothing,
             )
+            self.model.parallel.overlap.begin(BACKWARD)
             loss.backward()
             losses.append(loss.detach())
         sum_replicated_gradients(self.model, self.mesh)
@@ -111,7 +93,7 @@ class Step:
         """
         valid = self.valid_tokens(batches)
         loss = self.gradients(batches, step, valid)
-        own_part = loss if first_copy(self.mesh, (*DATA_AXES, *HIDDEN.tokens)) else torch.zeros_like(loss)
+        own_part = loss if first_copy(self.mesh, self.streams.loss) else torch.zeros_like(loss)
         numbers = gradient_norm(self.model, self.mesh, own_part, loss.new_tensor(float(stop())))
         norm_value, loss_value, stopping = torch.stack(numbers).tolist()
         result = StepResult(loss_value, norm_value, valid, stopping > 0)

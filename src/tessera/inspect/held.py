@@ -1,8 +1,8 @@
 """What every rank of a layout holds and receives, worked out in one process from the specs of the parameters.
 
-The model is built on the meta device as one process has it; its `ParameterSpec`s are then laid on a mesh of each rank.
-No process group, data or weights are needed, and the numbers are those of the tensors that running ranks allocate.
-What ranks receive is the closed form of plan/traffic.py.
+The specs are those of models/anatomy.py, laid on a mesh of each rank: no process group, data or weights are needed, and
+the numbers are those of the tensors that running ranks allocate. What ranks receive is the closed form of
+plan/traffic.py.
 """
 
 import math
@@ -11,34 +11,19 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-from torch import nn
 
 from tessera.core.axes import AXES
 from tessera.core.mesh import Mesh
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape
 from tessera.layout.spec import Init, ParameterSpec
-from tessera.layout.streams import HIDDEN
+from tessera.layout.streams import HIDDEN, Layout
+from tessera.models.anatomy import anatomy_of
 from tessera.models.config import ModelConfig
-from tessera.models.decoder import Decoder, OutputHead
-from tessera.nn.embedding import LearnedPositions, VocabParallelEmbedding
-from tessera.nn.linear import ParallelLinear
-from tessera.nn.norm import HeadNorm, Norm
-from tessera.nn.parameter import named_specs
-from tessera.plan.traffic import Row, step_rows
+from tessera.plan.traffic import Transfer, step_transfers
 
 MOMENTS = 2  # AdamW keeps two for each element, in the parameter's dtype
 STEP_BYTES = 4  # and one float32 count of steps for each parameter
-
-# The names of the dims of a module's weight; a bias or gain has the first alone.
-_DIMS: dict[type[nn.Module], tuple[str, ...]] = {
-    VocabParallelEmbedding: ("V", "h"),
-    LearnedPositions: ("S", "h"),
-    ParallelLinear: ("out", "in"),
-    OutputHead: ("V", "h"),
-    Norm: ("h",),
-    HeadNorm: ("D",),
-}
 
 
 @dataclass(frozen=True)
@@ -153,42 +138,36 @@ class Inspection:
 def inspect_model(model: ModelConfig, parallel: Parallel) -> Inspection:
     """What each rank of `parallel.mesh` holds of `model`. The mesh needs a rank; none of its ranks need run."""
     ranks = tuple(parallel.mesh.at(rank) for rank in range(parallel.mesh.world))
-    alone = Decoder(model, replace(parallel, mesh=Mesh(device="meta", rank=0)))
     shapes: dict[tuple[object, ...], tuple[tuple[int, ...], ...]] = {}  # layers repeat: each cut is worked out once
     parameters = []
-    for name, _, spec in named_specs(alone):
+    for name, dims, spec in anatomy_of(model).parameters(parallel):
         cut = (spec.shape, spec.cuts)
         if cut not in shapes:
-            shapes[cut] = tuple(tuple(s.stop - s.start for s in spec.stored_slices(mesh)) for mesh in ranks)
-        dims = _dims(alone.get_submodule(name.rpartition(".")[0]))[: len(spec.shape)]
+            shapes[cut] = tuple(map(spec.stored_shape, ranks))
         parameters.append(Held(name, spec, dims, shapes[cut], _copies(spec, parallel.mesh)))
     return Inspection(parallel, ranks, tuple(parameters))
 
 
 def activations(model: ModelConfig, inspection: Inspection, shape: StepShape) -> dict[str, Held]:
-    """What a decoder layer makes of a micro-batch as the ranks hold it, by the names that `--activation` takes.
+    """What the first decoder layer makes of a micro-batch as ranks hold it, by the names that `--activation` takes.
 
     k and v are as their product gives them: where kv heads are fewer than the parts, ranks then gather what they read.
     """
-    parallel = inspection.parallel
-    attention, heads, kv = parallel.attention, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    made = {
-        "residual": ("residual stream", parallel.residual, "h", model.hidden_size),
-        "q": ("q", attention, "heads", heads),
-        "k": ("k", attention, "kv", kv),
-        "v": ("v", attention, "kv", kv),
-        "attention": ("hidden stream in attention", attention, "heads", heads),
-        "gate": ("gate", HIDDEN, "ffn", model.ffn_size),
-        "up": ("up", HIDDEN, "ffn", model.ffn_size),
-        "hidden": ("hidden stream", HIDDEN, "ffn", model.ffn_size),
-    }
-    if not model.gated:
-        del made["gate"]
-    held = {}
-    for name, (title, layout, features, count) in made.items():
-        spec = ParameterSpec((shape.tokens, count), (layout.tokens, layout.features), layout, Init())
-        shapes = tuple(tuple(s.stop - s.start for s in spec.stored_slices(mesh)) for mesh in inspection.ranks)
-        held[name] = Held(title, spec, ("T", features), shapes, _copies(spec, parallel.mesh))
+    parallel, held = inspection.parallel, {}
+
+    def make(name: str, title: str, layout: Layout, dim: str, features: int) -> None:
+        spec = ParameterSpec((shape.tokens, features), layout.cuts, layout, Init())
+        shapes = tuple(map(spec.stored_shape, inspection.ranks))
+        held[name] = Held(title, spec, ("T", dim), shapes, _copies(spec, parallel.mesh))
+
+    make("residual", "residual stream", parallel.residual, "h", model.hidden_size)
+    for block in anatomy_of(model).layers[0]:
+        layout, (out,) = block.row.hidden(parallel), block.row.linears
+        for linear in block.column.linears:
+            name = linear.name.rpartition(".")[2]
+            make(name, name, layout, linear.dim, linear.features)
+        name, title = ("attention", "hidden stream in attention") if block.attention else ("hidden", "hidden stream")
+        make(name, title, layout, out.dim, out.features)
     return held
 
 
@@ -200,33 +179,35 @@ def streams(model: ModelConfig, inspection: Inspection, shape: StepShape) -> lis
 
 
 @dataclass(frozen=True)
-class Traffic:
-    """One kind of collective at one place of a step: its row in plan/traffic.py as each rank has it."""
+class Collective:
+    """One kind of collective at one site of a step, as each rank takes part in it; `in_layers`: the site is theirs."""
 
-    rows: tuple[Row, ...]
+    of_ranks: tuple[Transfer, ...]
+    in_layers: bool
 
     @property
-    def row(self) -> Row:
-        """What all ranks share: the place, the axes, how often it runs (not the calls and bytes of one run)."""
-        return self.rows[0]
+    def transfer(self) -> Transfer:
+        """What all ranks share: the site, the axes, how often it runs (not the calls and bytes of one run)."""
+        return self.of_ranks[0]
 
     @property
     def calls(self) -> tuple[int, ...]:
-        return tuple(row.calls for row in self.rows)
+        return tuple(transfer.calls for transfer in self.of_ranks)
 
     @property
     def received(self) -> tuple[int, ...]:
         """Bytes that each rank receives in one run."""
-        return tuple(row.received for row in self.rows)
+        return tuple(transfer.received for transfer in self.of_ranks)
 
 
-def traffic(model: ModelConfig, inspection: Inspection, shape: StepShape) -> list[Traffic]:
+def traffic(model: ModelConfig, inspection: Inspection, shape: StepShape) -> list[Collective]:
     """Every collective of one optimizer step, in the order of plan/traffic.py.
 
     Ranks receive the same, but for the skew of cannon and for uneven vocabularies.
     """
-    of_ranks = [step_rows(model, shape, replace(inspection.parallel, mesh=mesh)) for mesh in inspection.ranks]
-    return [Traffic(rows) for rows in zip(*of_ranks, strict=True)]
+    of_ranks = [step_transfers(model, shape, replace(inspection.parallel, mesh=mesh)) for mesh in inspection.ranks]
+    sites = {site for layer, _ in anatomy_of(model).kinds for block in layer for site in block.sites}
+    return [Collective(each, each[0].site in sites) for each in zip(*of_ranks, strict=True)]
 
 
 def _copies(spec: ParameterSpec, mesh: Mesh) -> int:
@@ -245,7 +226,3 @@ def placements_in_words(spec: ParameterSpec, mesh: Mesh) -> list[str]:
     """The DTensor placement on each axis above size 1, in short: S(1) for Shard(dim=1), R for Replicate()."""
     dim_of = {axis: dim for dim, axes in enumerate(spec.stored_cuts) for axis in axes}
     return [f"S({dim_of[axis]})" if axis in dim_of else "R" for axis in mesh.present(AXES)]
-
-
-def _dims(module: nn.Module) -> tuple[str, ...]:
-    return next(names for kind, names in _DIMS.items() if isinstance(module, kind))

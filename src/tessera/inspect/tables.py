@@ -1,6 +1,7 @@
 """The tables and text pictures of `tessera inspect`, at most WIDTH characters wide."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -13,12 +14,12 @@ from rich.text import Text
 from tessera.core.axes import AXES
 from tessera.core.device import dtype_name
 from tessera.core.mesh import Mesh
-from tessera.inspect.held import MOMENTS, Held, Inspection, Totals, Traffic, cut_in_words, placements_in_words
+from tessera.core.text import human, human_range, number_range
+from tessera.inspect.held import MOMENTS, Collective, Held, Inspection, Totals, cut_in_words, placements_in_words
 from tessera.inspect.picture import LABELS, Grid, colours, grid_of, mesh_grid, text_picture
 from tessera.layout.shape import StepShape
 
 WIDTH = 100
-PER_LAYER = ("layer norms", "q·k·v", "attention", "attention out", "gate·up", "up", "down")  # places of every layer
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Report:
     inspection: Inspection
     shape: StepShape
     streams: list[Held]
-    traffic: list[Traffic]
+    traffic: list[Collective]
     weight: Held
     pictured: list[Held]
 
@@ -139,7 +140,7 @@ def totals_table(totals_of: dict[str, Totals]) -> Table:
     for name, totals in totals_of.items():
         most = totals.by_rank.index(max(totals.by_rank))
         sizes = (totals.parameter_bytes, totals.gradient_bytes, totals.optimizer_bytes)
-        elements = _range(totals.by_rank).replace("–", " to\n")
+        elements = number_range(totals.by_rank).replace("–", " to\n")
         table.add_row(
             name, f"{totals.whole:,}", elements, *(human(size[most]) for size in sizes), f"{totals.bytes[most]:,}"
         )
@@ -166,45 +167,41 @@ def stream_table(report: Report) -> Table:
     return table
 
 
-def traffic_table(moves: Sequence[Traffic]) -> Table:
+def traffic_table(collectives: Sequence[Collective]) -> Table:
     """Which collective runs on which axis: first in each layer, then what runs once a micro-batch or a step."""
     table = _table("place", "pass", "what", "collective", "axis", "calls", "received", "a step", numbers=3)
-    in_layers = [move for move in moves if move.row.place in PER_LAYER]
-    others = [move for move in moves if move.row.place not in PER_LAYER]
-    for group in (in_layers, others):
+    for in_layers in (True, False):
+        group = [collective for collective in collectives if collective.in_layers == in_layers]
         last = ("", "")
-        for move in group:
-            row = move.row
-            place, phase = row.place if row.place != last[0] else "", row.phase
+        for collective in group:
+            transfer = collective.transfer
+            site, phase = transfer.site, transfer.phase
             table.add_row(
-                place,
-                "" if (row.place, phase) == last else phase,
-                row.what,
-                row.kind.replace("_", "-"),
-                row.axis,
-                _range(move.calls),
-                human_range(move.received),
-                f"× {row.times}",
-                end_section=move is group[-1],
+                site if site != last[0] else "",
+                phase if (site, phase) != last else "",
+                transfer.what,
+                transfer.kind.replace("_", "-"),
+                transfer.axis,
+                number_range(collective.calls),
+                human_range(collective.received),
+                f"× {transfer.times}",
+                end_section=collective is group[-1],
             )
-            last = (row.place, phase)
+            last = (site, phase)
     return table
 
 
-def received_in_words(moves: Sequence[Traffic]) -> str:
+def received_in_words(collectives: Sequence[Collective]) -> str:
     """What the busiest rank receives in a step, by axes."""
-    of_ranks = [sum(move.row.times * got for move, got in zip(moves, gots, strict=True)) for gots in _by_rank(moves)]
+    in_a_step = [[c.transfer.times * received for received in c.received] for c in collectives]
+    of_ranks = [sum(received) for received in zip(*in_a_step, strict=True)]
     busiest = of_ranks.index(max(of_ranks))
-    by_axis: dict[str, int] = {}
-    for move in moves:
-        by_axis[move.row.axis] = by_axis.get(move.row.axis, 0) + move.row.times * move.received[busiest]
+    by_axis: Counter[str] = Counter()
+    for collective, received in zip(collectives, in_a_step, strict=True):
+        by_axis[collective.transfer.axis] += received[busiest]
     parts = [f"{axis} {human(got)}" for axis, got in sorted(by_axis.items(), key=lambda item: -item[1])]
     whom = "; the busiest rank" if min(of_ranks) != max(of_ranks) else ""
     return f"a rank receives {human_range(of_ranks)} in a step{whom}: {', '.join(parts)}"
-
-
-def _by_rank(moves: Sequence[Traffic]) -> Iterable[tuple[int, ...]]:
-    return zip(*(move.received for move in moves), strict=True)
 
 
 def _cut(held: Held, mesh: Mesh) -> str:
@@ -217,30 +214,9 @@ def _by(shape: Sequence[object]) -> str:
 
 def _local(held: Held) -> str:
     """The shape on a rank, dims that differ from rank to rank as `least–most`."""
-    return _by([_range(sizes).replace(",", "") for sizes in zip(*held.shapes, strict=True)])
-
-
-def _range(values: Sequence[int]) -> str:
-    least, most = min(values), max(values)
-    return f"{least:,}" if least == most else f"{least:,}–{most:,}"
-
-
-def human_range(values: Sequence[int]) -> str:
-    """The least and the most of some bytes, with the unit once where both have the same."""
-    least, most = human(min(values)), human(max(values))
-    number, unit = least.split()
-    return most if least == most else f"{number if unit == most.split()[1] else least}–{most}"
+    return _by([number_range(sizes).replace(",", "") for sizes in zip(*held.shapes, strict=True)])
 
 
 def _below(sizes: Sequence[int]) -> str:
     """The same on two lines, for rows that have two: names stay whole."""
     return human_range(sizes).replace("–", " to\n")
-
-
-def human(size: float) -> str:
-    """Bytes in the largest unit that keeps them above 1."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.3g} {unit}"
-        size /= 1024
-    return f"{size:.3g} TiB"

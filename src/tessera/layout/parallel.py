@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from tessera.core.axes import DATA_AXES, MODEL_AXES, SEQUENCE_AXES
+from tessera.core.axes import MODEL_AXES
 from tessera.core.mesh import Mesh
-from tessera.layout.streams import HIDDEN, Layout, LinearPlan, column_parallel, row_parallel
+from tessera.layout.streams import HIDDEN, Layout, LinearPlan, Streams, column_parallel, row_parallel
 from tessera.product.overlap import Overlap
 from tessera.sizes.schedule import Schedule
 
@@ -33,10 +33,15 @@ class Parallel:
     fsdp: tuple[str, ...] | None = None
 
     @property
+    def streams(self) -> Streams:
+        """The layouts of the streams, as one value."""
+        return Streams(self.residual, self.attention)
+
+    @property
     def served(self) -> tuple[str, ...]:
         """The axes along which FSDP2 sums every gradient: all that cut the batch, but for those of `weights_over`."""
-        batch = (*DATA_AXES, *SEQUENCE_AXES, "depth", "row")
-        return () if self.fsdp is None else tuple(axis for axis in batch if axis not in self.weights_over)
+        tokens = (*self.streams.batch, *self.streams.ids)
+        return () if self.fsdp is None else tuple(axis for axis in tokens if axis not in self.weights_over)
 
     @property
     def device_mesh(self) -> DeviceMesh | None:

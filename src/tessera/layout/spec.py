@@ -61,6 +61,14 @@ class ParameterSpec:
         start = min(used.stop, used.start + step * mesh.index(self.stored_over))
         return slice(start, min(used.stop, start + step)), *others
 
+    def local_shape(self, mesh: Mesh) -> tuple[int, ...]:
+        """The shape of what this rank uses."""
+        return tuple(part.stop - part.start for part in self.local_slices(mesh))
+
+    def stored_shape(self, mesh: Mesh) -> tuple[int, ...]:
+        """The shape of what this rank holds."""
+        return tuple(part.stop - part.start for part in self.stored_slices(mesh))
+
     def placements(self, axes: Iterable[str]) -> list[Placement]:
         """The DTensor placement along each of the mesh's `axes`, as the rank uses the parameter."""
         dim_of = {axis: dim for dim, axes in enumerate(self.cuts) for axis in axes}

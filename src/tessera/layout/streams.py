@@ -1,4 +1,4 @@
-"""Layouts: which mesh axes cut the tokens and the features of the two streams, and the table of geometries.
+"""Layouts: which mesh axes cut the tokens and the features of the two streams.
 
     stream      tokens cut over          features cut over
     residual    depth · row · col        inner                 without sequence parallelism: tokens over depth · row
@@ -14,6 +14,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from tessera.core.axes import DATA_AXES, SEQUENCE_AXES
 from tessera.core.mesh import Mesh
 from tessera.product.roles import Roles
 
@@ -39,8 +40,10 @@ class Layout:
         return 0 if axis in self.tokens else 1 if axis in self.features else None
 
 
-HIDDEN = Layout(tokens=("depth", "row", "inner"), features=("col",))
-HIDDEN_BY_HEADS = Layout(tokens=("depth", "row"), features=("col", "inner"))
+BATCH_AXES = (*DATA_AXES, *SEQUENCE_AXES)
+TOKEN_AXES = ("depth", "row")
+HIDDEN = Layout(tokens=(*TOKEN_AXES, "inner"), features=("col",))
+HIDDEN_BY_HEADS = Layout(tokens=TOKEN_AXES, features=("col", "inner"))
 
 
 def attention_layout(sizes: Mapping[str, int], batch: int) -> Layout:
@@ -54,8 +57,36 @@ def residual_layout(sequence_parallel: bool, schedule: str = "gather") -> Layout
     The loops of `summa` and `cannon` take it cut over features along `col`, as W is cut along `row`.
     """
     if schedule != "gather":
-        return Layout(tokens=("depth", "row"), features=("inner", "col"))
-    return Layout(tokens=("depth", "row", "col") if sequence_parallel else ("depth", "row"), features=("inner",))
+        return Layout(tokens=TOKEN_AXES, features=("inner", "col"))
+    return Layout(tokens=(*TOKEN_AXES, "col") if sequence_parallel else TOKEN_AXES, features=("inner",))
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The layouts of one model's streams, and the axes that follow from them. `attention` is the hidden one in there.
+
+    E.g. a rank's loss is one part of the whole loss if it is the first copy over `loss`: its place is 0 along all
+    other axes, whose ranks have the same tokens.
+    """
+
+    residual: Layout
+    attention: Layout = HIDDEN
+    hidden: Layout = HIDDEN
+
+    @property
+    def batch(self) -> tuple[str, ...]:
+        """The axes that cut the batch: along them each rank has rows of its own, or its part of rows."""
+        return BATCH_AXES
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The axes that cut a micro-batch's tokens in every stream: so the ids looked up, and the targets, are cut."""
+        return TOKEN_AXES
+
+    @property
+    def loss(self) -> tuple[str, ...]:
+        """The axes along which each rank's loss is that of other tokens."""
+        return (*BATCH_AXES, *self.hidden.tokens)
 
 
 @dataclass(frozen=True)
@@ -102,6 +133,3 @@ def check_chain(producer: str, output: Layout, consumer: str, input: Layout) -> 
     """Raise ValueError, naming both, when one layer's output layout is not the next one's input layout."""
     if output != input:
         raise ValueError(f"{producer} gives {output}, but {consumer} takes {input}: layouts must chain without a move")
-
-
-# ---------------------------------------------------------------------------------------------- geometries

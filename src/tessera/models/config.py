@@ -1,4 +1,4 @@
-"""What one decoder needs to know of a model; families.py reads it from a Hugging Face config.json."""
+"""What one decoder needs to know of a model; families/ reads it from a Hugging Face config.json."""
 
 from dataclasses import dataclass
 
@@ -6,10 +6,18 @@ from tessera.nn.rope import RopeConfig
 
 
 @dataclass(frozen=True)
+class LayerKind:
+    """What a layer may have otherwise than its neighbours. `window`: the tokens that attention sees; None: all."""
+
+    window: int | None = None
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Sizes are global. `norm`: "rms" or "layer"; `activation`: "silu" (with `gated`), "gelu" or "gelu_tanh" (without).
 
     Positions are rotary when `rope` is given, else a learned table of `max_positions`. Dropouts are probabilities.
+    `layer_kinds` repeat from layer 0 on: (LayerKind(8), LayerKind()) gives every even layer a window of 8 tokens.
     """
 
     family: str
@@ -37,10 +45,15 @@ class ModelConfig:
     attention_dropout: float = 0.0
     residual_dropout: float = 0.0
     initializer_range: float = 0.02
+    layer_kinds: tuple[LayerKind, ...] = (LayerKind(),)
+
+    def kind_of(self, layer: int) -> LayerKind:
+        """What layer `layer`, counted from 0, has of its own."""
+        return self.layer_kinds[layer % len(self.layer_kinds)]
 
     @property
     def dimensions(self) -> dict[str, int]:
-        """The sizes that mesh axes cut, by the names users know; see `fitting.check_sizes`."""
+        """The sizes that mesh axes cut, by the names users know; see `remedies.check_sizes`."""
         return {
             "hidden_size": self.hidden_size,
             "num_attention_heads": self.num_heads,

@@ -3,25 +3,29 @@
 embedding (+ positions) → dropout → [ norm → attention → dropout → + · norm → MLP → dropout → + ] × L → norm → loss
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tessera.data.batch import MicroBatch
 from tessera.layout.parallel import Parallel
 from tessera.layout.spec import Init, ParameterSpec
 from tessera.layout.streams import Layout, check_chain
 from tessera.models.config import ModelConfig
-from tessera.nn.attention import Attention
+from tessera.nn.attention import Attention, AttentionConfig
 from tessera.nn.dropout import dropout
 from tessera.nn.embedding import LearnedPositions, VocabParallelEmbedding
 from tessera.nn.initialize import initialize
-from tessera.nn.loss import Head, linear_cross_entropy
+from tessera.nn.loss import LossSpec, linear_cross_entropy
 from tessera.nn.mlp import MLP
 from tessera.nn.norm import LayerNorm, Norm, RMSNorm
 from tessera.nn.parameter import ParallelModule, gather_whole
 from tessera.nn.rope import rope_table
 from tessera.nn.tokens import Tokens
 from tessera.product.gathered import distributed_product
+from tessera.product.overlap import BACKWARD, FORWARD, Overlap
 
 
 def _norm(config: ModelConfig, parallel: Parallel) -> Norm:
@@ -41,14 +45,13 @@ class DecoderLayer(nn.Module):
             Init(std=config.initializer_range / (2 * config.num_layers) ** 0.5) if config.norm == "layer" else init
         )
         self.attention_norm = _norm(config, parallel)
-        self.attention = Attention(
+        attention = AttentionConfig(
             config.hidden_size,
             config.num_heads,
             config.num_kv_heads,
             config.head_dim,
-            parallel,
-            name=f"{self.name}.attention",
             causal=config.causal,
+            window=config.kind_of(index).window,
             qkv_bias=config.qkv_bias,
             out_bias=config.attention_out_bias,
             dropout=config.attention_dropout,
@@ -56,6 +59,7 @@ class DecoderLayer(nn.Module):
             init=init,
             out_init=out_init,
         )
+        self.attention = Attention(attention, parallel, name=f"{self.name}.attention")
         self.mlp_norm = _norm(config, parallel)
         self.mlp = MLP(
             config.hidden_size,
@@ -93,7 +97,7 @@ def drop(x_TF: Tensor, tokens: Tokens, p: float, stream: Norm, layer: str) -> Te
         return x_TF
     features = stream.specs["weight"].local_slices(stream.parallel.mesh)[0]
     columns = torch.arange(features.start, features.stop, device=x_TF.device)
-    return dropout(x_TF, tokens.rows(tokens.residual), columns, p, tokens.dropout, layer)
+    return dropout(x_TF, tokens.residual.rows, columns, p, tokens.dropout, layer)
 
 
 class OutputHead(ParallelModule):
@@ -119,13 +123,15 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig, parallel: Parallel, *, gradient_checkpointing: bool = False) -> None:
         super().__init__()
+        parallel = replace(parallel, overlap=Overlap())  # which knows the order of this model's weights
         self.config, self.parallel, self.gradient_checkpointing = config, parallel, gradient_checkpointing
         init = Init(std=config.initializer_range)
         self.embedding = VocabParallelEmbedding(config.vocab_size, config.hidden_size, parallel, init=init)
         self.positions = None
         if config.rope is None:
             self.positions = LearnedPositions(config.max_positions, config.hidden_size, parallel, init=init)
-        self.layers = nn.ModuleList(DecoderLayer(config, parallel, i) for i in range(config.num_layers))
+        # by their index in the whole model, so that names are the same where some layers are elsewhere
+        self.layers = nn.ModuleDict({str(i): DecoderLayer(config, parallel, i) for i in range(config.num_layers)})
         self.norm = _norm(config, parallel)
         self.head = OutputHead(config, parallel)
         check_chain("embedding", self.embedding.output, "the layers", self.norm.input)
@@ -139,27 +145,42 @@ class Decoder(nn.Module):
         """Random weights from (seed, parameter name, global index), the same on every mesh."""
         initialize(self, self.parallel.mesh, seed)
 
-    def hidden_states(self, input_ids: Tensor, dropout_key: int | None = None, first_row: int = 0) -> Tensor:
-        """The normed residual stream of `input_ids` [B, S] (the same on every model rank), in the residual layout."""
-        mesh, compute = self.parallel.mesh, self.parallel.compute
-        tokens = Tokens.of(input_ids, self.residual, self.parallel.attention, mesh, dropout_key, first_row)
-        self.parallel.overlap.begin(torch.is_grad_enabled())
-        x = self.embedding(self._looked_up(input_ids))
+    def begin(self, batch: MicroBatch, dropout_key: int | None = None) -> Tokens:
+        """The tokens of `batch`, the same on every model rank, for a forward that begins."""
+        self.parallel.overlap.begin(FORWARD, BACKWARD if torch.is_grad_enabled() else None)
+        return Tokens.of(batch, self.parallel.streams, self.parallel.mesh, dropout_key)
+
+    def embed(self, tokens: Tokens) -> Tensor:
+        """The residual stream before the first layer."""
+        x = self.embedding(self._looked_up(tokens.batch.input_ids))
         if self.positions is not None:
-            x = x + self.positions(tokens.positions(tokens.residual))
-        x = drop(x, tokens, self.config.embedding_dropout, self.norm, "embedding")
-        rope = None
+            x = x + self.positions(tokens.residual.positions)
+        return drop(x, tokens, self.config.embedding_dropout, self.norm, "embedding")
+
+    def run_layers(self, x_TF: Tensor, tokens: Tokens) -> Tensor:
+        """The residual stream after the layers that are here."""
+        rope, recompute = None, self.gradient_checkpointing and torch.is_grad_enabled()
         if self.config.rope is not None:
-            rope = rope_table(tokens.sequence, self.config.head_dim, self.config.rope, compute, x.device)
-        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-        for layer in self.layers:
-            x = layer(x, tokens, rope, recompute)
-        return self.norm(x)
+            rope = rope_table(tokens.positions, self.config.head_dim, self.config.rope, self.parallel.compute)
+        for layer in self.layers.values():
+            x_TF = layer(x_TF, tokens, rope, recompute)
+        return x_TF
+
+    def loss(self, x_TF: Tensor, tokens: Tokens, denominator: float, label_smoothing: float = 0.0) -> Tensor:
+        """What `forward` returns, of the residual stream after the last layer."""
+        head = LossSpec(
+            self.head.plan.roles(self.parallel.mesh),
+            self.embedding.vocabulary,
+            self.config.vocab_size,
+            denominator,
+            label_smoothing,
+        )
+        targets = self._looked_up(tokens.batch.targets)
+        return linear_cross_entropy(self.norm(x_TF), self._head_weight(), self._head_bias(), targets, head)
 
     def _looked_up(self, ids: Tensor) -> Tensor:
-        """The ids of this rank's (depth · row) part, flat: what the embedding looks up and the loss is taken over."""
-        mesh = self.parallel.mesh
-        axes = ("depth", "row")
+        """This rank's part of `ids`, flat: what the embedding looks up and the loss is taken over."""
+        mesh, axes = self.parallel.mesh, self.parallel.streams.ids
         return ids.reshape(-1).chunk(mesh.size(axes))[mesh.index(axes)]
 
     def _head_weight(self) -> Tensor:
@@ -169,35 +190,22 @@ class Decoder(nn.Module):
         return self.head.local("bias") if self.config.head_bias else None
 
     def forward(
-        self,
-        input_ids: Tensor,
-        targets: Tensor,
-        denominator: float,
-        *,
-        dropout_key: int | None = None,
-        first_row: int = 0,
-        label_smoothing: float = 0.0,
+        self, batch: MicroBatch, denominator: float, *, dropout_key: int | None = None, label_smoothing: float = 0.0
     ) -> Tensor:
         """The summed cross entropy over this rank's tokens divided by `denominator`.
 
-        input_ids and targets are int64 [B, S] (targets already shifted, −100 ignored), the same on every model rank;
-        `dropout_key` switches dropout on (see nn/dropout.py), with `first_row` the first sequence's place in the step.
+        `batch` is the same on every model rank; `dropout_key` switches dropout on (see nn/dropout.py). The three parts,
+        `embed`, `run_layers` and `loss`, take and give the residual stream in its layout.
         """
-        x = self.hidden_states(input_ids, dropout_key, first_row)
-        head = Head(
-            self.head.plan.roles(self.parallel.mesh),
-            self.embedding.vocabulary,
-            self.config.vocab_size,
-            denominator,
-            label_smoothing,
-        )
-        return linear_cross_entropy(x, self._head_weight(), self._head_bias(), self._looked_up(targets), head)
+        tokens = self.begin(batch, dropout_key)
+        return self.loss(self.run_layers(self.embed(tokens), tokens), tokens, denominator, label_smoothing)
 
     @torch.no_grad()
     def logits(self, input_ids: Tensor) -> Tensor:
         """Full logits [B, S, V] on every rank, for sampling and tests."""
         mesh = self.parallel.mesh
-        x = self.hidden_states(input_ids)
+        tokens = self.begin(MicroBatch(input_ids, input_ids, valid=0))
+        x = self.norm(self.run_layers(self.embed(tokens), tokens))
         roles = self.head.plan.roles(mesh)
         (local,) = distributed_product(x, [self._head_weight()], [self._head_bias()], roles)
         shape, output = (input_ids.numel(), self.config.vocab_size), self.head.plan.output

@@ -1,7 +1,7 @@
 """Hugging Face folders in and out.
 
 In: config.json, and safetensors of which every rank reads only its slices. Out: what `AutoModelForCausalLM`
-of transformers loads. What a tensor is called and how it is stored is in `families.py`.
+of transformers loads. What a tensor is called and how it is stored is in families/.
 """
 
 import json
@@ -28,8 +28,19 @@ from tessera.layout.parallel import Parallel
 from tessera.layout.streams import residual_layout
 from tessera.models.config import ModelConfig
 from tessera.models.decoder import Decoder
-from tessera.models.families import FAMILIES, HEAD, StoredTensor, model_config, stored_tensors
-from tessera.models.tensor_files import DTYPES, INDEX, ITEM_BYTES, SINGLE, Entry, broken, find_tensors, write_tensors
+from tessera.models.families.family import HEAD
+from tessera.models.families.stored import StoredTensor, stored_tensors
+from tessera.models.families.table import FAMILIES, model_config
+from tessera.models.tensor_files import (
+    DTYPES,
+    INDEX,
+    ITEM_BYTES,
+    SINGLE,
+    TensorEntry,
+    broken,
+    find_tensors,
+    write_tensors,
+)
 from tessera.nn.parameter import gather_parameter, named_specs, to_local
 
 TOKENIZER_FILES = (
@@ -72,7 +83,7 @@ def resolve_model_folder(base_model: str, *, weights: bool = True) -> Path:
 
 
 def read_model_config(folder: Path) -> ModelConfig:
-    """What config.json in `folder` says. UserError: no such file, not JSON, or as `families.model_config`."""
+    """What config.json in `folder` says. UserError: no such file, not JSON, or as `model_config`."""
     return model_config(read_config_json(folder), folder / "config.json")
 
 
@@ -119,7 +130,7 @@ def check_weights(folder: Path, config: ModelConfig) -> None:
     _warn_unused(folder, config, entries, tensors)
 
 
-def _name_in(entries: dict[str, Entry], tensor: StoredTensor, folder: Path) -> str:
+def _name_in(entries: dict[str, TensorEntry], tensor: StoredTensor, folder: Path) -> str:
     """The name under which a checkpoint holds `tensor`."""
     for name in tensor.names:
         if name in entries:
@@ -129,7 +140,7 @@ def _name_in(entries: dict[str, Entry], tensor: StoredTensor, folder: Path) -> s
     raise broken(folder, reason, tying if tensor.names[0] == HEAD else "")
 
 
-def _check_tied_pair(folder: Path, entries: dict[str, Entry], tensor: StoredTensor) -> None:
+def _check_tied_pair(folder: Path, entries: dict[str, TensorEntry], tensor: StoredTensor) -> None:
     """Raise UserError when head and embedding are both stored and differ: then transformers ties nothing."""
     name = _name_in(entries, tensor, folder)
     if name == HEAD or HEAD not in entries:
@@ -145,7 +156,9 @@ def _check_tied_pair(folder: Path, entries: dict[str, Entry], tensor: StoredTens
         raise broken(other.file, reason, "tie_word_embeddings: false in config.json keeps both")
 
 
-def _warn_unused(folder: Path, config: ModelConfig, entries: dict[str, Entry], tensors: Sequence[StoredTensor]) -> None:
+def _warn_unused(
+    folder: Path, config: ModelConfig, entries: dict[str, TensorEntry], tensors: Sequence[StoredTensor]
+) -> None:
     known = {name for tensor in tensors for name in tensor.names}
     unused = sorted(n for n in entries if n not in known and not n.endswith(FAMILIES[config.family].buffers))
     if unused:
@@ -348,10 +361,7 @@ def _write_rest(
     name = dtype_name(dtype)
     config |= {key: name for key in ("dtype", "torch_dtype") if key in config} or {"dtype": name}
     config |= dict(changes)
-    config |= {
-        "architectures": [FAMILIES[model.family].architecture],
-        "vocab_size": model.vocab_size,
-    }
+    config |= {"architectures": [FAMILIES[model.family].architecture], "vocab_size": model.vocab_size}
     _write_json(aside / "config.json", config)
     for home, file in [(source, "generation_config.json"), *((tokenizer, file) for file in TOKENIZER_FILES)]:
         if (home / file).is_file():

@@ -1,55 +1,29 @@
 """Self-attention on the hidden stream: heads cut over `col` (or col · inner), whole sequences on each rank.
 
-q, k and v are one product of the residual stream; `attend` is the one door to the kernels. Grouped queries (Ainslie et
+q, k and v are one product of the residual stream. Grouped queries (Ainslie et
 al. 2023): with kv heads that do not divide by the axes of the heads, k and v are still computed cut, then gathered
 along features, and each rank takes the heads that its queries read; the backward sums their gradients into the shards.
 
 Shape suffixes: B sequences of this rank, S positions, H heads of this rank, D head dimension, T = B·S.
 """
 
-import math
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tessera.core.device import reads_grouped_heads
 from tessera.core.mesh import Mesh
 from tessera.layout.parallel import Parallel
 from tessera.layout.spec import Init
 from tessera.layout.streams import check_chain
+from tessera.nn.attend import attend
 from tessera.nn.dropout import keep_mask
 from tessera.nn.linear import ColumnParallelLinear, RowParallelLinear, parallel_linear
+from tessera.nn.mask import Mask
 from tessera.nn.norm import HeadNorm
 from tessera.nn.rope import rotate
 from tessera.nn.tokens import Tokens
 from tessera.product.moves import gather_then_reduce_scatter
-
-
-def attend(q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, *, causal: bool) -> Tensor:
-    """softmax(q kᵀ / √D) v, causal or not; k and v may have fewer heads, each read by an equal run of query heads."""
-    grouped = q_BHSD.shape[1] != k_BHSD.shape[1]
-    if grouped and not reads_grouped_heads(q_BHSD):
-        k_BHSD, v_BHSD, grouped = _one_a_query(k_BHSD, q_BHSD), _one_a_query(v_BHSD, q_BHSD), False
-    return F.scaled_dot_product_attention(q_BHSD, k_BHSD, v_BHSD, is_causal=causal, enable_gqa=grouped)
-
-
-def _one_a_query(kv_BHSD: Tensor, q_BHSD: Tensor) -> Tensor:
-    """Grouped kv heads repeated until each query head has its own."""
-    return kv_BHSD.repeat_interleave(q_BHSD.shape[1] // kv_BHSD.shape[1], 1)
-
-
-def attend_with_dropout(
-    q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, keep: Tensor, p: float, *, causal: bool
-) -> Tensor:
-    """The same with probabilities dropped where `keep` [B, H, S, S] is False: no fused kernel takes a mask of ours."""
-    k_BHSD, v_BHSD = _one_a_query(k_BHSD, q_BHSD), _one_a_query(v_BHSD, q_BHSD)
-    scores = q_BHSD @ k_BHSD.transpose(-1, -2) / math.sqrt(q_BHSD.shape[-1])
-    if causal:
-        scores = scores.masked_fill(torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1), -torch.inf)
-    wide = torch.promote_types(scores.dtype, torch.float32)
-    probabilities = scores.softmax(-1, dtype=wide).to(scores.dtype)
-    return (probabilities * keep.to(scores.dtype).div_(1 - p)) @ v_BHSD
 
 
 def kv_heads_of(query_heads: range, num_heads: int, num_kv_heads: int) -> list[int]:
@@ -59,59 +33,69 @@ def kv_heads_of(query_heads: range, num_heads: int, num_kv_heads: int) -> list[i
     return once if read == [h for h in once for _ in range(len(read) // len(once))] else read
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention: residual stream → residual stream."""
+@dataclass(frozen=True)
+class AttentionConfig:
+    """One layer's attention, in global sizes: `features` of the residual stream, heads of `head_dim` each.
 
-    def __init__(
-        self,
-        features: int,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        parallel: Parallel,
-        *,
-        name: str,
-        causal: bool = True,
-        qkv_bias: bool = False,
-        out_bias: bool = False,
-        dropout: float = 0.0,
-        qk_norm_eps: float | None = None,
-        init: Init = Init(std=0.02),
-        out_init: Init = Init(std=0.02),
-    ) -> None:
+    `window` is how many tokens a query sees, itself among them; None: all. `dropout` is the probability with which a
+    softmax probability is dropped; `qk_norm_eps` the eps of an RMSNorm of each query and key head, None: there is none.
+    """
+
+    features: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    causal: bool = True
+    window: int | None = None
+    qkv_bias: bool = False
+    out_bias: bool = False
+    dropout: float = 0.0
+    qk_norm_eps: float | None = None
+    init: Init = Init(std=0.02)
+    out_init: Init = Init(std=0.02)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: residual stream → residual stream. `name` names its dropout, alike on every mesh."""
+
+    def __init__(self, config: AttentionConfig, parallel: Parallel, *, name: str) -> None:
         super().__init__()
-        self.name, self.parallel, self.causal, self.dropout = name, parallel, causal, dropout
-        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.config, self.parallel, self.name = config, parallel, name
         hidden = self.hidden = parallel.attention
-        kv_features = num_kv_heads * head_dim
-        self.q = ColumnParallelLinear(features, num_heads * head_dim, parallel, bias=qkv_bias, init=init, hidden=hidden)
-        self.k = ColumnParallelLinear(features, kv_features, parallel, bias=qkv_bias, init=init, hidden=hidden)
-        self.v = ColumnParallelLinear(features, kv_features, parallel, bias=qkv_bias, init=init, hidden=hidden)
+        q_features, kv_features = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+
+        def column(features: int) -> ColumnParallelLinear:
+            bias, init = config.qkv_bias, config.init
+            return ColumnParallelLinear(config.features, features, parallel, bias=bias, init=init, hidden=hidden)
+
+        self.q, self.k, self.v = column(q_features), column(kv_features), column(kv_features)
         self.q_norm = self.k_norm = None
-        if qk_norm_eps is not None:
-            self.q_norm = HeadNorm(head_dim, hidden, parallel, qk_norm_eps)
-            self.k_norm = HeadNorm(head_dim, hidden, parallel, qk_norm_eps)
+        if config.qk_norm_eps is not None:
+            self.q_norm = HeadNorm(config.head_dim, hidden, parallel, config.qk_norm_eps)
+            self.k_norm = HeadNorm(config.head_dim, hidden, parallel, config.qk_norm_eps)
         self.out = RowParallelLinear(
-            num_heads * head_dim, features, parallel, bias=out_bias, init=out_init, hidden=hidden
+            q_features, config.features, parallel, bias=config.out_bias, init=config.out_init, hidden=hidden
         )
         check_chain("q, k, v", self.q.output, "attention out", self.out.input)
         self.input, self.output = self.q.input, self.out.output
 
     def _heads(self, mesh: Mesh) -> range:
         """The query heads of this rank."""
-        local, place = self.num_heads // mesh.size(self.hidden.features), mesh.index(self.hidden.features)
+        local, place = self.config.num_heads // mesh.size(self.hidden.features), mesh.index(self.hidden.features)
         return range(place * local, (place + 1) * local)
 
     def _key_value_heads(self, k: Tensor, v: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """k and v [T, local kv features] → [B, S, H, D] each, with the heads that this rank's queries read."""
         mesh = self.parallel.mesh
         both, axes = torch.stack([k, v]), list(self.hidden.features)
-        while self.num_kv_heads % mesh.size(axes):  # a head is cut along these axes: the minor ones come together first
+        while self.config.num_kv_heads % mesh.size(
+            axes
+        ):  # a head is cut along these axes: the minor ones come together first
             both = gather_then_reduce_scatter(both, 2, mesh.group((axes.pop(),)))
-        both = both.view(2, *shape, -1, self.head_dim)
+        both = both.view(2, *shape, -1, self.config.head_dim)
         if axes != list(self.hidden.features):
-            held = mesh.index(axes) * (self.num_kv_heads // mesh.size(axes))
-            heads = kv_heads_of(self._heads(mesh), self.num_heads, self.num_kv_heads)
+            held = mesh.index(axes) * (self.config.num_kv_heads // mesh.size(axes))
+            heads = kv_heads_of(self._heads(mesh), self.config.num_heads, self.config.num_kv_heads)
             both = both.index_select(3, torch.tensor([head - held for head in heads], device=k.device))
         k, v = both
         return k, v
@@ -122,25 +106,23 @@ class Attention(nn.Module):
         shape = (q.shape[0] // tokens.sequence, tokens.sequence)
         if q.stride(-1) != 1:  # scattered over features: fused kernels want each head's features side by side
             q = q.contiguous()
-        q = q.view(*shape, -1, self.head_dim)
+        q = q.view(*shape, -1, self.config.head_dim)
         k, v = self._key_value_heads(k, v, shape)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        if self.dropout and tokens.dropout is not None:
-            out = attend_with_dropout(q, k, v, self._keep(tokens, tokens.dropout), self.dropout, causal=self.causal)
-        else:
-            out = attend(q, k, v, causal=self.causal)
+        mask = Mask(self.config.causal, self.config.window, tokens.documents)
+        p, key = self.config.dropout, tokens.dropout
+        keep = None if not p or key is None else self._keep(tokens, key)
+        out, _ = attend(q, k, v, mask, keep=keep, p=p)
         return self.out(out.transpose(1, 2).reshape(shape[0] * shape[1], -1))
 
     def _keep(self, tokens: Tokens, key: int) -> Tensor:
-        """The mask [B, H, S, S] of probabilities kept: rows are (global token), columns (global head, key position)."""
-        rows, positions = tokens.rows(tokens.attention), torch.arange(tokens.sequence, device=tokens.device)
+        """The mask [B, H, S, S] of probabilities kept: rows are (document, position), columns (head, position)."""
+        rows, positions = tokens.attention.rows.view(-1, tokens.sequence), tokens.positions.unsqueeze(-2)
         layer = f"{self.name}.probabilities"
         # head by head: the hashes of a mask take eight times its memory
-        heads = [
-            keep_mask(rows, (h << 32) + positions, self.dropout, key, layer) for h in self._heads(self.parallel.mesh)
-        ]
-        return torch.stack([mask.view(-1, tokens.sequence, tokens.sequence) for mask in heads], 1)
+        heads = self._heads(self.parallel.mesh)
+        return torch.stack([keep_mask(rows, (h << 32) + positions, self.config.dropout, key, layer) for h in heads], 1)

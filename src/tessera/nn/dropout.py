@@ -1,4 +1,6 @@
-"""Dropout whose mask depends on (seed, step, layer, global token, global feature) and on nothing else.
+"""Dropout whose mask depends on (seed, step, layer, token, global feature) and on nothing else.
+
+A token is its document's place in the step and its position there: no layout, packing or padding changes these.
 
 Each element hashes its global indices with a key, so that every layout drops the same elements, a recomputed forward
 drops them again, and no generator has a state to save.
@@ -8,10 +10,7 @@ from torch import Tensor
 
 from tessera.nn.initialize import hash_seed
 
-_MIX1, _MIX2 = (
-    -0x40A7B892E31B1A47,
-    -0x6B2FB644ECCEEE15,
-)  # the multipliers of splitmix64's finaliser, as signed 64-bit
+_MIX1, _MIX2 = (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)  # the multipliers of splitmix64's finaliser, as signed 64-bit
 
 
 def _mix(z: Tensor) -> Tensor:
@@ -26,12 +25,15 @@ def _shift(z: Tensor, bits: int) -> Tensor:
 
 
 def dropout_key(seed: int, step: int) -> int:
-    """The key of one optimizer step's masks; which sequence of the step it is counts as a part of the token."""
+    """The key of one optimizer step's masks; the place of a document in the step is a part of its tokens."""
     return hash_seed("dropout", seed, step)
 
 
 def keep_mask(rows: Tensor, columns: Tensor, p: float, key: int, layer: str) -> Tensor:
-    """Boolean [len(rows), len(columns)]: True with probability 1 − p for each pair of global indices (int64)."""
+    """Boolean [rows, columns]: True with probability 1 − p for each pair of global indices (int64).
+
+    Rows may be [B, rows], each b with columns of its own [B, 1, columns]: then the mask is [B, rows, columns].
+    """
     row_bits = _mix(rows + hash_seed(key, layer))
     bits = _mix(row_bits.unsqueeze(-1) ^ _mix(columns + 1))
     return (bits & 0x7FFFFFFF) >= int(p * 2**31)

@@ -39,12 +39,9 @@ def rope_frequencies(head_dim: int, config: RopeConfig) -> Tensor:
     return torch.where((wavelength <= low) & (wavelength >= high), blended, scaled)
 
 
-def rope_table(
-    length: int, head_dim: int, config: RopeConfig, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """cos and sin [length, head_dim / 2] of every position's angles, in `dtype`."""
-    positions = torch.arange(length, dtype=torch.float32, device=device)
-    angles = torch.outer(positions, rope_frequencies(head_dim, config).to(device))
+def rope_table(positions: Tensor, head_dim: int, config: RopeConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin [..., head_dim / 2] of the angles of `positions` (integers, [S] or [B, S]), in `dtype`."""
+    angles = positions.float().unsqueeze(-1) * rope_frequencies(head_dim, config).to(positions.device)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
@@ -63,15 +60,11 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turn(x_BSHD: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
-    half = x_BSHD.shape[-1] // 2
-    cos, sin = cos_SD.unsqueeze(1), sin_SD.unsqueeze(1)
-    first, second = x_BSHD[..., :half], x_BSHD[..., half:]
-    y = torch.empty(x_BSHD.shape, dtype=x_BSHD.dtype, device=x_BSHD.device)
-    torch.mul(first, cos, out=y[..., :half]).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=y[..., half:]).addcmul_(first, sin)
-    return y
+    """The halves turned as one: (x1, x2) · (cos, cos) + (x2, x1) · (−sin, sin)."""
+    cos, sin = (torch.cat(halves, -1).unsqueeze(-2) for halves in ((cos_SD, cos_SD), (-sin_SD, sin_SD)))
+    return (x_BSHD * cos).addcmul_(x_BSHD.roll(x_BSHD.shape[-1] // 2, -1), sin)
 
 
 def rotate(x_BSHD: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn the heads x [B, S, heads, head_dim] by the angles of their positions 0 … S−1."""
+    """Turn the heads x [B, S, heads, head_dim] by the angles of their positions, one `table` for all rows or each."""
     return _Rotate.apply(x_BSHD, *table)

@@ -1,61 +1,93 @@
 """The tokens of one micro-batch as one rank sees them: T = B · S of them, batch-major, cut as the two streams say."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tessera.core.mesh import Mesh
-from tessera.layout.streams import HIDDEN, Layout
+from tessera.data.batch import MicroBatch
+from tessera.layout.streams import Layout, Streams
+
+
+@dataclass(frozen=True)
+class Part:
+    """The tokens `span` of a micro-batch, those of one stream on this rank: int64 vectors [T_local], made when read."""
+
+    batch: MicroBatch
+    span: slice
+
+    @property
+    def positions(self) -> Tensor:
+        """Each token's position in its document."""
+        return self._vector(self.batch.positions, torch.remainder)
+
+    @property
+    def documents(self) -> Tensor:
+        """Each token's document, numbered within the micro-batch."""
+        return self._vector(self.batch.documents, torch.floor_divide)
+
+    @property
+    def places(self) -> Tensor:
+        """The place of each token's document among all of the step."""
+        return self.documents + self.batch.first_document
+
+    @property
+    def rows(self) -> Tensor:
+        """An index of each token that no layout, packing or padding changes: (place of its document, position)."""
+        return (self.places << 32) + self.positions
+
+    def _vector(self, given: Tensor | None, of_index: Callable[[Tensor, int], Tensor]) -> Tensor:
+        """This part of a vector that the micro-batch has; else, as every row is one document, what its index says."""
+        if given is not None:
+            return given.reshape(-1)[self.span]
+        ids = self.batch.input_ids
+        return of_index(torch.arange(self.span.start, self.span.stop, device=ids.device), ids.shape[1])
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """`sequence` is S (padded); `dropout` the key of the step's masks, None in evaluation.
+    """This rank's tokens: `residual` those in the residual stream, `attention` those of its whole sequences.
 
-    `residual` are this rank's tokens in the residual stream, `attention` those of its whole sequences.
+    `dropout` is the key of the step's masks, None in evaluation.
     """
 
-    sequence: int
-    residual: slice
-    attention: slice
-    device: torch.device
+    batch: MicroBatch
+    residual: Part
+    attention: Part
     dropout: int | None = None
-    first_row: int = 0
 
     @classmethod
-    def of(
-        cls,
-        input_ids: Tensor,
-        residual: Layout,
-        attention: Layout,
-        mesh: Mesh,
-        dropout: int | None = None,
-        first_row: int = 0,
-    ) -> "Tokens":
-        """Place the tokens of `input_ids` [B, S]. Raises ValueError when they do not divide by their axes."""
-        B, S = input_ids.shape
-        whole_sequences = mesh.size(attention.tokens)
-        if B % whole_sequences:
-            raise ValueError(
-                f"a batch of {B} sequences does not divide by the {whole_sequences} ranks along {attention.tokens}"
-            )
-        _part(B * S, HIDDEN, mesh)  # the rest of the hidden stream must divide too
-        return cls(S, _part(B * S, residual, mesh), _part(B * S, attention, mesh), input_ids.device, dropout, first_row)
+    def of(cls, batch: MicroBatch, streams: Streams, mesh: Mesh, dropout: int | None = None) -> "Tokens":
+        """Place the tokens of `batch`. Raises ValueError when they do not divide by their axes."""
+        B, axes = len(batch.input_ids), streams.attention.tokens
+        if B % mesh.size(axes):
+            raise ValueError(f"a batch of {B} sequences does not divide by the {mesh.size(axes)} ranks along {axes}")
+        _part(batch, streams.hidden, mesh)  # the rest of the hidden stream must divide too
+        return cls(batch, _part(batch, streams.residual, mesh), _part(batch, streams.attention, mesh), dropout)
 
-    def positions(self, part: slice) -> Tensor:
-        """The position in its sequence of each token of `part`."""
-        return torch.arange(part.start, part.stop, device=self.device) % self.sequence
+    @property
+    def sequence(self) -> int:
+        """S, the tokens of a row, padding included."""
+        return self.batch.input_ids.shape[1]
 
-    def rows(self, part: slice) -> Tensor:
-        """An index of each token of `part` in the step that no layout changes, nor padding: (sequence, position)."""
-        sequences = torch.arange(part.start, part.stop, device=self.device) // self.sequence + self.first_row
-        return (sequences << 32) + self.positions(part)
+    @property
+    def positions(self) -> Tensor:
+        """The positions in attention's rows, [B, S]; one for all, [S], where every row has 0 … S−1."""
+        if self.batch.positions is None:
+            return torch.arange(self.sequence, device=self.batch.input_ids.device)
+        return self.attention.positions.view(-1, self.sequence)
+
+    @property
+    def documents(self) -> Tensor | None:
+        """The documents in attention's rows, [B, S]; None where every row is one."""
+        return None if self.batch.documents is None else self.attention.documents.view(-1, self.sequence)
 
 
-def _part(total: int, layout: Layout, mesh: Mesh) -> slice:
-    ranks = mesh.size(layout.tokens)
+def _part(batch: MicroBatch, layout: Layout, mesh: Mesh) -> Part:
+    total, ranks = batch.input_ids.numel(), mesh.size(layout.tokens)
     if total % ranks:
         raise ValueError(f"{total} tokens do not divide by the {ranks} ranks along {layout.tokens}: pad the sequences")
     first = mesh.index(layout.tokens) * (total // ranks)
-    return slice(first, first + total // ranks)
+    return Part(batch, slice(first, first + total // ranks))

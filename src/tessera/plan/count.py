@@ -20,6 +20,7 @@ from tessera.core.axes import MODEL_AXES
 from tessera.core.collectives import Record, Recorder, totals
 from tessera.core.live_memory import PeakMemory
 from tessera.core.mesh import Mesh
+from tessera.data.batch import MicroBatch
 from tessera.engine.optimizer import build_optimizer
 from tessera.engine.step import Step
 from tessera.layout.parallel import Parallel
@@ -28,7 +29,6 @@ from tessera.models.config import ModelConfig
 from tessera.models.decoder import Decoder
 from tessera.nn.parameter import to_local
 from tessera.plan.memory import StepMemory
-from tessera.product.overlap import Overlap
 
 
 @contextmanager
@@ -67,19 +67,6 @@ def fake_tensors() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _Batch:
-    """Token ids of no data."""
-
-    input_ids: torch.Tensor
-    valid: int
-    first_row: int = 0
-
-    @property
-    def targets(self) -> torch.Tensor:
-        return self.input_ids
-
-
-@dataclass(frozen=True)
 class CountedStep:
     """What one rank hands to torch.distributed in an optimizer step, and the memory it holds."""
 
@@ -100,18 +87,16 @@ class CountedStep:
 def counted_step(model: ModelConfig, shape: StepShape, parallel: Parallel) -> CountedStep:
     """Run one AdamW step of the trainer as the rank of `parallel.mesh`, on fake tensors in a fake world.
 
-    The arguments are those of `words.step_rows`. The optimizer's state is there from the start, as in every step but
-    the first, and the order of weight gathers is known when the schedule fetches them early.
+    The arguments are those of `plan.traffic.step_transfers`. The optimizer's state is there from the start, as in every
+    step but the first, and the order of weight gathers is known when the schedule fetches them early.
     """
     sizes = {axis: size for axis, size in parallel.mesh.sizes.items() if size > 1}
     with fake_world(sizes, parallel.mesh.rank) as mesh, fake_tensors(), PeakMemory() as memory:
-        decoder = Decoder(
-            model, replace(parallel, mesh=mesh, overlap=Overlap()), gradient_checkpointing=shape.recompute
-        )
+        decoder = Decoder(model, replace(parallel, mesh=mesh), gradient_checkpointing=shape.recompute)
         optimizer = build_optimizer(decoder, "adamw_torch_fused", (0.9, 0.95), 1e-8, 0.1)
         step = Step(decoder, optimizer, max_grad_norm=1.0, label_smoothing=0.1 if shape.label_smoothing else 0.0)
         ids = torch.zeros(shape.batch, shape.sequence, dtype=torch.int64)
-        batches = [_Batch(ids, shape.tokens)] * shape.micro_batches
+        batches = [MicroBatch(ids, ids, shape.tokens)] * shape.micro_batches
         make_state(decoder, optimizer)
         if parallel.schedule.prefetch:
             step.gradients(batches[:1], 0)

@@ -6,7 +6,7 @@ kv, f the features of queries, keys, and gate (or up) in the hidden stream H:
 
     saved by                        elements
     two norms                       2 t h         their inputs: the stream itself, before attention and before the MLP
-    q·k·v and gate·up               2 t h         their inputs: what the norms give
+    two column-parallel products    2 t h         their inputs: what the norms give
     attention                       t (2q + 3kv)  q, k and v, the result; with RoPE k as it was too, beside v
     activation                      3 t f         gate, up, their product; without a gate one less
 
@@ -16,15 +16,15 @@ the softmax, one float32 a token and norm or head.
 """
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape
-from tessera.layout.spec import local_slice
+from tessera.models.anatomy import Attention, Block, anatomy_of
 from tessera.models.config import ModelConfig
 from tessera.nn.attention import kv_heads_of
-from tessera.plan.held import Parameters
 
 
 @dataclass(frozen=True)
@@ -46,27 +46,33 @@ class StepMemory:
 
 def state_bytes(model: ModelConfig, parallel: Parallel) -> int:
     """Parameters, gradients and AdamW's two moments of this rank's shards."""
-    return 4 * Parameters(model, parallel).all().elements * parallel.dtype.itemsize
+    units = anatomy_of(model).units(parallel)
+    elements = sum(times * prod(p.spec.stored_shape(parallel.mesh)) for unit, times in units for p in unit)
+    return 4 * elements * parallel.dtype.itemsize
 
 
 def saved_bytes(model: ModelConfig, shape: StepShape, parallel: Parallel) -> int:
     """What one micro-batch leaves for its backward on the rank of `parallel.mesh`, when the forward has ended.
 
-    The gradients of the head, formed in the forward, are among it. Without dropout; slices that are kept hold more.
+    The gradients of the head, formed in the forward, are among it. Without dropout and windows, whose kernel saves
+    more, as do slices that are kept.
     """
-    mesh, element, index = parallel.mesh, parallel.compute.itemsize, torch.int64.itemsize
+    mesh, element, index, anatomy = parallel.mesh, parallel.compute.itemsize, torch.int64.itemsize, anatomy_of(model)
     t = shape.tokens // mesh.size(parallel.residual.tokens)
     stream = t * model.hidden_size // mesh.size(parallel.residual.features) * element
-    statistics = t * _statistic(parallel) * (2 if model.norm == "layer" else 1)
-    layer = stream if shape.recompute else _saved_by_layer(model, shape, parallel, stream) + 2 * statistics
+    statistic = t * _statistic(parallel)
+    layers = 0
+    for layer, count in anatomy.kinds:
+        blocks = (
+            _saved_by_block(block, shape, parallel, stream) + block.norm.statistics * statistic for block in layer
+        )
+        layers += count * (stream if shape.recompute else sum(blocks))
 
     # the embedding saves ids and which of them lie here; learned positions save positions
-    ids = shape.tokens // mesh.size(("depth", "row")) * (index + 1) if mesh.sizes["col"] > 1 else 0
-    positions = shape.sequence * model.head_dim * element if model.rope else t * index
-    vocabulary = local_slice(model.vocab_size, ("col",), mesh)
-    rows = vocabulary.stop - vocabulary.start
-    head = rows * model.hidden_size // mesh.size(("inner", *parallel.weights_over)) + (rows if model.head_bias else 0)
-    return model.num_layers * layer + 2 * stream + statistics + ids + positions + head * element
+    ids = shape.tokens // mesh.size(parallel.streams.ids) * (index + 1) if mesh.sizes["col"] > 1 else 0
+    positions = shape.sequence * model.head_dim * element if anatomy.positions is None else t * index
+    head = sum(prod(parameter.spec.local_shape(mesh)) for parameter in anatomy.head.parameters(parallel))
+    return layers + 2 * stream + anatomy.norm.statistics * statistic + ids + positions + head * element
 
 
 def _statistic(parallel: Parallel) -> int:
@@ -74,37 +80,36 @@ def _statistic(parallel: Parallel) -> int:
     return torch.promote_types(parallel.compute, torch.float32).itemsize
 
 
-def _saved_by_layer(model: ModelConfig, shape: StepShape, parallel: Parallel, stream: int) -> int:
-    """The table above, in bytes, the statistics of norms left out; `stream` are those of t h."""
+def _saved_by_block(block: Block, shape: StepShape, parallel: Parallel, stream: int) -> int:
+    """The part of the table above that one block has, in bytes, its norm's statistics left out; `stream` is t h."""
     mesh, schedule, element = parallel.mesh, parallel.schedule, parallel.compute.itemsize
-    inner, col, rows = mesh.sizes["inner"], mesh.sizes["col"], mesh.size(parallel.weights_over)
-    together = shape.tokens // mesh.size(("depth", "row"))  # tokens of R along col, of H along inner
-    tokens, heads = shape.tokens // mesh.size(parallel.attention.tokens), mesh.size(parallel.attention.features)
-    q = tokens * (model.num_heads // heads) * model.head_dim * element
-    kv = tokens * _kv_heads(model, parallel) * model.head_dim * element
-    f = together // inner * (model.ffn_size // col) * element
-    softmax = tokens * (model.num_heads // heads) * _statistic(parallel)
-
-    features = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    features += model.ffn_size * (3 if model.gated else 2)
-    matrices = features // col * (model.hidden_size // (inner * rows)) * element
-    inputs, result, product = 2 * stream, q, f
+    inner, rows, hidden = mesh.sizes["inner"], mesh.size(parallel.weights_over), block.row.hidden(parallel)
+    width, tokens = block.column.width // inner, shape.tokens // mesh.size(hidden.tokens)
+    matrices = sum(p.features for p in block.products) // mesh.sizes["col"] * (width // rows) * element
     weights = matrices if parallel.dtype != parallel.compute else 0  # copies in the compute dtype
+    into_column, into_row = stream, tokens * (block.row.features // mesh.size(hidden.features)) * element
+    inside = len(block.column.linears) * into_row
+    if block.attention is not None:
+        inside = tokens * _saved_by_attention(block.attention, parallel)
     if schedule.keep:
-        inputs = 2 * together * (model.hidden_size // inner) * element
-        product = f * inner
-        result = q if inner == 1 else q + q * inner  # attention keeps its own
+        into_column = shape.tokens // mesh.size(parallel.streams.ids) * width * element  # brought together along col
+        if block.attention is not None and inner > 1:
+            inside += into_row  # attention keeps its own result beside what is brought together along inner
+        into_row *= inner
         weights = matrices * rows if rows > 1 else weights
-    attention = q + (3 if model.rope else 2) * kv + result + softmax
-    if model.qk_norm:  # their inputs, and a statistic for each head
-        attention += q + kv + softmax * (q + kv) // q
-    return 2 * stream + inputs + attention + (2 if model.gated else 1) * f + product + weights
+    return stream + into_column + inside + into_row + weights
 
 
-def _kv_heads(model: ModelConfig, parallel: Parallel) -> int:
+def _saved_by_attention(attention: Attention, parallel: Parallel) -> int:
+    """Bytes of a token: queries, keys, values, the softmax's statistics; where heads are normed what that saves."""
+    head, statistic = attention.head_dim * parallel.compute.itemsize, _statistic(parallel)
+    queries, keys = attention.heads // parallel.mesh.size(parallel.attention.features), _kv_heads(attention, parallel)
+    saved = (queries + (3 if attention.rotary else 2) * keys) * head + queries * statistic
+    return saved + ((queries + keys) * (head + statistic) if attention.norms else 0)
+
+
+def _kv_heads(attention: Attention, parallel: Parallel) -> int:
     """The key and value heads that this rank's queries read."""
-    ranks, place = parallel.mesh.size(parallel.attention.features), parallel.mesh.index(parallel.attention.features)
-    if model.num_kv_heads % ranks == 0:
-        return model.num_kv_heads // ranks
-    local = model.num_heads // ranks
-    return len(kv_heads_of(range(place * local, (place + 1) * local), model.num_heads, model.num_kv_heads))
+    local = attention.heads // parallel.mesh.size(parallel.attention.features)
+    first = parallel.mesh.index(parallel.attention.features) * local
+    return len(kv_heads_of(range(first, first + local), attention.heads, attention.kv_heads))

@@ -1,6 +1,7 @@
 """Geometries side by side: what one device receives and holds in a step, by formula, against the number of devices.
 
-A layout is what a config can ask for: `fitting.TensorParallel`. Words are elements of the compute dtype.
+A layout is what a config can ask for: `sizes.rules.TensorParallel`. What is received is counted in elements of the
+compute dtype.
 """
 
 import math
@@ -12,12 +13,12 @@ from tessera.core.mesh import Mesh
 from tessera.layout import resolve
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape, padded_length
+from tessera.models.anatomy import anatomy_of
 from tessera.models.config import ModelConfig
 from tessera.plan.memory import saved_bytes, state_bytes
-from tessera.plan.traffic import received_bytes, step_rows
+from tessera.plan.traffic import received_bytes, step_transfers
+from tessera.sizes.numbers import divisors_of
 from tessera.sizes.rules import Ask, TensorParallel, first_misfit, modes_with
-
-PRODUCTS = ("q·k·v", "attention out", "gate·up", "up", "down")
 
 
 def parallel_of(tensor: TensorParallel, batch: int, rank: int = 0) -> Parallel:
@@ -31,24 +32,20 @@ def padded(shape: StepShape, parallel: Parallel) -> StepShape:
     return replace(shape, sequence=padded_length(shape.sequence, shape.batch, parallel.residual, parallel.mesh))
 
 
-def words(model: ModelConfig, shape: StepShape, tensor: TensorParallel) -> int:
-    """Words that rank 0 receives in one step."""
+def received_elements(model: ModelConfig, shape: StepShape, tensor: TensorParallel) -> int:
+    """Elements that rank 0 receives in one step."""
     parallel = parallel_of(tensor, shape.batch)
-    return received_bytes(step_rows(model, padded(shape, parallel), parallel)) // parallel.compute.itemsize
+    return received_bytes(step_transfers(model, padded(shape, parallel), parallel)) // parallel.compute.itemsize
 
 
 def every_mesh(ranks: int) -> Iterator[TensorParallel]:
     """Every (inner, depth, row, col) of so many ranks that some geometry has."""
-    for inner in _divisors(ranks):
-        for depth in _divisors(ranks // inner):
-            for row in _divisors(ranks // (inner * depth)):
+    for inner in divisors_of(ranks):
+        for depth in divisors_of(ranks // inner):
+            for row in divisors_of(ranks // (inner * depth)):
                 axes = dict(zip(MODEL_AXES, (inner, depth, row, ranks // (inner * depth * row)), strict=True))
                 for mode in modes_with(axes)[:1]:
                     yield TensorParallel(mode, mesh=axes)
-
-
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
 
 
 def misfit(model: ModelConfig, shape: StepShape, tensor: TensorParallel) -> str | None:
@@ -66,7 +63,7 @@ def held_bytes(model: ModelConfig, shape: StepShape, tensor: TensorParallel) -> 
 def best_mesh(
     model: ModelConfig, shape: StepShape, ranks: int, keep: bool = False, memory: float = math.inf
 ) -> TensorParallel | None:
-    """The mesh that receives the fewest words in a step, of all that fit and hold at most `memory` bytes.
+    """The mesh that receives the fewest elements in a step, of all that fit and hold at most `memory` bytes.
 
     Of several the one that holds the least.
     """
@@ -75,48 +72,46 @@ def best_mesh(
     held = {tensor.written_mesh: sum(held_bytes(model, shape, tensor)) for tensor in fitting}
     return min(
         (tensor for tensor in fitting if held[tensor.written_mesh] <= memory),
-        key=lambda tensor: (words(model, shape, tensor), held[tensor.written_mesh]),
+        key=lambda tensor: (received_elements(model, shape, tensor), held[tensor.written_mesh]),
         default=None,
     )
 
 
-def published_loop_words(model: ModelConfig, shape: StepShape, ranks: int) -> int | None:
-    """Words of a step with the SUMMA loop as published: C = A B in every layer, with both backward products as loops.
+def published_loop_elements(model: ModelConfig, shape: StepShape, ranks: int) -> int | None:
+    """Elements of a step with the SUMMA loop as published: C = A B in every layer, and both backward products as loops.
 
-    Each of a layer's three products broadcasts or reduces X and W panel by panel, (q−1)(|X| + |W|) / q² words (van de
+    Each of a layer's products broadcasts or reduces X and W panel by panel, (q−1)(|X| + |W|) / q² elements (van de
     Geijn & Watts 1997; Xu et al. 2021, Optimus). The rest of the step is ours. None where there is no q × q grid.
     """
     side = math.isqrt(ranks)
     tensor = TensorParallel("2d", mesh={"row": side, "col": side}, schedule="summa")
     if side**2 != ranks or misfit(model, shape, tensor):
         return None
-    parallel = parallel_of(tensor, shape.batch)
+    parallel, products = parallel_of(tensor, shape.batch), anatomy_of(model).products
     shape = padded(shape, parallel)
-    rest = [row for row in step_rows(model, shape, parallel) if row.place not in PRODUCTS]
-    T, h, query = shape.tokens, model.hidden_size, model.num_heads * model.head_dim
-    layers = (  # inputs and outputs of each
-        (h, query + 2 * model.num_kv_heads * model.head_dim),
-        (query, h),
-        (h, model.ffn_size * (2 if model.gated else 1)),
-        (model.ffn_size, h),
-    )
-    passes = shape.micro_batches * model.num_layers * (4 if shape.recompute else 3)
-    loops = passes * sum((side - 1) * (T * K + K * N) // ranks for K, N in layers)
-    return loops + received_bytes(rest) // parallel.compute.itemsize
+    loops = 0
+    for product, count in products:
+        inputs = product.width if product.column else product.features
+        loops += count * ((side - 1) * (shape.tokens * inputs + product.width * product.features) // ranks)
+    sites = {product.site for product, _ in products}
+    rest = [transfer for transfer in step_transfers(model, shape, parallel) if transfer.site not in sites]
+    passes = shape.micro_batches * (4 if shape.recompute else 3)
+    return passes * loops + received_bytes(rest) // parallel.compute.itemsize
 
 
 @dataclass(frozen=True)
-class Entry:
+class Contender:
     """One layout at one number of devices: what it costs by formula, or why it does not fit.
 
-    `kept` are the words with gathered copies kept; `states` and `saved` are bytes, see plan/memory.py.
+    `elements` are those received in a step, `kept` the same with gathered copies kept; `states` and `saved` are bytes,
+    see plan/memory.py.
     """
 
     name: str
     ranks: int
     tensor: TensorParallel | None
     reason: str = ""
-    words: int = 0
+    elements: int = 0
     kept: int = 0
     states: int = 0
     saved: int = 0
@@ -127,11 +122,11 @@ class Entry:
         return "—" if self.tensor is None else "·".join(map(str, self.tensor.axes.values()))
 
 
-def entries(
+def contenders(
     model: ModelConfig, shape: StepShape, ranks: int, keep: bool = False, memory: float = math.inf
-) -> list[Entry]:
+) -> list[Contender]:
     """Every layout of the comparison on so many devices; `memory` is the bytes that the best mesh may hold."""
-    contenders = {
+    asked = {
         "1D": TensorParallel("1d", ranks, sequence_parallel=False),
         "1D + SP": TensorParallel("1d", ranks),
         "FSDP": TensorParallel("2d", mesh={"row": ranks}),
@@ -141,21 +136,23 @@ def entries(
         "best mesh": best_mesh(model, shape, ranks, keep, memory),
         "SUMMA loop": TensorParallel("2d", ranks, schedule="summa"),
     }
-    made = [_entry(model, shape, name, ranks, tensor, keep) for name, tensor in contenders.items()]
-    published = published_loop_words(model, shape, ranks)
+    made = [_contender(model, shape, name, ranks, tensor, keep) for name, tensor in asked.items()]
+    published = published_loop_elements(model, shape, ranks)
     if published is not None:
-        made.append(Entry("SUMMA, published", ranks, None, words=published, kept=published))
+        made.append(Contender("SUMMA, published", ranks, None, elements=published, kept=published))
     return made
 
 
-def _entry(
+def _contender(
     model: ModelConfig, shape: StepShape, name: str, ranks: int, tensor: TensorParallel | None, keep: bool
-) -> Entry:
+) -> Contender:
     if tensor is None:
-        return Entry(name, ranks, None, "no mesh fits")
+        return Contender(name, ranks, None, "no mesh fits")
     if reason := misfit(model, shape, tensor):
-        return Entry(name, ranks, None, reason)
+        return Contender(name, ranks, None, reason)
     loop = tensor.schedule != "gather"
     tensor = replace(tensor, keep_gathered=keep and not loop)
-    kept = words(model, shape, replace(tensor, keep_gathered=not loop))
-    return Entry(name, ranks, tensor, "", words(model, shape, tensor), kept, *held_bytes(model, shape, tensor))
+    kept = received_elements(model, shape, replace(tensor, keep_gathered=not loop))
+    return Contender(
+        name, ranks, tensor, "", received_elements(model, shape, tensor), kept, *held_bytes(model, shape, tensor)
+    )

@@ -24,6 +24,7 @@ that join several weights or make a tensor contiguous, and those of the backend.
 from dataclasses import dataclass
 
 from tessera.layout.parallel import Parallel
+from tessera.models.anatomy import Layer, anatomy_of
 from tessera.models.config import ModelConfig
 from tessera.sizes.schedule import Schedule
 
@@ -38,24 +39,21 @@ class Operands:
     h: int
 
 
-def products_of_layer(model: ModelConfig, tokens: int, parallel: Parallel) -> list[Operands]:
-    """q·k·v, attention out, gate·up and down, for a micro-batch of `tokens` (padded)."""
-    mesh, residual = parallel.mesh, parallel.residual
-    itemsize, features = parallel.compute.itemsize, model.hidden_size // mesh.sizes["inner"]
-    local = tokens // mesh.size(("depth", "row"))
-    moves_r = mesh.sizes["col"] > 1 and residual.stored_dim("col") is not None
-    moves_w, moves_h = mesh.size(parallel.weights_over) > 1, mesh.sizes["inner"] > 1
-    query, key_value = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    ups = model.ffn_size * (2 if model.gated else 1)
-    kinds = ((True, query + 2 * key_value), (False, query), (True, ups), (False, model.ffn_size))
+def operands_of(layer: Layer, tokens: int, parallel: Parallel) -> list[Operands]:
+    """The operands of each product of a layer, in order, for a micro-batch of `tokens` (padded)."""
+    mesh, itemsize = parallel.mesh, parallel.compute.itemsize
+    rows, col, inner = tokens // mesh.size(parallel.streams.ids), mesh.sizes["col"], mesh.sizes["inner"]
+    moves_r = col > 1 and parallel.residual.stored_dim("col") is not None
+    moves_w, moves_h = mesh.size(parallel.weights_over) > 1, inner > 1
     return [
         Operands(
-            column,
-            r=moves_r * local * features * itemsize,
-            w=moves_w * (outputs // mesh.sizes["col"]) * features * itemsize,
-            h=moves_h * local * (outputs // mesh.sizes["col"]) * itemsize,
+            product.column,
+            r=moves_r * rows * (product.width // inner) * itemsize,
+            w=moves_w * (product.features // col) * (product.width // inner) * itemsize,
+            h=moves_h * rows * (product.features // col) * itemsize,
         )
-        for column, outputs in kinds
+        for block in layer
+        for product in block.products
     ]
 
 
@@ -81,15 +79,22 @@ def _parts(schedule: Schedule, q: int) -> tuple[float, float]:
 
 def scratch_bytes(model: ModelConfig, tokens: int, parallel: Parallel, *, recompute: bool = False) -> int:
     """The most that a rank holds at once in any product of `model`, and all the gathered copies that it keeps."""
-    schedule, products = parallel.schedule, products_of_layer(model, tokens, parallel)
-    ranks = parallel.mesh.sizes["col"]
+    kinds = [(operands_of(layer, tokens, parallel), count) for layer, count in anatomy_of(model).kinds]
+    running = max(_running(products, parallel) for products, _ in kinds)
+    if not parallel.schedule.keep:
+        return running
+    kept = [(sum((p.r if p.column else p.h) + p.w for p in products), count) for products, count in kinds]
+    return running + (max(copies for copies, _ in kept) if recompute else sum(c * count for c, count in kept))
+
+
+def _running(products: list[Operands], parallel: Parallel) -> int:
+    """The most that is held while a product of a layer runs, the weights of the next and last one included."""
+    schedule, ranks = parallel.schedule, parallel.mesh.sizes["col"]
     early = 0 if schedule.in_panels or schedule.keep or not schedule.prefetch else 1
     late = 0 if schedule.in_panels or not schedule.defer else 1
-    running = (
+    return max(
         product_scratch(product, schedule, ranks)
         + early * products[place - 1].w
         + late * products[(place + 1) % len(products)].w
         for place, product in enumerate(products)
     )
-    kept = sum((p.r if p.column else p.h) + p.w for p in products) if schedule.keep else 0
-    return max(running) + kept * (1 if recompute else model.num_layers)

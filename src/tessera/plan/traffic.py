@@ -1,4 +1,4 @@
-"""What one rank receives in one optimizer step, in closed form: every collective of every place of the model.
+"""What one rank receives in one optimizer step, in closed form: every collective of every site of the model.
 
 A linear layer leads between the residual stream R and the hidden stream H with a weight W; each of the three moves
 along one set of axes: R along `col`, W along the token axes that cut it, H along `inner`.
@@ -24,28 +24,29 @@ against what a recorder counts.
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
-from tessera.core.axes import AXES, DATA_AXES, MODEL_AXES
+from tessera.core.axes import AXES, DATA_AXES
 from tessera.engine.gradients import LARGE
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape
 from tessera.layout.spec import local_slice
+from tessera.models.anatomy import EMBEDDING, HEAD, LOSS, Attention, Norm, Parameter, Product, anatomy_of
 from tessera.models.config import ModelConfig
-from tessera.plan.held import Parameters
 from tessera.sizes.schedule import GATHER, Schedule
 
 
 @dataclass(frozen=True)
-class Row:
-    """One kind of collective at one place, e.g. the weights of q·k·v gathered in the forward.
+class Transfer:
+    """One kind of collective at one site, e.g. the weights of a layer's down projection gathered in the forward.
 
-    `calls` and `received` (bytes that this rank receives) are those of one run of the place; it runs `times` a step.
+    `calls` and `received` (bytes that this rank receives) are those of one run of the site; it runs `times` a step.
     `what` is the operand that moves, `phase` forward, backward or step (once at its end).
     """
 
-    place: str
+    site: str
     phase: str
     what: str
     kind: str
@@ -60,26 +61,29 @@ class Row:
         return "·".join(self.axes)
 
 
-def totals(rows: Iterable[Row]) -> dict[tuple[str, str], tuple[int, int]]:
+def totals(transfers: Iterable[Transfer]) -> dict[tuple[str, str], tuple[int, int]]:
     """(axis, kind) → calls and bytes received in one step."""
-    calls: Counter[tuple[str, str]] = Counter()
-    received: Counter[tuple[str, str]] = Counter()
-    for row in rows:
-        calls[row.axis, row.kind] += row.times * row.calls
-        received[row.axis, row.kind] += row.times * row.received
-    return {key: (calls[key], received[key]) for key in sorted(calls)}
+    sums: dict[tuple[str, str], tuple[int, int]] = {}
+    for transfer in transfers:
+        calls, received = sums.get((transfer.axis, transfer.kind), (0, 0))
+        more = (transfer.times * transfer.calls, transfer.times * transfer.received)
+        sums[transfer.axis, transfer.kind] = (calls + more[0], received + more[1])
+    return dict(sorted(sums.items()))
 
 
-def received_bytes(rows: Iterable[Row]) -> int:
+def received_bytes(transfers: Iterable[Transfer]) -> int:
     """Bytes received in one step, all kinds and axes together."""
-    return sum(row.times * row.received for row in rows)
+    return sum(transfer.times * transfer.received for transfer in transfers)
 
+
+LAYERS, OUTSIDE = "layers", "embedding and head"
+"""The sites of what FSDP2 moves: each layer's parameters together, and those outside of the layers."""
 
 Move = tuple[str, int, int]  # kind, calls, bytes received
 
 
 @dataclass(frozen=True)
-class _Leg:
+class _MovedOperand:
     """One operand: `whole` bytes when brought together along `axes` (`ranks` of them), stored `cut` over them or not.
 
     Gathered, it moves in `pieces`. `across` is cannon's: this rank's place on the other axis of the grid.
@@ -122,117 +126,119 @@ def ring(kind: str, whole: int, ranks: int) -> int:
 
 
 class _Step:
-    """Collects the rows of one step. Sizes are this rank's: what it multiplies, after what moves has come in."""
+    """Collects the transfers of a step. Sizes are this rank's: what it multiplies, after what moves has come in."""
 
     def __init__(self, model: ModelConfig, shape: StepShape, parallel: Parallel) -> None:
-        self.model, self.shape, self.parallel, self.mesh = model, shape, parallel, parallel.mesh
+        self.anatomy, self.shape, self.parallel, self.mesh = anatomy_of(model), shape, parallel, parallel.mesh
         self.element, self.stored = parallel.compute.itemsize, parallel.dtype.itemsize
         self.statistic = torch.promote_types(parallel.compute, torch.float32).itemsize
-        self.tokens = shape.tokens // self.mesh.size(("depth", "row"))
+        self.tokens = shape.tokens // self.mesh.size(parallel.streams.ids)
         self.features = model.hidden_size // self.mesh.sizes["inner"]
         vocabulary = local_slice(model.vocab_size, ("col",), self.mesh)
         self.vocabulary = vocabulary.stop - vocabulary.start
-        self.rows: list[Row] = []
+        self.times: Counter[tuple[str, str, str, str, tuple[str, ...], int, int]] = Counter()
 
-    def add(self, place: str, phase: str, what: str, axes: Iterable[str], times: int, move: Move | None) -> None:
+    def add(self, site: str, phase: str, what: str, axes: Iterable[str], times: int, move: Move | None) -> None:
+        """One more transfer, or the same as before at a site that several blocks or kinds of layers share."""
         if move is not None and times:
-            self.rows.append(Row(place, phase, what, move[0], self.mesh.present(axes), move[1], move[2], times))
+            self.times[site, phase, what, move[0], self.mesh.present(axes), move[1], move[2]] += times
 
-    def one(self, place: str, phase: str, what: str, axes: Iterable[str], times: int, kind: str, whole: int) -> None:
+    def one(self, site: str, phase: str, what: str, axes: Iterable[str], times: int, kind: str, whole: int) -> None:
         """One collective of `whole` bytes."""
         axes = self.mesh.present(axes)
         if axes:
-            self.add(place, phase, what, axes, times, (kind, 1, ring(kind, whole, self.mesh.size(axes))))
+            self.add(site, phase, what, axes, times, (kind, 1, ring(kind, whole, self.mesh.size(axes))))
 
-    def residual(self, what: str, schedule: Schedule = GATHER) -> _Leg:
+    def residual(self, what: str, schedule: Schedule = GATHER) -> _MovedOperand:
         cut, across = self.parallel.residual.stored_dim("col") is not None, self.mesh.coordinates["row"]
         whole = self.tokens * self.features * self.element
-        return _Leg(what, ("col",), self.mesh.sizes["col"], whole, cut, schedule.name, schedule.slices, across)
+        return _MovedOperand(what, ("col",), self.mesh.sizes["col"], whole, cut, schedule.name, schedule.slices, across)
 
-    def weight(self, rows: int, itemsize: int, schedule: Schedule = GATHER) -> _Leg:
+    def weight(self, rows: int, itemsize: int, schedule: Schedule = GATHER) -> _MovedOperand:
         """A weight with `rows` features of H, or of the vocabulary, on this rank."""
         over, across = self.parallel.weights_over, self.mesh.coordinates["col"]
         whole = rows * self.features * itemsize
-        return _Leg("W", over, self.mesh.size(over), whole, True, schedule.name, schedule.slices, across)
+        return _MovedOperand("W", over, self.mesh.size(over), whole, True, schedule.name, schedule.slices, across)
 
-    def hidden(self, what: str, features: int, pieces: int = 1) -> _Leg:
+    def hidden(self, what: str, features: int, pieces: int = 1) -> _MovedOperand:
         whole = self.tokens * features * self.element
-        return _Leg(what, ("inner",), self.mesh.sizes["inner"], whole, pieces=pieces)
+        return _MovedOperand(what, ("inner",), self.mesh.sizes["inner"], whole, pieces=pieces)
 
-    def product(self, place: str, column: bool, outputs: int, forwards: int, backwards: int, pieces: int = 1) -> None:
-        """A linear layer between R and `outputs` features of H (of all ranks); column: R → H, else H → R."""
-        schedule, local = self.parallel.schedule, outputs // self.mesh.sizes["col"]
-        R = self.residual("X" if column else "Y", schedule)
-        H = self.hidden("Y" if column else "X", local, pieces)
+    def product(self, product: Product, forwards: int, backwards: int) -> None:
+        """A matrix product of every layer of a kind."""
+        schedule, site, local = self.parallel.schedule, product.site, product.features // self.mesh.sizes["col"]
+        R = self.residual("X" if product.column else "Y", schedule)
+        H = self.hidden("Y" if product.column else "X", local, self.pieces(product))
         W = self.weight(local, self.element, schedule)
-        X, Y = (R, H) if column else (H, R)
-        for leg, move in ((X, X.into()), (W, W.into()), (Y, Y.out())):
-            self.add(place, "forward", leg.what, leg.axes, forwards, move)
-        self.add(place, "backward", "dY", Y.axes, backwards, Y.into())
+        X, Y = (R, H) if product.column else (H, R)
+        for operand, move in ((X, X.into()), (W, W.into()), (Y, Y.out())):
+            self.add(site, "forward", operand.what, operand.axes, forwards, move)
+        self.add(site, "backward", "dY", Y.axes, backwards, Y.into())
         if not schedule.keep:
-            for leg in (X, W):
-                self.add(place, "backward", leg.what, leg.axes, backwards, leg.into())
-        for leg in (X, W):
-            self.add(place, "backward", f"d{leg.what}", leg.axes, backwards, leg.out())
+            for operand in (X, W):
+                self.add(site, "backward", operand.what, operand.axes, backwards, operand.into())
+        for operand in (X, W):
+            self.add(site, "backward", f"d{operand.what}", operand.axes, backwards, operand.out())
 
-    def norms(self, place: str, forwards: int, backwards: int) -> None:
+    def pieces(self, product: Product) -> int:
+        """In how many collectives its hidden stream moves along inner: one for each of its linears where they are
+        scattered over features and differ in width, e.g. q beside fewer k and v."""
+        scattered = product.hidden(self.parallel).stored_dim("inner") == 1 and not self.parallel.schedule.in_panels
+        widths = {linear.features for linear in product.linears}
+        return len(product.linears) if scattered and len(widths) > 1 else 1
+
+    def norm(self, norm: Norm, forwards: int, backwards: int) -> None:
         """Statistics of each token, where axes cut the features: one sum, or two, in float64 in LayerNorm's forward."""
         residual = self.parallel.residual
         tokens = self.shape.tokens // self.mesh.size(residual.tokens)
-        layer_norm = self.model.norm == "layer"
-        forward = tokens * (2 * 8 if layer_norm else self.statistic)
-        backward = tokens * (2 if layer_norm else 1) * self.statistic
-        self.one(place, "forward", "statistics", residual.features, forwards, "all_reduce", forward)
-        self.one(place, "backward", "statistics", residual.features, backwards, "all_reduce", backward)
+        forward = tokens * (2 * 8 if norm.centred else self.statistic)
+        backward = tokens * norm.statistics * self.statistic
+        self.one(norm.site, "forward", "statistics", residual.features, forwards, "all_reduce", forward)
+        self.one(norm.site, "backward", "statistics", residual.features, backwards, "all_reduce", backward)
 
-    def key_value_heads(self, forwards: int, backwards: int) -> None:
+    def key_value_heads(self, attention: Attention, forwards: int, backwards: int) -> None:
         """k and v come together along the minor axes of the heads until no head is cut."""
-        attention, heads = self.parallel.attention, self.model.num_kv_heads
-        tokens, axes = self.shape.tokens // self.mesh.size(attention.tokens), list(attention.features)
+        layout, heads = self.parallel.attention, attention.kv_heads
+        tokens, axes = self.shape.tokens // self.mesh.size(layout.tokens), list(layout.features)
         while heads % self.mesh.size(axes):
             axis = axes.pop()
-            whole = 2 * tokens * (heads * self.model.head_dim // self.mesh.size(axes)) * self.element
-            self.one("attention", "forward", "k·v", (axis,), forwards, "all_gather", whole)
-            self.one("attention", "backward", "dk·dv", (axis,), backwards, "reduce_scatter", whole)
+            whole = 2 * tokens * (heads * attention.head_dim // self.mesh.size(axes)) * self.element
+            self.one(attention.site, "forward", "k·v", (axis,), forwards, "all_gather", whole)
+            self.one(attention.site, "backward", "dk·dv", (axis,), backwards, "reduce_scatter", whole)
 
     def embedding(self, times: int) -> None:
         """A row-parallel product whose X is free; its weight is looked up in the dtype it is stored in."""
         W, Y = self.weight(self.vocabulary, self.stored), self.residual("Y")
-        self.add("embedding", "forward", "W", W.axes, times, W.into())
-        self.add("embedding", "forward", "Y", Y.axes, times, Y.out())
-        self.add("embedding", "backward", "dY", Y.axes, times, Y.into())
-        self.add("embedding", "backward", "dW", W.axes, times, W.out())
+        self.add(EMBEDDING, "forward", "W", W.axes, times, W.into())
+        self.add(EMBEDDING, "forward", "Y", Y.axes, times, Y.out())
+        self.add(EMBEDDING, "backward", "dY", Y.axes, times, Y.into())
+        self.add(EMBEDDING, "backward", "dW", W.axes, times, W.out())
 
     def head(self, times: int) -> None:
         """A column-parallel product in chunks of tokens, whose gradients are formed in the forward."""
         X, W = self.residual("X"), self.weight(self.vocabulary, self.element)
         inner, col = self.mesh.sizes["inner"], self.mesh.sizes["col"]
-        self.add("head", "forward", "X", X.axes, times, X.into())
-        self.add("head", "forward", "W", W.axes, times, W.into())
+        self.add(HEAD, "forward", "X", X.axes, times, X.into())
+        self.add(HEAD, "forward", "W", W.axes, times, W.into())
         chunk, numbers = self.shape.chunk_tokens * inner, 3 if self.shape.label_smoothing else 2
         full, last = divmod(self.tokens, chunk)
         for tokens, chunks in ((chunk, full), (last, 1 if last else 0)):
             logits = tokens * self.vocabulary * self.element
             exchanged = col * numbers * (tokens // inner) * self.statistic
-            self.one("head", "forward", "logits", ("inner",), times * chunks, "reduce_scatter", logits)
-            self.one("loss", "forward", "log-sum-exp", ("col",), times * chunks, "all_gather", exchanged)
-            self.one("head", "forward", "dlogits", ("inner",), times * chunks, "all_gather", logits)
-        self.add("head", "forward", "dX", X.axes, times, X.out())
-        self.add("head", "forward", "dW", W.axes, times, W.out())
+            self.one(HEAD, "forward", "logits", ("inner",), times * chunks, "reduce_scatter", logits)
+            self.one(LOSS, "forward", "log-sum-exp", ("col",), times * chunks, "all_gather", exchanged)
+            self.one(HEAD, "forward", "dlogits", ("inner",), times * chunks, "all_gather", logits)
+        self.add(HEAD, "forward", "dX", X.axes, times, X.out())
+        self.add(HEAD, "forward", "dW", W.axes, times, W.out())
 
     def replicas(self) -> None:
-        """Gradients of what is stored whole along token axes, as far as FSDP2 does not serve them: for each set of axes
-        the large ones each alone, the others in one all-reduce."""
-        parallel, held = self.parallel, Parameters(self.model, self.parallel).all()
+        """Gradients summed at the end of a step, over `ParameterSpec.summed_axes`: for each set of axes the large ones
+        each alone, the others in one all-reduce."""
         gradients: defaultdict[tuple[str, ...], list[int]] = defaultdict(list)
-        for axes, shapes in (
-            (parallel.residual.tokens, held.residual),
-            (("depth", "row", "inner"), held.hidden),
-            (MODEL_AXES, held.heads),
-            (("depth",) if "depth" not in parallel.weights_over else (), held.matrices),
-        ):
-            own = self.mesh.present(axis for axis in axes if axis not in parallel.served)
-            gradients[own] += [shape.elements * self.stored for shape in shapes if shape.elements]
+        for parameters, times in self.anatomy.units(self.parallel):
+            for parameter in parameters:
+                size = prod(parameter.spec.stored_shape(self.mesh)) * self.stored
+                gradients[self.mesh.present(parameter.spec.summed_axes)] += [size] * (times if size else 0)
         for axes in sorted(axes for axes, sizes in gradients.items() if axes and sizes):
             wholes = [size for size in gradients[axes] if size >= LARGE]
             if small := [size for size in gradients[axes] if size < LARGE]:
@@ -240,7 +246,7 @@ class _Step:
             received = sum(ring("all_reduce", whole, self.mesh.size(axes)) for whole in wholes)
             self.add("gradients", "step", "replicas", axes, 1, ("all_reduce", len(wholes), received))
         self.one("gradients", "step", "norm, loss, stop", AXES, 1, "all_reduce", 3 * 8)
-        self.one("loss", "forward", "targets", DATA_AXES, 1, "all_reduce", 8)
+        self.one(LOSS, "forward", "targets", DATA_AXES, 1, "all_reduce", 8)
 
     def data(self) -> None:
         """What FSDP2 moves: the weights of each layer together, those of the rest together, padded to equal shards.
@@ -248,53 +254,48 @@ class _Step:
         Gathered for every forward, a layer again for its backward unless kept, which holds for all micro-batches; their
         gradients once a step.
         """
-        parallel, shape, L = self.parallel, self.shape, self.model.num_layers
+        parallel, shape = self.parallel, self.shape
         assert parallel.fsdp is not None
         ranks = self.mesh.size(parallel.fsdp)
         copies = tuple(axis for axis in parallel.served if axis not in parallel.fsdp)
-        parameters = Parameters(self.model, parallel)
-        layer, rest = ([*unit.every] for unit in (parameters.layer(), parameters.rest()))
-        units = [("layers", layer, L), ("embedding and head", rest, 1)]
+        shards = [(sum(map(self.padded, unit)), times) for unit, times in self.anatomy.units(parallel)]
+        units = [(LAYERS, shard, times) for shard, times in shards[:-1]] + [(OUTSIDE, *shards[-1])]
         if not shape.by_layer:
-            units = [("embedding and head", layer * L + rest, 1)]
+            units = [(OUTSIDE, sum(shard * times for shard, times in shards), 1)]
         forwards = shape.micro_batches if shape.reshard else 1
-        for place, unit, times in units:
-            shard = sum(-(-each.rows // ranks) * each.width for each in unit)
-            again = forwards * times if shape.reshard and place == "layers" else 0
+        for site, shard, times in units:
+            again = forwards * times if shape.reshard and site == LAYERS else 0
             weights, sums = shard * ranks * self.element, shard * ranks * self.stored
-            self.one(place, "forward", "W", parallel.fsdp, forwards * times, "all_gather", weights)
-            self.one(place, "backward", "W", parallel.fsdp, again, "all_gather", weights)
-            self.one(place, "backward", "dW", parallel.fsdp, times, "reduce_scatter", sums)
-            self.one(place, "backward", "dW", copies, times, "all_reduce", shard * self.stored)
+            self.one(site, "forward", "W", parallel.fsdp, forwards * times, "all_gather", weights)
+            self.one(site, "backward", "W", parallel.fsdp, again, "all_gather", weights)
+            self.one(site, "backward", "dW", parallel.fsdp, times, "reduce_scatter", sums)
+            self.one(site, "backward", "dW", copies, times, "all_reduce", shard * self.stored)
+
+    def padded(self, parameter: Parameter) -> int:
+        """Elements of a parameter's longest shard over the axes that FSDP2 stores it over."""
+        rows, *width = parameter.spec.local_shape(self.mesh)
+        return -(-rows // self.mesh.size(parameter.spec.stored_over)) * prod(width)
 
 
-def _one_by_one(model: ModelConfig, parallel: Parallel) -> bool:
-    """Whether q, k and v leave their product one by one: scattered over features, but of different widths."""
-    scattered = parallel.attention.stored_dim("inner") == 1 and not parallel.schedule.in_panels
-    return scattered and model.num_kv_heads != model.num_heads
-
-
-def step_rows(model: ModelConfig, shape: StepShape, parallel: Parallel) -> list[Row]:
+def step_transfers(model: ModelConfig, shape: StepShape, parallel: Parallel) -> list[Transfer]:
     """Every collective of one optimizer step on the rank of `parallel.mesh`, which needs no process group.
 
     Raises nothing: sizes that do not divide are refused before (sizes/rules.py).
     """
-    step, L = _Step(model, shape, parallel), model.num_layers
-    once, layers = shape.micro_batches, shape.micro_batches * L
-    forwards = layers * (2 if shape.recompute else 1)
-    query, key_value = model.num_heads * model.head_dim, 2 * model.num_kv_heads * model.head_dim
-    gate_up = "gate·up" if model.gated else "up"
-
+    step, once = _Step(model, shape, parallel), shape.micro_batches
     step.embedding(once)
-    step.norms("layer norms", 2 * forwards, 2 * layers)
-    step.product("q·k·v", True, query + key_value, forwards, layers, 3 if _one_by_one(model, parallel) else 1)
-    step.key_value_heads(forwards, layers)
-    step.product("attention out", False, query, forwards, layers)
-    step.product(gate_up, True, model.ffn_size * (2 if model.gated else 1), forwards, layers)
-    step.product("down", False, model.ffn_size, forwards, layers)
-    step.norms("final norm", once, once)
+    for layer, count in step.anatomy.kinds:
+        backwards = once * count
+        forwards = backwards * (2 if shape.recompute else 1)
+        for block in layer:
+            step.norm(block.norm, forwards, backwards)
+            step.product(block.column, forwards, backwards)
+            if block.attention is not None:
+                step.key_value_heads(block.attention, forwards, backwards)
+            step.product(block.row, forwards, backwards)
+    step.norm(step.anatomy.norm, once, once)
     step.head(once)
     if parallel.fsdp is not None:
         step.data()
     step.replicas()
-    return step.rows
+    return [Transfer(*key, times) for key, times in step.times.items()]

@@ -27,7 +27,7 @@ from tessera.core import device as devices
 from tessera.core.axes import DATA_AXES, MODEL_AXES
 from tessera.core.collectives import all_reduce, largest
 from tessera.core.mesh import Mesh
-from tessera.data.loader import Batch
+from tessera.data.batch import MicroBatch
 from tessera.engine.step import Step
 from tessera.layout.parallel import Parallel
 from tessera.layout.resolve import parallel_of
@@ -37,7 +37,6 @@ from tessera.models.decoder import Decoder
 from tessera.nn.parameter import to_local
 from tessera.plan.remembered import Remembered
 from tessera.plan.scratch import scratch_bytes
-from tessera.product.overlap import Overlap
 from tessera.sizes.rules import Ask, TensorParallel, first_misfit
 from tessera.sizes.schedule import Schedule
 
@@ -239,14 +238,13 @@ class _Trial:
         self.mesh = mesh = candidate.parallel.mesh
         words = 8 * mesh.sizes["col"]
         model = replace(candidate.model, num_layers=LAYERS, vocab_size=words)
-        parallel = replace(candidate.parallel, overlap=Overlap())  # which knows of the layers: they go with the trial
-        self.decoder = Decoder(model, parallel, gradient_checkpointing=candidate.recompute)
+        self.decoder = Decoder(model, candidate.parallel, gradient_checkpointing=candidate.recompute)
         generator = torch.Generator(mesh.device).manual_seed(0)
         for parameter in self.decoder.parameters():
             to_local(parameter).normal_(std=model.initializer_range, generator=generator)
         self.step = Step(self.decoder, torch.optim.SGD(self.decoder.parameters(), lr=0.0))  # it is not asked to update
         ids = torch.randint(words, (candidate.rows, candidate.length), generator=torch.Generator().manual_seed(0))
-        self.batch = Batch(ids, ids, ids.numel())
+        self.batch = MicroBatch(ids, ids, ids.numel())
 
     def run(self) -> float:
         """Seconds that a forward and backward take this rank, all ranks having begun together."""

@@ -2,19 +2,17 @@
 
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
+from tessera.config.schema import TrainConfig
 from tessera.core import device as devices
 from tessera.core.axes import AXES, DATA_AXES
 from tessera.core.mesh import Mesh
+from tessera.core.text import mib, table_lines
 from tessera.layout.parallel import Parallel
 from tessera.models.config import ModelConfig
-from tessera.plan.traffic import step_rows
+from tessera.plan.traffic import step_transfers
 from tessera.train.links import Axes, groups_that_leave, leaving, traffic
 from tessera.train.settings import step_shape
-
-if TYPE_CHECKING:
-    from tessera.config.schema import TrainConfig
 
 _CUTS = {
     "replicate": "rows of the batch",
@@ -26,15 +24,15 @@ _CUTS = {
 }
 
 
-def mesh_lines(config: "TrainConfig", model: ModelConfig, parallel: Parallel) -> list[str]:
+def mesh_lines(config: TrainConfig, model: ModelConfig, parallel: Parallel) -> list[str]:
     """The axes above size 1, outermost first as ranks are numbered; what a rank receives along them; a step's rows."""
     mesh, here = parallel.mesh, int(os.environ.get("LOCAL_WORLD_SIZE", parallel.mesh.world))
     lines = [f"mesh: {mesh} on {devices.describe(mesh.device)}"]
     if mesh.world > 1:
         present = [axis for axis in mesh.numbering if mesh.sizes[axis] > 1]
         rows = [(axis, str(mesh.sizes[axis]), _links((axis,), mesh, here), _CUTS[axis]) for axis in present]
-        lines += _table([("axis", "ranks", "links", "cuts"), *rows])
-        lines += _traffic(traffic(step_rows(model, step_shape(config, parallel), parallel)), mesh, here)
+        lines += table_lines([("axis", "ranks", "links", "cuts"), *rows])
+        lines += _traffic(traffic(step_transfers(model, step_shape(config, parallel), parallel)), mesh, here)
     data, micro, times = mesh.size(DATA_AXES), config.micro_batch_size, config.gradient_accumulation_steps
     tensor = mesh.world // data
     lines.append(
@@ -50,14 +48,14 @@ def _links(axes: Axes, mesh: Mesh, here: int) -> str:
 
 def _traffic(received: Mapping[Axes, int], mesh: Mesh, here: int) -> list[str]:
     """The busiest axes first; on several machines what leaves one, and how much that is in the usual order."""
-    rows = [("·".join(axes), _links(axes, mesh, here), _mib(count)) for axes, count in received.items()]
-    lines = _table([("along", "links", "MiB received a step"), *rows])
+    rows = [("·".join(axes), _links(axes, mesh, here), mib(count)) for axes, count in received.items()]
+    lines = table_lines([("along", "links", "MiB received a step"), *rows])
     if here < mesh.world:
-        told = f"  a machine sends {_mib(leaving(received, mesh, here))} MiB a step to others"
+        told = f"  a machine sends {mib(leaving(received, mesh, here))} MiB a step to others"
         if mesh.numbering != AXES:
             usual = leaving(received, Mesh(mesh.sizes, "meta", rank=0), here)
             order = " · ".join(axis for axis in mesh.numbering if mesh.sizes[axis] > 1)
-            told += f", its ranks numbered as {order}; in the usual order {_mib(usual)}"
+            told += f", its ranks numbered as {order}; in the usual order {mib(usual)}"
         lines.append(told)
         busiest, most = next(iter(received.items()))
         inside = [count for axes, count in received.items() if not groups_that_leave(axes, mesh, here)]
@@ -67,12 +65,3 @@ def _traffic(received: Mapping[Axes, int], mesh: Mesh, here: int) -> list[str]:
                 f"  most bytes travel between machines, along {busy}: fewer ranks there would keep them inside"
             )
     return lines
-
-
-def _mib(count: int) -> str:
-    return f"{count / 2**20:,.1f}"
-
-
-def _table(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  " + "   ".join(f"{cell:{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]

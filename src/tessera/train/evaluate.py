@@ -2,10 +2,9 @@
 
 import torch
 
-from tessera.core.axes import AXES, DATA_AXES
+from tessera.core.axes import AXES
 from tessera.core.collectives import all_reduce
 from tessera.engine.gradients import first_copy
-from tessera.layout.streams import HIDDEN
 from tessera.train.build import Built, loader_of
 
 
@@ -16,12 +15,12 @@ def evaluate(built: Built) -> float:
     batches = loader_of(built.run, built.prepared, model, "eval", shuffle=False).eval_batches()
     total, valid = torch.zeros(2, dtype=torch.float64, device=mesh.device), 0
     for batch in batches:
-        ids, targets = batch.input_ids.to(mesh.device), batch.targets.to(mesh.device)
-        total[0] += model(ids, targets, 1.0)
+        total[0] += model(batch.to(mesh.device), 1.0)
         valid += batch.valid
     total[1] = valid
-    for place, cut in enumerate(((*DATA_AXES, *HIDDEN.tokens), DATA_AXES)):
+    streams = model.parallel.streams
+    for number, cut in enumerate((streams.loss, streams.batch)):
         if not first_copy(mesh, cut):
-            total[place] = 0
+            total[number] = 0
     loss, count = all_reduce(total, mesh.group(AXES)).tolist()
     return loss / max(1, count)

@@ -9,24 +9,21 @@ import itertools
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
+from tessera.config.schema import TrainConfig
 from tessera.core.axes import AXES
 from tessera.core.collectives import gathered
 from tessera.core.mesh import Mesh
 from tessera.models.config import ModelConfig
-from tessera.plan.traffic import Row, step_rows
+from tessera.plan.traffic import Transfer, step_transfers
 from tessera.train.settings import parallel_for, step_shape
-
-if TYPE_CHECKING:
-    from tessera.config.schema import TrainConfig
 
 Axes = tuple[str, ...]
 
 
-def run_mesh(config: "TrainConfig", model: ModelConfig, device: torch.device, compute: torch.dtype) -> Mesh:
+def run_mesh(config: TrainConfig, model: ModelConfig, device: torch.device, compute: torch.dtype) -> Mesh:
     """The mesh of a run; on several machines that are alike its ranks are numbered for them. Every rank calls it."""
     mesh = Mesh(config.mesh_sizes, device)
     everyone = gathered((int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world)), compute), mesh.world)
@@ -36,11 +33,11 @@ def run_mesh(config: "TrainConfig", model: ModelConfig, device: torch.device, co
     return Mesh(config.mesh_sizes, device, numbering=best_numbering(config, model, here, compute))
 
 
-def traffic(rows: Sequence[Row]) -> dict[Axes, int]:
+def traffic(transfers: Sequence[Transfer]) -> dict[Axes, int]:
     """Bytes that a rank receives along each group of axes in a step, the busiest first."""
     received: dict[Axes, int] = {}
-    for row in rows:
-        received[row.axes] = received.get(row.axes, 0) + row.times * row.received
+    for transfer in transfers:
+        received[transfer.axes] = received.get(transfer.axes, 0) + transfer.times * transfer.received
     return dict(sorted(received.items(), key=lambda item: -item[1]))
 
 
@@ -60,7 +57,7 @@ def leaving(received: Mapping[Axes, int], mesh: Mesh, here: int) -> int:
     return sum(count * groups_that_leave(axes, mesh, here) for axes, count in received.items())
 
 
-def best_numbering(config: "TrainConfig", model: ModelConfig, here: int, compute: torch.dtype) -> Axes:
+def best_numbering(config: TrainConfig, model: ModelConfig, here: int, compute: torch.dtype) -> Axes:
     """The axes in the order in which ranks are best numbered, outermost first; the usual one unless another is better.
 
     By the closed form for a step of full-length rows, `auto` counted as gather. Where several axes are one group for a
@@ -69,8 +66,8 @@ def best_numbering(config: "TrainConfig", model: ModelConfig, here: int, compute
     """
     usual = Mesh(config.mesh_sizes, "meta", rank=0)
     parallel = parallel_for(config, usual, compute=compute)
-    rows = step_rows(model, step_shape(config, parallel), parallel)
-    received, nested = traffic(rows), {row.axes for row in rows if row.kind != "all_reduce"}
+    transfers = step_transfers(model, step_shape(config, parallel), parallel)
+    received, nested = traffic(transfers), {each.axes for each in transfers if each.kind != "all_reduce"}
     present = usual.present(AXES)
     single = tuple(axis for axis in AXES if axis not in present)
 

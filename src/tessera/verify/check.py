@@ -1,34 +1,31 @@
-"""One layout against one process, on every rank: numbers in float64 and in the training dtype, and words."""
+"""One layout against one process, on every rank: numbers in float64 and in the training dtype, and traffic."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import torch
 
+from tessera.config.schema import TrainConfig
 from tessera.core import collectives
 from tessera.core.axes import DATA_AXES
 from tessera.core.collectives import Recorder, gathered
 from tessera.core.mesh import Mesh
 from tessera.layout.parallel import Parallel
 from tessera.layout.streams import residual_layout
-from tessera.plan.traffic import Row, step_rows, totals
+from tessera.plan.traffic import Transfer, step_transfers, totals
 from tessera.train.settings import compute_dtype, parallel_for, step_shape
 from tessera.verify.cases import Case, in_miniature
-from tessera.verify.compare import Comparison, Words, compare
+from tessera.verify.compare import Comparison, Traffic, compare
 from tessera.verify.diagnose import diagnose
 from tessera.verify.inject import Omission, Program, omissions
 from tessera.verify.problem import Problem
-from tessera.verify.steps import Outcome, take
-
-if TYPE_CHECKING:
-    from tessera.config.schema import TrainConfig
+from tessera.verify.steps import StepsTaken, take
 
 EXACT = torch.float64
 
 
 @dataclass(frozen=True)
-class WordsRow:
+class TrafficCheck:
     """Collectives of one kind on one axis in a step: calls of rank 0, bytes that the ranks receive, and the formula's.
 
     `received` are the least and most of any rank; `ranks` are those whose calls or bytes are not the formula's.
@@ -49,12 +46,12 @@ class Result:
 
     name: str
     comparisons: list[Comparison]
-    words: list[WordsRow]
+    traffic: list[TrafficCheck]
     diagnosis: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
-        return not any(c.findings for c in self.comparisons) and not any(row.ranks for row in self.words)
+        return not any(c.findings for c in self.comparisons) and not any(check.ranks for check in self.traffic)
 
 
 class Checker:
@@ -66,10 +63,10 @@ class Checker:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._meshes: dict[tuple[int, ...], Mesh] = {}
-        self._references: dict[tuple[Problem, torch.dtype, torch.dtype], Outcome] = {}
+        self._references: dict[tuple[Problem, torch.dtype, torch.dtype], StepsTaken] = {}
         self._last: tuple[Case, Program] | None = None
 
-    def mesh(self, config: "TrainConfig") -> Mesh:
+    def mesh(self, config: TrainConfig) -> Mesh:
         """The mesh of a config's layout."""
         key = tuple(config.mesh_sizes.values())
         if key not in self._meshes:
@@ -85,8 +82,8 @@ class Checker:
             parallel = self._layout(case, dtype, computed)
             recorder, noise = Recorder(leave_out), comparisons[0].noise if comparisons else None
             comparisons.append(self._compare(case, parallel, recorder, noise))
-            words = _words_rows(collectives.totals(recorder.records), formula(case, parallel), mesh)
-        result = Result(case.name, comparisons, words)
+            traffic = _checks(collectives.totals(recorder.records), formula(case, parallel), mesh)
+        result = Result(case.name, comparisons, traffic)
         if comparisons[0].findings and case.full:
             small = self.check(in_miniature(case))
             result.diagnosis = small.diagnosis or [
@@ -110,9 +107,9 @@ class Checker:
     def _compare(
         self, case: Case, parallel: Parallel, recorder: Recorder, noise: frozenset[str] | None = None
     ) -> Comparison:
-        outcome = take(case.problem, parallel, case.config, recorder)
+        taken = take(case.problem, parallel, case.config, recorder)
         reference = self._reference(case, parallel.dtype, parallel.compute) if parallel.mesh.rank == 0 else None
-        return compare(outcome, reference, parallel.mesh, parallel.compute, noise)
+        return compare(taken, reference, parallel.mesh, parallel.compute, noise)
 
     def _program(self, case: Case) -> Program:
         """What this rank's first step hands to torch.distributed."""
@@ -128,7 +125,7 @@ class Checker:
     def _alone(self, dtype: torch.dtype, compute: torch.dtype) -> Parallel:
         return Parallel(Mesh(device=self.device, rank=0), residual_layout(True), dtype, compute)
 
-    def _reference(self, case: Case, dtype: torch.dtype, compute: torch.dtype) -> Outcome:
+    def _reference(self, case: Case, dtype: torch.dtype, compute: torch.dtype) -> StepsTaken:
         key = (case.problem, dtype, compute)
         if key in self._references:
             return self._references[key]
@@ -138,31 +135,31 @@ class Checker:
         return reference
 
 
-def formula(case: Case, parallel: Parallel) -> Words:
+def formula(case: Case, parallel: Parallel) -> Traffic:
     """What the closed form says that this rank calls and receives in a step."""
-    return totals(_rows(case, parallel))
+    return totals(_transfers(case, parallel))
 
 
-def _rows(case: Case, parallel: Parallel) -> list[Row]:
+def _transfers(case: Case, parallel: Parallel) -> list[Transfer]:
     problem, rows = case.problem, case.problem.batch // parallel.mesh.size(DATA_AXES)
     shape = step_shape(case.config, parallel, rows, problem.length, problem.micro_batches)
-    return step_rows(problem.model, shape, parallel)
+    return step_transfers(problem.model, shape, parallel)
 
 
 def count_collectives(case: Case) -> int:
     """How many collectives of a step can be left out: by formula, for which no rank has to run."""
     meshes = [Mesh(case.config.mesh_sizes, rank=rank) for rank in range(case.config.world_size)]
-    everyone = [_rows(case, parallel_for(case.config, mesh)) for mesh in meshes]
-    return sum(max(row.times * row.calls for row in rows) for rows in zip(*everyone, strict=True))
+    everyone = [_transfers(case, parallel_for(case.config, mesh)) for mesh in meshes]
+    return sum(max(each.times * each.calls for each in of_ranks) for of_ranks in zip(*everyone, strict=True))
 
 
-def _words_rows(own: Words, expected: Words, mesh: Mesh) -> list[WordsRow]:
-    everyone: list[tuple[Words, Words]] = gathered((own, expected), mesh.world)
-    keys = {key for pair in everyone for words in pair for key in words}
-    return [_row(*key, [(c.get(key, (0, 0)), e.get(key, (0, 0))) for c, e in everyone]) for key in sorted(keys)]
+def _checks(own: Traffic, expected: Traffic, mesh: Mesh) -> list[TrafficCheck]:
+    everyone: list[tuple[Traffic, Traffic]] = gathered((own, expected), mesh.world)
+    keys = {key for pair in everyone for traffic in pair for key in traffic}
+    return [_check(*key, [(c.get(key, (0, 0)), e.get(key, (0, 0))) for c, e in everyone]) for key in sorted(keys)]
 
 
-def _row(axis: str, kind: str, by_rank: list[tuple[tuple[int, int], tuple[int, int]]]) -> WordsRow:
+def _check(axis: str, kind: str, by_rank: list[tuple[tuple[int, int], tuple[int, int]]]) -> TrafficCheck:
     def extent(values: Iterable[int]) -> tuple[int, int]:
         values = list(values)
         return min(values), max(values)
@@ -170,4 +167,4 @@ def _row(axis: str, kind: str, by_rank: list[tuple[tuple[int, int], tuple[int, i
     calls, expected = by_rank[0][0][0], by_rank[0][1][0]
     received, due = extent(c[1] for c, _ in by_rank), extent(e[1] for _, e in by_rank)
     ranks = tuple(rank for rank, (c, e) in enumerate(by_rank) if c != e)
-    return WordsRow(axis, kind, calls, received, expected, due, ranks)
+    return TrafficCheck(axis, kind, calls, received, expected, due, ranks)

@@ -1,4 +1,4 @@
-"""How far a layout's numbers are from those of one process, and its words from the formula.
+"""How far a layout's numbers are from those of one process, and its traffic from the formula.
 
 A tensor differs by ‖Δ‖ / max(‖reference‖, global norm / 1000), as some exact gradients are zero; a loss or norm by its
 relative difference. Shards are compared where they lie, so that copies that drifted apart are seen.
@@ -15,14 +15,14 @@ from tessera.core.axes import AXES
 from tessera.core.collectives import gathered, start_broadcast
 from tessera.core.mesh import Mesh
 from tessera.layout.spec import ParameterSpec
-from tessera.verify.steps import Outcome
+from tessera.verify.steps import StepsTaken
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 5e-2}
 QUANTITIES = ("loss", "gradients", "norm", "weights")
 ZERO = 1e-9  # of the global norm: a gradient below is noise around an exact zero
 BUNDLE = 1 << 24  # elements in one broadcast
 
-Words = dict[tuple[str, str], tuple[int, int]]  # (axis, kind) → calls and bytes received in a step
+Traffic = dict[tuple[str, str], tuple[int, int]]  # (axis, kind) → calls and bytes received in a step
 
 
 @dataclass(frozen=True)
@@ -58,16 +58,16 @@ class Comparison:
 
 
 def compare(
-    outcome: Outcome, reference: Outcome | None, mesh: Mesh, dtype: torch.dtype, noise: frozenset[str] | None = None
+    taken: StepsTaken, reference: StepsTaken | None, mesh: Mesh, dtype: torch.dtype, noise: frozenset[str] | None = None
 ) -> Comparison:
     """The differences of all ranks, the same on each; `reference` is given on rank 0.
 
     Parameters in `noise` have gradients that are zero but for rounding, found here when None: AdamW divides noise by
     noise, so that their updates mean nothing.
     """
-    gradients = _Squares(outcome.gradients, reference.gradients if reference else None, outcome.specs, mesh)
-    weights = _Squares(outcome.weights, reference.weights if reference else None, outcome.specs, mesh)
-    scalars = (outcome.losses, outcome.norms)
+    gradients = _Squares(taken.gradients, reference.gradients if reference else None, taken.specs, mesh)
+    weights = _Squares(taken.weights, reference.weights if reference else None, taken.specs, mesh)
+    scalars = (taken.losses, taken.norms)
     expected = (reference.losses, reference.norms) if reference else None
     everyone = gathered((gradients.own, weights.own, scalars, expected), mesh.world)
     expected = everyone[0][3]
@@ -81,7 +81,7 @@ def compare(
             found.add(quantity, f"step {step + 1}", error)
     for quantity, tensors, place in (("gradients", gradients, 0), ("weights", weights, 1)):
         least = 1e-3 * math.hypot(*tensors.references.values())
-        for name, spec in outcome.specs.items():
+        for name, spec in taken.specs.items():
             if quantity == "gradients" or name not in found.noise:
                 difference = _over_ranks([ours[place][name] for ours in everyone], spec, mesh)
                 found.add(quantity, name, difference / max(tensors.references[name], least))

@@ -4,7 +4,7 @@ One step is run again with what passes between the products in view, in float64 
 has whole ones, beside the same step in one process. Where things first go wrong, and what the wrong numbers are instead
 of the right ones, tells the fault:
 
-    the first wrong tensor    lies behind one product or norm, whose collectives `plan.words` lists
+    the first wrong tensor    lies behind one product or norm, whose collectives `plan.traffic` lists
     each rank's own part      of a sum over an axis: that sum was not taken
     zero                      an operand did not arrive
     a whole multiple          what was whole was summed over an axis of that size
@@ -21,13 +21,14 @@ from torch import Tensor
 from tessera.core.axes import AXES, DATA_AXES
 from tessera.core.collectives import Recorder, gathered
 from tessera.core.mesh import Mesh
-from tessera.data.loader import Batch
+from tessera.data.batch import MicroBatch
 from tessera.engine.step import Step
 from tessera.layout.parallel import Parallel
 from tessera.layout.spec import ParameterSpec, local_slice
+from tessera.models.anatomy import HEAD, anatomy_of
 from tessera.models.decoder import Decoder
 from tessera.nn.parameter import named_specs, to_local
-from tessera.plan.traffic import Row, step_rows
+from tessera.plan.traffic import LAYERS, OUTSIDE, Transfer, step_transfers
 from tessera.train.settings import step_shape
 from tessera.verify import own
 from tessera.verify.cases import Case
@@ -49,8 +50,8 @@ class Beside:
     reference: Step
     expected: Trace
     gradients: dict[str, Tensor]  # the reference's, whole
-    batches: Sequence[Batch]
-    rows: list[Row]
+    batches: Sequence[MicroBatch]
+    transfers: list[Transfer]
 
     @property
     def mesh(self) -> Mesh:
@@ -77,9 +78,9 @@ class Hint:
     likely: str = ""
     across: bool = False
 
-    def fits(self, row: Row) -> bool:
-        along = not self.axes or bool(set(row.axes) & set(self.axes))
-        return row.kind in self.kinds and along != (self.across and row.kind == "shift")
+    def fits(self, transfer: Transfer) -> bool:
+        along = not self.axes or bool(set(transfer.axes) & set(self.axes))
+        return transfer.kind in self.kinds and along != (self.across and transfer.kind == "shift")
 
 
 def diagnose(case: Case, parallel: Parallel, alone: Parallel, leave_out: int | None = None) -> list[str]:
@@ -117,8 +118,8 @@ def _run_beside(case: Case, parallel: Parallel, alone: Parallel, leave_out: int 
     shape = step_shape(
         config, parallel, problem.batch // parallel.mesh.size(DATA_AXES), problem.length, problem.micro_batches
     )
-    rows = step_rows(problem.model, shape, parallel)
-    return Beside(model, trace, reference_step, expected, gradients, batches, rows)
+    transfers = step_transfers(problem.model, shape, parallel)
+    return Beside(model, trace, reference_step, expected, gradients, batches, transfers)
 
 
 def _at(beside: Beside, point: Point) -> tuple[Tensor, Tensor, float]:
@@ -152,28 +153,27 @@ def _is_wrong(ours: Tensor, want: Tensor, scale: float) -> bool:
 def _of_point(beside: Beside, point: Point) -> list[str]:
     operation = behind(point, beside.model)
     names = [n for n, _, _ in named_specs(beside.model) if n.rpartition(".")[0] in operation.modules]
-    places = {*operation.places, *map(_unit, names)}
-    rows = [row for row in beside.rows if row.place in places and row.phase == operation.phase]
-    rows = [row for row in rows if row.what in _on_the_way(beside, operation)]
+    sites, on_the_way = {*operation.sites, *map(_unit, names)}, _on_the_way(beside, operation)
+    transfers = [t for t in beside.transfers if t.site in sites and t.phase == operation.phase and t.what in on_the_way]
     ours, want, scale = _at(beside, point)
 
     def own_part(axes: tuple[str, ...]) -> Tensor | None:
         whole = own.of_point(point, axes[0], beside.model, beside.reference.model, beside.expected)
         return None if whole is None else _here(beside, whole, point)
 
-    candidates = [(axis,) for axis in beside.mesh.present({axis for row in rows for axis in row.axes})]
+    candidates = [(axis,) for axis in beside.mesh.present({axis for transfer in transfers for axis in transfer.axes})]
     hint = (
         _zero_or_multiple(beside, ours, want, scale)
         or _own_part(beside, ours, want, scale, own_part, candidates)
         or _bias(beside, point, ours - want, scale)
         or _one_place(beside, ours, want, scale)
     )
-    return [f"parameter: {', '.join(names)}", f"first wrong: {point}", *_told(hint or Hint(), rows)]
+    return [f"parameter: {', '.join(names)}", f"first wrong: {point}", *_told(hint or Hint(), transfers)]
 
 
 def _on_the_way(beside: Beside, operation: Operation) -> tuple[str, ...]:
-    """The operands whose moves an operation's result depends on, as `plan.words` calls them."""
-    if "head" in operation.places:  # forms its gradients in the forward
+    """The operands whose moves an operation's result depends on, as `plan.traffic` calls them."""
+    if HEAD in operation.sites:  # forms its gradients in the forward
         parts = sum(gathered(beside.trace.loss, beside.mesh.world))
         right = abs(parts - beside.expected.loss) <= ROUNDING * abs(beside.expected.loss)
         return ("dX", "dlogits") if right else ("X", "W", "logits", "log-sum-exp", "targets")
@@ -199,32 +199,22 @@ def _of_gradients(beside: Beside, wrong: dict[str, ParameterSpec]) -> list[str]:
         or _one_place(beside, ours, want, scale)
     )
     others = f" and {len(wrong) - 1} others" if len(wrong) > 1 else ""
-    held = [row for row in beside.rows if row.what == "replicas" and not set(row.axes) & spec.cut_axes]
-    own_product = [row for row in beside.rows if row.place in (*_places(name, beside.model), _unit(name))]
+    # a vector's gradient is summed with the replicas
+    replicas = [t for t in beside.transfers if t.what == "replicas" and not set(t.axes) & spec.cut_axes]
+    sites = (*anatomy_of(beside.model.config).sites_of(name), _unit(name))
     moved = ("dY", "dW") if name == "embedding.weight" else ("X", "dW")
-    rows = [row for row in own_product if row.what in moved and (row.phase == "backward" or row.what == "dW")] + held
+    own_product = [t for t in beside.transfers if t.site in sites and t.what in moved]
+    transfers = [t for t in own_product if t.phase == "backward" or t.what == "dW"] + replicas
     return [
         f"parameter: {name}{others}",
         "first wrong: its gradient; every activation, and the gradient of every one, is right",
-        *_told(hint or Hint(), rows),
+        *_told(hint or Hint(), transfers),
     ]
 
 
 def _unit(name: str) -> str:
-    """What FSDP2 moves a parameter with, as `plan.words` calls it."""
-    return "layers" if name.startswith("layers.") else "embedding and head"
-
-
-def _places(name: str, model: Decoder) -> tuple[str, ...]:
-    """Where the product of a weight is, as `plan.words` calls it; a vector's gradient is summed with the replicas."""
-    module, _, kind = name.rpartition(".")
-    if kind != "weight":
-        return ()
-    own_place = {"out": "attention out", "down": "down", "gate": "gate·up", "head": "head", "embedding": "embedding"}
-    own_place |= dict.fromkeys("qkv", "q·k·v") | {"up": "gate·up" if model.config.gated else "up"}
-    tied = ("head",) if module == "embedding" and model.config.tied else ()
-    last = module.rpartition(".")[2]
-    return (own_place[last], *tied) if last in own_place else ()
+    """The site of what FSDP2 moves a parameter with."""
+    return LAYERS if name.startswith("layers.") else OUTSIDE
 
 
 # ---------------------------------------------------------------------------------------------- what it is instead
@@ -292,13 +282,11 @@ def _one_place(beside: Beside, ours: Tensor, want: Tensor, scale: float) -> Hint
     return None
 
 
-def _told(hint: Hint, rows: Sequence[Row]) -> list[str]:
-    """The hint, and the collectives among `rows` that it leaves possible: over its very axes, if there are any."""
-    possible = [row for row in rows if hint.fits(row)]
-    exact = [row for row in possible if set(row.axes) == set(hint.axes)]
-    told = dict.fromkeys(
-        f"{row.kind} of {row.what} over {row.axis} ({row.place}, {row.phase})" for row in exact or possible
-    )
+def _told(hint: Hint, transfers: Sequence[Transfer]) -> list[str]:
+    """The hint, and the collectives among `transfers` that it leaves possible: over its very axes, if there are any."""
+    possible = [transfer for transfer in transfers if hint.fits(transfer)]
+    exact = [transfer for transfer in possible if set(transfer.axes) == set(hint.axes)]
+    told = dict.fromkeys(f"{t.kind} of {t.what} over {t.axis} ({t.site}, {t.phase})" for t in exact or possible)
     if hint.likely:
         likely = hint.likely
     elif told:

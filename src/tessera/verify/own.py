@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tessera.core.mesh import Mesh
-from tessera.data.loader import Batch
+from tessera.data.batch import MicroBatch
 from tessera.data.samples import IGNORED
 from tessera.engine.step import Step
 from tessera.layout.spec import ParameterSpec, local_slice
@@ -34,7 +34,7 @@ def of_point(point: Point, axis: str, model: Decoder, reference: Decoder, trace:
     else:
         name = point.name if point.output else ""
     arguments = trace.arguments.get((point.micro_batch, name))
-    if arguments is None or operation.places in (("final norm",), ("layer norms",)):
+    if arguments is None:
         return None
     module = reference.get_submodule(name)
     x = arguments[0].detach()
@@ -79,7 +79,7 @@ def _own_indices(n: int, axes: tuple[str, ...], axis: str, mesh: Mesh) -> Tensor
 
 
 def of_parameter(
-    name: str, axes: Sequence[str], tokens: Sequence[str], mesh: Mesh, reference: Step, batches: Sequence[Batch]
+    name: str, axes: Sequence[str], tokens: Sequence[str], mesh: Mesh, reference: Step, batches: Sequence[MicroBatch]
 ) -> Tensor:
     """The whole gradient of a parameter from the sequences at this rank's place of `axes`.
 
@@ -91,7 +91,7 @@ def of_parameter(
     return gradient
 
 
-def _own_sequences(batch: Batch, axes: Sequence[str], tokens: Sequence[str], mesh: Mesh) -> Batch:
+def _own_sequences(batch: MicroBatch, axes: Sequence[str], tokens: Sequence[str], mesh: Mesh) -> MicroBatch:
     """`batch` with the targets of all other sequences ignored; the mean is still over those of all."""
     places = itertools.product(*(range(mesh.sizes[axis]) for axis in tokens))
     own = [all(p == mesh.coordinates[a] for a, p in zip(tokens, place, strict=True) if a in axes) for place in places]

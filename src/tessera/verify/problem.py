@@ -5,14 +5,15 @@ kv heads and whether each divides by the axes that cut it, dropout, a vocabulary
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from tessera.data.loader import Batch
+from tessera.data.batch import MicroBatch
 from tessera.data.samples import IGNORED
 from tessera.models.config import ModelConfig
+from tessera.sizes.numbers import divisors_of
 
 LENGTH = 11  # a prime: sequences are padded wherever tokens are cut
 
@@ -28,11 +29,11 @@ class Problem:
     steps: int
     seed: int = 42
 
-    def batches(self, step: int, multiple: int = 1) -> list[Batch]:
+    def batches(self, step: int, multiple: int = 1) -> list[MicroBatch]:
         """The micro-batches of a step, rows padded to a `multiple`; some targets, and one whole row, are ignored."""
         return [self._batch(step * self.micro_batches + i, multiple) for i in range(self.micro_batches)]
 
-    def _batch(self, number: int, multiple: int) -> Batch:
+    def _batch(self, number: int, multiple: int) -> MicroBatch:
         generator = torch.Generator().manual_seed(self.seed + number)
         ids = torch.randint(0, self.model.vocab_size, (self.batch, self.length), generator=generator)
         targets = ids.roll(-1, 1)
@@ -43,8 +44,8 @@ class Problem:
         padding = -self.length % multiple
         ids = torch.nn.functional.pad(ids, (0, padding))
         targets = torch.nn.functional.pad(targets, (0, padding), value=IGNORED)
-        first_row = number % self.micro_batches * self.batch
-        return Batch(ids, targets, int((targets != IGNORED).sum()), first_row)
+        first_document = number % self.micro_batches * self.batch
+        return MicroBatch(ids, targets, int((targets != IGNORED).sum()), first_document)
 
 
 def small_model(model: ModelConfig, layouts: Sequence[Mapping[str, int]], slices: int) -> ModelConfig:
@@ -89,12 +90,8 @@ def _fewer(kv_heads: int, ranks: int) -> int:
     """A small divisor of `kv_heads` that divides by exactly those divisors of `ranks` by which it does."""
     fewest = math.gcd(kv_heads, ranks)
     rest = ranks // fewest
-    more = (n for n in _divisors(kv_heads // fewest) if n > 1 and math.gcd(n, rest) == 1)
+    more = (n for n in divisors_of(kv_heads // fewest) if n > 1 and math.gcd(n, rest) == 1)
     return fewest * next(more, 1)
-
-
-def _divisors(number: int) -> Iterator[int]:
-    return (n for n in range(1, number + 1) if number % n == 0)
 
 
 def _prime_above(number: int) -> int:

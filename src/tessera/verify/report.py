@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from tessera.core.device import dtype_name
+from tessera.core.text import number_range
 from tessera.verify.cases import Case
-from tessera.verify.check import Result, WordsRow
+from tessera.verify.check import Result, TrafficCheck
 from tessera.verify.compare import QUANTITIES, Comparison
 from tessera.verify.inject import Omission
 
@@ -68,7 +69,7 @@ def say_noise(out: Console, result: Result) -> None:
         out.print("divides rounding by rounding. (No softmax over keys sees a bias of all of them.)")
 
 
-def words_table(result: Result) -> Table:
+def traffic_table(result: Result) -> Table:
     """The collectives of one optimizer step in the training dtype, counted and by formula."""
     table = Table(title="collectives of one optimizer step, counted and by formula", box=box.SIMPLE)
     for heading in ("axis", "collective"):
@@ -76,17 +77,17 @@ def words_table(result: Result) -> Table:
     for heading in ("calls", "formula", "bytes received by a rank", "formula"):
         table.add_column(heading, justify="right")
     table.add_column("")
-    for row in result.words:
-        verdict = _red("differs" if row.ranks else "equal", bool(row.ranks))
-        numbers = (str(row.calls), str(row.formula_calls), _extent(row.received), _extent(row.formula_received))
-        table.add_row(row.axis, row.kind, *numbers, verdict)
+    for check in result.traffic:
+        verdict = _red("differs" if check.ranks else "equal", bool(check.ranks))
+        calls, received = (check.calls, check.formula_calls), (check.received, check.formula_received)
+        table.add_row(check.axis, check.kind, *map(str, calls), *map(number_range, received), verdict)
     return table
 
 
 def say_layouts_heading(out: Console, training: torch.dtype) -> None:
     """The heading over the lines of `say_layout`."""
-    out.print("the largest difference of loss, gradients, norm and weights from one process; words from the formula")
-    out.print(f"\n[bold]{'layout':<62}{dtype_name(torch.float64):>9}{dtype_name(training):>10}  {'words':<8}[/bold]")
+    out.print("the largest difference of loss, gradients, norm and weights from one process; traffic from the formula")
+    out.print(f"\n[bold]{'layout':<62}{dtype_name(torch.float64):>9}{dtype_name(training):>10}  {'traffic':<8}[/bold]")
 
 
 def say_layout(out: Console, result: Result) -> None:
@@ -95,20 +96,22 @@ def say_layout(out: Console, result: Result) -> None:
     for comparison in result.comparisons:
         worst = max(comparison.errors.values())
         cells.append(_red(f"{worst:>9.1e}", worst > comparison.tolerance))
-    wrong_words = any(row.ranks for row in result.words)
-    words = _red(f"{'differ' if wrong_words else 'equal':<8}", wrong_words)
-    out.print(f"{result.name:<62}{cells[0]} {cells[1]}  {words} {_red('ok' if result.ok else 'wrong', not result.ok)}")
+    differs = any(check.ranks for check in result.traffic)
+    traffic = _red(f"{'differs' if differs else 'equal':<8}", differs)
+    out.print(
+        f"{result.name:<62}{cells[0]} {cells[1]}  {traffic} {_red('ok' if result.ok else 'wrong', not result.ok)}"
+    )
 
 
 def fault(result: Result) -> str:
     """What is wrong with a layout: where it comes from and what is likely missing, then what differs by how much."""
     wrong = next((c for c in result.comparisons if c.findings), None)
-    heading = "not the numbers of one process" if wrong else "other words than the formula has"
+    heading = "not the numbers of one process" if wrong else "other traffic than the formula has"
     lines = [f"{result.name}: {heading}", *result.diagnosis]
     if wrong is not None and not result.diagnosis:
         lines.append(f"float64 is right: only rounding in {dtype_name(wrong.dtype)} is larger than allowed")
     lines += _differences(wrong) if wrong else []
-    lines += [_wrong_words(row) for row in result.words if row.ranks]
+    lines += [_wrong_traffic(check) for check in result.traffic if check.ranks]
     return "\n  ".join(lines)
 
 
@@ -122,11 +125,12 @@ def _differences(comparison: Comparison) -> Iterator[str]:
             yield f"{quantity} of {found[0].name}{more}: off by {found[0].error:.1e} ({allowed})"
 
 
-def _wrong_words(row: WordsRow) -> str:
-    counted = f"{row.calls} calls, {_extent(row.received)} bytes"
-    formula = f"{row.formula_calls} calls, {_extent(row.formula_received)} bytes"
-    missing = f"likely missing: {row.kind} over {row.axis}; " if row.calls < row.formula_calls else ""
-    return f"{missing}{row.kind} over {row.axis}: {counted}; by formula {formula}"
+def _wrong_traffic(check: TrafficCheck) -> str:
+    which = f"{check.kind} over {check.axis}"
+    counted = f"{check.calls} calls, {number_range(check.received)} bytes"
+    formula = f"{check.formula_calls} calls, {number_range(check.formula_received)} bytes"
+    missing = f"likely missing: {which}; " if check.calls < check.formula_calls else ""
+    return f"{missing}{which}: {counted}; by formula {formula}"
 
 
 def omissions_table(name: str, caught: Mapping[Omission, bool]) -> Table:
@@ -152,8 +156,8 @@ def _layout_json(result: Result) -> dict[str, Any]:
         dtype_name(c.dtype): {"allowed": c.tolerance, "worst": c.worst} | {q: c.errors[q] for q in QUANTITIES}
         for c in result.comparisons
     }
-    words = [vars(row) for row in result.words]
-    return {"layout": result.name, "ok": result.ok, "numbers": numbers, "words": words, "diagnosis": result.diagnosis}
+    traffic = [vars(check) for check in result.traffic]
+    return {"layout": result.name, "ok": result.ok, "numbers": numbers, "words": traffic, "diagnosis": result.diagnosis}
 
 
 def _error(comparison: Comparison, quantity: str) -> str:
@@ -163,8 +167,3 @@ def _error(comparison: Comparison, quantity: str) -> str:
 
 def _red(text: str, wrong: bool) -> str:
     return f"[red]{text}[/red]" if wrong else text
-
-
-def _extent(bounds: tuple[int, int]) -> str:
-    low, high = bounds
-    return f"{low:,}" if low == high else f"{low:,}–{high:,}"

@@ -32,7 +32,7 @@ class Session:
         result = self.checker.check(case, omission)
         self.out.print(report.numbers_table(result))
         report.say_noise(self.out, result)
-        self.out.print(report.words_table(result))
+        self.out.print(report.traffic_table(result))
         return [result]
 
     def several(self, cases: Sequence[Case], unfit: Mapping[str, str]) -> list[Result]:

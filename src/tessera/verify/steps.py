@@ -1,14 +1,14 @@
 """The trainer's own optimizer steps on one mesh, and what is compared of them."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from tessera.config.schema import TrainConfig
 from tessera.core.axes import DATA_AXES
 from tessera.core.collectives import Recorder
-from tessera.data.loader import Batch
+from tessera.data.batch import MicroBatch
 from tessera.data.samples import IGNORED
 from tessera.engine.fsdp import build_decoder
 from tessera.engine.optimizer import build_optimizer
@@ -22,15 +22,12 @@ from tessera.nn.parameter import named_specs, to_local
 from tessera.train.settings import fsdp_of
 from tessera.verify.problem import Problem
 
-if TYPE_CHECKING:
-    from tessera.config.schema import TrainConfig
-
 LEARNING_RATE = 1e-3  # large enough for a wrong update to show, too small for AdamW to make rounding large
 CLIPPED_TO = 0.1  # below any norm that occurs, so that clipping takes place
 
 
 @dataclass
-class Outcome:
+class StepsTaken:
     """What the steps gave on one rank: loss and norm of each, the first one's gradients and the last weights (shards).
 
     Gradients are those before clipping.
@@ -43,7 +40,7 @@ class Outcome:
     specs: dict[str, ParameterSpec] = field(default_factory=dict)
 
 
-def build(problem: Problem, parallel: Parallel, config: "TrainConfig") -> Decoder:
+def build(problem: Problem, parallel: Parallel, config: TrainConfig) -> Decoder:
     """The model of `problem`, every parameter random: biases and gains too, so that one in the wrong place shows."""
     recompute = config.gradient_checkpointing
     model = build_decoder(problem.model, parallel, fsdp_of(config), gradient_checkpointing=recompute)
@@ -57,20 +54,16 @@ def build(problem: Problem, parallel: Parallel, config: "TrainConfig") -> Decode
     return model
 
 
-def stepper(model: Decoder, problem: Problem, config: "TrainConfig") -> Step:
+def stepper(model: Decoder, problem: Problem, config: TrainConfig) -> Step:
     """The trainer's step of `config` over `model`."""
     betas = (config.adam_beta1, config.adam_beta2)
     optimizer = build_optimizer(model, config.optimizer, betas, config.adam_epsilon, config.weight_decay)
     return Step(
-        model,
-        optimizer,
-        max_grad_norm=CLIPPED_TO,
-        label_smoothing=config.label_smoothing_factor,
-        seed=problem.seed,
+        model, optimizer, max_grad_norm=CLIPPED_TO, label_smoothing=config.label_smoothing_factor, seed=problem.seed
     )
 
 
-def batches_of(problem: Problem, model: Decoder, step: int) -> list[Batch]:
+def batches_of(problem: Problem, model: Decoder, step: int) -> list[MicroBatch]:
     """This data rank's share of the micro-batches of a step, padded as its mesh needs it."""
     mesh = model.parallel.mesh
     rows = problem.batch // mesh.size(DATA_AXES)
@@ -79,16 +72,18 @@ def batches_of(problem: Problem, model: Decoder, step: int) -> list[Batch]:
     return [_rows_of(batch, slice(first, first + rows)) for batch in whole]
 
 
-def _rows_of(batch: Batch, rows: slice) -> Batch:
+def _rows_of(batch: MicroBatch, rows: slice) -> MicroBatch:
     targets = batch.targets[rows]
-    return Batch(batch.input_ids[rows], targets, int((targets != IGNORED).sum()), batch.first_row + rows.start)
+    return MicroBatch(
+        batch.input_ids[rows], targets, int((targets != IGNORED).sum()), batch.first_document + rows.start
+    )
 
 
-def take(problem: Problem, parallel: Parallel, config: "TrainConfig", recorder: Recorder | None = None) -> Outcome:
+def take(problem: Problem, parallel: Parallel, config: TrainConfig, recorder: Recorder | None = None) -> StepsTaken:
     """All steps of `problem`; `recorder` sees the collectives of the first."""
     model = build(problem, parallel, config)
     step = stepper(model, problem, config)
-    outcome = Outcome(specs={name: spec for name, _, spec in named_specs(model)})
+    taken = StepsTaken(specs={name: spec for name, _, spec in named_specs(model)})
     for index in range(problem.steps):
         batches = batches_of(problem, model, index)
         if index == 0 and recorder is not None:
@@ -96,15 +91,15 @@ def take(problem: Problem, parallel: Parallel, config: "TrainConfig", recorder: 
                 result = step(batches, index, LEARNING_RATE)
         else:
             result = step(batches, index, LEARNING_RATE)
-        outcome.losses.append(result.loss)
-        outcome.norms.append(result.grad_norm)
+        taken.losses.append(result.loss)
+        taken.norms.append(result.grad_norm)
         if index == 0:
             clipped = CLIPPED_TO / (result.grad_norm + 1e-6)
-            outcome.gradients = {n: _gradient(p) for n, p, _ in named_specs(model)}
+            taken.gradients = {n: _gradient(p) for n, p, _ in named_specs(model)}
             if result.finite and clipped < 1:  # undone, so that a norm that is wrong leaves right gradients right
-                torch._foreach_div_(list(outcome.gradients.values()), clipped)
-    outcome.weights = {n: to_local(p) for n, p, _ in named_specs(model)}
-    return outcome
+                torch._foreach_div_(list(taken.gradients.values()), clipped)
+    taken.weights = {n: to_local(p) for n, p, _ in named_specs(model)}
+    return taken
 
 
 def _gradient(parameter: torch.nn.Parameter) -> Tensor:

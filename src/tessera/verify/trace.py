@@ -15,17 +15,14 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from tessera.core.mesh import Mesh
-from tessera.data.loader import Batch
+from tessera.data.batch import MicroBatch
 from tessera.engine.gradients import first_copy
 from tessera.engine.step import Step
 from tessera.layout.spec import local_slice
-from tessera.layout.streams import HIDDEN, Layout
+from tessera.layout.streams import Layout
+from tessera.models.anatomy import EMBEDDING, HEAD, LOSS, anatomy_of
+from tessera.models.config import ModelConfig
 from tessera.models.decoder import Decoder
-from tessera.nn.attention import Attention
-from tessera.nn.embedding import VocabParallelEmbedding
-from tessera.nn.linear import RowParallelLinear
-from tessera.nn.mlp import MLP
-from tessera.nn.norm import Norm
 
 
 class Point(NamedTuple):
@@ -45,15 +42,15 @@ class Point(NamedTuple):
 
 
 class Operation(NamedTuple):
-    """What computes a point: its `places` and `phase` as `plan.words` calls them, and its modules.
+    """What lies between two points: its sites, its modules, and in which `phase` it computes.
 
-    `last` is the row-parallel layer whose output's gradient the operation's backward begins with.
+    `last` is the row-parallel layer whose output's gradient the operation's backward begins with; norms have none.
     """
 
-    places: tuple[str, ...]
-    phase: str
+    sites: tuple[str, ...]
     modules: tuple[str, ...]
     last: str = ""
+    phase: str = "forward"
 
 
 @dataclass
@@ -79,12 +76,12 @@ class Trace:
             tensor.register_hook(lambda gradient: self.see(point._replace(backward=True), gradient, layout))
 
 
-def traced(step: Step, batches: Sequence[Batch]) -> Trace:
+def traced(step: Step, batches: Sequence[MicroBatch]) -> Trace:
     """The gradients of one step of `step`, what passed on the way, and this rank's part of the loss."""
     trace = Trace()
     with _hooks(step.model, trace):
         loss = step.gradients(batches, 0)
-    trace.loss = loss.item() if first_copy(step.mesh, HIDDEN.tokens) else 0.0
+    trace.loss = loss.item() if first_copy(step.mesh, step.streams.loss) else 0.0
     return trace
 
 
@@ -105,12 +102,16 @@ def _hooks(model: Decoder, trace: Trace) -> Iterator[None]:
         return lambda _module, _inputs, output: trace.pass_point(name, True, layout, output)
 
     handles = [model.register_forward_pre_hook(begin)]
-    for name, module in model.named_modules():
-        if isinstance(module, Attention | MLP | RowParallelLinear | VocabParallelEmbedding):
-            layout = module.input if isinstance(module, RowParallelLinear) else None
-            handles.append(module.register_forward_pre_hook(before(name, layout)))
-        if isinstance(module, Norm | VocabParallelEmbedding | RowParallelLinear):
+    handles.append(model.embedding.register_forward_pre_hook(before(EMBEDDING, None)))
+    *chain, _ = _chain(model.config)
+    for _, name, output in chain:
+        module: Any = model.get_submodule(name)
+        if output:
             handles.append(module.register_forward_hook(after(name, module.output)))
+        else:  # of a row-parallel layer, the last of its block
+            block = name.rpartition(".")[0]
+            handles.append(model.get_submodule(block).register_forward_pre_hook(before(block, None)))
+            handles.append(module.register_forward_pre_hook(before(name, module.input)))
     try:
         yield
     finally:
@@ -125,34 +126,30 @@ def part(whole: Tensor, layout: Layout, mesh: Mesh) -> Tensor:
 
 
 def behind(point: Point, model: Decoder) -> Operation:
-    """The operation whose result is at `point`."""
-    phase = "backward" if point.backward else "forward"
-    if point.name == "norm":
-        head = "embedding" if model.config.tied else "head"
-        return Operation(("head", "loss"), "forward", (head,)) if point.backward else _norm("norm", phase)
-    if point.name == "embedding":
-        return (
-            _norm("layers.0.attention_norm", phase)
-            if point.backward
-            else Operation(("embedding",), phase, (point.name,))
-        )
-    layer, inside = int(point.name.split(".")[1]), point.name.split(".", 2)[2]
-    here, up = f"layers.{layer}", "gate·up" if model.config.gated else "up"
-    columns: tuple[str, ...]
-    column_places: tuple[str, ...]
-    if inside.startswith("attention"):
-        columns, row, read_by = tuple(f"{here}.attention.{name}" for name in "qkv"), "attention out", f"{here}.mlp_norm"
-        column_places, last = ("q·k·v", "attention"), f"{here}.attention.out"
-    else:
-        columns, row = (f"{here}.mlp.gate", f"{here}.mlp.up"), "down"
-        read_by = f"layers.{layer + 1}.attention_norm" if layer + 1 < len(model.layers) else "norm"
-        column_places, last = (up,), f"{here}.mlp.down"
-    if inside.endswith("_norm"):
-        return Operation(column_places, phase, columns, last) if point.backward else _norm(point.name, phase)
-    if not point.output:  # of a row-parallel layer
-        return Operation((row,), phase, (last,), last) if point.backward else Operation(column_places, phase, columns)
-    return _norm(read_by, phase) if point.backward else Operation((row,), phase, (last,))
+    """The operation whose result is at `point`: of two that meet there, in the backward the later one."""
+    chain = _chain(model.config)
+    operation = next(operation for operation, *at in chain if at == [point.name, point.output])
+    if not point.backward:
+        return operation
+    later, *_ = next(chain)
+    return later if HEAD in later.sites else later._replace(phase="backward")  # the head's gradients are formed early
 
 
-def _norm(name: str, phase: str) -> Operation:
-    return Operation(("final norm" if name == "norm" else "layer norms",), phase, (name,))
+def _chain(model: ModelConfig) -> Iterator[tuple[Operation, str, bool]]:
+    """The operations of a forward in order, each with the module at whose output (or input) its result is a point."""
+    anatomy = anatomy_of(model)
+    yield Operation((EMBEDDING,), (EMBEDDING,)), EMBEDDING, True
+    for index, layer in enumerate(anatomy.layers):
+        here = f"layers.{index}."
+        for block in layer:
+            (row,) = (here + linear.name for linear in block.row.linears)
+            columns = tuple(here + linear.name for linear in block.column.linears)
+            yield _norm(block.norm.site, here + block.norm.name)
+            yield Operation(block.sites[1:-1], columns, row), row, False
+            yield Operation((block.row.site,), (row,), row), row, True
+    yield _norm(anatomy.norm.site, anatomy.norm.name)
+    yield Operation((HEAD, LOSS), (EMBEDDING if anatomy.tied else HEAD,)), HEAD, True
+
+
+def _norm(site: str, name: str) -> tuple[Operation, str, bool]:
+    return Operation((site,), (name,)), name, True

@@ -1,0 +1,16 @@
+"""The keys that say how large a step is and how many steps a run has."""
+
+from pydantic import Field
+
+from tessera.config.sections.section import Section
+
+
+class BatchKeys(Section):
+    """The size of a step and the length of the run."""
+
+    micro_batch_size: int = Field(1, ge=1, description="Rows in one forward and backward of a model replica.")
+    gradient_accumulation_steps: int = Field(
+        1, ge=1, description="Micro batches whose gradients are summed before one optimizer step."
+    )
+    num_epochs: float = Field(1, gt=0, description="Passes over the data; max_steps, when given, decides instead.")
+    max_steps: int | None = Field(None, ge=1, description="Optimizer steps of the run. Unset: from num_epochs.")

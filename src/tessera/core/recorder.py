@@ -1,0 +1,83 @@
+"""A count of all that goes through the door to torch.distributed: one Record each, kept by every active Recorder."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Record:
+    """One collective, send or receive as it was handed to torch.distributed.
+
+    `bytes` is the size of the whole tensor: what a gather returns, what a reduce-scatter, all-reduce or all-to-all
+    takes, what a broadcast, reduce, shift, send or receive moves. `received` is what this rank receives when the
+    collective runs as a ring, or, to and from a root, as a chain around it: an all-reduce passes every shard twice; the
+    root of a broadcast receives nothing, nor does the rank after the root of a reduce, which starts the chain. An
+    all-to-all receives all of its result but the part that this rank keeps; a send receives nothing.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    ranks: int
+    bytes: int
+    received: int
+
+    @property
+    def axis(self) -> str:
+        """The axes as one name, for tables and logs."""
+        return "·".join(self.axes)
+
+
+@dataclass(eq=False)  # two that counted the same are two: leaving `with` must not end the other
+class Recorder:
+    """Counts, while active (`with Recorder() as recorder:`), every collective that goes through this door.
+
+    `leave_out` is the place in the list of one collective that is not performed, each rank going on with what it has
+    alone: a test that still passes then does not test it. A peer waits for a message, so a send or receive that is left
+    out carries zeros instead. `delay` gives the seconds by which a collective is slowed.
+    `idle` are the places in the list before which others had something to shift and this rank had not.
+    """
+
+    leave_out: int | None = None
+    delay: Callable[[Record], float] | None = None
+    records: list[Record] = field(default_factory=list)
+    events: list[tuple[str, Any]] = field(default_factory=list)
+    idle: list[int] = field(default_factory=list)
+
+    def __enter__(self) -> "Recorder":
+        active.append(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        active.remove(self)
+
+    def bytes_by_axis(self) -> dict[str, int]:
+        """Bytes handed over (see `Record.bytes`), summed by axis."""
+        total: dict[str, int] = {}
+        for record in self.records:
+            total[record.axis] = total.get(record.axis, 0) + record.bytes
+        return total
+
+    def table(self) -> list[dict[str, Any]]:
+        """Calls and bytes by axis and kind."""
+        counts = Counter((r.axis, r.kind) for r in self.records)
+        handed: Counter[tuple[str, str]] = Counter()
+        for record in self.records:
+            handed[record.axis, record.kind] += record.bytes
+        return [{"axis": a, "kind": k, "calls": n, "bytes": handed[a, k]} for (a, k), n in sorted(counts.items())]
+
+
+def totals(records: Iterable[Record]) -> dict[tuple[str, str], tuple[int, int]]:
+    """(axis, kind) → calls and bytes received, as `plan.traffic.totals` gives them by formula."""
+    calls: Counter[tuple[str, str]] = Counter()
+    received: Counter[tuple[str, str]] = Counter()
+    for record in records:
+        calls[record.axis, record.kind] += 1
+        received[record.axis, record.kind] += record.received
+    return {key: (calls[key], received[key]) for key in sorted(calls)}
+
+
+# A plain list, not a context variable: on GPUs autograd runs backward, and its collectives, in threads of its own.
+active: list[Recorder] = []
+"""The recorders that count now."""

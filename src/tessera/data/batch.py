@@ -1,0 +1,33 @@
+"""MicroBatch: what the loader gives to a step, and a step to the model."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The rows that one forward runs together; each row is one document unless `documents` says otherwise.
+
+    `input_ids` and `targets` are int64 [B, S]: targets[b, t] is the label of token t+1, or −100 for none, and `valid`
+    is the number of the others. `first_document` is the number of documents of the optimizer step before these, those
+    of other data ranks included: it makes a document's place in the step.
+
+    `positions` [B, S] has each token's place in its document; None: 0 … S−1 in every row. `documents` [B, S] has each
+    token's document, numbered within the micro-batch; None: row b is document b.
+    E.g. a row of two documents, of three tokens and two: positions 0 1 2 0 1, documents 0 0 0 1 1.
+    """
+
+    input_ids: Tensor
+    targets: Tensor
+    valid: int
+    first_document: int = 0
+    positions: Tensor | None = None
+    documents: Tensor | None = None
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The same micro-batch with its tensors on `device`."""
+        moved: dict[str, Any] = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **moved)

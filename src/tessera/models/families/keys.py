@@ -1,0 +1,91 @@
+"""Reading a config.json: its keys, checked, and what several families write alike.
+
+Keys that config.json lacks take the defaults of transformers' own config classes.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tessera.core.errors import UserError
+from tessera.nn.rope import RopeConfig
+from tessera.sizes.numbers import nearest
+
+ROPE_TYPES = {"default": "default", "llama3": "llama3"}
+
+
+class Keys:
+    """The keys of a config.json, or of a section of it, checked when read. A null counts as absent."""
+
+    def __init__(self, content: Mapping[str, Any], file: Path, section: str = "") -> None:
+        self.content = {key: value for key, value in content.items() if value is not None}
+        self.file, self.section_name = file, section
+
+    def error(self, key: str, reason: str, hint: str = "") -> UserError:
+        """The error that says why the value of `key` does not fit; the file is named."""
+        return UserError(self.section_name + key, self.content.get(key), f"{self.file}: {reason}", hint)
+
+    def _read(self, key: str, default: Any, wanted: str, fits: Callable[[Any], bool]) -> Any:
+        if key not in self.content:
+            if default is None:
+                raise self.error(key, "the key is missing", f"it is {wanted}")
+            return default
+        if not fits(self.content[key]):
+            raise self.error(key, f"is not {wanted}")
+        return self.content[key]
+
+    def size(self, key: str, default: int | None = None) -> int:
+        """A whole number of at least 1. Without a default the key must be given, here and below."""
+        return self._read(key, default, "a whole number of at least 1", lambda v: type(v) is int and v > 0)
+
+    def number(self, key: str, default: float | None = None, *, below: float = math.inf) -> float:
+        """A number from 0 to under `below`."""
+        wanted = "a number of at least 0" + (f" and below {below:g}" if below < math.inf else "")
+        return float(self._read(key, default, wanted, lambda v: type(v) in (int, float) and 0 <= v < below))
+
+    def flag(self, key: str, default: bool) -> bool:
+        return self._read(key, default, "true or false", lambda v: type(v) is bool)
+
+    def choice(self, key: str, default: str | None, known: Mapping[str, str]) -> str:
+        """What `known` gives for the text of `key`."""
+        wanted = f"one of those that are built: {', '.join(sorted(known))}"
+        return known[self._read(key, default, wanted, lambda v: isinstance(v, str) and v in known)]
+
+    def section(self, key: str) -> "Keys":
+        """The keys below `key`; none when it is absent."""
+        content = self._read(key, {}, "a section with keys", lambda v: isinstance(v, dict))
+        return Keys(content, self.file, f"{self.section_name}{key}.")
+
+
+def check_divides(keys: Keys, key: str, value: int, divisor_key: str, divisor: int) -> None:
+    """Raise UserError, with the nearest values that do, unless the value of `key` divides by that of `divisor_key`."""
+    if value % divisor:
+        hint = f"{key}: {nearest(value, divisor)}"
+        raise UserError(key, value, f"{keys.file}: does not divide by {divisor_key} = {divisor}", hint)
+
+
+def rope_config(keys: Keys, max_positions: int) -> RopeConfig:
+    """Rotary settings in either form: `rope_scaling` beside `rope_theta`, or all in `rope_parameters`."""
+    rope = keys.section("rope_scaling" if keys.content.get("rope_scaling") else "rope_parameters")
+    nested = [key for key, value in rope.content.items() if isinstance(value, dict)]
+    if nested:
+        raise rope.error(nested[0], "settings of their own for some layers are not built")
+    for place in (rope, keys):
+        if place.number("partial_rotary_factor", 1.0) != 1.0:
+            raise place.error("partial_rotary_factor", "rotating a part of each head is not built", "1.0")
+    theta = rope.number("rope_theta", keys.number("rope_theta", 10000.0))
+    kind = rope.choice("rope_type" if "rope_type" in rope.content else "type", "default", ROPE_TYPES)
+    if kind == "default":
+        return RopeConfig(theta)
+    original = rope.size("original_max_position_embeddings", max_positions)
+    config = RopeConfig(
+        theta,
+        rope.number("factor"),
+        rope.number("low_freq_factor"),
+        rope.number("high_freq_factor"),
+        keys.size("original_max_position_embeddings", original),
+    )
+    if config.high_freq_factor <= config.low_freq_factor:
+        raise rope.error("high_freq_factor", f"is not above low_freq_factor = {config.low_freq_factor:g}")
+    return config

@@ -1,0 +1,1 @@
+"""Kernels of attention, a file each; attend.py chooses among them."""

@@ -1,0 +1,18 @@
+"""Numbers and tables as a person reads them."""
+
+from tessera.core.text import human, human_range, mib, number_range, table_lines
+
+
+def test_ranges_of_bytes_name_each_unit_that_differs():
+    said = {(512, 512): "512 B", (512, 768): "512–768 B", (992, 1024): "992 B–1 KiB", (1024, 2**20): "1 KiB–1 MiB"}
+    assert {sizes: human_range(sizes) for sizes in said} == said
+
+
+def test_numbers_keep_three_digits_or_their_thousands():
+    assert [human(1023), human(32600), human(2**41)] == ["1023 B", "31.8 KiB", "2 TiB"]
+    assert mib(1536 * 2**20) == "1,536.0"
+    assert [number_range((5000, 5000)), number_range((7000, 5000))] == ["5,000", "5,000–7,000"]
+
+
+def test_columns_of_a_table_are_as_wide_as_their_widest_cell():
+    assert table_lines([("axis", "ranks"), ("replicate", "2")]) == ["  axis        ranks", "  replicate   2"]
