@@ -1,4 +1,4 @@
-"""Runs all tests in two processes side by side: many wait, for ranks, starting processes or timeouts, and leave cores idle.
+"""Runs all tests in two processes side by side: many wait, for ranks, processes or timeouts, and leave cores idle.
 
     python tests/side_by_side.py [options of pytest]
 
