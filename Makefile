@@ -22,12 +22,13 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# In two processes side by side; then the slowest thirty tests of each, and the seconds of each folder.
 test: lint
-	$(BIN)/pytest
+	$(BIN)/python tests/side_by_side.py --durations=30
 
 # What make test leaves out too: every pair of layouts, and others that repeat what is tested.
 test-all: lint
-	$(BIN)/pytest -m ""
+	$(BIN)/python tests/side_by_side.py --durations=30 -m ""
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/bench.py

@@ -45,6 +45,7 @@ from tessera.models.decoder import Decoder
 from tessera.nn.linear import ColumnParallelLinear, RowParallelLinear
 from tessera.nn.parameter import gather_whole, named_specs, to_local
 from tessera.plan.tune import Candidate, beside_fastest, candidates, tune
+from tessera.product.overlap import FORWARD
 from tessera.sizes.schedule import Schedule
 
 LAYERS = 3
@@ -139,7 +140,7 @@ class TesseraStack(nn.Module):
                     to_local(parameter).copy_(whole[spec.local_slices(mesh)])
 
     def forward(self, x: Tensor) -> Tensor:
-        self.parallel.overlap.begin(True)
+        self.parallel.overlap.begin(FORWARD)  # and its backward with it
         for up, down in self.layers:  # type: ignore[misc]
             x = x + down(F.gelu(up(x)))
         return x

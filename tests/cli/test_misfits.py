@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from support.forked import tessera
 from tessera.cli.main import main
 from tessera.launch import launch
-from train.runs import LLAMA, SETTINGS, command, run_command, save_rows
+from train.runs import LLAMA, SETTINGS, command, save_rows
 
 PANELS = [("schedule", "summa"), ("schedule", "cannon"), ("slices", 2)]
 OFF = {f"tensor_parallel_{switch}": False for switch in ("prefetch", "defer", "overlap")}
@@ -205,7 +206,7 @@ def test_a_misfit_is_told_before_the_number_of_processes(refused):
 
 def test_a_misfit_in_a_shell(settings, tmp_path):
     before = files(tmp_path)
-    done = run_command(settings | {"tensor_parallel_mode": "3d", "tensor_parallel_size": 6})
-    assert done.returncode == 2, done.stderr
-    assert "fits this model and batch" in done.stderr and "Traceback" not in done.stderr
+    done = tessera(*command(settings | {"tensor_parallel_mode": "3d", "tensor_parallel_size": 6})[3:])
+    assert done.codes == [2], done.err
+    assert "fits this model and batch" in done.err[0] and "Traceback" not in done.err[0]
     assert files(tmp_path).keys() - before.keys() == {tmp_path / "run.yaml"}

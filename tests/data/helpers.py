@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from tessera.data.samples import Place, Row, Split, open_rows, write_rows
+from tessera.data.samples import Origin, Sample, Split, open_samples, write_samples
 
 TEXT = "def add(a, b):\n    return a + b\n\n\ndef sub(a, b):\n    return a - b\n"
 
@@ -16,18 +16,18 @@ def entry(path: Path, type: str | None = None, field: str = "text") -> SimpleNam
 
 def all_rows(folder: Path, split: Split = "train") -> list[tuple[list[int], list[int]]]:
     """(tokens, labels) of every row, as lists."""
-    rows = open_rows(folder, split)
+    rows = open_samples(folder, split)
     return [(rows[i][0].tolist(), rows[i][1].tolist()) for i in range(len(rows))]
 
 
-PLACE = Place(Path("nowhere"))
+PLACE = Origin(Path("nowhere"))
 
 
 def row(tokens, labels=None):
-    return Row(np.array(tokens, np.int32), PLACE, None if labels is None else np.array(labels, np.int32))
+    return Sample(np.array(tokens, np.int32), PLACE, None if labels is None else np.array(labels, np.int32))
 
 
 def saved(folder, name, *rows):
     folder.mkdir(exist_ok=True)
-    write_rows(folder / name, rows)
-    return open_rows(folder, name)
+    write_samples(folder / name, rows)
+    return open_samples(folder, name)

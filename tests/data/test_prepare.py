@@ -236,7 +236,7 @@ def test_a_write_that_fails_keeps_what_was_there(tmp_path, write, settings, monk
             raise OSError(28, "No space left on device")
         return rename(folder, target)
 
-    monkeypatch.setattr(*((module, "write_rows") if writing else (Path, "rename")), full)
+    monkeypatch.setattr(*((module, "write_samples") if writing else (Path, "rename")), full)
     with pytest.raises(UserError, match="No space left"):
         prepare(settings(write("b.jsonl", TOKENS[1:])), None)
     assert listing(tmp_path / "out") == before

@@ -7,7 +7,7 @@ import pytest
 from tests.data.helpers import entry
 
 from tessera.core.errors import UserError
-from tessera.data.sources import alpaca_prompt, read_documents, read_files, read_token_rows
+from tessera.data.sources import alpaca_prompt, read_documents, read_files, read_token_samples
 
 
 def test_a_folder_is_read_in_sorted_order_without_hidden_and_empty_files(write):
@@ -94,7 +94,7 @@ def test_bad_files_are_named(write, name, content, says):
     path = write(name, content)
     with pytest.raises(UserError) as error:
         for file in read_files([entry(path)]):
-            read_token_rows(file) if file.kind == "tokenized" else read_documents(file)
+            read_token_samples(file) if file.kind == "tokenized" else read_documents(file)
     assert str(path) in str(error.value)
     assert says in str(error.value)
 
@@ -120,13 +120,13 @@ def test_token_rows_stay_as_they_are(write):
         {"input_ids": [5, 6, 7], "attention_mask": None, "labels": None},
     ]
     (file,) = read_files([entry(write("a.jsonl", rows))])
-    read = read_token_rows(file)
+    read = read_token_samples(file)
     assert all(row.tokens.dtype == np.int32 and row.tokens.tolist() == [5, 6, 7] for row in read)
     labels = [row.labels.tolist() if row.labels is not None else None for row in read]
     assert labels == [None, [-100, 6, 9], [5, 6, -100], [-100, -100, 7], None]
     assert [row.inner_masked for row in read] == [False, False, False, True, False]
     assert [row.targets() for row in read] == [2, 2, 1, 1, 2]
-    assert str(read[3].place) == f"{file.path}, line 4"
+    assert str(read[3].origin) == f"{file.path}, line 4"
 
 
 def test_alpaca_prompts(write):

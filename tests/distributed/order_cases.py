@@ -14,7 +14,9 @@ from tessera.data.batch import MicroBatch
 from tessera.engine.optimizer import build_optimizer
 from tessera.engine.step import Step
 from tessera.nn.parameter import to_local
+from tessera.nn.tokens import Tokens
 from tessera.product.gathered import distributed_product
+from tessera.product.overlap import BACKWARD, FORWARD, Pass
 from tessera.product.roles import Roles
 from tessera.sizes.schedule import Schedule
 
@@ -153,6 +155,52 @@ def interrupted(between: str, checkpointing: bool) -> list[bool]:
             step(batches(CONFIG, 3, seed=index, size=size), index, 1e-2)
         compare()
     return same
+
+
+# ---------------------------------------------------------------------------------------------- passes in any order
+
+IN_ORDER = ["F0", "B0", "F1", "B1", "F2", "B2"]
+
+
+def run_passes(step: Step, actions: list[str], announced: list[Pass | None], seed: int) -> None:
+    """Gradients of three micro-batches, their forwards (F0) and backwards (B0) begun as a pipeline begins them."""
+    model, losses = step.model, {}
+    model.zero_grad()
+    every = batches(CONFIG, 3, seed, size=2, length=4)
+    for action, then in zip(actions, announced, strict=True):
+        kind, place = action[0], int(action[1])
+        model.parallel.overlap.begin(PASSES[kind], then)
+        if kind == "F":
+            tokens = Tokens.of(every[place], model.parallel.streams, model.parallel.mesh)
+            losses[place] = model.loss(model.run_layers(model.embed(tokens), tokens), tokens, 1.0)
+        else:
+            losses.pop(place).backward()
+
+
+PASSES = {"F": FORWARD, "B": BACKWARD}
+
+
+def mixed(actions: list[str], announced: list[Pass | None], checkpointing: bool) -> list[tuple[bool, int, list[str]]]:
+    """For three steps of passes, mixed, moved early and late: whether the numbers are those of passes in order and
+    moved at once, how many gathers more there were, and what happened to the weights along `row`."""
+    schedules = Schedule(), Schedule(prefetch=True, defer=True)
+    plain, early = (made({"row": 2}, schedule, gradient_checkpointing=checkpointing) for schedule in schedules)
+    names, found = {elements * 8: name for name, elements in WEIGHTS.items()}, []
+    for seed in range(3):
+        with Recorder() as expected:
+            run_passes(plain, IN_ORDER, [None] * 6, seed)
+        with Recorder() as recorder:
+            run_passes(early, actions, announced, seed)
+        one, two = gradients(plain), gradients(early)
+        same = one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
+        gathers, others = (sum(r.kind == "all_gather" for r in of.records) for of in (recorder, expected))
+        events = [
+            f"{what} {names[record.bytes]}"
+            for what, record in recorder.events
+            if record.kind == "all_gather" and record.bytes in names
+        ]
+        found.append((same, gathers - others, events))
+    return found
 
 
 # ---------------------------------------------------------------------------------------------- one product

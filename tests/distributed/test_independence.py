@@ -46,7 +46,7 @@ def test_initial_weights_and_dropout_masks_do_not_depend_on_the_mesh(sizes, opti
         assert all(same) and len(same) == 7  # embedding, and three in each layer
 
 
-STEPS, SAME = 30, 1e-10
+STEPS, SAME = 12, 1e-10
 
 
 def test_a_run_takes_one_course_in_every_geometry():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from distributed.order_cases import BETWEEN, backward_order, changes, interrupted, order
+from distributed.order_cases import BETWEEN, PASSES, backward_order, changes, interrupted, mixed, order
 from support.pool import pool
 from tessera.sizes.schedule import Schedule
 
@@ -110,6 +110,34 @@ def test_keep_changes_counts_and_no_number():
         )  # of two steps of two micro-batches; X of column layers moves along col
         assert -sum(n for (_, axis, _), n in difference.items() if axis == "row") == products
         assert -sum(n for (_, axis, _), n in difference.items() if axis == "col") == products // 2
+
+
+MIXED = ["F0", "F1", "B0", "F2", "B1", "B2"]  # of the first rank of two stages
+ANNOUNCED = [*(PASSES[action[0]] for action in MIXED[1:]), None]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "recompute"])
+def test_mixed_passes_gather_each_weight_once_and_one_product_early(checkpointing):
+    first, *known = zip(*pool(2).run(mixed, MIXED, ANNOUNCED, checkpointing), strict=True)
+    assert all(same and more == 0 for same, more, _ in first), "while the orders are learnt"
+    backward = FORWARD + FORWARD[::-1] if checkpointing else FORWARD[::-1]
+    in_order = [name for action in MIXED for name in (FORWARD if action[0] == "F" else backward) * LAYERS]
+    for ranks in known:
+        for same, more, events in ranks:
+            assert same and more == 0
+            assert events == one_ahead(in_order)
+
+
+@pytest.mark.parametrize(
+    "announced, wasted",
+    [([None] * 6, 0), ([PASSES["B" if action[0] == "F" else "F"] for action in MIXED], 2)],
+    ids=["nothing", "as if in order"],
+)
+def test_what_is_announced_wrongly_costs_gathers_and_no_number(announced, wasted):
+    """As if in order: F0 announces a backward, but F1 comes; B1 a forward, but B2 comes; B2 the next step's forward."""
+    for *_, (same, more, events) in pool(2).run(mixed, MIXED, announced, False):
+        assert same and more == wasted
+        assert events != one_ahead([name.removeprefix("wait ") for name in events if name.startswith("wait")])
 
 
 @pytest.mark.parametrize("between", BETWEEN)

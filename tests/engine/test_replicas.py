@@ -58,7 +58,11 @@ def test_when_copies_are_compared(workshop: Workshop, tmp_path, every, saves, st
         ({"tensor_parallel_size": 4}, 4),
         (FSDP_TP, 4),
         (HSDP, 4),
-        ({"tensor_parallel_size": 8, "tensor_parallel_mode": "2.5d", "micro_batch_size": 4}, 8),
+        pytest.param(
+            {"tensor_parallel_size": 8, "tensor_parallel_mode": "2.5d", "micro_batch_size": 4},
+            8,
+            marks=pytest.mark.slow,
+        ),
         ({"tensor_parallel_size": 8, "tensor_parallel_mode": "3d", "micro_batch_size": 4}, 8),
     ],
     ids=["1d 4", "fsdp 2 × 1d 2", "hsdp 2×2", "2.5d 2×2×2", "3d 2×2×2"],

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from models.hub_models import rewritten
+from support.forked import tessera
 from support.pool import pool
 from tessera.cli.main import main
 from tessera.config.schema import TrainConfig
@@ -237,12 +238,13 @@ def test_weights_that_are_not_finite_stop_the_command_at_its_first_step(workshop
     with rewritten(folder / "model.safetensors") as tensors:
         tensors["model.layers.0.mlp.up_proj.weight"][3, 3] = float("inf")
     settings = workshop.settings("llama", tmp_path / "run", base_model=str(folder), tensor_parallel_size=2)
-    done = run_command(settings)
-    assert done.returncode == 1
-    assert done.stderr.startswith("step 1: loss nan, gradient norm nan; the weights were not updated")
+    done = tessera(*command(settings)[3:], ranks=2)
+    assert done.codes == [1, 1] and done.err[0] == done.err[1]
+    told = done.err[0]
+    assert told.startswith("step 1: loss nan, gradient norm nan; the weights were not updated")
     for cause in ("learning_rate: 0.001", "warm-up (2 steps)", "max_grad_norm: 1.0", "bf16: False"):
-        assert cause in done.stderr
-    assert "none was saved (save_steps)" in done.stderr and "Traceback" not in done.stderr
+        assert cause in told
+    assert "none was saved (save_steps)" in told and "Traceback" not in told
     assert metrics(settings) == []
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from tessera.core.errors import RunFailed
-from tessera.launch.launch import run_workers
+from tessera.launch.workers import run_workers
 
 RANK = """
 import os, pathlib, signal, sys, time
-from tessera.launch.launch import die_with_parent
+from tessera.launch.rank import die_with_parent
 assert die_with_parent(), "started by the launcher"
 rank, folder = int(os.environ["RANK"]), pathlib.Path(sys.argv[1])
 stop = []
@@ -34,7 +34,7 @@ FOREVER = "\nwhile True: time.sleep(0.02)\n"
 LAUNCHER = """
 import sys
 from tessera.core.errors import RunFailed
-from tessera.launch.launch import run_workers
+from tessera.launch.workers import run_workers
 try:
     run_workers(sys.argv[1:], 2)
 except RunFailed as error:

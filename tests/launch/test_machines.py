@@ -157,7 +157,7 @@ def test_a_killed_rank_is_started_again_and_goes_on(workshop, tmp_path, expected
 RANK = """
 import os, pathlib, sys, time
 from tessera.core.errors import RunFailed, UserError
-from tessera.launch.launch import as_rank
+from tessera.launch.rank import as_rank
 rank, attempt, folder = int(os.environ["RANK"]), int(os.environ["TESSERA_ATTEMPT"]), pathlib.Path(sys.argv[1])
 (folder / f"attempt-{attempt}-{rank}").touch()
 def work(ours):

@@ -14,7 +14,7 @@ from tessera.engine.gradients import sum_replicated_gradients
 from tessera.layout.streams import HIDDEN, column_parallel
 from tessera.nn.embedding import VocabParallelEmbedding
 from tessera.nn.linear import ColumnParallelLinear
-from tessera.nn.loss import Head, linear_cross_entropy
+from tessera.nn.loss import LossSpec, linear_cross_entropy
 
 T, K = 24, 16
 IGNORED = -100
@@ -103,7 +103,7 @@ def loss_errors(sizes: dict[str, int], sequence_parallel: bool, names: list[str]
 
 def vocabulary_loss(head: ColumnParallelLinear, x: Tensor, targets: Tensor, case: Case) -> Tensor:
     mesh = head.parallel.mesh
-    constants = Head(
+    constants = LossSpec(
         head.plan.roles(mesh),
         head.specs["weight"].local_slices(mesh)[0],
         case.vocabulary,
@@ -131,7 +131,7 @@ def tied_errors(vocabulary: int, sizes: dict[str, int], sequence_parallel: bool)
     fill(embedding, {"weight": weight})
     own, own_targets = (t.chunk(mesh.size(("row",)))[mesh.index(("row",))] for t in (ids, targets_of(case)))
     roles = column_parallel(parallel.residual).roles(mesh)
-    constants = Head(roles, embedding.vocabulary, vocabulary, case.denominator, case.smoothing)
+    constants = LossSpec(roles, embedding.vocabulary, vocabulary, case.denominator, case.smoothing)
     loss = linear_cross_entropy(embedding(own), embedding.local("weight"), None, own_targets, constants)
     loss.backward()
     sum_replicated_gradients(embedding, mesh)

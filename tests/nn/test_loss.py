@@ -10,7 +10,7 @@ from nn.shards import drawer, label, parallel_of, world
 from support.pool import pool
 from tessera.core.live_memory import PeakMemory
 from tessera.nn.linear import ColumnParallelLinear
-from tessera.nn.loss import Head, linear_cross_entropy
+from tessera.nn.loss import LossSpec, linear_cross_entropy
 from tessera.product.roles import Roles
 
 LAYOUTS = [
@@ -100,7 +100,7 @@ def test_its_gradients_are_handed_out_once():
     head = ColumnParallelLinear(4, 8, parallel_of({}))
     torch.nn.init.normal_(head.weight)
     x, targets = torch.ones(2, 4, dtype=torch.float64, requires_grad=True), torch.tensor([1, 2])
-    constants = Head(Roles(), slice(0, 8), 8, 2.0)
+    constants = LossSpec(Roles(), slice(0, 8), 8, 2.0)
     loss = linear_cross_entropy(x, head.local("weight"), None, targets, constants)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="handed out once"):
@@ -115,7 +115,7 @@ def test_full_logits_never_exist():
     targets = torch.randint(0, words, (tokens,))
     peaks = {}
     for chunk_tokens in (chunk, tokens):
-        constants = Head(Roles(), slice(0, words), words, float(tokens), chunk_tokens=chunk_tokens)
+        constants = LossSpec(Roles(), slice(0, words), words, float(tokens), chunk_tokens=chunk_tokens)
         with PeakMemory() as memory:
             linear_cross_entropy(x, head.local("weight"), None, targets, constants).backward()
         peaks[chunk_tokens] = memory.peak

@@ -16,6 +16,7 @@ import yaml
 from tessera.core import collectives
 from tessera.core.errors import UserError
 from tessera.core.mesh import Mesh
+from tessera.data.batch import MicroBatch
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import length_multiple
 from tessera.layout.streams import attention_layout, residual_layout
@@ -536,7 +537,7 @@ def runs_on(rank: int, tensor: TensorParallel, config: ModelConfig, batch: int) 
                 raise ValueError(f"{name} {spec.shape} does not divide over {axes}")
     multiple = length_multiple(batch, parallel.residual, mesh)
     ids = torch.zeros(batch, -(-3 // multiple) * multiple, dtype=torch.int64)
-    model(ids, ids, 1.0).backward()
+    model(MicroBatch(ids, ids, ids.numel()), 1.0).backward()
 
 
 def models(count: int, seed: int) -> Iterator[tuple[TensorParallel, ModelConfig, int]]:

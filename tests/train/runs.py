@@ -78,6 +78,8 @@ SETTINGS: dict[str, Any] = {
     "weight_decay": 0.1,
     "bf16": False,
 }
+THREE_STEPS = {"max_steps": 3, "warmup_steps": 1}
+"""Enough where a step is a step: a rate of zero, the highest, and one that has begun to fall."""
 Metrics = list[dict[str, Any]]
 
 

@@ -1,4 +1,4 @@
-"""Five steps of the trainer on data axes, alone and beside every geometry, against a plain loop over all the rows."""
+"""Three steps of the trainer on data axes, alone and beside every geometry, against a plain loop over all the rows."""
 
 import json
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from tessera.config.schema import TrainConfig
-from tessera.data.samples import open_rows
-from train.runs import Workshop, run
+from tessera.data.samples import open_samples
+from train.runs import THREE_STEPS, Workshop, run
 from train.test_parity import check
 
 
@@ -38,7 +38,7 @@ ROWS = 8  # of one micro-batch, over all data ranks
 
 
 def settings_of(workshop: Workshop, folder: Any, layout: str, model: str, **changes: Any) -> dict[str, Any]:
-    keys = LAYOUTS[layout] | changes
+    keys = THREE_STEPS | LAYOUTS[layout] | changes
     ranks = keys["dp_shard_size"] * keys["dp_replicate_size"]
     return workshop.settings(model, folder, micro_batch_size=ROWS // ranks, **keys)
 
@@ -48,14 +48,14 @@ def settings_of(workshop: Workshop, folder: Any, layout: str, model: str, **chan
 def test_a_run_equals_the_plain_loop(workshop: Workshop, plain, tmp_path, layout, model):
     """Two micro-batches a step; losses, gradient norms, and the weights that are handed out."""
     settings = settings_of(workshop, tmp_path / "run", layout, model)
-    check(settings, run(settings), plain(model, micro_batch_size=ROWS))
+    check(settings, run(settings), plain(model, **THREE_STEPS, micro_batch_size=ROWS))
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
 @pytest.mark.parametrize("layout", ["fsdp 2", pytest.param("hsdp 2×2", marks=pytest.mark.slow)])
 def test_switches_of_fsdp_change_no_number(workshop: Workshop, plain, tmp_path, layout, switch):
     settings = settings_of(workshop, tmp_path / "run", layout, MODELS[2], fsdp_config=SWITCHES[switch])
-    check(settings, run(settings), plain(MODELS[2], micro_batch_size=ROWS))
+    check(settings, run(settings), plain(MODELS[2], **THREE_STEPS, micro_batch_size=ROWS))
 
 
 def test_a_last_step_that_the_rows_do_not_fill_equals_the_plain_loop(workshop: Workshop, plain, tmp_path):
@@ -72,7 +72,7 @@ def test_the_held_out_loss_does_not_depend_on_the_layout(workshop: Workshop, tmp
     for place, layout in enumerate(("fsdp 2", "hsdp 2×2")):
         settings = settings_of(workshop, tmp_path / f"{place}", layout, "llama 64", max_steps=1, val_set_size=7)
         losses.append(run(settings)[-1]["eval_loss"])
-        assert len(open_rows(tmp_path / f"{place}" / "prepared", "eval")) == 7
+        assert len(open_samples(tmp_path / f"{place}" / "prepared", "eval")) == 7
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
@@ -80,7 +80,7 @@ def test_bf16_gathers_weights_in_bf16_and_sums_in_float32(workshop: Workshop, pl
     settings = settings_of(
         workshop, tmp_path / "run", "fsdp 2", "llama 64", bf16="auto", fsdp_config={"mixed_precision_policy": "bf16"}
     )
-    found, want = run(settings), plain("llama 64", micro_batch_size=ROWS)
+    found, want = run(settings), plain("llama 64", **THREE_STEPS, micro_batch_size=ROWS)
     assert [m["loss"] for m in found] == pytest.approx(want.losses, rel=0.02)
     assert found[0]["loss"] != pytest.approx(want.losses[0], rel=1e-6), "this was not bfloat16"
     moved = {c["kind"]: c["bytes"] for c in json.loads((tmp_path / "run" / "summary.json").read_text())["collectives"]

@@ -18,7 +18,7 @@ from tessera.train.announce import mesh_lines
 from tessera.train.links import best_numbering, groups_that_leave, leaving, traffic
 from tessera.train.settings import parallel_for, step_shape
 from train.on_rank import numbering_on_machines, train_on_machines
-from train.runs import Workshop, metrics, run
+from train.runs import THREE_STEPS, Workshop, metrics, run
 from train.test_parity import check
 
 GRID = {"tensor_parallel_mode": "2d", "tensor_parallel_size": 4}
@@ -141,13 +141,15 @@ NUMBERED = {
 def test_a_run_on_machines_equals_the_plain_loop(workshop: Workshop, plain, tmp_path, layout):
     """Numbered in another order than the usual; its checkpoint goes on in one process."""
     keys, here, order = NUMBERED[layout]
-    settings = workshop.settings("gpt2 64", tmp_path / "run", **{"micro_batch_size": 8, "save_steps": 3} | keys)
+    settings = workshop.settings(
+        "gpt2 64", tmp_path / "run", **THREE_STEPS | {"micro_batch_size": 8, "save_steps": 2} | keys
+    )
     said = pool(TrainConfig.model_validate(settings).world_size).run(train_on_machines, settings, here)[0]
     assert f"its ranks numbered as {order};" in said
-    check(settings, metrics(settings), plain("gpt2 64", micro_batch_size=8))
-    alone = workshop.settings("gpt2 64", tmp_path / "alone", micro_batch_size=8)
-    resumed = run(alone | {"resume_from_checkpoint": str(tmp_path / "run/checkpoint-3")})
-    for found, expected in zip(resumed, metrics(settings)[3:], strict=True):
+    check(settings, metrics(settings), plain("gpt2 64", **THREE_STEPS, micro_batch_size=8))
+    alone = workshop.settings("gpt2 64", tmp_path / "alone", **THREE_STEPS, micro_batch_size=8)
+    resumed = run(alone | {"resume_from_checkpoint": str(tmp_path / "run/checkpoint-2")})
+    for found, expected in zip(resumed, metrics(settings)[2:], strict=True):
         assert found["loss"] == pytest.approx(expected["loss"], rel=2e-5)
 
 

@@ -9,8 +9,9 @@ import transformers
 from torch import Tensor
 
 from models.hub_models import loaded
-from tessera.data.samples import open_rows
-from train.runs import Metrics, Plain, Workshop, exported, metrics, run, run_command
+from support.forked import tessera
+from tessera.data.samples import open_samples
+from train.runs import Metrics, Plain, Workshop, command, exported, metrics, run, run_command
 
 SAME = 2e-5
 SAME_WEIGHTS = 1e-5
@@ -86,8 +87,8 @@ def test_the_command_equals_the_plain_loop_and_transformers_loads_its_model(work
 
 def test_one_process_without_torch_distributed_equals_the_plain_loop(workshop: Workshop, plain, tmp_path):
     settings = workshop.settings("gpt2", tmp_path / "run", optimizer="adamw_torch")
-    done = run_command(settings)
-    assert done.returncode == 0, done.stderr
+    done = tessera(*command(settings)[3:])
+    assert done.codes == [0], done.err
     check(settings, metrics(settings), plain("gpt2"))
 
 
@@ -127,7 +128,7 @@ def test_the_held_out_loss_is_that_of_transformers(workshop: Workshop, tmp_path)
     assert "eval_loss" not in found[0]
     model = transformers.AutoModelForCausalLM.from_pretrained(settings["output_dir"])
     total, count = 0.0, 0
-    rows = open_rows(tmp_path / "run" / "prepared", "eval")
+    rows = open_samples(tmp_path / "run" / "prepared", "eval")
     assert len(rows) == 5
     for tokens, labels in (rows[i] for i in range(5)):
         scores = logits(model, torch.tensor(tokens[None].astype("int64")))[0, :-1]

@@ -46,8 +46,15 @@ def without_rows(path: Path, rows: Path, first: int, count: int) -> dict[str, An
     return {"datasets": [{"path": str(path)}]}
 
 
-@pytest.mark.parametrize("factor", [math.nan, math.inf])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "factor"),
+    [
+        *((layout, math.nan) for layout in LAYOUTS),
+        ("one process", math.inf),
+        ("1d 2", math.inf),
+        *(pytest.param(layout, math.inf, marks=pytest.mark.slow) for layout in ("fsdp 2", "hsdp 2×2", "2.5d 2×1×2")),
+    ],
+)
 def test_a_skipped_step_changes_nothing_and_the_next_takes_the_next_rows(workshop: Workshop, tmp_path, layout, factor):
     """As if its rows had never been in the data; weights and optimizer stay bit for bit."""
     settings, world = skipping(workshop, tmp_path / "run", layout, save_steps=1), WORLDS[layout]

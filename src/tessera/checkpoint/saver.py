@@ -72,11 +72,7 @@ class Saver:
         final = self.output_dir / f"checkpoint-{state.step}"
         tensors = model_tensors(model) | optimizer_tensors(model, optimizer)
         writer = Writer(final, state, self.keep, self._copies if self.asynchronous else None)
-        how: dict[str, Any] = {
-            "storage_writer": writer,
-            "process_group": self._group,
-            "no_dist": not self.together,
-        }
+        how: dict[str, Any] = {"storage_writer": writer, "process_group": self._group, "no_dist": not self.together}
         self._settled.clear()
         try:
             (self._begin if self.asynchronous else self._do)(writer, tensors, how)

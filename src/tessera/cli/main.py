@@ -8,6 +8,11 @@ import typer
 from tessera import __version__
 from tessera.core.errors import RunFailed, UserError
 
+Config = Annotated[Path, typer.Argument(help="The YAML file of the run.", metavar="CONFIG")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a key of the file (repeatable).")
+]
+
 app = typer.Typer(
     name="tessera",
     help="Train Transformer language models with tensor parallelism.",
@@ -34,16 +39,13 @@ def _options(
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="The YAML file of the run.", metavar="CONFIG")],
+    config: Config,
     num_processes: Annotated[
         int | None,
         typer.Option(min=1, help="Processes of all machines; without it the product of the sizes in the file."),
     ] = None,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Same as --set max_steps=N.")] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Replace a key of the file (repeatable)."),
-    ] = None,
+    overrides: Overrides = None,
     per_machine: Annotated[
         int | None, typer.Option("--nproc-per-node", min=1, help="Processes to start on this machine.")
     ] = None,
@@ -75,7 +77,7 @@ def train(
 
 @app.command()
 def launch(
-    config: Annotated[Path, typer.Argument(help="The YAML file of the run.", metavar="CONFIG")],
+    config: Config,
     slurm: Annotated[bool, typer.Option("--slurm", help="Write a batch script for Slurm.")] = False,
     output: Annotated[Path | None, typer.Option(help="Where to write it; unset: to the terminal.")] = None,
     nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
@@ -86,10 +88,7 @@ def launch(
     job_name: Annotated[str, typer.Option(help="The job's name.")] = "tessera",
     main_process_port: Annotated[int, typer.Option(min=1, max=65535, help="Where machine 0 listens.")] = 29500,
     max_restarts: Annotated[int, typer.Option(min=0, help="Restarts after a failure, within the job.")] = 0,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Replace a key of the file (repeatable)."),
-    ] = None,
+    overrides: Overrides = None,
 ) -> None:
     """Write a batch script that trains on several machines, saves before its time limit and goes on by itself."""
     from tessera.cli.launch import Job, launch
@@ -122,11 +121,8 @@ def demo_memory(
 
 @app.command()
 def inspect(
-    config: Annotated[Path, typer.Argument(help="The YAML file of the run.", metavar="CONFIG")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Replace a key of the file (repeatable)."),
-    ] = None,
+    config: Config,
+    overrides: Overrides = None,
     weight: Annotated[str | None, typer.Option(help="The parameter to picture; without it the first up.")] = None,
     activation: Annotated[
         str | None,
@@ -160,7 +156,7 @@ def count(
 
 @app.command()
 def verify(
-    config: Annotated[Path, typer.Argument(help="The YAML file of the run.", metavar="CONFIG")],
+    config: Config,
     full: Annotated[bool, typer.Option("--full", help="At the model's own sizes instead of in miniature.")] = False,
     all_layouts: Annotated[
         int | None, typer.Option(min=1, metavar="RANKS", help="Verify every layout of so many ranks.")
@@ -170,10 +166,7 @@ def verify(
         typer.Option(metavar="K|all", help="Leave out the K-th collective of a step, or each in turn: is it caught?"),
     ] = None,
     report: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write what was found as JSON.")] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Replace a key of the file (repeatable)."),
-    ] = None,
+    overrides: Overrides = None,
 ) -> None:
     """Prove that a layout computes what one process computes: loss, every gradient, weights, and traffic by formula."""
     from tessera.cli.verify import Asked, verify
@@ -186,8 +179,7 @@ def convert(
     source: Annotated[Path, typer.Argument(help="A checkpoint-N folder, or a Hugging Face one.", metavar="FROM")],
     target: Annotated[Path, typer.Argument(help="The folder to write, new or empty.", metavar="TO")],
     config: Annotated[
-        Path | None,
-        typer.Option(help="A folder with config.json and tokenizer; without it where the run had them."),
+        Path | None, typer.Option(help="A folder with config.json and tokenizer; without it where the run had them.")
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; without it as in the checkpoint.")

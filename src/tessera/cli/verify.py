@@ -5,7 +5,7 @@ this command too, and are handed there what the file says.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -26,9 +26,6 @@ from tessera.verify.cases import Case, cases_of, every_case
 from tessera.verify.check import Checker, count_collectives
 from tessera.verify.session import Session, conclude
 
-Subject = tuple[TrainConfig, ModelConfig]
-"""What is verified: the config of a file, and the model that it names."""
-_SUBJECT = TypeAdapter(Subject)
 EVERY = "all"
 
 
@@ -42,15 +39,10 @@ class Asked:
     inject: str | None = None
     report: Path | None = None
 
-    def words(self) -> Iterator[str]:
-        """The same as words of a command line."""
-        for override in self.overrides:
-            yield from ("--set", override)
-        if self.full:
-            yield "--full"
-        for option, value in (("--all-layouts", self.all_layouts), ("--inject", self.inject), ("--json", self.report)):
-            if value is not None:
-                yield from (option, str(value))
+
+Subject = tuple[TrainConfig, ModelConfig, Asked]
+"""What is verified, and how: the ranks are handed it."""
+_SUBJECT = TypeAdapter(Subject)
 
 
 @dataclass(frozen=True)
@@ -66,14 +58,14 @@ class Work:
 def verify(config_path: Path, asked: Asked) -> None:
     """Verify, and print what was found. Raises UserError before a rank is started, RunFailed for what is wrong."""
     if is_rank():
-        as_rank(lambda ours: _run_rank(_SUBJECT.validate_json(handed()) if ours else _read(config_path, asked), asked))
+        as_rank(lambda ours: _run_rank(*_SUBJECT.validate_json(handed()) if ours else _read(config_path, asked)))
         return
     subject = _read(config_path, asked)
-    world = _work(subject, asked).world
+    world = _work(*subject).world
     devices.stay_on_cpu_without_gpus(world)
     text, command = _SUBJECT.dump_json(subject, exclude_unset=True).decode(), ["-P", "-m", "tessera", "verify"]
     try:
-        run_workers([*command, str(config_path), *asked.words()], world, restarts=Restarts(handed=lambda _: text))
+        run_workers([*command, str(config_path)], world, restarts=Restarts(handed=lambda _: text))
     except RunFailed as failure:
         if failure.exit_code > 128:  # by a signal
             raise RunFailed("stopped before everything was verified", failure.exit_code) from None
@@ -81,16 +73,15 @@ def verify(config_path: Path, asked: Asked) -> None:
 
 
 def _read(config_path: Path, asked: Asked) -> Subject:
-    """The config of the file, and the model that it names."""
+    """The file, and the config.json that it names."""
 
     config, _ = load_config(config_path, asked.overrides)
-    return config, model_of(config)
+    return config, model_of(config), asked
 
 
-def _work(subject: Subject, asked: Asked) -> Work:
+def _work(config: TrainConfig, model: ModelConfig, asked: Asked) -> Work:
     """The layouts asked for. Raises UserError for what does not fit."""
 
-    config, model = subject
     if asked.report is not None and (asked.report.is_dir() or not asked.report.absolute().parent.is_dir()):
         raise UserError("--json", asked.report, "is a folder, or in one that does not exist")
     world = asked.all_layouts or config.world_size
@@ -123,9 +114,9 @@ def _check_injection(asked: Asked, cases: list[Case]) -> None:
         raise UserError("--inject", asked.inject, reason, f"1 to {there_are}, or {EVERY}")
 
 
-def _run_rank(subject: Subject, asked: Asked) -> None:
+def _run_rank(config: TrainConfig, model: ModelConfig, asked: Asked) -> None:
 
-    work = _work(subject, asked)
+    work = _work(config, model, asked)
     if int(os.environ["WORLD_SIZE"]) != work.world:
         raise UserError("WORLD_SIZE", os.environ["WORLD_SIZE"], f"the layout has {work.world} ranks")
     device = devices.local_device()

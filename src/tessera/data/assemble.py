@@ -9,8 +9,8 @@ from typing import Protocol
 import numpy as np
 
 from tessera.core.errors import UserError
-from tessera.data.samples import IGNORED, Ids, Place, Row
-from tessera.data.sources import DatasetSettings, Document, SourceFile, read_token_rows
+from tessera.data.samples import IGNORED, Ids, Origin, Sample
+from tessera.data.sources import DatasetSettings, Document, SourceFile, read_token_samples
 from tessera.data.tokenizer import TextTokenizer
 
 
@@ -48,15 +48,15 @@ Member = tuple[SourceFile, list[Document]]
 """A file with its documents (none: it is tokenized, and read as rows)."""
 
 
-def assemble_rows(
+def assemble_samples(
     config: DataSettings, members: Sequence[Member], tokenizer: TextTokenizer | None, counts: Counter[str]
-) -> list[Row]:
+) -> list[Sample]:
     """The rows of all files in their order; neighbouring text files are one stream, cut into windows.
 
     `counts` gets the numbers of rows dropped, truncated, left out and masked inside, under the names of the
     manifest. `tokenizer` may be None when every file is tokenized. UserError: no row is left.
     """
-    rows: list[Row] = []
+    rows: list[Sample] = []
     for is_text, group in groupby(members, key=lambda member: member[0].kind == "text"):
         if is_text:
             documents = [document for _, found in group for document in found]
@@ -64,9 +64,9 @@ def assemble_rows(
             continue
         for file, documents in group:
             if file.kind == "tokenized":
-                rows += _fit(config, read_token_rows(file), counts, keep_dull=True)
+                rows += _fit(config, read_token_samples(file), counts, keep_dull=True)
             else:
-                new = _document_rows(documents, tokenizer, config.train_on_inputs)
+                new = _document_samples(documents, tokenizer, config.train_on_inputs)
                 rows += _fit(config, new, counts)
     if not rows:
         long, dull = counts["dropped_rows"], counts["dull_rows"]
@@ -76,7 +76,7 @@ def assemble_rows(
     return rows
 
 
-def _windows(documents: list[Document], tokenizer: TextTokenizer | None, length: int) -> list[Row]:
+def _windows(documents: list[Document], tokenizer: TextTokenizer | None, length: int) -> list[Sample]:
     """The documents behind one another, end-of-sequence tokens between them, in rows of `length` tokens."""
     assert tokenizer is not None
     end = np.array([tokenizer.eos_id], np.int32)
@@ -84,11 +84,13 @@ def _windows(documents: list[Document], tokenizer: TextTokenizer | None, length:
     for ids in tokenizer.encode([document.text for document in documents]):
         pieces += [ids, end]
     stream = np.concatenate(pieces[:-1])
-    place = documents[0].place if len(documents) == 1 else Place(documents[0].place.path.parent)
-    return [Row(stream[start : start + length], place) for start in range(0, len(stream), length)]
+    origin = documents[0].origin if len(documents) == 1 else Origin(documents[0].origin.path.parent)
+    return [Sample(stream[start : start + length], origin) for start in range(0, len(stream), length)]
 
 
-def _document_rows(documents: list[Document], tokenizer: TextTokenizer | None, train_on_inputs: bool) -> list[Row]:
+def _document_samples(
+    documents: list[Document], tokenizer: TextTokenizer | None, train_on_inputs: bool
+) -> list[Sample]:
     """A row a document: prompt, text, end of sequence.
 
     Prompt and text are tokenized apart: the prompt's tokens are then those that generation starts from.
@@ -97,17 +99,17 @@ def _document_rows(documents: list[Document], tokenizer: TextTokenizer | None, t
     end = np.array([tokenizer.eos_id], np.int32)
     if not any(document.prompt for document in documents):
         texts = tokenizer.encode([document.text for document in documents])
-        return [Row(np.concatenate([ids, end]), d.place) for d, ids in zip(documents, texts, strict=True)]
+        return [Sample(np.concatenate([ids, end]), d.origin) for d, ids in zip(documents, texts, strict=True)]
     prompts = tokenizer.encode([document.prompt for document in documents])
     texts = tokenizer.encode([document.text for document in documents], special=False)
     rows = []
     for document, prompt, text in zip(documents, prompts, texts, strict=True):
         labels = None if train_on_inputs else np.concatenate([np.full_like(prompt, IGNORED), text, end])
-        rows.append(Row(np.concatenate([prompt, text, end]), document.place, labels))
+        rows.append(Sample(np.concatenate([prompt, text, end]), document.origin, labels))
     return rows
 
 
-def _fit(config: DataSettings, rows: list[Row], counts: Counter[str], keep_dull: bool = False) -> list[Row]:
+def _fit(config: DataSettings, rows: list[Sample], counts: Counter[str], keep_dull: bool = False) -> list[Sample]:
     """Drop, cut or refuse rows longer than `sequence_len`, and leave out dull ones, which have no target.
 
     Tokenized rows keep the dull ones: whoever made them may count on their number and order.
@@ -116,7 +118,7 @@ def _fit(config: DataSettings, rows: list[Row], counts: Counter[str], keep_dull:
     too_long = [row for row in rows if len(row.tokens) > limit]
     if too_long and strategy == "raise":
         longest = max(len(row.tokens) for row in too_long)
-        reason = f"{len(too_long):,} rows exceed sequence_len {limit}; the first: {too_long[0].place}"
+        reason = f"{len(too_long):,} rows exceed sequence_len {limit}; the first: {too_long[0].origin}"
         hint = f"sequence_len: {longest} holds the longest; or excess_length_strategy: drop, or truncate"
         raise UserError("excess_length_strategy", strategy, reason, hint)
     if strategy == "truncate":

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from tessera.data.batch import MicroBatch
-from tessera.data.samples import EPOCH_ORDER, IGNORED, Rows, shuffled
+from tessera.data.samples import EPOCH_ORDER, IGNORED, Samples, shuffled
 
 
 class Loader:
@@ -28,7 +28,7 @@ class Loader:
 
     def __init__(
         self,
-        rows: Rows,
+        rows: Samples,
         micro_batch_size: int,
         accumulation: int,
         seed: int,

@@ -15,8 +15,8 @@ from pathlib import Path
 import tokenizers
 
 from tessera.core.errors import UserError
-from tessera.data.assemble import DataSettings, assemble_rows
-from tessera.data.samples import HELD_OUT, Row, Split, shuffled, write_rows
+from tessera.data.assemble import DataSettings, assemble_samples
+from tessera.data.samples import HELD_OUT, Sample, Split, shuffled, write_samples
 from tessera.data.sources import SourceFile, read_documents, read_files
 from tessera.data.tokenizer import TextTokenizer, load_tokenizer, save_tokenizer, train_bpe
 
@@ -104,7 +104,7 @@ def prepare(config: DataSettings, vocab_size: int | None, folder: Path | None = 
     if isinstance(tokenizer, int):
         tokenizer = train_bpe((d.prompt + d.text for _, found in members for d in found), tokenizer)
     counts: Counter[str] = Counter()
-    rows = assemble_rows(config, members, tokenizer, counts)
+    rows = assemble_samples(config, members, tokenizer, counts)
     splits = _split(rows, config.val_set_size, config.seed)
     manifest = _manifest(config, key, splits, tokenizer, counts)
     _check_vocabulary(manifest, vocab_size)
@@ -141,7 +141,7 @@ def _cache_key(config: DataSettings, files: list[SourceFile], tokenizer: TextTok
     return blake2b(json.dumps(settings).encode(), digest_size=16).hexdigest()
 
 
-def _split(rows: list[Row], val_set_size: int | float, seed: int) -> tuple[list[Row], list[Row]]:
+def _split(rows: list[Sample], val_set_size: int | float, seed: int) -> tuple[list[Sample], list[Sample]]:
     """Rows to train on and rows held out, each in the order of `rows`, the latter drawn from `seed`."""
     if not val_set_size:
         return rows, []
@@ -158,7 +158,7 @@ def _split(rows: list[Row], val_set_size: int | float, seed: int) -> tuple[list[
 def _manifest(
     config: DataSettings,
     key: str,
-    splits: tuple[list[Row], list[Row]],
+    splits: tuple[list[Sample], list[Sample]],
     tokenizer: TextTokenizer | None,
     counts: Counter[str],
 ) -> Manifest:
@@ -166,8 +166,8 @@ def _manifest(
     targets = [sum(row.targets() for row in rows) for rows in splits]
     for name, rows, learnt in zip(SPLITS, splits, targets, strict=True):
         if rows and not learnt:
-            raise UserError("datasets", rows[0].place.path, f"no row of the {name} split has a token to learn")
-    largest = max((row for rows in splits for row in rows), key=Row.largest)
+            raise UserError("datasets", rows[0].origin.path, f"no row of the {name} split has a token to learn")
+    largest = max((row for rows in splits for row in rows), key=Sample.largest)
     return Manifest(
         key=key,
         train_rows=len(train),
@@ -182,7 +182,7 @@ def _manifest(
         dull_rows=counts["dull_rows"],
         inner_masked=counts["inner_masked"],
         largest_token=largest.largest(),
-        largest_token_place=str(largest.place),
+        largest_token_place=str(largest.origin),
         tokenizer=None if tokenizer is None else str(tokenizer.folder or TRAINED),
         tokenizer_size=tokenizer.vocab_size if tokenizer else None,
         eos_token_id=tokenizer.eos_id if tokenizer else None,
@@ -222,7 +222,7 @@ def _read_manifest(folder: Path) -> Manifest | None:
 
 
 def _write(
-    folder: Path, splits: tuple[list[Row], list[Row]], manifest: Manifest, tokenizer: TextTokenizer | None
+    folder: Path, splits: tuple[list[Sample], list[Sample]], manifest: Manifest, tokenizer: TextTokenizer | None
 ) -> None:
     """Write everything beside `folder`, then rename it into place: a folder with a manifest is whole."""
     beside, old = (folder.with_name(f".{folder.name}.{os.getpid()}{suffix}") for suffix in ("", ".old"))
@@ -232,7 +232,7 @@ def _write(
         beside.mkdir(parents=True)
         for split, rows in zip(SPLITS, splits, strict=True):
             if rows:
-                write_rows(beside / split, rows)
+                write_samples(beside / split, rows)
         if tokenizer and manifest.tokenizer == TRAINED:
             save_tokenizer(tokenizer, beside)
         (beside / "manifest.json").write_text(json.dumps(asdict(manifest), indent=2) + "\n")

@@ -23,7 +23,7 @@ Ids = NDArray[np.int32]
 Split = Literal["train", "eval"]
 
 
-class Place(NamedTuple):
+class Origin(NamedTuple):
     """Where a row comes from, for messages: a file, and the line in it (None: the whole file)."""
 
     path: Path
@@ -34,14 +34,14 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Row:
+class Sample:
     """One row in memory. `labels` is None where they equal the tokens.
 
     `inner_masked`: its attention mask hid a token before one it did not hide, which attention here will see.
     """
 
     tokens: Ids
-    place: Place
+    origin: Origin
     labels: Ids | None = None
     inner_masked: bool = False
 
@@ -55,13 +55,13 @@ class Row:
         """The largest id among tokens and labels."""
         return int(max(self.tokens.max(), IGNORED if self.labels is None else self.labels.max()))
 
-    def cut(self, length: int) -> "Row":
+    def cut(self, length: int) -> "Sample":
         """The row without what lies beyond `length` tokens."""
         labels = None if self.labels is None else self.labels[:length]
         return replace(self, tokens=self.tokens[:length], labels=labels)
 
 
-class Rows:
+class Samples:
     """A split on disk: `rows[i]` is (input_ids, labels), both int32 of one length, views of mapped files."""
 
     def __init__(self, tokens: Ids, labels: Ids | None, offsets: NDArray[np.int64]) -> None:
@@ -82,7 +82,7 @@ class Rows:
         return int(self._offsets[index + 1] - self._offsets[index])
 
 
-def write_rows(folder: Path, rows: Sequence[Row]) -> None:
+def write_samples(folder: Path, rows: Sequence[Sample]) -> None:
     """Write one split (at least one row) into the new folder `folder`."""
     folder.mkdir()
     offsets = np.cumsum([0, *(len(row.tokens) for row in rows)], dtype=np.int64)
@@ -94,14 +94,14 @@ def write_rows(folder: Path, rows: Sequence[Row]) -> None:
         np.save(folder / "labels.npy", labels)
 
 
-def open_rows(folder: Path, split: Split) -> Rows:
+def open_samples(folder: Path, split: Split) -> Samples:
     """Map the rows that `prepare` wrote into `folder`. FileNotFoundError where the split has no rows."""
 
     def load(name: str) -> NDArray:
         return np.load(folder / split / name, mmap_mode="r", allow_pickle=False)
 
     has_labels = (folder / split / "labels.npy").exists()
-    return Rows(load("tokens.npy"), load("labels.npy") if has_labels else None, load("offsets.npy"))
+    return Samples(load("tokens.npy"), load("labels.npy") if has_labels else None, load("offsets.npy"))
 
 
 def shuffled(count: int, *seed: int) -> NDArray[np.int64]:
@@ -114,7 +114,7 @@ def shuffled(count: int, *seed: int) -> NDArray[np.int64]:
     return np.argsort(draws, kind="stable")
 
 
-def unigram_entropy(train: Rows, held_out: Rows, vocab_size: int) -> float:
+def unigram_entropy(train: Samples, held_out: Samples, vocab_size: int) -> float:
     """Nats per target that a model knowing only token frequencies loses on held-out rows.
 
     The cross entropy, over the targets of `held_out`, of the distribution of the targets of `train` with
@@ -127,7 +127,7 @@ def unigram_entropy(train: Rows, held_out: Rows, vocab_size: int) -> float:
     return float(-(seen * log_p).sum() / seen.sum())
 
 
-def _target_counts(rows: Rows, vocab_size: int) -> NDArray[np.int64]:
+def _target_counts(rows: Samples, vocab_size: int) -> NDArray[np.int64]:
     counts = np.zeros(vocab_size, np.int64)
     for index in range(len(rows)):
         targets = rows[index][1][1:]

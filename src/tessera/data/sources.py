@@ -23,9 +23,9 @@ from typing import Any, BinaryIO, Literal, Protocol
 import numpy as np
 
 from tessera.core.errors import UserError
-from tessera.data.samples import IGNORED, Ids, Place, Row
+from tessera.data.samples import IGNORED, Ids, Origin, Sample
 
-Kind = Literal["text", "lines", "alpaca", "tokenized"]
+FileKind = Literal["text", "lines", "alpaca", "tokenized"]
 BLOCK = 1 << 20
 """Bytes hashed at a time."""
 
@@ -50,7 +50,7 @@ class SourceFile:
 
     path: Path
     digest: str
-    kind: Kind
+    kind: FileKind
     field: str
 
 
@@ -58,7 +58,7 @@ class SourceFile:
 class Document:
     """Text to learn, behind a `prompt` that is only read (or learnt too, with `train_on_inputs`)."""
 
-    place: Place
+    origin: Origin
     text: str
     prompt: str = ""
 
@@ -112,7 +112,7 @@ def _digest(path: Path) -> str:
     return digest.hexdigest() if says_something else ""
 
 
-def _kind(path: Path, entry: DatasetSettings) -> Kind:
+def _kind(path: Path, entry: DatasetSettings) -> FileKind:
     jsonl = path.suffix == ".jsonl"
     if entry.type == "alpaca":
         return "alpaca"
@@ -129,7 +129,7 @@ def _kind(path: Path, entry: DatasetSettings) -> Kind:
     return "text"
 
 
-def _recognise(path: Path, field: str) -> Kind:
+def _recognise(path: Path, field: str) -> FileKind:
     _, row = next(_json_lines(path))
     if "input_ids" in row:
         return "tokenized"
@@ -148,58 +148,58 @@ def read_documents(file: SourceFile) -> list[Document]:
         with _opened(file.path) as opened:
             content = opened.read()
         try:
-            return [Document(Place(file.path), content.decode("utf-8"))]
+            return [Document(Origin(file.path), content.decode("utf-8"))]
         except UnicodeDecodeError as error:
             reason = f"is not UTF-8 text: byte {error.start} is 0x{content[error.start]:02x}"
             raise UserError("datasets", file.path, reason) from error
     read = _alpaca if file.kind == "alpaca" else _line
-    return [read(row, place, file.field) for place, row in _json_lines(file.path)]
+    return [read(row, origin, file.field) for origin, row in _json_lines(file.path)]
 
 
-def read_token_rows(file: SourceFile) -> list[Row]:
+def read_token_samples(file: SourceFile) -> list[Sample]:
     """The rows of a tokenized file as they are: `input_ids`, optional `labels` (unshifted), `attention_mask`.
 
     Masked positions become ignored labels.
     """
-    return [_token_row(row, place) for place, row in _json_lines(file.path)]
+    return [_token_sample(row, origin) for origin, row in _json_lines(file.path)]
 
 
-def _json_lines(path: Path) -> Iterator[tuple[Place, dict[str, Any]]]:
+def _json_lines(path: Path) -> Iterator[tuple[Origin, dict[str, Any]]]:
     """Place and object of every line that is not blank; the file has at least one."""
     with _opened(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
-            place = Place(path, number)
+            origin = Origin(path, number)
             try:
                 row = json.loads(line.removesuffix(b"\n").decode("utf-8"))
             except (ValueError, RecursionError) as error:
-                raise UserError("datasets", place, f"not valid JSON: {error}", "one JSON object per line") from error
+                raise UserError("datasets", origin, f"not valid JSON: {error}", "one JSON object per line") from error
             if not isinstance(row, dict):
-                raise UserError("datasets", place, "not a JSON object", "one JSON object per line")
-            yield place, row
+                raise UserError("datasets", origin, "not a JSON object", "one JSON object per line")
+            yield origin, row
 
 
-def _string(row: dict[str, Any], key: str, place: Place) -> str:
+def _string(row: dict[str, Any], key: str, origin: Origin) -> str:
     value = row.get(key)
     if not isinstance(value, str):
         found = f"the row has {', '.join(row) or 'no key'}" if key not in row else f"it is {type(value).__name__}"
-        raise UserError("datasets", place, f"`{key}` must be a string; {found}", "`field` names the key of the text")
+        raise UserError("datasets", origin, f"`{key}` must be a string; {found}", "`field` names the key of the text")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which is no character
-        raise UserError("datasets", place, f"`{key}` is not valid Unicode: {error}") from error
+        raise UserError("datasets", origin, f"`{key}` is not valid Unicode: {error}") from error
     return value
 
 
-def _line(row: dict[str, Any], place: Place, field: str) -> Document:
-    return Document(place, _string(row, field, place))
+def _line(row: dict[str, Any], origin: Origin, field: str) -> Document:
+    return Document(origin, _string(row, field, origin))
 
 
-def _alpaca(row: dict[str, Any], place: Place, field: str) -> Document:
-    instruction, output = _string(row, "instruction", place), _string(row, "output", place)
-    given = _string(row, "input", place) if row.get("input") is not None else ""
-    return Document(place, output, prompt=alpaca_prompt(instruction, given))
+def _alpaca(row: dict[str, Any], origin: Origin, field: str) -> Document:
+    instruction, output = _string(row, "instruction", origin), _string(row, "output", origin)
+    given = _string(row, "input", origin) if row.get("input") is not None else ""
+    return Document(origin, output, prompt=alpaca_prompt(instruction, given))
 
 
 def alpaca_prompt(instruction: str, given: str = "") -> str:
@@ -212,27 +212,27 @@ def alpaca_prompt(instruction: str, given: str = "") -> str:
     return f"{task}. {close}\n\n### Instruction:\n{instruction}\n\n{section}### Response:\n"
 
 
-def _token_row(row: dict[str, Any], place: Place) -> Row:
-    tokens = _integers(row, "input_ids", place)
+def _token_sample(row: dict[str, Any], origin: Origin) -> Sample:
+    tokens = _integers(row, "input_ids", origin)
     if (tokens < 0).any():
-        raise UserError("datasets", place, f"`input_ids` holds the negative token {tokens.min()}")
+        raise UserError("datasets", origin, f"`input_ids` holds the negative token {tokens.min()}")
     labels = None
     if row.get("labels") is not None:
-        labels = _integers(row, "labels", place, length=len(tokens))
+        labels = _integers(row, "labels", origin, length=len(tokens))
         wrong = labels[(labels < 0) & (labels != IGNORED)]
         if wrong.size:
-            raise UserError("datasets", place, f"`labels` holds {wrong[0]}", f"token ids, or {IGNORED} to ignore")
+            raise UserError("datasets", origin, f"`labels` holds {wrong[0]}", f"token ids, or {IGNORED} to ignore")
     inner_masked = False
     if row.get("attention_mask") is not None:
-        mask = _integers(row, "attention_mask", place, length=len(tokens))
+        mask = _integers(row, "attention_mask", origin, length=len(tokens))
         if not np.isin(mask, (0, 1)).all():
-            raise UserError("datasets", place, "`attention_mask` must hold 0 and 1 alone")
+            raise UserError("datasets", origin, "`attention_mask` must hold 0 and 1 alone")
         labels = np.where(mask == 1, tokens if labels is None else labels, np.int32(IGNORED))
         inner_masked = bool((np.diff(mask) > 0).any())
-    return Row(tokens, place, labels, inner_masked)
+    return Sample(tokens, origin, labels, inner_masked)
 
 
-def _integers(row: dict[str, Any], key: str, place: Place, length: int | None = None) -> Ids:
+def _integers(row: dict[str, Any], key: str, origin: Origin, length: int | None = None) -> Ids:
     problem = f"`{key}` must be a list of integers"
     value = row.get(key)
     try:
@@ -240,9 +240,9 @@ def _integers(row: dict[str, Any], key: str, place: Place, length: int | None = 
     except ValueError:  # lists of unequal lengths inside
         array = None
     if array is None or array.ndim != 1 or array.size == 0 or array.dtype.kind not in "ib":
-        raise UserError("datasets", place, f"{problem}, at least one")
+        raise UserError("datasets", origin, f"{problem}, at least one")
     if length is not None and len(array) != length:
-        raise UserError("datasets", place, f"`{key}` has {len(array)} entries, `input_ids` has {length}")
+        raise UserError("datasets", origin, f"`{key}` has {len(array)} entries, `input_ids` has {length}")
     if array.max() > np.iinfo(np.int32).max or array.min() < np.iinfo(np.int32).min:
-        raise UserError("datasets", place, f"{problem} of 32 bits")
+        raise UserError("datasets", origin, f"{problem} of 32 bits")
     return array.astype(np.int32)

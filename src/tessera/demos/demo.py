@@ -11,7 +11,7 @@ from rich.table import Table
 
 from tessera.core.device import stay_on_cpu_without_gpus
 from tessera.core.errors import RunFailed, UserError
-from tessera.data.samples import open_rows, unigram_entropy
+from tessera.data.samples import open_samples, unigram_entropy
 from tessera.data.stdlib import standard_library_files
 from tessera.launch.launch import launch
 from tessera.monitor.plots import plot_loss, read_metrics
@@ -158,7 +158,9 @@ def unigram_level(run: Path) -> float:
     """Nats a token of a model that knows only how frequent tokens are."""
 
     prepared = run / "prepared"
-    return unigram_entropy(open_rows(prepared, "train"), open_rows(prepared, "eval"), int(str(MODEL["vocab_size"])))
+    return unigram_entropy(
+        open_samples(prepared, "train"), open_samples(prepared, "eval"), int(str(MODEL["vocab_size"]))
+    )
 
 
 def in_transformers(run: Path) -> tuple[float, str]:
@@ -171,7 +173,7 @@ def in_transformers(run: Path) -> tuple[float, str]:
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(run).eval()
     tokenizer = AutoTokenizer.from_pretrained(run)
-    rows = open_rows(run / "prepared", "eval")
+    rows = open_samples(run / "prepared", "eval")
     total, count = 0.0, 0
     with torch.no_grad():
         for index in range(len(rows)):

@@ -15,13 +15,7 @@ def build_optimizer(
     fused = name == "adamw_torch_fused"
     # a tensor-free lr of 0 until the first step sets it
     return torch.optim.AdamW(
-        model.parameters(),
-        lr=0.0,
-        betas=betas,
-        eps=epsilon,
-        weight_decay=weight_decay,
-        fused=fused,
-        foreach=not fused,
+        model.parameters(), lr=0.0, betas=betas, eps=epsilon, weight_decay=weight_decay, fused=fused, foreach=not fused
     )
 
 

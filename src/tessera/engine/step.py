@@ -16,6 +16,7 @@ from tessera.engine.fsdp import gradients_travel
 from tessera.engine.gradients import clip_gradients, first_copy, gradient_norm, sum_replicated_gradients
 from tessera.models.decoder import Decoder
 from tessera.nn.dropout import dropout_key
+from tessera.product.overlap import BACKWARD
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Step:
                 dropout_key=dropout_key(self.seed, step),
                 label_smoothing=self.label_smoothing,
             )
+            self.model.parallel.overlap.begin(BACKWARD)
             loss.backward()
             losses.append(loss.detach())
         sum_replicated_gradients(self.model, self.mesh)

@@ -18,12 +18,8 @@ from tessera.core.errors import UserError
 from tessera.launch.interface import interface_variables
 from tessera.launch.machines import HANDED, Machines, Place
 from tessera.launch.options import LaunchOptions
-from tessera.launch.rank import as_rank as as_rank
-from tessera.launch.rank import die_with_parent as die_with_parent
-from tessera.launch.rank import handed, is_rank, restarted
-from tessera.launch.workers import Restarts
-from tessera.launch.workers import environment as environment
-from tessera.launch.workers import run_workers as run_workers
+from tessera.launch.rank import as_rank, handed, is_rank, restarted
+from tessera.launch.workers import Restarts, environment, run_workers
 
 if TYPE_CHECKING:
     from torch.distributed import Store

@@ -25,8 +25,8 @@ _LOST_PEER = (  # in the words of gloo, the kernel and NCCL
 )
 _TIMED_OUT = "Timed out waiting"
 
-Kind = Literal["well", "lost", "own", "hung", "follows"]
-_CAUSES: tuple[Kind, ...] = ("lost", "own", "hung", "follows")  # the likelier cause first
+EndKind = Literal["well", "lost", "own", "hung", "follows"]
+_CAUSES: tuple[EndKind, ...] = ("lost", "own", "hung", "follows")  # the likelier cause first
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Outcome:
     the end, `timed_out` whether a rank waited in vain for another.
     """
 
-    kind: Kind = "well"
+    kind: EndKind = "well"
     text: str = ""
     exit_code: int = 0
     again: bool = True

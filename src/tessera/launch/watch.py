@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tessera.core.errors import RunFailed
 from tessera.launch.machines import Machines
-from tessera.launch.outcome import Kind, Outcome, describe, error_text, follows_from_another, timed_out
+from tessera.launch.outcome import EndKind, Outcome, describe, error_text, follows_from_another, timed_out
 from tessera.launch.rank import STACK
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ class Watch:
             if ended:
                 return Outcome("hung", self._hung_text(ended), 1, timed_out=True)
         text, code, again = describe(rank, failures[rank], self.machines.where)
-        kind: Kind = "follows" if follows(rank) else "own"
+        kind: EndKind = "follows" if follows(rank) else "own"
         return Outcome(kind, text, code, again or kind == "follows", stopped, waited)
 
     def _hung_text(self, failures: Mapping[int, "ProcessFailure"]) -> str:

@@ -3,6 +3,8 @@
 embedding (+ positions) → dropout → [ norm → attention → dropout → + · norm → MLP → dropout → + ] × L → norm → loss
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -16,13 +18,14 @@ from tessera.nn.attention import Attention, AttentionConfig
 from tessera.nn.dropout import dropout
 from tessera.nn.embedding import LearnedPositions, VocabParallelEmbedding
 from tessera.nn.initialize import initialize
-from tessera.nn.loss import Head, linear_cross_entropy
+from tessera.nn.loss import LossSpec, linear_cross_entropy
 from tessera.nn.mlp import MLP
 from tessera.nn.norm import LayerNorm, Norm, RMSNorm
 from tessera.nn.parameter import ParallelModule, gather_whole
 from tessera.nn.rope import rope_table
 from tessera.nn.tokens import Tokens
 from tessera.product.gathered import distributed_product
+from tessera.product.overlap import BACKWARD, FORWARD, Overlap
 
 
 def _norm(config: ModelConfig, parallel: Parallel) -> Norm:
@@ -120,6 +123,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig, parallel: Parallel, *, gradient_checkpointing: bool = False) -> None:
         super().__init__()
+        parallel = replace(parallel, overlap=Overlap())  # which knows the order of this model's weights
         self.config, self.parallel, self.gradient_checkpointing = config, parallel, gradient_checkpointing
         init = Init(std=config.initializer_range)
         self.embedding = VocabParallelEmbedding(config.vocab_size, config.hidden_size, parallel, init=init)
@@ -143,7 +147,7 @@ class Decoder(nn.Module):
 
     def begin(self, batch: MicroBatch, dropout_key: int | None = None) -> Tokens:
         """The tokens of `batch`, the same on every model rank, for a forward that begins."""
-        self.parallel.overlap.begin(torch.is_grad_enabled())
+        self.parallel.overlap.begin(FORWARD, BACKWARD if torch.is_grad_enabled() else None)
         return Tokens.of(batch, self.parallel.streams, self.parallel.mesh, dropout_key)
 
     def embed(self, tokens: Tokens) -> Tensor:
@@ -164,7 +168,7 @@ class Decoder(nn.Module):
 
     def loss(self, x_TF: Tensor, tokens: Tokens, denominator: float, label_smoothing: float = 0.0) -> Tensor:
         """What `forward` returns, of the residual stream after the last layer."""
-        head = Head(
+        head = LossSpec(
             self.head.plan.roles(self.parallel.mesh),
             self.embedding.vocabulary,
             self.config.vocab_size,
@@ -186,12 +190,7 @@ class Decoder(nn.Module):
         return self.head.local("bias") if self.config.head_bias else None
 
     def forward(
-        self,
-        batch: MicroBatch,
-        denominator: float,
-        *,
-        dropout_key: int | None = None,
-        label_smoothing: float = 0.0,
+        self, batch: MicroBatch, denominator: float, *, dropout_key: int | None = None, label_smoothing: float = 0.0
     ) -> Tensor:
         """The summed cross entropy over this rank's tokens divided by `denominator`.
 

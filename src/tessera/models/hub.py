@@ -31,7 +31,16 @@ from tessera.models.decoder import Decoder
 from tessera.models.families.family import HEAD
 from tessera.models.families.stored import StoredTensor, stored_tensors
 from tessera.models.families.table import FAMILIES, model_config
-from tessera.models.tensor_files import DTYPES, INDEX, ITEM_BYTES, SINGLE, Entry, broken, find_tensors, write_tensors
+from tessera.models.tensor_files import (
+    DTYPES,
+    INDEX,
+    ITEM_BYTES,
+    SINGLE,
+    TensorEntry,
+    broken,
+    find_tensors,
+    write_tensors,
+)
 from tessera.nn.parameter import gather_parameter, named_specs, to_local
 
 TOKENIZER_FILES = (
@@ -121,7 +130,7 @@ def check_weights(folder: Path, config: ModelConfig) -> None:
     _warn_unused(folder, config, entries, tensors)
 
 
-def _name_in(entries: dict[str, Entry], tensor: StoredTensor, folder: Path) -> str:
+def _name_in(entries: dict[str, TensorEntry], tensor: StoredTensor, folder: Path) -> str:
     """The name under which a checkpoint holds `tensor`."""
     for name in tensor.names:
         if name in entries:
@@ -131,7 +140,7 @@ def _name_in(entries: dict[str, Entry], tensor: StoredTensor, folder: Path) -> s
     raise broken(folder, reason, tying if tensor.names[0] == HEAD else "")
 
 
-def _check_tied_pair(folder: Path, entries: dict[str, Entry], tensor: StoredTensor) -> None:
+def _check_tied_pair(folder: Path, entries: dict[str, TensorEntry], tensor: StoredTensor) -> None:
     """Raise UserError when head and embedding are both stored and differ: then transformers ties nothing."""
     name = _name_in(entries, tensor, folder)
     if name == HEAD or HEAD not in entries:
@@ -147,7 +156,9 @@ def _check_tied_pair(folder: Path, entries: dict[str, Entry], tensor: StoredTens
         raise broken(other.file, reason, "tie_word_embeddings: false in config.json keeps both")
 
 
-def _warn_unused(folder: Path, config: ModelConfig, entries: dict[str, Entry], tensors: Sequence[StoredTensor]) -> None:
+def _warn_unused(
+    folder: Path, config: ModelConfig, entries: dict[str, TensorEntry], tensors: Sequence[StoredTensor]
+) -> None:
     known = {name for tensor in tensors for name in tensor.names}
     unused = sorted(n for n in entries if n not in known and not n.endswith(FAMILIES[config.family].buffers))
     if unused:
@@ -350,10 +361,7 @@ def _write_rest(
     name = dtype_name(dtype)
     config |= {key: name for key in ("dtype", "torch_dtype") if key in config} or {"dtype": name}
     config |= dict(changes)
-    config |= {
-        "architectures": [FAMILIES[model.family].architecture],
-        "vocab_size": model.vocab_size,
-    }
+    config |= {"architectures": [FAMILIES[model.family].architecture], "vocab_size": model.vocab_size}
     _write_json(aside / "config.json", config)
     for home, file in [(source, "generation_config.json"), *((tokenizer, file) for file in TOKENIZER_FILES)]:
         if (home / file).is_file():

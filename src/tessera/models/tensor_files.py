@@ -27,7 +27,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """One stored tensor: its file, safetensors dtype and shape."""
 
     file: Path
@@ -35,7 +35,7 @@ class Entry:
     shape: tuple[int, ...]
 
 
-def find_tensors(folder: Path) -> dict[str, Entry]:
+def find_tensors(folder: Path) -> dict[str, TensorEntry]:
     """Every tensor of the model in `folder`, by its stored name.
 
     UserError, naming the file and the tensor: no weights there or only pickled ones, a shard is missing, a
@@ -77,7 +77,7 @@ def _read_index(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_header(file: Path) -> dict[str, Entry]:
+def _read_header(file: Path) -> dict[str, TensorEntry]:
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -96,7 +96,7 @@ def _read_header(file: Path) -> dict[str, Entry]:
     except (ValueError, AttributeError) as error:
         raise broken(file, f"its header cannot be parsed: {error}") from error
     _check_offsets(file, entries, size - 8 - length)
-    return {name: Entry(file, entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
+    return {name: TensorEntry(file, entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
 
 
 def _pointer_hint(file: Path) -> str:

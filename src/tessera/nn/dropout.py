@@ -10,10 +10,7 @@ from torch import Tensor
 
 from tessera.nn.initialize import hash_seed
 
-_MIX1, _MIX2 = (
-    -0x40A7B892E31B1A47,
-    -0x6B2FB644ECCEEE15,
-)  # the multipliers of splitmix64's finaliser, as signed 64-bit
+_MIX1, _MIX2 = (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)  # the multipliers of splitmix64's finaliser, as signed 64-bit
 
 
 def _mix(z: Tensor) -> Tensor:

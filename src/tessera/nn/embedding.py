@@ -25,10 +25,7 @@ class VocabParallelEmbedding(ParallelModule):
         self.plan = as_head = parallel.column()
         self.output = parallel.residual
         # acts on the hidden stream's one-hot rows; its vocabulary takes the place of the hidden features
-        self.declare(
-            "weight",
-            ParameterSpec((vocab_size, features), as_head.weight_cuts, parallel.row().input, init),
-        )
+        self.declare("weight", ParameterSpec((vocab_size, features), as_head.weight_cuts, parallel.row().input, init))
         self.vocabulary = self.specs["weight"].local_slices(parallel.mesh)[0]
 
     def forward(self, ids_T: Tensor) -> Tensor:

@@ -23,7 +23,9 @@ IGNORE = -100
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TK: Tensor, w_VK: Tensor, bias_V: Tensor | None, targets_T: Tensor, head: "Head", grad: bool):
+    def forward(
+        ctx, x_TK: Tensor, w_VK: Tensor, bias_V: Tensor | None, targets_T: Tensor, head: "LossSpec", grad: bool
+    ):
         roles = head.roles
         gathering = start_unshard(x_TK, roles.x_dim, roles.outputs)
         W = start_unshard(w_VK, roles.w_dim, roles.tokens).wait()
@@ -80,7 +82,7 @@ def _own_part(targets: Tensor, roles: Roles) -> Tensor:
     return targets if roles.inputs is None else targets.chunk(roles.inputs.size)[roles.inputs.rank]
 
 
-class Head:
+class LossSpec:
     """What the loss needs besides tensors: roles of the head's product, its vocabulary, and the loss's constants."""
 
     def __init__(
@@ -96,7 +98,7 @@ class Head:
         self.denominator, self.label_smoothing, self.chunk_tokens = denominator, label_smoothing, chunk_tokens
 
 
-def _loss_and_logit_gradient(z_TV: Tensor, targets_T: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+def _loss_and_logit_gradient(z_TV: Tensor, targets_T: Tensor, head: LossSpec) -> tuple[Tensor, Tensor]:
     """The loss summed over these tokens, and dz in place of z; z are this rank's logits, in float32 or wider."""
     smoothing, V = head.label_smoothing, head.vocab_size
     here = (targets_T >= head.vocabulary.start) & (targets_T < head.vocabulary.stop)
@@ -123,7 +125,9 @@ def _loss_and_logit_gradient(z_TV: Tensor, targets_T: Tensor, head: Head) -> tup
     return torch.where(valid, losses, 0).sum() / head.denominator, dz
 
 
-def linear_cross_entropy(x_TK: Tensor, w_VK: Tensor, bias_V: Tensor | None, targets_T: Tensor, head: Head) -> Tensor:
+def linear_cross_entropy(
+    x_TK: Tensor, w_VK: Tensor, bias_V: Tensor | None, targets_T: Tensor, head: LossSpec
+) -> Tensor:
     """Σ over this rank's tokens of the cross entropy of softmax(X Wᵀ + b) with `targets_T`, over `head.denominator`.
 
     x_TK lies in the residual layout, w_VK as a column-parallel weight; targets_T are the global ids of the tokens of

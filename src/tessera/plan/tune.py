@@ -37,7 +37,6 @@ from tessera.models.decoder import Decoder
 from tessera.nn.parameter import to_local
 from tessera.plan.remembered import Remembered
 from tessera.plan.scratch import scratch_bytes
-from tessera.product.overlap import Overlap
 from tessera.sizes.rules import Ask, TensorParallel, first_misfit
 from tessera.sizes.schedule import Schedule
 
@@ -239,8 +238,7 @@ class _Trial:
         self.mesh = mesh = candidate.parallel.mesh
         words = 8 * mesh.sizes["col"]
         model = replace(candidate.model, num_layers=LAYERS, vocab_size=words)
-        parallel = replace(candidate.parallel, overlap=Overlap())  # which knows of the layers: they go with the trial
-        self.decoder = Decoder(model, parallel, gradient_checkpointing=candidate.recompute)
+        self.decoder = Decoder(model, candidate.parallel, gradient_checkpointing=candidate.recompute)
         generator = torch.Generator(mesh.device).manual_seed(0)
         for parameter in self.decoder.parameters():
             to_local(parameter).normal_(std=model.initializer_range, generator=generator)

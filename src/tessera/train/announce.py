@@ -2,8 +2,8 @@
 
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
+from tessera.config.schema import TrainConfig
 from tessera.core import device as devices
 from tessera.core.axes import AXES, DATA_AXES
 from tessera.core.mesh import Mesh
@@ -13,9 +13,6 @@ from tessera.models.config import ModelConfig
 from tessera.plan.traffic import step_transfers
 from tessera.train.links import Axes, groups_that_leave, leaving, traffic
 from tessera.train.settings import step_shape
-
-if TYPE_CHECKING:
-    from tessera.config.schema import TrainConfig
 
 _CUTS = {
     "replicate": "rows of the batch",
@@ -27,7 +24,7 @@ _CUTS = {
 }
 
 
-def mesh_lines(config: "TrainConfig", model: ModelConfig, parallel: Parallel) -> list[str]:
+def mesh_lines(config: TrainConfig, model: ModelConfig, parallel: Parallel) -> list[str]:
     """The axes above size 1, outermost first as ranks are numbered; what a rank receives along them; a step's rows."""
     mesh, here = parallel.mesh, int(os.environ.get("LOCAL_WORLD_SIZE", parallel.mesh.world))
     lines = [f"mesh: {mesh} on {devices.describe(mesh.device)}"]

@@ -17,7 +17,7 @@ from tessera.core.errors import UserError
 from tessera.core.mesh import Mesh
 from tessera.data.loader import Loader
 from tessera.data.prepare import Prepared, open_prepared
-from tessera.data.samples import Split, open_rows
+from tessera.data.samples import Split, open_samples
 from tessera.engine.fsdp import build_decoder
 from tessera.engine.optimizer import build_optimizer
 from tessera.engine.step import Step
@@ -127,7 +127,7 @@ def loader_of(run: Run, prepared: Prepared, model: Decoder, split: Split, *, shu
     """This data rank's micro-batches of a split, padded as the mesh of `model` needs them."""
     config, mesh = run.config, model.parallel.mesh
     return Loader(
-        open_rows(prepared.folder, split),
+        open_samples(prepared.folder, split),
         config.micro_batch_size,
         config.gradient_accumulation_steps,
         config.seed,

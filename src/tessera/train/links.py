@@ -9,10 +9,10 @@ import itertools
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
+from tessera.config.schema import TrainConfig
 from tessera.core.axes import AXES
 from tessera.core.collectives import gathered
 from tessera.core.mesh import Mesh
@@ -20,13 +20,10 @@ from tessera.models.config import ModelConfig
 from tessera.plan.traffic import Transfer, step_transfers
 from tessera.train.settings import parallel_for, step_shape
 
-if TYPE_CHECKING:
-    from tessera.config.schema import TrainConfig
-
 Axes = tuple[str, ...]
 
 
-def run_mesh(config: "TrainConfig", model: ModelConfig, device: torch.device, compute: torch.dtype) -> Mesh:
+def run_mesh(config: TrainConfig, model: ModelConfig, device: torch.device, compute: torch.dtype) -> Mesh:
     """The mesh of a run; on several machines that are alike its ranks are numbered for them. Every rank calls it."""
     mesh = Mesh(config.mesh_sizes, device)
     everyone = gathered((int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world)), compute), mesh.world)
@@ -60,7 +57,7 @@ def leaving(received: Mapping[Axes, int], mesh: Mesh, here: int) -> int:
     return sum(count * groups_that_leave(axes, mesh, here) for axes, count in received.items())
 
 
-def best_numbering(config: "TrainConfig", model: ModelConfig, here: int, compute: torch.dtype) -> Axes:
+def best_numbering(config: TrainConfig, model: ModelConfig, here: int, compute: torch.dtype) -> Axes:
     """The axes in the order in which ranks are best numbered, outermost first; the usual one unless another is better.
 
     By the closed form for a step of full-length rows, `auto` counted as gather. Where several axes are one group for a

@@ -28,12 +28,7 @@ class Log:
         self._console = Console(highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
         if sys.stdout.isatty():
-            columns = [
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.description}"),
-            ]
+            columns = [BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")]
             self._bar = Progress(*columns, console=self._console)
             self._task = self._bar.add_task("", total=total_steps, completed=first_step)
             self._bar.start()

@@ -4,8 +4,9 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from tessera.config.schema import MeshConfig, TrainConfig
 from tessera.core.axes import MODEL_AXES
 from tessera.core.errors import UserError
 from tessera.layout.streams import HIDDEN, attention_layout
@@ -18,15 +19,12 @@ from tessera.sizes.schedule import Schedule
 from tessera.train.settings import check_layout
 from tessera.verify.problem import LENGTH, Problem, small_batch, small_model
 
-if TYPE_CHECKING:
-    from tessera.config.schema import TrainConfig
-
 
 @dataclass(frozen=True)
 class Case:
     """A layout, as the config that asks for it, and what is computed in it: at `full` size or in miniature."""
 
-    config: "TrainConfig"
+    config: TrainConfig
     problem: Problem
     full: bool = False
 
@@ -35,7 +33,7 @@ class Case:
         return layout_name(self.config)
 
 
-def layout_name(config: "TrainConfig") -> str:
+def layout_name(config: TrainConfig) -> str:
     """A layout in few words: 2d row 2 × col 2, summa."""
     axes = config.axes
     sizes = " × ".join(f"{axis} {n}" for axis, n in config.mesh_sizes.items() if n > 1) or "one rank"
@@ -47,7 +45,7 @@ def layout_name(config: "TrainConfig") -> str:
     return ", ".join(words)
 
 
-def cases_of(config: "TrainConfig", model: ModelConfig, full: bool) -> list[Case]:
+def cases_of(config: TrainConfig, model: ModelConfig, full: bool) -> list[Case]:
     """The layout of `config`, which has to fit `model`; with schedule auto in every schedule that it chooses from.
 
     Raises UserError when the sizes do not fit.
@@ -63,7 +61,7 @@ def cases_of(config: "TrainConfig", model: ModelConfig, full: bool) -> list[Case
     return _cases(ways, model, full)
 
 
-def every_case(config: "TrainConfig", model: ModelConfig, world: int, full: bool) -> tuple[list[Case], dict[str, str]]:
+def every_case(config: TrainConfig, model: ModelConfig, world: int, full: bool) -> tuple[list[Case], dict[str, str]]:
     """Every tensor-parallel layout of `world` ranks that `model` allows, and of the others why not.
 
     Each mesh, under the first geometry that has its axes; every schedule, both ways to store weights along depth, to
@@ -76,7 +74,7 @@ def every_case(config: "TrainConfig", model: ModelConfig, world: int, full: bool
     return _cases(fitting, model, full), {name: reason for name, reason in reasons.items() if reason}
 
 
-def _cases(configs: list["TrainConfig"], model: ModelConfig, full: bool) -> list[Case]:
+def _cases(configs: list[TrainConfig], model: ModelConfig, full: bool) -> list[Case]:
     if full:
         return [_at_full_size(c, model) for c in configs]
     largest = math.lcm(*(c.tensor_parallel_slices for c in configs))
@@ -85,7 +83,7 @@ def _cases(configs: list["TrainConfig"], model: ModelConfig, full: bool) -> list
     return [_in_miniature(c, small, steps) for c in configs]
 
 
-def _at_full_size(config: "TrainConfig", model: ModelConfig) -> Case:
+def _at_full_size(config: TrainConfig, model: ModelConfig) -> Case:
     micro_batches = min(2, config.gradient_accumulation_steps)  # the others would repeat the second
     batch = config.micro_batch_size * math.prod(config.data_sizes.values())
     return Case(config, Problem(model, batch, config.sequence_len, micro_batches, steps=1), full=True)
@@ -97,19 +95,19 @@ def in_miniature(case: Case) -> Case:
     return _in_miniature(case.config, model, steps=1)
 
 
-def _in_miniature(config: "TrainConfig", model: ModelConfig, steps: int) -> Case:
+def _in_miniature(config: TrainConfig, model: ModelConfig, steps: int) -> Case:
     batch = small_batch(config.axes, _cuts_heads(config))
     small = config.model_copy(update={"micro_batch_size": batch})
     everyone = batch * math.prod(config.data_sizes.values())
     return Case(small, Problem(model, everyone, LENGTH, micro_batches=2, steps=steps))
 
 
-def _cuts_heads(config: "TrainConfig") -> bool:
+def _cuts_heads(config: TrainConfig) -> bool:
     """Whether attention cuts heads along inner, because the batch does not divide by it."""
     return attention_layout(config.axes, config.micro_batch_size) != HIDDEN
 
 
-def _misfit(config: "TrainConfig", model: ModelConfig) -> str:
+def _misfit(config: TrainConfig, model: ModelConfig) -> str:
     """Why `model` does not fit this layout; empty when it does."""
     try:
         check_layout(config, model.dimensions)
@@ -118,9 +116,7 @@ def _misfit(config: "TrainConfig", model: ModelConfig) -> str:
     return ""
 
 
-def _ways(config: "TrainConfig", world: int) -> Iterator["TrainConfig"]:
-    from tessera.config.schema import MeshConfig
-
+def _ways(config: TrainConfig, world: int) -> Iterator[TrainConfig]:
     seen = []
     for mode in GEOMETRIES:
         for sizes in _meshes(geometry_axes(mode), world):
@@ -150,7 +146,7 @@ def _meshes(axes: Iterable[str], world: int) -> Iterator[dict[str, int]]:
             yield dict.fromkeys(MODEL_AXES, 1) | dict(zip(names, numbers, strict=True))
 
 
-def _schedules(config: "TrainConfig", sizes: Mapping[str, int]) -> Iterator[dict[str, Any]]:
+def _schedules(config: TrainConfig, sizes: Mapping[str, int]) -> Iterator[dict[str, Any]]:
     """The keys of every schedule, and way to store weights along depth, that a mesh of `sizes` has."""
 
     def keys(name: str, slices: int = 1, depth: str = "replicate", kept: bool = False) -> dict[str, Any]:

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import torch
 
+from tessera.config.schema import TrainConfig
 from tessera.core import collectives
 from tessera.core.axes import DATA_AXES
 from tessera.core.collectives import Recorder, gathered
@@ -20,9 +20,6 @@ from tessera.verify.diagnose import diagnose
 from tessera.verify.inject import Omission, Program, omissions
 from tessera.verify.problem import Problem
 from tessera.verify.steps import StepsTaken, take
-
-if TYPE_CHECKING:
-    from tessera.config.schema import TrainConfig
 
 EXACT = torch.float64
 
@@ -69,7 +66,7 @@ class Checker:
         self._references: dict[tuple[Problem, torch.dtype, torch.dtype], StepsTaken] = {}
         self._last: tuple[Case, Program] | None = None
 
-    def mesh(self, config: "TrainConfig") -> Mesh:
+    def mesh(self, config: TrainConfig) -> Mesh:
         """The mesh of a config's layout."""
         key = tuple(config.mesh_sizes.values())
         if key not in self._meshes:

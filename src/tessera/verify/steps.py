@@ -1,11 +1,11 @@
 """The trainer's own optimizer steps on one mesh, and what is compared of them."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from tessera.config.schema import TrainConfig
 from tessera.core.axes import DATA_AXES
 from tessera.core.collectives import Recorder
 from tessera.data.batch import MicroBatch
@@ -21,9 +21,6 @@ from tessera.nn.initialize import hash_seed
 from tessera.nn.parameter import named_specs, to_local
 from tessera.train.settings import fsdp_of
 from tessera.verify.problem import Problem
-
-if TYPE_CHECKING:
-    from tessera.config.schema import TrainConfig
 
 LEARNING_RATE = 1e-3  # large enough for a wrong update to show, too small for AdamW to make rounding large
 CLIPPED_TO = 0.1  # below any norm that occurs, so that clipping takes place
@@ -43,7 +40,7 @@ class StepsTaken:
     specs: dict[str, ParameterSpec] = field(default_factory=dict)
 
 
-def build(problem: Problem, parallel: Parallel, config: "TrainConfig") -> Decoder:
+def build(problem: Problem, parallel: Parallel, config: TrainConfig) -> Decoder:
     """The model of `problem`, every parameter random: biases and gains too, so that one in the wrong place shows."""
     recompute = config.gradient_checkpointing
     model = build_decoder(problem.model, parallel, fsdp_of(config), gradient_checkpointing=recompute)
@@ -57,16 +54,12 @@ def build(problem: Problem, parallel: Parallel, config: "TrainConfig") -> Decode
     return model
 
 
-def stepper(model: Decoder, problem: Problem, config: "TrainConfig") -> Step:
+def stepper(model: Decoder, problem: Problem, config: TrainConfig) -> Step:
     """The trainer's step of `config` over `model`."""
     betas = (config.adam_beta1, config.adam_beta2)
     optimizer = build_optimizer(model, config.optimizer, betas, config.adam_epsilon, config.weight_decay)
     return Step(
-        model,
-        optimizer,
-        max_grad_norm=CLIPPED_TO,
-        label_smoothing=config.label_smoothing_factor,
-        seed=problem.seed,
+        model, optimizer, max_grad_norm=CLIPPED_TO, label_smoothing=config.label_smoothing_factor, seed=problem.seed
     )
 
 
@@ -86,7 +79,7 @@ def _rows_of(batch: MicroBatch, rows: slice) -> MicroBatch:
     )
 
 
-def take(problem: Problem, parallel: Parallel, config: "TrainConfig", recorder: Recorder | None = None) -> StepsTaken:
+def take(problem: Problem, parallel: Parallel, config: TrainConfig, recorder: Recorder | None = None) -> StepsTaken:
     """All steps of `problem`; `recorder` sees the collectives of the first."""
     model = build(problem, parallel, config)
     step = stepper(model, problem, config)
