@@ -34,6 +34,7 @@ STATE = "state.json"
 METADATA = ".metadata"
 SUMS = "SHA256SUMS"
 LATEST = "LATEST"
+
 # ------------------------------------------------------------------------------------------- written
 
 

@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 FORMAT = 2
-"""1 was without SHA256SUMS and without the config."""
+"""Raised with every key that comes or goes, which readers of the format before refuse. 1 was without SHA256SUMS."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,11 @@ class RunState:
     @classmethod
     def from_json(cls, text: str) -> "RunState":
         """The state that `text` says. Raises ValueError, naming the key, for anything that is none."""
-        return _JSON.validate_json(text)
+        try:
+            return _JSON.validate_json(text)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
 
 
 _JSON = TypeAdapter(RunState)

@@ -74,14 +74,12 @@ def verify(config_path: Path, asked: Asked) -> None:
 
 def _read(config_path: Path, asked: Asked) -> Subject:
     """The file, and the config.json that it names."""
-
     config, _ = load_config(config_path, asked.overrides)
     return config, model_of(config), asked
 
 
 def _work(config: TrainConfig, model: ModelConfig, asked: Asked) -> Work:
     """The layouts asked for. Raises UserError for what does not fit."""
-
     if asked.report is not None and (asked.report.is_dir() or not asked.report.absolute().parent.is_dir()):
         raise UserError("--json", asked.report, "is a folder, or in one that does not exist")
     world = asked.all_layouts or config.world_size
@@ -99,7 +97,6 @@ def _work(config: TrainConfig, model: ModelConfig, asked: Asked) -> Work:
 
 
 def _check_injection(asked: Asked, cases: list[Case]) -> None:
-
     if asked.inject is None:
         return
     if asked.full:
@@ -115,7 +112,6 @@ def _check_injection(asked: Asked, cases: list[Case]) -> None:
 
 
 def _run_rank(config: TrainConfig, model: ModelConfig, asked: Asked) -> None:
-
     work = _work(config, model, asked)
     if int(os.environ["WORLD_SIZE"]) != work.world:
         raise UserError("WORLD_SIZE", os.environ["WORLD_SIZE"], f"the layout has {work.world} ranks")

@@ -18,7 +18,7 @@ from tessera.config import compat
 from tessera.config.schema import SECTIONS, TrainConfig
 from tessera.core.errors import UserError
 
-_Place = tuple[int | str, ...]  # of a value: the keys, and numbers in lists, that lead to it
+_KeyPath = tuple[int | str, ...]  # of a value: the keys, and numbers in lists, that lead to it
 
 
 class ConfigError(UserError):
@@ -210,13 +210,13 @@ _WANTED = {
 
 def _problems(error: ValidationError) -> list[UserError]:
     """One `UserError` for each key that pydantic found fault with."""
-    found: dict[_Place, list[Any]] = {}
+    found: dict[_KeyPath, list[Any]] = {}
     for detail in error.errors(include_url=False):
         found.setdefault(_place(detail["loc"]), []).append(detail)
     return [_problem(place, details) for place, details in found.items()]
 
 
-def _problem(place: _Place, details: list[Any]) -> UserError:
+def _problem(place: _KeyPath, details: list[Any]) -> UserError:
     """`details` has one entry, or one for each type that a key may have."""
     first, context = details[0], details[0].get("ctx", {})
     if isinstance(context.get("error"), UserError):  # raised by a check over several keys
@@ -245,14 +245,14 @@ def _problem(place: _Place, details: list[Any]) -> UserError:
     return UserError(name, shown, f"must be {' or '.join(dict.fromkeys(wanted))}", meaning)
 
 
-def _place(loc: _Place) -> _Place:
+def _place(loc: _KeyPath) -> _KeyPath:
     """Where pydantic found fault, without the types that a key may have."""
     if loc[:1] == ("tokenizer",):
         return ("tokenizer", *loc[2:])
     return loc if loc and loc[0] in SECTIONS else loc[:1] or ("config",)
 
 
-def _name(place: _Place) -> str:
+def _name(place: _KeyPath) -> str:
     """The key as a user would write it: `datasets[0].path`."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
 

@@ -1,6 +1,6 @@
 """From the config to rows on disk: read, tokenize, fit to `sequence_len`, split, write; or reuse them.
 
-The folder holds train/ and eval/ (see `rows`; eval/ only when rows are held out), manifest.json and, when the
+The folder holds train/ and eval/ (see `samples`; eval/ only when rows are held out), manifest.json and, when the
 tokenizer was trained on the data, its files. After every check it is written beside its place and renamed.
 """
 

@@ -165,7 +165,7 @@ def read_token_samples(file: SourceFile) -> list[Sample]:
 
 
 def _json_lines(path: Path) -> Iterator[tuple[Origin, dict[str, Any]]]:
-    """Place and object of every line that is not blank; the file has at least one."""
+    """Origin and object of every line that is not blank; the file has at least one."""
     with _opened(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():

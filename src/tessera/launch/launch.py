@@ -152,7 +152,10 @@ def _rank(config_path: str | Path, overrides: Sequence[str], num_processes: int 
         return prepared_run(_filled_in(config, num_processes, "--num-processes"), here).to_json()
 
     check_gpus(here)
-    train(Run.from_json(_made_by_first(store, rank, make)), store)
+    run = Run.from_json(_made_by_first(store, rank, make))
+    if rank and os.environ.get("LOCAL_RANK", "0") == "0":
+        run.check_weights()  # of another machine than rank 0's, before ranks wait for one another
+    train(run, store)
 
 
 def _made_by_first(store: "Store", rank: int, make: Callable[[], str]) -> str:

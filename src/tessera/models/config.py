@@ -53,7 +53,7 @@ class ModelConfig:
 
     @property
     def dimensions(self) -> dict[str, int]:
-        """The sizes that mesh axes cut, by the names users know; see `remedies.check_sizes`."""
+        """The sizes that mesh axes cut, by the names users know; see `sizes.remedies.check_sizes`."""
         return {
             "hidden_size": self.hidden_size,
             "num_attention_heads": self.num_heads,

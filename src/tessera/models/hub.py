@@ -257,9 +257,10 @@ def export(
     def whole(name: str) -> Tensor:
         """Gathered on every rank; on the CPU of rank 0, and of the others nothing."""
         stage, shape = places[name]
-        tensor = torch.empty(shape, dtype=model.parallel.dtype, device=mesh.device)
         if mesh.coordinates["pp"] == stage:
             tensor = gather_parameter(*own[name], mesh)
+        else:
+            tensor = torch.empty(shape, dtype=model.parallel.dtype, device=mesh.device)
         tensor = start_broadcast(tensor, stage, mesh.group(("pp",))).wait()
         return tensor.to("cpu", dtype) if writes else tensor.new_empty(0)
 

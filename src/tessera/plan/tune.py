@@ -236,14 +236,14 @@ class _Trial:
 
     def __init__(self, candidate: Candidate) -> None:
         self.mesh = mesh = candidate.parallel.mesh
-        words = 8 * mesh.sizes["col"]
-        model = replace(candidate.model, num_layers=LAYERS, vocab_size=words)
+        vocabulary = 8 * mesh.sizes["col"]
+        model = replace(candidate.model, num_layers=LAYERS, vocab_size=vocabulary)
         self.decoder = Decoder(model, candidate.parallel, gradient_checkpointing=candidate.recompute)
         generator = torch.Generator(mesh.device).manual_seed(0)
         for parameter in self.decoder.parameters():
             to_local(parameter).normal_(std=model.initializer_range, generator=generator)
         self.step = Step(self.decoder, torch.optim.SGD(self.decoder.parameters(), lr=0.0))  # it is not asked to update
-        ids = torch.randint(words, (candidate.rows, candidate.length), generator=torch.Generator().manual_seed(0))
+        ids = torch.randint(vocabulary, (candidate.rows, candidate.length), generator=torch.Generator().manual_seed(0))
         self.batch = MicroBatch(ids, ids, ids.numel())
 
     def run(self) -> float:

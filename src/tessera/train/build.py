@@ -86,10 +86,11 @@ class Built:
 
 def build(run: Run, device: torch.device) -> Built:
     """The run on this rank, its weights filled. Raises UserError on every rank alike."""
-    config, compute = run.config, compute_dtype(run.config, device)
+    config, own = run.config, compute_dtype(run.config, device)
+    # where one device lacks bfloat16, all do without
+    compute = torch.float32 if torch.float32 in gathered(own, config.world_size) else own
     mesh = run_mesh(config, run.model, device, compute)
-    _check_same_disk(run, mesh)
-    prepared = open_prepared(run.prepared)
+    prepared = _seen_by_all(run, mesh)
     tuning = None
     if config.tensor_parallel_schedule == "auto":
         limit = config.tensor_parallel_scratch_gib
@@ -114,13 +115,18 @@ def build(run: Run, device: torch.device) -> Built:
     return built
 
 
-def _check_same_disk(run: Run, mesh: Mesh) -> None:
-    """Raise UserError on every rank when some see a checkpoint or prepared data that others do not."""
-    needed = [path for path in (run.resume, run.prepared) if path is not None]
-    for rank, seen in enumerate(gathered([path.is_dir() for path in needed], mesh.world)):
-        if not all(seen):
-            reason = f"rank {rank} does not see {needed[seen.index(False)]}"
+def _seen_by_all(run: Run, mesh: Mesh) -> Prepared:
+    """The prepared data. Raises UserError on every rank when some see no such data or checkpoint, or other ones."""
+    missing = [str(path) for path in (run.resume, run.prepared) if path is not None and not path.is_dir()]
+    prepared = None if missing else open_prepared(run.prepared)
+    key = prepared and prepared.manifest.key
+    everyone = gathered((missing, key), mesh.world)
+    for rank, (lacking, found) in enumerate(everyone):
+        if lacking or found != everyone[0][1]:
+            reason = f"rank {rank} does not see {lacking[0] if lacking else f'the same {run.prepared}'}"
             raise UserError("output_dir", run.config.output_dir, reason, "a disk that every machine sees")
+    assert prepared is not None
+    return prepared
 
 
 def loader_of(run: Run, prepared: Prepared, model: Decoder, split: Split, *, shuffle: bool) -> Loader:

@@ -38,7 +38,7 @@ def _source(built: Built) -> Source:
     # a config.json without weights says nothing of the tokenizer that was trained here
     marks = {"bos_token_id": manifest.eos_token_id, "eos_token_id": manifest.eos_token_id}
     changes = marks if manifest.tokenizer == TRAINED else {}
-    return Source(str(built.run.model_folder.resolve()), str(tokenizer.resolve()) if tokenizer else None, changes)
+    return Source(str(built.run.folder.resolve()), str(tokenizer.resolve()) if tokenizer else None, changes)
 
 
 def set_aside(built: Built) -> None:

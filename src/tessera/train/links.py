@@ -1,6 +1,6 @@
 """How ranks are numbered on several machines: so that the fewest bytes leave a machine.
 
-The ranks of a machine follow one another. In the usual order (`mesh.AXES`) the innermost axes, which move most, stay
+The ranks of a machine follow one another. In the usual order (`AXES`) the innermost axes, which move most, stay
 together. Where tensor axes take more ranks than a machine has, which of them is busiest depends on the sizes: many
 tokens make it `col` and `inner`, large weights `row`.
 """
@@ -26,9 +26,8 @@ Axes = tuple[str, ...]
 def run_mesh(config: TrainConfig, model: ModelConfig, device: torch.device, compute: torch.dtype) -> Mesh:
     """The mesh of a run; on several machines that are alike its ranks are numbered for them. Every rank calls it."""
     mesh = Mesh(config.mesh_sizes, device)
-    everyone = gathered((int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world)), compute), mesh.world)
-    here, compute = everyone[0]
-    if here == mesh.world or any(one != everyone[0] for one in everyone):
+    here, *others = gathered(int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world)), mesh.world)
+    if here == mesh.world or any(other != here for other in others):
         return mesh
     return Mesh(config.mesh_sizes, device, numbering=best_numbering(config, model, here, compute))
 

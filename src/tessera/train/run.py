@@ -50,6 +50,11 @@ class Run:
         """Where this machine has the base model: in another place than the machine that made the run, if from a hub."""
         return self.folder if self.folder.is_dir() else resolve_model_folder(self.config.base_model)
 
+    def check_weights(self) -> None:
+        """Raise UserError unless this machine has the weights that the run begins with, whole."""
+        if not self.config.random_init and self.resume is None:
+            check_weights(self.model_folder, self.model)
+
 
 _JSON = TypeAdapter(Run)
 
@@ -108,8 +113,7 @@ def check(config: TrainConfig, processes: int) -> Run:
     """Check everything for a machine with so many `processes`; writes nothing. Raises UserError."""
     check_gpus(processes)
     run = resolve(config)
-    if not config.random_init and run.resume is None:
-        check_weights(run.folder, run.model)
+    run.check_weights()
     return run
 
 

@@ -32,9 +32,10 @@ def train(run: Run, store: dist.Store | None = None) -> None:
     started = "RANK" in os.environ and not dist.is_initialized()
     if started:
         where: dict[str, Any] = {}
-        if store is not None:
-            where = {"store": store, "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
         timeout = timedelta(minutes=run.config.group_timeout_minutes)
+        if store is not None:
+            store.set_timeout(timeout)
+            where = {"store": store, "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
         dist.init_process_group(devices.backend(device), timeout=timeout, **where)
     try:
         with StopRequest() as stop:
@@ -55,16 +56,10 @@ class Trainer:
             self.output.mkdir(parents=True, exist_ok=True)
             set_aside(self.built)
         self.records = Records(self.built)
-        self.log = Log(
-            self.output, self.built.total_steps, self.progress.step, self.config.logging_steps, self.built.first
-        )
-        self.saver = Saver(
-            self.output,
-            self.config.save_total_limit,
-            asynchronous=self.config.save_async,
-            timeout=timedelta(minutes=self.config.group_timeout_minutes),
-            say=self.log.say,
-        )
+        config, steps, timeout = run.config, self.built.total_steps, timedelta(minutes=run.config.group_timeout_minutes)
+        self.log = Log(self.output, steps, self.progress.step, config.logging_steps, self.built.first)
+        keep, beside = config.save_total_limit, config.save_async
+        self.saver = Saver(self.output, keep, asynchronous=beside, timeout=timeout, say=self.log.say)
         self.health = Health(self.built, self.saver.newest)
 
     def run(self) -> None:

@@ -37,12 +37,12 @@ def layout_name(config: TrainConfig) -> str:
     """A layout in few words: 2d row 2 × col 2, summa."""
     axes = config.axes
     sizes = " × ".join(f"{axis} {n}" for axis, n in config.mesh_sizes.items() if n > 1) or "one rank"
-    words = [f"{config.tensor_parallel_mode} {sizes}", str(config.schedule)]
-    words += ["kept"] if config.tensor_parallel_keep_gathered else []
-    words += ["weights over depth"] if config.tensor_parallel_depth_weights == "shard" else []
-    words += ["heads over inner"] if attention_layout(axes, config.micro_batch_size) != HIDDEN else []
-    words += [] if config.sequence_parallel else ["no sequence parallel"]
-    return ", ".join(words)
+    said = [f"{config.tensor_parallel_mode} {sizes}", str(config.schedule)]
+    said += ["kept"] if config.tensor_parallel_keep_gathered else []
+    said += ["weights over depth"] if config.tensor_parallel_depth_weights == "shard" else []
+    said += ["heads over inner"] if attention_layout(axes, config.micro_batch_size) != HIDDEN else []
+    said += [] if config.sequence_parallel else ["no sequence parallel"]
+    return ", ".join(said)
 
 
 def cases_of(config: TrainConfig, model: ModelConfig, full: bool) -> list[Case]:

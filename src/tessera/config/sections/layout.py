@@ -143,7 +143,7 @@ class LayoutKeys(Section):
 
     @property
     def tensor_parallel(self) -> TensorParallel:
-        """The tensor axes as the keys ask for them; see `remedies.check_sizes`."""
+        """The tensor axes as the keys ask for them; see `sizes.remedies.check_sizes`."""
         mesh = self.tensor_parallel_mesh
         return TensorParallel(
             mode=self.tensor_parallel_mode,
@@ -163,11 +163,4 @@ class LayoutKeys(Section):
     @property
     def schedule(self) -> Schedule:
         """How operands move; before auto has measured, gathered."""
-        return Schedule(
-            "gather" if self.tensor_parallel_schedule == "auto" else self.tensor_parallel_schedule,
-            self.tensor_parallel_slices,
-            keep=self.tensor_parallel_keep_gathered,
-            prefetch=self.tensor_parallel_prefetch,
-            defer=self.tensor_parallel_defer,
-            overlap=self.tensor_parallel_overlap,
-        )
+        return self.tensor_parallel.as_schedule
