@@ -17,14 +17,14 @@ NOTHING_TO_RUN = 5
 
 
 def parts() -> tuple[list[str], list[str]]:
-    """The folders with tests in two parts, as arguments of pytest; each folder is in one of them."""
+    """The folders with tests in two parts; each folder is in one of them."""
     folders = sorted({file.parent.name for file in (ROOT / "tests").glob("*/test_*.py")})
-    ours, beside = ([f"tests/{name}" for name in folders if (name in BESIDE) is both] for both in (False, True))
-    return ours, beside
+    return [name for name in folders if name not in BESIDE], [name for name in folders if name in BESIDE]
 
 
 def main(options: list[str]) -> int:
-    pytest, (ours, beside) = [sys.executable, "-m", "pytest", *options], parts()
+    pytest = [sys.executable, "-m", "pytest", *options]
+    ours, beside = ([f"tests/{name}" for name in part] for part in parts())
     with tempfile.TemporaryFile("w+") as output:
         own_cache = ["-o", "cache_dir=.pytest_cache/beside"]
         other = subprocess.Popen([*pytest, *own_cache, *beside], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)

@@ -11,11 +11,13 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from side_by_side import parts
 from support.forked import python
+from support.seconds import budgets, by_folder
 from tessera.cli.main import app
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"(?:<!-- torchrun: (\d+) -->\n)?```(\w+)\n(.*?)```", re.DOTALL)
 
 
@@ -99,6 +101,31 @@ def test_paths_in_backquotes_exist():
     for document in DOCUMENTS:
         for path in re.findall(r"`((?:src|tests|docs|benchmarks)/[\w./-]+)`", document.read_text()):
             assert (ROOT / path).exists(), f"{document}: {path}"
+
+
+def test_tests_that_are_named_exist():
+    named = [pair for document in DOCUMENTS for pair in re.findall(r"(tests/[\w/]+\.py)::(\w+)", document.read_text())]
+    assert named
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / file).read_text(), f"{file}::{test}"
+
+
+def test_every_folder_of_tests_has_a_budget_and_they_make_ten_minutes():
+    assert sorted(budgets()) == sorted(folder for part in parts() for folder in part)
+    for part in parts():
+        assert sum(budgets()[folder] for folder in part) <= 600
+
+
+def test_a_folder_above_its_budget_is_told():
+    def report(folder, seconds, when="call"):
+        return pytest.TestReport(
+            f"tests/{folder}/test_x.py::y", ("", 0, ""), {}, "passed", None, when, duration=seconds
+        )
+
+    given = [report("nn", 1.0), report("nn", 0.5, "setup"), report("core", 1e6), report("nn", 0.25), "a warning"]
+    core, nn, both = by_folder(given)
+    assert core.split(maxsplit=5)[3:] == ["tests", "core,", f"above its budget of {budgets()['core']}"]
+    assert (nn.split(), both.split()) == (["1.8", "s", "2", "tests", "nn"], ["1000001.8", "s", "3", "tests"])
 
 
 def test_the_table_of_keys_is_the_schema():
