@@ -85,7 +85,7 @@ def _model(folder: str | None, layers: int | None) -> ModelConfig:
     """The sizes of `folder`'s config.json, or the default's, with so many layers."""
     if folder is None:
         return default_model(layers or LAYERS)
-    from tessera.models.hub import read_model_config, resolve_model_folder
+    from tessera.models.hub import read_model_config, resolve_model_folder  # only where a folder is given
 
     config = read_model_config(resolve_model_folder(folder, weights=False))
     config = replace(config, embedding_dropout=0.0, attention_dropout=0.0, residual_dropout=0.0)

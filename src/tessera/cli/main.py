@@ -225,7 +225,7 @@ def main() -> None:
 
 
 def _complain(message: str) -> None:
-    from rich.console import Console
+    from rich.console import Console  # `--help` does without it
 
     first, _, rest = message.partition("\n")
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)

@@ -198,7 +198,7 @@ def check_picture(file: Path) -> None:
 
 def draw(title: str, mesh: Mesh, grids: Sequence[Grid], file: Path) -> None:
     """Draw the mesh and each of `grids` side by side into an SVG or PNG, by the ending of `file`."""
-    import matplotlib
+    import matplotlib  # slow to import, and for drawing alone
 
     matplotlib.use("agg")
     from matplotlib import pyplot
@@ -265,7 +265,7 @@ def _draw_grid(axis: Any, grid: Grid, palette: Sequence[str], name: str, *, name
 
 def _fill(axis: Any, row: slice, column: slice, ranks: Sequence[int], palette: Sequence[str], name: str) -> None:
     """Paint one block, in slanting stripes where several ranks hold it, so that they do not look like blocks."""
-    from matplotlib.patches import Polygon
+    from matplotlib.patches import Polygon  # as above
 
     stripe = (column.stop - column.start) / len(ranks)
     slant = 0.45 * stripe

@@ -29,7 +29,7 @@ def interface_of(address: str) -> str | None:
     """The name of the interface that has this IPv4 address; None when that cannot be told (IPv6, not Linux)."""
     if sys.platform != "linux":
         return None
-    import fcntl
+    import fcntl  # Unix alone has it
 
     get_interface_address = 0x8915  # SIOCGIFADDR of <linux/sockios.h>
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:

@@ -119,7 +119,7 @@ class Machines:
             raise UserError("--main-process-ip", self.place.address, reason) from None
 
     def _connect(self) -> "TCPStore":
-        from torch.distributed import DistError, TCPStore
+        from torch.distributed import DistError, TCPStore  # torch: on one machine a launcher does without
 
         place, hosting = self.place, self.place.rank == 0
         try:
@@ -275,7 +275,7 @@ class Machines:
 
 
 def _store(address: str, port: int, *, hosting: bool) -> "TCPStore":
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # as above
 
     return TCPStore(address, port, None, hosting, timedelta(seconds=3 * LOST), wait_for_workers=False)
 

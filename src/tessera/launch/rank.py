@@ -43,7 +43,7 @@ def as_rank(work: Callable[[bool], None]) -> None:
     ours = die_with_parent()
     if ours:
         _show_stack_when_asked()
-    from torch.distributed.elastic.multiprocessing.errors import record
+    from torch.distributed.elastic.multiprocessing.errors import record  # torch: a launcher does without it
 
     try:
         record(work)(ours)

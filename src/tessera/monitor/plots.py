@@ -12,7 +12,7 @@ def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
 
 def plot_loss(output_dir: Path, file: Path, reference: tuple[str, float] | None = None) -> None:
     """Training and held-out loss (nats a token) against trained tokens, as a PNG; `reference` is a labelled level."""
-    import matplotlib
+    import matplotlib  # slow to import, and for drawing alone
 
     matplotlib.use("agg")
     from matplotlib import pyplot

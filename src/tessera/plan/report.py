@@ -118,7 +118,7 @@ def markdown(title: str, lines: Sequence[Line]) -> str:
 
 def draw(title: str, lines: Sequence[Line], folder: Path) -> None:
     """scale.svg and scale.png: elements received and peak memory against devices; lines by formula, marks counted."""
-    import matplotlib
+    import matplotlib  # slow to import, and for drawing alone
 
     matplotlib.use("agg")
     from matplotlib import pyplot
