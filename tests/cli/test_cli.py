@@ -166,10 +166,3 @@ def test_under_torchrun_rank_0_makes_the_run_for_all(tmp_path):
     assert result.returncode == 0, result.stderr
     said = [line for line in result.stdout.splitlines() if "default" not in line]
     assert sorted(said) == ["checked 0 2", "trained 0 2 None", "trained 1 2 None"]
-
-
-def test_what_rank_0_refuses_ends_every_rank(tmp_path):
-    path = write_config(tmp_path, CONFIG + "tensor_parallel_size: 2\n")
-    result = run([*TORCHRUN, "train", str(path)], tmp_path, "refused")
-    assert result.returncode and "base_model: m\n  is not there" in result.stderr
-    assert [line for line in result.stdout.splitlines() if "default" not in line] == ["checked 0 2"]
