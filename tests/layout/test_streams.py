@@ -10,7 +10,6 @@ from tessera.core.mesh import Mesh
 from tessera.engine.gradients import first_copy
 from tessera.layout.parallel import Parallel
 from tessera.layout.streams import (
-    BATCH_AXES,
     HIDDEN,
     HIDDEN_BY_HEADS,
     Layout,
@@ -36,7 +35,7 @@ def test_streams():
 def counted(mesh, axes):
     """Which part of the batch and of its tokens each rank that is the first copy over `axes` has a loss of."""
     ranks = [mesh.at(rank) for rank in range(mesh.world)]
-    return [(r.index(BATCH_AXES), r.index(HIDDEN.tokens)) for r in ranks if first_copy(r, axes)]
+    return [(r.index(Streams.batch), r.index(HIDDEN.tokens)) for r in ranks if first_copy(r, axes)]
 
 
 @pytest.mark.parametrize(

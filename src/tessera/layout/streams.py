@@ -13,6 +13,7 @@ input layout of the next, so no step of a model re-lays anything out. Within one
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from tessera.core.axes import DATA_AXES, SEQUENCE_AXES
 from tessera.core.mesh import Mesh
@@ -40,7 +41,6 @@ class Layout:
         return 0 if axis in self.tokens else 1 if axis in self.features else None
 
 
-BATCH_AXES = (*DATA_AXES, *SEQUENCE_AXES)
 TOKEN_AXES = ("depth", "row")
 HIDDEN = Layout(tokens=(*TOKEN_AXES, "inner"), features=("col",))
 HIDDEN_BY_HEADS = Layout(tokens=TOKEN_AXES, features=("col", "inner"))
@@ -65,28 +65,23 @@ def residual_layout(sequence_parallel: bool, schedule: str = "gather") -> Layout
 class Streams:
     """The layouts of one model's streams, and the axes that follow from them. `attention` is the hidden one in there.
 
-    E.g. a rank's loss is one part of the whole loss if it is the first copy over `loss`: its place is 0 along all
-    other axes, whose ranks have the same tokens.
+    `batch` are the axes that cut the batch: along them each rank has rows of its own, or its part of rows. `ids` are
+    those that cut a micro-batch in every stream: so the ids to look up and the targets are cut.
     """
 
     residual: Layout
     attention: Layout = HIDDEN
     hidden: Layout = HIDDEN
-
-    @property
-    def batch(self) -> tuple[str, ...]:
-        """The axes that cut the batch: along them each rank has rows of its own, or its part of rows."""
-        return BATCH_AXES
-
-    @property
-    def ids(self) -> tuple[str, ...]:
-        """The axes that cut a micro-batch's tokens in every stream: so the ids looked up, and the targets, are cut."""
-        return TOKEN_AXES
+    batch: ClassVar[tuple[str, ...]] = (*DATA_AXES, *SEQUENCE_AXES)
+    ids: ClassVar[tuple[str, ...]] = TOKEN_AXES
 
     @property
     def loss(self) -> tuple[str, ...]:
-        """The axes along which each rank's loss is that of other tokens."""
-        return (*BATCH_AXES, *self.hidden.tokens)
+        """The axes along which each rank's loss is that of other tokens. Along all others it is the same number.
+
+        So a rank's loss counts where it is the first copy over these: where its place along all others is 0.
+        """
+        return (*self.batch, *self.hidden.tokens)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Self-attention on the hidden stream: heads cut over `col` (or col · inner), whole sequences on each rank.
 
-q, k and v are one product of the residual stream. Grouped queries (Ainslie et
-al. 2023): with kv heads that do not divide by the axes of the heads, k and v are still computed cut, then gathered
-along features, and each rank takes the heads that its queries read; the backward sums their gradients into the shards.
+q, k and v are one product of the residual stream; attend.py chooses the kernel. Grouped queries (Ainslie et al. 2023):
+with kv heads that do not divide by the axes of the heads, k and v are still computed cut, then gathered along features,
+and each rank takes the heads that its queries read; the backward sums their gradients into the shards.
 
 Shape suffixes: B sequences of this rank, S positions, H heads of this rank, D head dimension, T = B·S.
 """
@@ -86,16 +86,14 @@ class Attention(nn.Module):
 
     def _key_value_heads(self, k: Tensor, v: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """k and v [T, local kv features] → [B, S, H, D] each, with the heads that this rank's queries read."""
-        mesh = self.parallel.mesh
+        mesh, kv_heads = self.parallel.mesh, self.config.num_kv_heads
         both, axes = torch.stack([k, v]), list(self.hidden.features)
-        while self.config.num_kv_heads % mesh.size(
-            axes
-        ):  # a head is cut along these axes: the minor ones come together first
+        while kv_heads % mesh.size(axes):  # a head is cut along these axes: the minor ones come together first
             both = gather_then_reduce_scatter(both, 2, mesh.group((axes.pop(),)))
         both = both.view(2, *shape, -1, self.config.head_dim)
         if axes != list(self.hidden.features):
-            held = mesh.index(axes) * (self.config.num_kv_heads // mesh.size(axes))
-            heads = kv_heads_of(self._heads(mesh), self.config.num_heads, self.config.num_kv_heads)
+            held = mesh.index(axes) * (kv_heads // mesh.size(axes))
+            heads = kv_heads_of(self._heads(mesh), self.config.num_heads, kv_heads)
             both = both.index_select(3, torch.tensor([head - held for head in heads], device=k.device))
         k, v = both
         return k, v

@@ -10,6 +10,8 @@ V is the global vocabulary. Loss and gradients are divided by `denominator`, the
 optimizer step, so that sums over micro-batches and ranks are means over tokens.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -82,20 +84,16 @@ def _own_part(targets: Tensor, roles: Roles) -> Tensor:
     return targets if roles.inputs is None else targets.chunk(roles.inputs.size)[roles.inputs.rank]
 
 
+@dataclass(frozen=True)
 class LossSpec:
     """What the loss needs besides tensors: roles of the head's product, its vocabulary, and the loss's constants."""
 
-    def __init__(
-        self,
-        roles: Roles,
-        vocabulary: slice,
-        vocab_size: int,
-        denominator: float,
-        label_smoothing: float = 0.0,
-        chunk_tokens: int = 1024,
-    ) -> None:
-        self.roles, self.vocabulary, self.vocab_size = roles, vocabulary, vocab_size
-        self.denominator, self.label_smoothing, self.chunk_tokens = denominator, label_smoothing, chunk_tokens
+    roles: Roles
+    vocabulary: slice
+    vocab_size: int
+    denominator: float
+    label_smoothing: float = 0.0
+    chunk_tokens: int = 1024
 
 
 def _loss_and_logit_gradient(z_TV: Tensor, targets_T: Tensor, head: LossSpec) -> tuple[Tensor, Tensor]:
