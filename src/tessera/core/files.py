@@ -1,0 +1,133 @@
+"""Files from outside, opened and parsed in one place: whatever is wrong with one becomes one `UserError`.
+
+Only regular files are opened (a FIFO would wait for ever, a device has no end), up to a size, and JSON up to a depth.
+"""
+
+import errno
+import json
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tessera.core.errors import UserError
+from tessera.core.text import human
+
+SMALL = 100 * 2**20
+"""Bytes of the largest file that is read whole."""
+DEPTH = 100
+"""The deepest nesting of a JSON file; those of models and tokenizers have at most ten levels."""
+
+_WORDS = {
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.EROFS: "the file system is read-only",
+    errno.ENOENT: "does not exist",
+    errno.ENOTDIR: "a part of the path is no folder",
+    errno.EISDIR: "is a folder",
+    errno.ELOOP: "links lead in a circle",
+    errno.ENAMETOOLONG: "the name is too long",
+    errno.ENOSPC: "no space is left on the disk",
+    errno.EDQUOT: "the quota of disk space is used up",
+    errno.EFBIG: "the file would be larger than allowed",
+    errno.EMFILE: "too many files are open in this process: raise ulimit -n",
+    errno.ENFILE: "too many files are open on this machine",
+    errno.EIO: "the disk reports an error",
+    errno.ESTALE: "the network file system has lost it",
+}
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+
+
+def in_words(error: OSError | ValueError) -> str:
+    """Why the system refused a file, without numbers: "permission denied"."""
+    number = getattr(error, "errno", None)
+    if number in _WORDS:
+        return _WORDS[number]
+    if "null" in str(error):
+        return "the name holds a NUL character"
+    return str(getattr(error, "strerror", None) or error)
+
+
+def open_file(path: str | Path, key: str, *, limit: int | None = None, pipes: bool = False, hint: str = "") -> BinaryIO:
+    """Open a file for reading bytes; `key` is what errors call it, `pipes` lets a pipe or terminal through.
+
+    UserError: it is missing, no regular file, larger than `limit` bytes, or the system refuses it.
+    """
+    try:
+        # without O_NONBLOCK, opening a FIFO waits for a writer
+        descriptor = os.open(path, os.O_RDONLY | (0 if pipes else os.O_NONBLOCK) | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:
+        raise UserError(key, path, in_words(error), hint) from error
+    status = os.fstat(descriptor)
+    problem = ""
+    if stat.S_ISDIR(status.st_mode):
+        problem = "is a folder"
+    elif not (stat.S_ISREG(status.st_mode) or pipes):
+        problem = "is no regular file (a pipe, a socket or a device)"
+    elif limit is not None and status.st_size > limit:
+        problem = f"is too large: {human(status.st_size)}, at most {human(limit)} are read"
+    if problem:
+        os.close(descriptor)
+        raise UserError(key, path, problem, hint)
+    return open(descriptor, "rb")  # noqa: SIM115 - the caller closes it
+
+
+def read_bytes(path: str | Path, key: str, *, limit: int = SMALL, pipes: bool = False, hint: str = "") -> bytes:
+    """The whole content of a file of at most `limit` bytes. Raises as `open_file`."""
+    with open_file(path, key, limit=limit, pipes=pipes, hint=hint) as file:
+        try:
+            content = file.read(limit + 1)
+        except OSError as error:
+            raise UserError(key, path, in_words(error), hint) from error
+    if len(content) > limit:
+        raise UserError(key, path, f"is too large: at most {human(limit)} are read", hint)
+    return content
+
+
+def read_text(path: str | Path, key: str, *, limit: int = SMALL, pipes: bool = False, hint: str = "") -> str:
+    """The same as text. UserError too where it is not UTF-8."""
+    content = read_bytes(path, key, limit=limit, pipes=pipes, hint=hint)
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(key, path, f"is not UTF-8 text: {error.reason} at byte {error.start}", hint) from error
+
+
+def read_json(path: str | Path, key: str, *, limit: int = SMALL, hint: str = "") -> Any:
+    """The value in a JSON file. UserError too where it is not JSON, or nested too deeply."""
+    try:
+        return parse_json(read_text(path, key, limit=limit, hint=hint))
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(key, path, f"cannot be read as JSON: {error}", hint) from error
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of JSON `text`. ValueError with the reason: not JSON, deeper than DEPTH, half of a surrogate pair."""
+    if isinstance(text, bytes):
+        text = text.decode("utf-8")
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"nested deeper than {DEPTH} levels") from None
+    _check(value, halves="\\u" in text or _SURROGATE.search(text) is not None)
+    return value
+
+
+def _check(value: Any, halves: bool) -> None:
+    """Raise ValueError for what json admits and nothing after it can take: too many levels, halves of a character."""
+    level, depth = [value], 0
+    while level := [item for item in level if isinstance(item, dict | list | str)]:
+        if halves and any(isinstance(item, str) and _SURROGATE.search(item) for item in level):
+            raise ValueError("a text holds half of a surrogate pair")
+        inner: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                inner += [*item, *item.values()]
+            elif isinstance(item, list):
+                inner += item
+        level, depth = inner, depth + 1
+        if depth > DEPTH and inner:
+            raise ValueError(f"nested deeper than {DEPTH} levels")
