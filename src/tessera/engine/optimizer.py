@@ -1,11 +1,29 @@
 """The optimizer and the learning-rate schedules, equal step by step to transformers.get_scheduler's."""
 
 import math
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from tessera.nn.parameter import to_local
 
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW on the shards themselves; state stays DTensors, as checkpoints want it.
+
+    Through DTensors torch would work out for every new mesh how AdamW is sharded, a second on the first step, and look
+    it up on each step, while every shard only needs its own numbers.
+    """
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
+        """What torch collects for its update: parameters, gradients and their state, each as its local tensor."""
+        has_complex: bool = super()._init_group(group, *lists)
+        for tensors in lists:
+            tensors[:] = map(to_local, tensors)
+        return has_complex
 
 
 def build_optimizer(
@@ -14,7 +32,7 @@ def build_optimizer(
     """AdamW over every parameter (weight decay included, as in torch.optim); the learning rate is set step by step."""
     fused = name == "adamw_torch_fused"
     # a tensor-free lr of 0 until the first step sets it
-    return torch.optim.AdamW(
+    return AdamW(
         model.parameters(), lr=0.0, betas=betas, eps=epsilon, weight_decay=weight_decay, fused=fused, foreach=not fused
     )
 

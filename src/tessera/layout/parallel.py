@@ -1,6 +1,7 @@
 """Parallel: what every layer of one model shares of its layout."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -43,7 +44,7 @@ class Parallel:
         tokens = (*self.streams.batch, *self.streams.ids)
         return () if self.fsdp is None else tuple(axis for axis in tokens if axis not in self.weights_over)
 
-    @property
+    @cached_property  # torch takes half a millisecond to cut one out of another, and every parameter asks
     def device_mesh(self) -> DeviceMesh | None:
         """Where parameters are DTensors before FSDP2 has cut them; None where they are plain tensors."""
         if self.fsdp is None:

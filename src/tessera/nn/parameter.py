@@ -66,14 +66,15 @@ class ParallelModule(nn.Module):
 
 
 class _Local(torch.autograd.Function):
-    """DTensor → its local tensor; the gradient is wrapped with the same placements.
+    """DTensor → its local tensor; the gradient is wrapped with the same placements, or added to the one that is there.
 
-    `.to_local()` does the same at more than twice the cost, which a layer pays for each of its parameters.
+    `.to_local()` does the same at more than twice the cost, which a layer pays for each of its parameters. Added here,
+    a micro-batch's gradient needs no DTensor: torch works out for each mesh anew how to add two of them.
     """
 
     @staticmethod
     def forward(ctx, parameter: DTensor) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.spec = parameter._spec
+        ctx.parameter = parameter
         ctx.set_materialize_grads(False)  # none comes from a product that gives its gradient late
         return parameter._local_tensor.view_as(parameter._local_tensor)
 
@@ -81,8 +82,11 @@ class _Local(torch.autograd.Function):
     def backward(ctx, gradient: Tensor | None) -> Tensor | None:  # type: ignore[no-untyped-def]
         if gradient is None:
             return None
+        if ctx.parameter.grad is not None:
+            to_local(ctx.parameter.grad).add_(gradient)
+            return None
         # contiguous: an expanded gradient would corrupt accumulation into it
-        return DTensor(gradient.contiguous(), ctx.spec, requires_grad=False)
+        return DTensor(gradient.contiguous(), ctx.parameter._spec, requires_grad=False)
 
 
 def local(parameter: Tensor) -> Tensor:
