@@ -32,12 +32,12 @@ from tessera.sizes.schedule import Schedule
 
 
 def test_collectives_along_every_dim():
-    for right in pool(2).run(each_collective):
+    for right in pool(2, gloo=True).run(each_collective):
         assert all(right.values()), right
 
 
 def test_collectives_travel_together_and_are_awaited_in_any_order():
-    for order, values in pool(2).run(pending):
+    for order, values in pool(2, gloo=True).run(pending):
         assert values
         assert order == [
             "issue all_gather",
@@ -50,7 +50,7 @@ def test_collectives_travel_together_and_are_awaited_in_any_order():
 
 
 def test_lengths_that_do_not_divide_are_refused():
-    for message, records in pool(2).run(indivisible):
+    for message, records in pool(2, gloo=True).run(indivisible):
         assert "dim 1 of (3, 5) does not divide by the 2 ranks along ('col',)" in message
         assert records == 0
 
@@ -74,7 +74,9 @@ def test_a_step_in_one_process_records_nothing(name):
 
 @pytest.mark.parametrize("name", ["summa", "cannon"])
 def test_the_recorder_counts_the_loops_as_the_profiler_sees_them(name):
-    for recorded, profiled in pool(4).run(recorded_and_profiled, "llama", True, {"row": 2, "col": 2}, Schedule(name)):
+    for recorded, profiled in pool(4, gloo=True).run(
+        recorded_and_profiled, "llama", True, {"row": 2, "col": 2}, Schedule(name)
+    ):
         assert recorded == profiled
         kinds = {kind for kind, _ in recorded}
         assert kinds - {"all_gather", "reduce_scatter", "all_reduce"} == (
@@ -86,7 +88,7 @@ def test_the_recorder_counts_the_loops_as_the_profiler_sees_them(name):
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_the_recorder_counts_what_the_profiler_sees(name, sequence_parallel):
     """Kind, number and bytes of every collective of one optimizer step."""
-    for recorded, profiled in pool(2).run(recorded_and_profiled, name, sequence_parallel):
+    for recorded, profiled in pool(2, gloo=True).run(recorded_and_profiled, name, sequence_parallel):
         assert Counter(recorded) == Counter(profiled)
         assert recorded == profiled, "in another order"
         kinds = {"all_gather", "reduce_scatter", "all_reduce"} if sequence_parallel else {"all_gather", "all_reduce"}
@@ -114,7 +116,7 @@ def test_reading_the_profiler():
 
 def test_received_bytes():
     """Of 40 bytes along four ranks: rings pass shards on; chains to and from rank 1 begin at ranks 2 and 1."""
-    for rank, received in enumerate(pool(4).run(received_by_kind)):
+    for rank, received in enumerate(pool(4, gloo=True).run(received_by_kind)):
         assert received == {
             "all_gather": 3 * 40,
             "reduce_scatter": 30,
@@ -136,12 +138,12 @@ def received_by_kind():
 
 
 def test_collectives_with_a_root_and_shifts():
-    for right in pool(4).run(rooted_and_shifted):
+    for right in pool(4, gloo=True).run(rooted_and_shifted):
         assert all(right.values()), right
 
 
 def test_a_shift_by_a_whole_turn_is_none():
-    for same, records in pool(4).run(whole_turn):
+    for same, records in pool(4, gloo=True).run(whole_turn):
         assert same and records == 0
 
 
@@ -169,7 +171,7 @@ def test_tables():
 
 def test_recorders_nest():
     """The inner one ends by itself, though both have counted the same so far; outside, nothing is counted."""
-    for outer, inner, after in pool(2).run(nested):
+    for outer, inner, after in pool(2, gloo=True).run(nested):
         assert (outer, inner, after) == (2, 1, 2)
 
 

@@ -67,7 +67,7 @@ def test_groups_of_one_rank_are_none():
 
 def test_groups_are_in_mesh_order():
     """Whatever the order in which their axes are asked for, ranks follow one another as in the mesh."""
-    run, ranks = pool(8).run, np.arange(8).reshape(2, 2, 2)
+    run, ranks = pool(8, gloo=True).run, np.arange(8).reshape(2, 2, 2)
     for count in (1, 2, 3):
         for axes in itertools.combinations(CUBE, count):
             for rank, found in enumerate(run(members, CUBE, axes)):
@@ -91,12 +91,12 @@ def test_unknown_axes_are_named():
 def test_sizes_must_equal_the_world():
     with pytest.raises(ValueError, match="a mesh row 2 × col 2 has 4 ranks, but 1 are running"):
         Mesh({"row": 2, "col": 2})
-    assert pool(2).run(wrong_world) == ["a mesh col 4 has 4 ranks, but 2 are running"] * 2
+    assert pool(2, gloo=True).run(wrong_world) == ["a mesh col 4 has 4 ranks, but 2 are running"] * 2
 
 
 def test_a_rank_that_hangs_in_a_group_ends_the_others_at_the_timeout():
     """Not half an hour later, which is what torch gives groups that are made after the default one."""
-    found = pool(4).run(hang_in_a_group, 1.5)
+    found = pool(4, gloo=True).run(hang_in_a_group, 1.5)
     assert [timeouts for timeouts, _, _ in found] == [[1.5] * 3] * 4
     _, told, seconds = found[1]
     assert "Timed out waiting" in told and 1.4 < seconds < 2.9

@@ -34,7 +34,7 @@ SIZES = {  # what each rank sends each
 def test_all_to_all(name):
     sizes = SIZES[name]
     axes = {"col": 2} if len(sizes) == 2 else {"ring": 2, "ulysses": 2}
-    for rank, found in enumerate(pool(len(sizes)).run(every_all_to_all, sizes, axes)):
+    for rank, found in enumerate(pool(len(sizes), gloo=True).run(every_all_to_all, sizes, axes)):
         assert all(found["right"].values()), found["right"]
         out = sum(sizes[rank])
         back = sum(sent_to(sizes, rank))
@@ -56,14 +56,14 @@ def test_all_to_all(name):
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(sent, received, why):
-    for message, records in pool(2).run(refused, sent, received):
+    for message, records in pool(2, gloo=True).run(refused, sent, received):
         assert why in message
         assert records == 0
 
 
 def test_an_all_to_all_left_out_keeps_the_own_part():
     sizes = SIZES["four, uneven"]
-    for rank, (found, again) in enumerate(pool(4).run(all_to_all_left_out, sizes)):
+    for rank, (found, again) in enumerate(pool(4, gloo=True).run(all_to_all_left_out, sizes)):
         parts = list(torch.zeros_like(all_to_all_whole(sizes, rank)).split(sent_to(sizes, rank)))
         parts[rank] = all_to_all_whole(sizes, rank).split(sent_to(sizes, rank))[rank]
         assert torch.equal(found, torch.cat(parts)) and torch.equal(again, found)
@@ -78,7 +78,7 @@ MESSAGES = [(0, 1, 4), (1, 0, 2), (0, 1, 2), (1, 2, 5), (0, 2, 0)]  # from, to, 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_messages_of_one_batch(dtype):
     """Several to one rank, two of them from the same, both ways between two, an empty one; views are sent."""
-    for rank, found in enumerate(pool(4).run(exchanged, MESSAGES, dtype)):
+    for rank, found in enumerate(pool(4, gloo=True).run(exchanged, MESSAGES, dtype)):
         sent = [rows for source, _, rows in MESSAGES if source == rank]
         received = [rows for _, to, rows in MESSAGES if to == rank]
         assert found["same"] == [True] * len(received) and found["ours"]
@@ -99,24 +99,24 @@ def test_a_message_left_out_is_zero_and_nobody_waits_for_ever():
         (3, "receives: the second and third message", [[True], [False, True], [False, True], []]),
         (9, "none", everything),
     ]:
-        found = pool(4).run(exchanged, MESSAGES, torch.float64, number)
+        found = pool(4, gloo=True).run(exchanged, MESSAGES, torch.float64, number)
         assert [rank["zero"] for rank in found] == zero, what
-        again = pool(4).run(exchanged, MESSAGES, torch.float64, number)
+        again = pool(4, gloo=True).run(exchanged, MESSAGES, torch.float64, number)
         assert [rank["same"] for rank in again] == [rank["same"] for rank in found]
 
 
 def test_messages_along_one_axis_of_two():
-    for right in pool(4).run(along_one_axis_of_two):
+    for right in pool(4, gloo=True).run(along_one_axis_of_two):
         assert right == [True, True]
 
 
 def test_delays_are_asked_for_messages_too():
-    for asked, same in pool(2).run(slowed):
+    for asked, same in pool(2, gloo=True).run(slowed):
         assert asked == ["all_to_all", "send", "receive"] and same
 
 
 def test_the_recorder_counts_messages_as_the_profiler_sees_them():
-    for recorded, calls in pool(2).run(profiled):
+    for recorded, calls in pool(2, gloo=True).run(profiled):
         assert calls == ["alltoall_base_", "allreduce_", "send", "recv_"]
         assert recorded == [("all_to_all", 24), ("all_reduce", 4), ("send", 20), ("receive", 20)]
 

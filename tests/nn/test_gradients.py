@@ -93,7 +93,7 @@ def test_one_all_reduce_for_each_set_of_axes():
 def test_large_gradients_are_summed_in_place():
     """Each by itself, of a MiB and more; beside them are held the bucket of the others, and what was not contiguous."""
     even, turned, first, second, vectors = 512 * 768 * 4, 2**20, 512 * 512 * 4, 511 * 512 * 4, 2 * 256 * 4
-    for rank, (found, sent, held) in enumerate(pool(4).run(sums_of_large, {"depth": 2, "col": 2})):
+    for rank, (found, sent, held) in enumerate(pool(4, gloo=True).run(sums_of_large, {"depth": 2, "col": 2})):
         assert all(right and not before for right, before in found.values()), found
         bucket = vectors + (second if rank % 2 else 0)
         assert sent == [*([] if rank % 2 else [first]), even, turned, bucket]

@@ -208,7 +208,7 @@ def test_scratch_is_what_the_products_hold(sizes, column):
     shapes = [(4096, 256, 16), (16, 256, 1024)] if "row" in sizes else [(4096, 256, 16), (4096, 16, 512)]
     for tokens, residual, hidden in shapes:
         for schedule in [*loops, *(Schedule(slices=s) for s in ((1, 2, 8) if loops else (1, 4)))]:
-            found = pool(4).run(peaks, sizes, schedule, column, tokens, residual, hidden)
+            found = pool(4, gloo=True).run(peaks, sizes, schedule, column, tokens, residual, hidden)
             held, form = max(held for held, *_ in found), found[0][1]
             case = f"{schedule}, {tokens} tokens, {residual} to {hidden}: holds {held}, {form} by the form"
             assert form <= 1.05 * held and held <= (1.1 if schedule in loops else 1.75) * form, case
@@ -218,7 +218,9 @@ def test_scratch_is_what_the_products_hold(sizes, column):
 def test_kept_copies_are_those_of_every_layer(column):
     for slices in (1, 2):
         for sizes in ({"row": 2, "col": 2}, {"inner": 2, "col": 2}):
-            for _, _, kept, form in pool(4).run(peaks, sizes, Schedule(slices=slices, keep=True), column, 64, 64, 128):
+            for _, _, kept, form in pool(4, gloo=True).run(
+                peaks, sizes, Schedule(slices=slices, keep=True), column, 64, 64, 128
+            ):
                 assert kept == form, (slices, sizes)
     gather = possible(tensor_parallel_keep_gathered=True)[0]
     layers = {n: replace(gather, model=replace(MODEL, num_layers=n)).scratch for n in (2, 3, 4)}

@@ -11,6 +11,7 @@ eight ranks start in 0.2 s and share their memory; to form another world out of 
 import atexit
 import datetime
 import multiprocessing.connection
+import os
 import shutil
 import sys
 import tempfile
@@ -29,15 +30,17 @@ GROUP_TIMEOUT = datetime.timedelta(seconds=60)
 @cache
 def shared_folder() -> Path:
     """A folder of this session for all pools: their stores, and what is computed once."""
-    folder = Path(tempfile.mkdtemp(prefix="tessera-pools-"))
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    folder = Path(tempfile.mkdtemp(prefix="tessera-pools-", dir=memory))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
 
-def _serve(rank: int, world: int, store: str, connection: Any) -> None:
+def _serve(rank: int, world: int, gloo: bool, store: str, connection: Any) -> None:
     import torch
     import torch.distributed as dist
 
+    from support.mailbox import use_mailbox
     from support.once import share_in
 
     sys.modules["transformers"] = None  # type: ignore[assignment]  # four seconds a rank: its jobs do without
@@ -47,6 +50,8 @@ def _serve(rank: int, world: int, store: str, connection: Any) -> None:
     dist.init_process_group(
         "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=GROUP_TIMEOUT
     )
+    if not (gloo or "TESSERA_TEST_GLOO" in os.environ):
+        use_mailbox(Path(f"{store}-messages"))
     while (job := connection.recv()) is not None:
         function, arguments = job
         try:
@@ -73,8 +78,8 @@ def _share_one_device() -> None:
 class Pool:
     """`world` ranks that wait for jobs."""
 
-    def __init__(self, world: int) -> None:
-        self.world = world
+    def __init__(self, world: int, gloo: bool = False) -> None:
+        self.world, self.gloo = world, gloo
         self._start()
 
     def _start(self) -> None:
@@ -82,7 +87,7 @@ class Pool:
         self.connections, self.processes = [], []
         for rank in range(self.world):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.world, store, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, self.world, self.gloo, store, theirs), daemon=True)
             process.start()
             theirs.close()  # so that a dead worker reads as end of file
             self.connections.append(ours)
@@ -118,6 +123,6 @@ class Pool:
 
 
 @cache
-def pool(world: int) -> Pool:
-    """The session's pool of `world` ranks."""
-    return Pool(world)
+def pool(world: int, gloo: bool = False) -> Pool:
+    """The session's pool of `world` ranks; with `gloo` one whose collectives go the way of a real run."""
+    return Pool(world, gloo)
