@@ -26,9 +26,9 @@ lint: $(INSTALLED)
 test: lint
 	$(BIN)/python tests/side_by_side.py --durations=30
 
-# What make test leaves out too: every pair of layouts, and others that repeat what is tested.
+# What make test leaves out too: every pair of layouts, and others that repeat what is tested; and every pool over gloo.
 test-all: lint
-	$(BIN)/python tests/side_by_side.py --durations=30 -m ""
+	TESSERA_TEST_GLOO=1 $(BIN)/python tests/side_by_side.py --durations=30 -m ""
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/bench.py
