@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from tessera.checkpoint.folder import METADATA, STATE, Reader, read_state, verify
+from tessera.checkpoint.folder import METADATA, STATE, read_state, verify
+from tessera.checkpoint.reader import Reader, read_into, reason_of
 from tessera.checkpoint.saver import Writer
 from tessera.checkpoint.state import RunState, Source
-from tessera.checkpoint.tensors import MODEL, alone_is_fine, check_model, reason_of
+from tessera.checkpoint.tensors import MODEL, alone_is_fine, check_model
 from tessera.core.device import dtype_name
 from tessera.core.errors import RunFailed, UserError
 from tessera.models.hub import (
@@ -87,7 +88,7 @@ def _to_hugging_face(
     def whole(name: str) -> Tensor:
         tensor = torch.empty(shapes[name], dtype=dtype)
         with alone_is_fine():
-            dcp.load({MODEL + name: tensor}, storage_reader=reader, no_dist=True)
+            read_into(reader, {MODEL + name: tensor})
         return tensor
 
     write_model(
