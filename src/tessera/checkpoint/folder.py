@@ -207,9 +207,12 @@ def _content(folder: Path, name: str) -> bytes:
 def _format(folder: Path, text: bytes) -> object:
     """The format of a checkpoint, which says what else its state.json must have."""
     try:
-        return dict(parse_json(text)).get("format")
-    except (ValueError, TypeError) as error:
+        state = parse_json(text)
+    except ValueError as error:
         raise not_whole(folder, f"{STATE}: {error}") from error
+    if not isinstance(state, dict):
+        raise not_whole(folder, f"{STATE}: is a {type(state).__name__}, not the state of a run")
+    return state.get("format")
 
 
 def _without_sums(folder: Path) -> UserError:

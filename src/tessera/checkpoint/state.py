@@ -76,7 +76,8 @@ class RunState:
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             key = ".".join(map(str, first["loc"]))  # none where it is not one key alone
-            raise ValueError(f"{key + ': ' if key else ''}{first['msg']}"[:300]) from error
+            reason = str(first["msg"]).removeprefix("Value error, ")
+            raise ValueError(f"{key + ': ' if key else ''}{reason}"[:300]) from error
 
 
 _JSON = TypeAdapter(RunState)
