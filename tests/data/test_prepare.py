@@ -237,7 +237,7 @@ def test_a_write_that_fails_keeps_what_was_there(tmp_path, write, settings, monk
         return rename(folder, target)
 
     monkeypatch.setattr(*((module, "write_samples") if writing else (Path, "rename")), full)
-    with pytest.raises(UserError, match="No space left"):
+    with pytest.raises(UserError, match="cannot be written: no space is left on the disk"):
         prepare(settings(write("b.jsonl", TOKENS[1:])), None)
     assert listing(tmp_path / "out") == before
     assert len(all_rows(prepared.folder)) == 10
@@ -265,7 +265,7 @@ def test_a_process_killed_while_it_replaces_leaves_nothing_in_the_way(write, set
         prepare(config, None)
         left = iter(range(calls))
         with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
-            patch.setattr(module.shutil, "rmtree", remove)
+            patch.setattr(shutil, "rmtree", remove)
             patch.setattr(Path, "rename", move)
             prepare(changed, None)
         assert prepare(changed, None).manifest.train_rows == len(TOKENS) - 1
@@ -291,7 +291,7 @@ def test_split(tmp_path, write, settings, size, held):
 def test_no_split_has_no_eval_rows(write, settings):
     prepared = prepare(settings(write("a.jsonl", TOKENS)), None)
     assert prepared.manifest.eval_rows == 0
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(UserError, match=r"eval/tokens.npy\n  does not exist"):
         all_rows(prepared.folder, "eval")
 
 

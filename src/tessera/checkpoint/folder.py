@@ -13,7 +13,6 @@ import hashlib
 import itertools
 import os
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from tessera.checkpoint.metadata import metadata_of
 from tessera.checkpoint.state import FORMAT, RunState
 from tessera.core.collectives import gathered
 from tessera.core.errors import UserError
-from tessera.core.files import in_words, open_file, parse_json, read_bytes
+from tessera.core.files import free_name, in_words, open_file, parse_json, read_bytes, remove
 
 STATE = "state.json"
 METADATA = ".metadata"
@@ -80,28 +79,6 @@ def publish(part: Path, final: Path) -> list[str]:
     if reason := remove(replaced):
         problems.append(_left_over(replaced, reason))
     return problems
-
-
-def remove(path: Path) -> str:
-    """Remove a file, a folder or a link, never what that points to. Returns why it is still there, or ""."""
-    try:
-        if os.path.isdir(path) and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-    except OSError as error:
-        return in_words(error)
-    return ""
-
-
-def free_name(path: Path) -> Path:
-    """`path`, or where that is taken, and be it by a link to nowhere, the first of `path`.1, `path`.2, … that is not.
-
-    A suffix .part stays the last one.
-    """
-    stem, end = (path.name.removesuffix(".part"), ".part") if path.name.endswith(".part") else (path.name, "")
-    names = (path.with_name(f"{stem}{f'.{again}' if again else ''}{end}") for again in itertools.count())
-    return next(name for name in names if not os.path.lexists(name))
 
 
 def discard_parts(output_dir: Path) -> list[str]:

@@ -33,11 +33,12 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
-from tessera.checkpoint.folder import discard_parts, free_name, latest, publish, remove, rotate, seal, sums_of
+from tessera.checkpoint.folder import discard_parts, latest, publish, rotate, seal, sums_of
 from tessera.checkpoint.reader import reason_of
 from tessera.checkpoint.state import RunState
 from tessera.checkpoint.tensors import alone_is_fine, model_tensors, optimizer_tensors
 from tessera.core.errors import RunFailed
+from tessera.core.files import free_name, remove
 from tessera.models.decoder import Decoder
 from tessera.nn.parameter import to_local
 
