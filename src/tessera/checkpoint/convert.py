@@ -1,6 +1,6 @@
 """Checkpoints to Hugging Face folders and back, in one process without torch.distributed, a tensor at a time."""
 
-import shutil
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from tessera.checkpoint.state import RunState, Source
 from tessera.checkpoint.tensors import MODEL, alone_is_fine, check_model
 from tessera.core.device import dtype_name
 from tessera.core.errors import RunFailed, UserError
+from tessera.core.files import in_words, remove
 from tessera.models.hub import (
     SHARD_BYTES,
     StoredParameters,
@@ -43,14 +44,11 @@ def convert(
 
     UserError: `source` is neither or not whole, `target` is not empty, or an option belongs to the other direction.
     """
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError(
-            "TO", target, "is there already, and not an empty folder", "give a folder that is not there yet"
-        )
+    _check_target(target)
     try:
-        if (source / STATE).is_file() or (source / METADATA).is_file():
+        if any(os.path.lexists(source / name) for name in (STATE, METADATA)):
             return _to_hugging_face(source, target, config, dtype, max_shard_bytes or SHARD_BYTES)
-        if (source / "config.json").is_file():
+        if os.path.lexists(source / "config.json"):
             for key, value in (("--config", config), ("--dtype", dtype), ("--max-shard-size", max_shard_bytes)):
                 if value is not None:
                     raise UserError(key, value, "is for checkpoints, and FROM is a Hugging Face folder", "leave it out")
@@ -61,10 +59,24 @@ def convert(
         raise
     except (CheckpointException, OSError) as error:
         for unfinished in (target / ".export", target.with_name(f".{target.name}.part")):
-            shutil.rmtree(unfinished, ignore_errors=True)
+            remove(unfinished)
         raise RunFailed(f"{target} was not written: {reason_of(error)}") from error
     reason = f"is neither a checkpoint ({STATE}) nor a Hugging Face folder (config.json)"
     raise UserError("FROM", source, reason, "a checkpoint-N folder of a run, or one with config.json and safetensors")
+
+
+def _check_target(target: Path) -> None:
+    """Raise UserError unless a folder can be made there, or an empty one is."""
+    hint = "give a folder that is not there yet"
+    try:
+        if os.path.lexists(target) and any(os.scandir(target)):
+            raise UserError("TO", target, "is there already, and not an empty folder", hint)
+    except NotADirectoryError:
+        raise UserError("TO", target, "is there already, and not an empty folder", hint) from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError("TO", target, in_words(error), hint) from error
 
 
 def _to_hugging_face(
@@ -150,7 +162,7 @@ class _Import(Writer):
         self.single_file_per_rank = False
 
     def make_room(self) -> None:
-        shutil.rmtree(self.part, ignore_errors=True)
+        remove(self.part)
 
     def put_in_place(self) -> None:
         if self.final.exists():

@@ -118,7 +118,7 @@ def prepare(config: DataSettings, vocab_size: int | None, folder: Path | None = 
     """
     folder = folder or Path(config.output_dir) / "prepared"
     there, because = _read_manifest(folder)
-    files = read_files(config.datasets)
+    files = read_files(config.datasets, config.output_dir)
     tokenizer = _given_tokenizer(config) if any(file.kind != "tokenized" for file in files) else None
     key = _cache_key(config, files, tokenizer)
     if there and there.key == key:
