@@ -6,6 +6,7 @@ import pickle
 import shutil
 import tarfile
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from tessera.checkpoint import folder as folders
 from tessera.checkpoint.folder import discard_parts, latest, read_state, read_sums, rotate, set_aside, verify
 from tessera.checkpoint.reader import Reader, read_into
-from tessera.checkpoint.saver import Writer
+from tessera.checkpoint.saver import Saver, Writer
 from tessera.checkpoint.state import RunState, Source
 from tessera.checkpoint.tensors import alone_is_fine
 from tessera.core.errors import UserError
@@ -163,6 +164,16 @@ def test_what_cannot_be_removed_is_told_and_written_beside(output, tmp_path, mon
     assert torch.equal(read(output / "checkpoint-8"), WEIGHT + 8)
 
 
+def test_what_stays_in_the_way_is_said_once_in_a_run(output):
+    said: list[str] = []
+    saver = Saver(output, None, asynchronous=False, timeout=timedelta(minutes=1), say=said.append)
+    for step, problems in ((8, ["a"]), (10, ["a", "b"]), (12, ["b"])):
+        writer = Writer(output / f"checkpoint-{step}", RunState(1, 1, 1, 0, Source("/x")), None)
+        writer.problems += problems
+        saver._settle(writer, None)
+    assert said == ["a", "b"] and saver.failure is None
+
+
 @pytest.mark.parametrize("how", ["rename", "rmtree"])
 def test_an_old_checkpoint_that_cannot_be_removed_stays_and_the_others_go(output, monkeypatch, how):
     refused = output / ("checkpoint-2" if how == "rename" else ".checkpoint-2.removed.part")
@@ -245,12 +256,14 @@ def test_sums_of_odd_names_are_refused(output, line):
         ({"samples": -6}, "samples: "),
         ({"samples": 0}, "0 samples and 60 tokens after 6 steps"),
         ({"step": 0}, "6 samples and 60 tokens after 0 steps"),
+        ({"samples": 2**40}, "1099511627776 samples and 60 tokens after 6 steps"),
         ({"skipped": 7}, "7 steps skipped, of 6"),
         ({"seed": -1}, "seed: "),
         ({"course": []}, "course: "),
         ({"config": None}, "config: "),
         ({"optimizer": "yes"}, "optimizer: "),
         ({"source": {"folder": "a\0b"}}, "source.folder: "),
+        ({"source": {"folder": "x" * 5000}}, "source.folder: "),
         ({"source": {"folder": ""}}, "source.folder: "),
         ({"source": {"folder": 3}}, "source.folder: "),
         ({"source": {"folder": "/x", "tokenizer": "a\0b"}}, "source.tokenizer: "),

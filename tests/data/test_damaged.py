@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from tests.data.helpers import all_rows
 
-from tessera.core.errors import UserError
+from tessera.core.errors import RunFailed, UserError
 from tessera.data import columns
 from tessera.data import prepare as module
 from tessera.data.columns import write_column
+from tessera.data.loader import Loader
 from tessera.data.prepare import open_prepared, prepare
 from tessera.data.samples import open_samples
 
@@ -121,6 +122,10 @@ def test_a_flipped_bit_of_large_data_is_found_by_the_rank_that_reads_it(write, s
         rows[100]
     assert refused.value.hint == f"remove {folder}, and the next start prepares the data again"
     assert rows[199][0].tolist() == [199, 200, 201]
+    loader = Loader(open_samples(folder, "train"), 10, 1, 0, False, 1)
+    loader.step_batches(0)
+    with pytest.raises(RunFailed, match="tokens.npy is not as it was prepared: see its bytes from 1,280"):
+        loader.step_batches(10)
 
 
 @pytest.mark.parametrize("kind", ["link to a folder", "link to nowhere"])

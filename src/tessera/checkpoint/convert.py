@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -45,6 +46,7 @@ def convert(
     UserError: `source` is neither or not whole, `target` is not empty, or an option belongs to the other direction.
     """
     _check_target(target)
+    there = os.path.lexists(target)
     try:
         if any(os.path.lexists(source / name) for name in (STATE, METADATA)):
             return _to_hugging_face(source, target, config, dtype, max_shard_bytes or SHARD_BYTES)
@@ -53,30 +55,34 @@ def convert(
                 if value is not None:
                     raise UserError(key, value, "is for checkpoints, and FROM is a Hugging Face folder", "leave it out")
             return _to_checkpoint(source, target)
-    except UserError as error:
+    except (UserError, CheckpointException, OSError) as error:
+        for unfinished in (target / ".export", target.with_name(f".{target.name}.part")):
+            remove(unfinished)
+        if not there:
+            with suppress(OSError):
+                target.rmdir()
+        if not isinstance(error, UserError):
+            raise RunFailed(f"{target} was not written: {reason_of(error)}") from error
         if error.key in ("resume_from_checkpoint", "base_model"):  # what the parts used here speak of
             raise UserError("FROM", error.value, error.reason, error.hint) from error
         raise
-    except (CheckpointException, OSError) as error:
-        for unfinished in (target / ".export", target.with_name(f".{target.name}.part")):
-            remove(unfinished)
-        raise RunFailed(f"{target} was not written: {reason_of(error)}") from error
     reason = f"is neither a checkpoint ({STATE}) nor a Hugging Face folder (config.json)"
     raise UserError("FROM", source, reason, "a checkpoint-N folder of a run, or one with config.json and safetensors")
 
 
 def _check_target(target: Path) -> None:
     """Raise UserError unless a folder can be made there, or an empty one is."""
-    hint = "give a folder that is not there yet"
     try:
-        if os.path.lexists(target) and any(os.scandir(target)):
-            raise UserError("TO", target, "is there already, and not an empty folder", hint)
+        with os.scandir(target) as inside:
+            reason = "is there already, and not an empty folder" if any(inside) else ""
+    except FileNotFoundError:
+        reason = "is a link to nowhere" if os.path.lexists(target) else ""
     except NotADirectoryError:
-        raise UserError("TO", target, "is there already, and not an empty folder", hint) from None
+        reason = "is there already, and not an empty folder"
     except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError("TO", target, in_words(error), hint) from error
+        reason = in_words(error)
+    if reason:
+        raise UserError("TO", target, reason, "give a folder that is not there yet")
 
 
 def _to_hugging_face(
@@ -85,11 +91,14 @@ def _to_hugging_face(
     state = read_state(source)
     beside = state.source
     folder = config or Path(beside.folder)
-    if not (folder / "config.json").is_file():
+    if not os.path.isfile(folder / "config.json"):
         made = "" if config else ", where the run that saved this checkpoint had it"
         hint = "give a folder with config.json (and the tokenizer's files)"
         raise UserError("--config", folder, f"no config.json there{made}", hint)
     tokenizer = Path(beside.tokenizer) if beside.tokenizer and not config else None
+    if tokenizer and not os.path.isfile(tokenizer / "tokenizer.json"):
+        reason = "no tokenizer.json there, where the run that saved this checkpoint had it"
+        raise UserError("--config", tokenizer, reason, "give a folder with config.json and the tokenizer's files")
     model = read_model_config(folder)
     shapes = parameter_shapes(model)
     reader = Reader(source)

@@ -163,7 +163,8 @@ def read_metadata(folder: Path, sums: Mapping[str, str]) -> Metadata:
     except UserError:
         raise
     except (ValueError, LookupError) as error:  # a pickle that takes from an empty stack is an IndexError
-        raise not_whole(folder, f"{METADATA}: {str(error)[:500]}") from error
+        reason = str(error)[:500] if isinstance(error, ValueError) else "takes what is not there"
+        raise not_whole(folder, f"{METADATA}: {reason}") from error
 
 
 def _unaltered(folder: Path, name: str, sums: Mapping[str, str]) -> bytes:

@@ -11,7 +11,7 @@ Count = Annotated[int, Field(ge=0, lt=2**53)]
 
 
 def _path(text: str) -> str:
-    if not text or "\0" in text:
+    if not 0 < len(text) < 4096 or "\0" in text:
         raise ValueError("is the name of no folder")
     return text
 
@@ -61,7 +61,8 @@ class RunState:
         """Raise ValueError for counts that no run comes to."""
         if self.skipped > self.step:
             raise ValueError(f"{self.skipped} steps skipped, of {self.step}")
-        if bool(self.step) != bool(self.samples) or self.tokens and not self.samples:
+        whole = bool(self.step) == bool(self.samples) and self.samples <= self.step * 2**31
+        if not whole or self.tokens > self.samples * 2**31:
             raise ValueError(f"{self.samples} samples and {self.tokens} tokens after {self.step} steps")
 
     def to_json(self) -> str:
