@@ -104,8 +104,12 @@ def test_data_prepared_before_there_were_sums_are_prepared_again_without_complai
     entries = json.loads((first.folder / "manifest.json").read_text())
     del entries["files"], entries["sum"]
     (first.folder / "manifest.json").write_text(json.dumps(entries))
+    with pytest.raises(UserError, match="it has no manifest.json of this version"):
+        open_prepared(first.folder)
     again = prepare(config, 40)
     assert not again.reused and again.manifest == first.manifest and "again" not in again.summary()
+    (first.folder / "manifest.json").write_text("{}")  # no longer known as ours by its keys, but by all that is there
+    assert prepare(config, 40).manifest == first.manifest
 
 
 def test_a_flipped_bit_of_large_data_is_found_by_the_rank_that_reads_it(write, settings, monkeypatch):

@@ -145,7 +145,7 @@ def open_prepared(folder: Path) -> Prepared:
     UserError: there is none, or it is not as it was written; the rows themselves are checked when they are read.
     """
     manifest, because = _read_manifest(folder)
-    because = _damage(folder, manifest, whole=0) if manifest else because or "there is none"
+    because = _damage(folder, manifest, whole=0) if manifest else because or f"it has no {MANIFEST} of this version"
     if manifest is None or because:
         raise UserError("output_dir", folder, f"is not the prepared data of this run: {because}", "start the run again")
     return Prepared(folder, manifest, reused=True)
@@ -253,8 +253,8 @@ def _read_manifest(folder: Path) -> tuple[Manifest | None, str]:
         because = "" if isinstance(entries, dict) else f"{MANIFEST} holds something else"
     except UserError as error:
         because = f"{MANIFEST} {error.reason}"
-    ours = {"key", "train_rows"} <= entries.keys() if isinstance(entries, dict) else _written_by_us(folder, inside)
-    if not ours:
+    known = isinstance(entries, dict) and {"key", "train_rows"} <= entries.keys()
+    if not (known or _written_by_us(folder, inside)):
         reason = "is where prepared data goes, but holds something else"
         raise UserError("output_dir", folder, reason, "move that away, or choose another output_dir")
     if because:
