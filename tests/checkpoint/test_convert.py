@@ -2,6 +2,7 @@
 
 import filecmp
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -192,3 +193,50 @@ def test_auto_resume_takes_a_converted_checkpoint(workshop: Workshop, tmp_path):
     convert(workshop.model("llama"), tmp_path / "run/checkpoint-0")
     settings = workshop.settings("llama", tmp_path / "run", resume_from_checkpoint=True)
     assert checkpoint_to_resume(TrainConfig.model_validate(settings)) == tmp_path / "run/checkpoint-0"
+
+
+def reseal(folder: Path) -> None:
+    names = [path.name for path in folder.iterdir() if path.name != "SHA256SUMS"]
+    checkpoint_folder.write_sums(folder, checkpoint_folder.sums_of(folder, names))
+
+
+def test_parts_that_leave_a_hole_are_refused_by_name_before_anything_is_written(finished, tmp_path):
+    folder = shutil.copytree(saved(finished("llama")), tmp_path / "checkpoint")
+    whole = pickle.loads((folder / ".metadata").read_bytes())
+    name, entry = next((n, e) for n, e in whole.state_dict_metadata.items() if len(e.chunks) == 2)
+    entry.chunks.pop()
+    (folder / ".metadata").write_bytes(pickle.dumps(whole, 4))
+    reseal(folder)
+    with pytest.raises(UserError, match=f"FROM: .*\n  is not a whole checkpoint: .metadata: {name}: "):
+        convert(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_part_that_is_no_tensor_is_refused_by_name(finished, tmp_path):
+    folder = shutil.copytree(saved(finished("llama")), tmp_path / "checkpoint")
+    file = folder / "__1_0.distcp"
+    file.write_bytes(b"\0" * file.stat().st_size)
+    reseal(folder)
+    with pytest.raises(
+        UserError, match="FROM: .*\n  cannot be read: model/.*: its part at .* in __1_0.distcp cannot be"
+    ):
+        convert(folder, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_tokenizer_that_is_gone_is_said_and_not_left_out(finished, tmp_path):
+    folder = shutil.copytree(saved(finished("llama")), tmp_path / "checkpoint")
+    state = json.loads((folder / "state.json").read_text())
+    state["source"]["tokenizer"] = str(tmp_path / "gone")
+    (folder / "state.json").write_text(json.dumps(state))
+    reseal(folder)
+    with pytest.raises(UserError, match="--config: .*gone\n  no tokenizer.json there, where the run"):
+        convert(folder, tmp_path / "out")
+    convert(folder, tmp_path / "out", config=Path(finished("llama")["base_model"]))
+
+
+@pytest.mark.parametrize("target", ["a\0b", "x" * 300, "link"])
+def test_a_target_that_cannot_be_is_refused(finished, tmp_path, target):
+    (tmp_path / "link").symlink_to("/no/such/place")
+    with pytest.raises(UserError, match="^TO: "):
+        convert(saved(finished("llama")), tmp_path / target)

@@ -1,12 +1,11 @@
 """Checkpoints: a run that goes on is the run that was never interrupted, and nothing half-written is one."""
 
-import io
 import json
 import os
 import pickle
 import re
 import shutil
-from pathlib import Path, PosixPath
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -234,7 +233,7 @@ def reseal(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        (pickle.dumps({}), r"\.metadata holds something else"),
+        (pickle.dumps({}), r"\.metadata: it: is no Metadata"),
         (b"cmodule", r"\.metadata: "),
     ],
 )
@@ -283,10 +282,6 @@ def test_a_malicious_checkpoint_runs_nothing(stopped, tmp_path):
     assert not mark.exists()
     pickle.loads(content)
     assert mark.exists(), "the content was harmless"
-
-
-def test_paths_as_newer_pythons_pickle_them_are_read():
-    assert checkpoint_folder.MetadataUnpickler(io.BytesIO(b"cpathlib._local\nPosixPath\n.")).load() is PosixPath
 
 
 @pytest.mark.parametrize("case", ["llama", "gpt2 one layer", "gpt2 wider"])

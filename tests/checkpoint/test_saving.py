@@ -112,7 +112,7 @@ def test_latest_decides_where_a_run_goes_on(copied):
 def test_the_one_that_latest_names_is_never_rotated_away(done, tmp_path):
     for step in (2, 30, 40):
         shutil.copytree(Path(done["output_dir"]) / "checkpoint-2", tmp_path / f"checkpoint-{step}")
-    assert checkpoint_folder.rotate(tmp_path, tmp_path / "checkpoint-2", keep=2) == ""
+    assert checkpoint_folder.rotate(tmp_path, tmp_path / "checkpoint-2", keep=2) == []
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-40"]
 
 

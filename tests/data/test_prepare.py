@@ -237,7 +237,7 @@ def test_a_write_that_fails_keeps_what_was_there(tmp_path, write, settings, monk
         return rename(folder, target)
 
     monkeypatch.setattr(*((module, "write_samples") if writing else (Path, "rename")), full)
-    with pytest.raises(UserError, match="No space left"):
+    with pytest.raises(UserError, match="cannot be written: no space is left on the disk"):
         prepare(settings(write("b.jsonl", TOKENS[1:])), None)
     assert listing(tmp_path / "out") == before
     assert len(all_rows(prepared.folder)) == 10
@@ -265,7 +265,7 @@ def test_a_process_killed_while_it_replaces_leaves_nothing_in_the_way(write, set
         prepare(config, None)
         left = iter(range(calls))
         with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
-            patch.setattr(module.shutil, "rmtree", remove)
+            patch.setattr(shutil, "rmtree", remove)
             patch.setattr(Path, "rename", move)
             prepare(changed, None)
         assert prepare(changed, None).manifest.train_rows == len(TOKENS) - 1
@@ -291,7 +291,7 @@ def test_split(tmp_path, write, settings, size, held):
 def test_no_split_has_no_eval_rows(write, settings):
     prepared = prepare(settings(write("a.jsonl", TOKENS)), None)
     assert prepared.manifest.eval_rows == 0
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(UserError, match=r"eval/tokens.npy\n  does not exist"):
         all_rows(prepared.folder, "eval")
 
 
@@ -316,3 +316,44 @@ def test_the_real_config_fits(tmp_path, write):
 def test_preparing_imports_no_torch():
     code = "import sys, tessera.data.prepare, tessera.data.stdlib; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})
+
+
+# ---- output_dir and data, one in the other
+
+
+@pytest.mark.parametrize("place", ["d/out", "d/runs/out", "linked"])
+def test_what_a_run_writes_into_its_data_folder_is_no_data(tmp_path, write, settings, place):
+    folder = write("d/a.jsonl", TOKENS).parent
+    output = tmp_path / "in" / place
+    output.mkdir(parents=True)
+    (output / "metrics.jsonl").write_text("{}\n")
+    given = folder
+    if place == "linked":
+        (tmp_path / "given").symlink_to(folder)  # the data by another name
+        given, output = tmp_path / "given", folder / "out"
+    config = settings(given, output_dir=str(output))
+    first = prepare(config, 40)
+    (output / "metrics.jsonl").write_text("{}\n{}\n")
+    again = prepare(config, 40)
+    assert again.reused and first.manifest.train_rows == len(TOKENS)
+
+
+def test_output_dir_that_is_the_data_folder_is_refused_at_once(tmp_path, write, settings):
+    folder = write("d/a.jsonl", TOKENS).parent
+    before = listing(tmp_path)
+    (tmp_path / "same").symlink_to(folder)
+    for name in (folder, folder / ".." / "d", tmp_path / "same"):
+        with pytest.raises(
+            UserError, match="output_dir: .*\n  is the data folder .* too: .*\n  a folder of its own, such as"
+        ):
+            prepare(settings(folder, output_dir=str(name)), 40)
+    (tmp_path / "same").unlink()
+    assert listing(tmp_path) == before
+
+
+def test_data_within_output_dir_are_read(tmp_path, write, settings):
+    folder = write("d/a.jsonl", TOKENS).parent
+    for _ in range(2):
+        prepared = prepare(settings(folder, output_dir=str(tmp_path / "in")), 40)
+        assert prepared.manifest.train_rows == len(TOKENS)
+    assert prepared.reused

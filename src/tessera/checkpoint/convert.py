@@ -1,7 +1,8 @@
 """Checkpoints to Hugging Face folders and back, in one process without torch.distributed, a tensor at a time."""
 
-import shutil
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -10,12 +11,14 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from tessera.checkpoint.folder import METADATA, STATE, Reader, read_state, verify
+from tessera.checkpoint.folder import METADATA, STATE, read_state, verify
+from tessera.checkpoint.reader import Reader, read_into, reason_of
 from tessera.checkpoint.saver import Writer
 from tessera.checkpoint.state import RunState, Source
-from tessera.checkpoint.tensors import MODEL, alone_is_fine, check_model, reason_of
+from tessera.checkpoint.tensors import MODEL, alone_is_fine, check_model
 from tessera.core.device import dtype_name
 from tessera.core.errors import RunFailed, UserError
+from tessera.core.files import in_words, remove
 from tessera.models.hub import (
     SHARD_BYTES,
     StoredParameters,
@@ -42,28 +45,44 @@ def convert(
 
     UserError: `source` is neither or not whole, `target` is not empty, or an option belongs to the other direction.
     """
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError(
-            "TO", target, "is there already, and not an empty folder", "give a folder that is not there yet"
-        )
+    _check_target(target)
+    there = os.path.lexists(target)
     try:
-        if (source / STATE).is_file() or (source / METADATA).is_file():
+        if any(os.path.lexists(source / name) for name in (STATE, METADATA)):
             return _to_hugging_face(source, target, config, dtype, max_shard_bytes or SHARD_BYTES)
-        if (source / "config.json").is_file():
+        if os.path.lexists(source / "config.json"):
             for key, value in (("--config", config), ("--dtype", dtype), ("--max-shard-size", max_shard_bytes)):
                 if value is not None:
                     raise UserError(key, value, "is for checkpoints, and FROM is a Hugging Face folder", "leave it out")
             return _to_checkpoint(source, target)
-    except UserError as error:
+    except (UserError, CheckpointException, OSError) as error:
+        for unfinished in (target / ".export", target.with_name(f".{target.name}.part")):
+            remove(unfinished)
+        if not there:
+            with suppress(OSError):
+                target.rmdir()
+        if not isinstance(error, UserError):
+            raise RunFailed(f"{target} was not written: {reason_of(error)}") from error
         if error.key in ("resume_from_checkpoint", "base_model"):  # what the parts used here speak of
             raise UserError("FROM", error.value, error.reason, error.hint) from error
         raise
-    except (CheckpointException, OSError) as error:
-        for unfinished in (target / ".export", target.with_name(f".{target.name}.part")):
-            shutil.rmtree(unfinished, ignore_errors=True)
-        raise RunFailed(f"{target} was not written: {reason_of(error)}") from error
     reason = f"is neither a checkpoint ({STATE}) nor a Hugging Face folder (config.json)"
     raise UserError("FROM", source, reason, "a checkpoint-N folder of a run, or one with config.json and safetensors")
+
+
+def _check_target(target: Path) -> None:
+    """Raise UserError unless a folder can be made there, or an empty one is."""
+    try:
+        with os.scandir(target) as inside:
+            reason = "is there already, and not an empty folder" if any(inside) else ""
+    except FileNotFoundError:
+        reason = "is a link to nowhere" if os.path.lexists(target) else ""
+    except NotADirectoryError:
+        reason = "is there already, and not an empty folder"
+    except (OSError, ValueError) as error:
+        reason = in_words(error)
+    if reason:
+        raise UserError("TO", target, reason, "give a folder that is not there yet")
 
 
 def _to_hugging_face(
@@ -72,11 +91,14 @@ def _to_hugging_face(
     state = read_state(source)
     beside = state.source
     folder = config or Path(beside.folder)
-    if not (folder / "config.json").is_file():
+    if not os.path.isfile(folder / "config.json"):
         made = "" if config else ", where the run that saved this checkpoint had it"
         hint = "give a folder with config.json (and the tokenizer's files)"
         raise UserError("--config", folder, f"no config.json there{made}", hint)
     tokenizer = Path(beside.tokenizer) if beside.tokenizer and not config else None
+    if tokenizer and not os.path.isfile(tokenizer / "tokenizer.json"):
+        reason = "no tokenizer.json there, where the run that saved this checkpoint had it"
+        raise UserError("--config", tokenizer, reason, "give a folder with config.json and the tokenizer's files")
     model = read_model_config(folder)
     shapes = parameter_shapes(model)
     reader = Reader(source)
@@ -87,7 +109,7 @@ def _to_hugging_face(
     def whole(name: str) -> Tensor:
         tensor = torch.empty(shapes[name], dtype=dtype)
         with alone_is_fine():
-            dcp.load({MODEL + name: tensor}, storage_reader=reader, no_dist=True)
+            read_into(reader, {MODEL + name: tensor})
         return tensor
 
     write_model(
@@ -149,7 +171,7 @@ class _Import(Writer):
         self.single_file_per_rank = False
 
     def make_room(self) -> None:
-        shutil.rmtree(self.part, ignore_errors=True)
+        remove(self.part)
 
     def put_in_place(self) -> None:
         if self.final.exists():

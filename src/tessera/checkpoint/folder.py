@@ -10,40 +10,37 @@ is whole. Every file is synced before the rename, so that this holds after a pow
 """
 
 import hashlib
-import io
 import itertools
-import json
 import os
-import pickle
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
-import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata
 
+from tessera.checkpoint.metadata import metadata_of
 from tessera.checkpoint.state import FORMAT, RunState
 from tessera.core.collectives import gathered
 from tessera.core.errors import UserError
+from tessera.core.files import free_name, in_words, open_file, parse_json, read_bytes, remove
 
 STATE = "state.json"
 METADATA = ".metadata"
 SUMS = "SHA256SUMS"
 LATEST = "LATEST"
+LARGEST = 2**30
+"""Bytes of the largest .metadata that is read: that of some ten million parts of tensors."""
 
 # ------------------------------------------------------------------------------------------- written
 
 
 def sums_of(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """The SHA-256 of each of these files, in hexadecimal."""
+    """The SHA-256 of each of these files, in hexadecimal. UserError: one cannot be opened; OSError: nor read."""
     sums = {}
     for name in names:
-        with (folder / name).open("rb") as file:
-            sums[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        with open_file(folder / name, "checkpoint") as file:
+            sums[name] = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
     return sums
 
 
@@ -60,41 +57,67 @@ def write_sums(folder: Path, sums: Mapping[str, str]) -> None:
     _write(folder / SUMS, f"# {hashlib.sha256(lines.encode()).hexdigest()}  the lines below\n{lines}")
 
 
-def publish(part: Path, final: Path) -> None:
-    """Give a sealed folder its name, then let LATEST say so; at each moment LATEST's checkpoint is whole."""
-    named, replaced = final.with_name(f".{LATEST}.part"), final.with_name(f".{final.name}.replaced.part")
+def publish(part: Path, final: Path) -> list[str]:
+    """Give a sealed folder its name, then let LATEST say so; at each moment LATEST's checkpoint is whole.
+
+    Returns what is in the way, a line each. OSError: the folder could not get its name.
+    """
+    named, latest_file, problems = free_name(final.with_name(f".{LATEST}.part")), final.with_name(LATEST), []
+    replaced = free_name(final.with_name(f".{final.name}.replaced.part"))
     _write(named, final.name + "\n")
-    if final.exists():
+    if os.path.lexists(final):
         final.rename(replaced)
     part.rename(final)
-    os.replace(named, final.with_name(LATEST))
+    try:
+        if os.path.isdir(latest_file) and not latest_file.is_symlink():  # none of ours
+            latest_file.rename(free_name(final.with_name(f"abandoned-{LATEST}")))
+        os.replace(named, latest_file)
+    except OSError as error:
+        problems.append(f"{latest_file} could not be replaced: {in_words(error)}; it does not name {final.name}")
+        remove(named)
     _sync(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    if reason := remove(replaced):
+        problems.append(_left_over(replaced, reason))
+    return problems
 
 
-def discard_parts(output_dir: Path) -> None:
-    """Remove what saves that failed or were killed have left."""
-    for unfinished in output_dir.glob(".checkpoint-*.part"):
-        shutil.rmtree(unfinished)
-    (output_dir / f".{LATEST}.part").unlink(missing_ok=True)
+def discard_parts(output_dir: Path) -> list[str]:
+    """Remove what saves that failed or were killed have left; returns what cannot be removed, a line each."""
+    left = [*output_dir.glob(".checkpoint-*.part"), *output_dir.glob(f".{LATEST}*.part")]
+    return [_left_over(path, reason) for path in sorted(left) if (reason := remove(path))]
 
 
-def rotate(output_dir: Path, last: Path, keep: int | None) -> str:
-    """Remove all but the newest `keep` checkpoints (None: keep all), never `last`; returns what went wrong."""
+def _left_over(path: Path, reason: str) -> str:
+    return f"{path} is left over from an earlier save and cannot be removed: {reason}"
+
+
+def rotate(output_dir: Path, last: Path, keep: int | None) -> list[str]:
+    """Remove all but the newest `keep` checkpoints (None: keep all), never `last`; returns what went wrong.
+
+    One that cannot be removed stays, and does not keep the others from going.
+    """
     # `last` always stays, even beside those with higher numbers
     others = [path for path in whole_checkpoints(output_dir) if path != last]
+    problems = []
     for old in others[: max(0, len(others) - keep + 1)] if keep else []:
-        going = old.with_name(f".{old.name}.removed.part")  # a run killed meanwhile leaves what the next save removes
+        going = free_name(old.with_name(f".{old.name}.removed.part"))  # if killed meanwhile, the next save removes it
         try:
+            before = set(os.listdir(old))
             old.rename(going)
-            shutil.rmtree(going)
+            reason = remove(going)
+            if reason and set(os.listdir(going)) == before:
+                going.rename(old)
         except OSError as error:
-            return f"{old} could not be removed: {error}"
-    return ""
+            reason = in_words(error)
+        if reason:
+            problems.append(f"{old} could not be removed: {reason}")
+    return problems
 
 
 def _write(file: Path, text: str) -> None:
-    with file.open("w", encoding="utf-8") as stream:
+    """A new file, synced; one of that name, or a link, is replaced and never written through."""
+    file.unlink(missing_ok=True)
+    with file.open("x", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
@@ -115,69 +138,103 @@ def _sync(folder: Path) -> None:
 def read_state(folder: Path) -> RunState:
     """The JSON part of a checkpoint. UserError: another format, or a file is missing, too short or (if small) altered.
 
-    The sums of the large files are left to `verify`, which takes as long as reading them.
+    Every tensor's parts are checked too, before any is read. The sums of the large files are left to `verify`, which
+    takes as long as reading them.
     """
-    if not (folder / SUMS).is_file():
+    if not os.path.lexists(folder / SUMS):
         raise _without_sums(folder)
     sums = read_sums(folder)
-    for name in (STATE, METADATA):  # before they are parsed
-        try:
-            if sums_of(folder, [name])[name] != sums.get(name):
-                raise altered(folder, name)
-        except OSError as error:
-            raise not_whole(folder, f"{name}: {error.strerror}") from error
-    found = _format(folder)
+    text, metadata = _unaltered(folder, STATE, sums), read_metadata(folder, sums)
+    found = _format(folder, text)
     if found != FORMAT:
         raise _other_format(folder, found)
     try:
-        state = RunState.from_json((folder / STATE).read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        state = RunState.from_json(text)
+    except ValueError as error:
         raise not_whole(folder, f"{STATE}: {error}") from error
-    _check_files(folder, sums)
+    _check_files(folder, sums, metadata)
     return state
 
 
-def _format(folder: Path) -> object:
+def read_metadata(folder: Path, sums: Mapping[str, str]) -> Metadata:
+    """What .metadata says. Raises UserError for anything that is no checkpoint's; nothing that it names is called."""
+    try:
+        return metadata_of(_unaltered(folder, METADATA, sums))
+    except UserError:
+        raise
+    except (ValueError, LookupError) as error:  # a pickle that takes from an empty stack is an IndexError
+        reason = str(error)[:500] if isinstance(error, ValueError) else "takes what is not there"
+        raise not_whole(folder, f"{METADATA}: {reason}") from error
+
+
+def _unaltered(folder: Path, name: str, sums: Mapping[str, str]) -> bytes:
+    """The content of a small file, which has its sum."""
+    content = _content(folder, name)
+    if hashlib.sha256(content).hexdigest() != sums.get(name):
+        raise altered(folder, name)
+    return content
+
+
+def _content(folder: Path, name: str) -> bytes:
+    try:
+        return read_bytes(folder / name, name, limit=LARGEST)
+    except UserError as error:
+        raise not_whole(folder, f"{name}: {error.reason}") from error
+
+
+def _format(folder: Path, text: bytes) -> object:
     """The format of a checkpoint, which says what else its state.json must have."""
     try:
-        return dict(json.loads((folder / STATE).read_text("utf-8"))).get("format")
-    except (OSError, ValueError, TypeError) as error:
+        state = parse_json(text)
+    except ValueError as error:
         raise not_whole(folder, f"{STATE}: {error}") from error
+    if not isinstance(state, dict):
+        raise not_whole(folder, f"{STATE}: is a {type(state).__name__}, not the state of a run")
+    return state.get("format")
 
 
 def _without_sums(folder: Path) -> UserError:
     """A checkpoint of format 1 has no sums; of any other their file has been lost."""
-    found = _format(folder)
+    found = _format(folder, _content(folder, STATE))
     return not_whole(folder, f"{SUMS} is missing") if found == FORMAT else _other_format(folder, found)
 
 
 def _other_format(folder: Path, found: object) -> UserError:
     hint = f"format 1 had no {SUMS}: finish that run with the version that began it" if found == 1 else ""
-    return UserError("resume_from_checkpoint", folder, f"has format {found}, this version reads {FORMAT}", hint)
+    reason = f"has format {str(found)[:20]}, this version reads {FORMAT}"
+    return UserError("resume_from_checkpoint", folder, reason, hint)
 
 
 def read_sums(folder: Path) -> dict[str, str]:
     """What SHA256SUMS says, by file name. Raises UserError when the file itself is altered."""
     try:
-        head, _, lines = (folder / SUMS).read_text("utf-8").partition("\n")
-    except (OSError, ValueError) as error:
+        head, _, lines = _content(folder, SUMS).decode("utf-8").partition("\n")
+    except UnicodeDecodeError as error:
         raise not_whole(folder, f"{SUMS}: {error}") from error
     if head != f"# {hashlib.sha256(lines.encode()).hexdigest()}  the lines below":
         raise not_whole(folder, f"{SUMS} is damaged: its first line is not the sum of the others")
-    return {name: digest for digest, _, name in (line.partition("  ") for line in lines.splitlines())}
+    found = [re.fullmatch(r"([0-9a-f]{64})  ([^/\\]{1,255})", line) for line in lines.removesuffix("\n").split("\n")]
+    sums = {match[2]: match[1] for match in found if match and match[2].isprintable()}
+    if len(sums) != len(found) or not sums.keys().isdisjoint((".", "..")):
+        raise not_whole(folder, f"{SUMS} has a line that is no sum of a file beside it")
+    return sums
 
 
-def _check_files(folder: Path, sums: Mapping[str, str]) -> None:
+def _check_files(folder: Path, sums: Mapping[str, str], metadata: Metadata) -> None:
     """Raise UserError unless every file that .metadata counts on lies in `folder`, has a sum, and is long enough."""
     ends: dict[str, int] = dict.fromkeys(sums, 0)
-    for entry in read_metadata(folder).storage_data.values():
+    for entry in metadata.storage_data.values():
         ends[entry.relative_path] = max(ends.get(entry.relative_path, 0), entry.offset + entry.length)
     for name, end in sorted(ends.items()):
         if name not in sums:
             raise not_whole(folder, f"{name} has no sum in {SUMS}")
-        if Path(name).name != name or not (folder / name).is_file():
+        if not os.path.lexists(folder / name):
             raise not_whole(folder, f"{name} is missing")
-        size = (folder / name).stat().st_size
+        try:
+            with open_file(folder / name, name) as file:
+                size = os.fstat(file.fileno()).st_size
+        except UserError as error:
+            raise not_whole(folder, f"{name}: {error.reason}") from error
         if size < end:
             raise not_whole(folder, f"{name} is truncated, it has {size} of {end} bytes")
 
@@ -191,8 +248,9 @@ def verify(folder: Path) -> None:
         try:
             if sums_of(folder, [name])[name] != sums[name]:
                 wrong.append((name, ""))
-        except OSError as error:
-            wrong.append((name, f"cannot be read: {error.strerror}"))
+        except (UserError, OSError) as error:
+            reason = error.reason if isinstance(error, UserError) else in_words(error)
+            wrong.append((name, f"cannot be read: {reason}"))
     for name, reason in sorted(itertools.chain.from_iterable(gathered(wrong, world))):
         raise not_whole(folder, f"{name} {reason}") if reason else altered(folder, name)
 
@@ -200,9 +258,9 @@ def verify(folder: Path) -> None:
 def whole_checkpoints(output_dir: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
     found = [
-        (int(m[1]), p) for p in output_dir.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))
+        (int(m[1]), p) for p in output_dir.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-([0-9]+)", p.name))
     ]
-    return [path for _, path in sorted(found) if all((path / name).is_file() for name in (STATE, METADATA))]
+    return [path for _, path in sorted(found) if all(os.path.isfile(path / name) for name in (STATE, METADATA))]
 
 
 def latest(output_dir: Path) -> Path | None:
@@ -214,21 +272,39 @@ def latest(output_dir: Path) -> Path | None:
 
 def _latest_name(output_dir: Path) -> str:
     try:
-        return (output_dir / LATEST).read_text("utf-8").strip()
-    except (OSError, ValueError):
+        return read_bytes(output_dir / LATEST, LATEST, limit=300).decode("utf-8").strip()
+    except ValueError:  # a UserError is one: it is no file, or too large for a name
         return ""
 
 
-def set_aside(output_dir: Path, after: int) -> list[Path]:
-    """Rename the checkpoints of steps beyond `after` to abandoned-…, so that none is taken for a new run's."""
-    renamed = []
-    for path in whole_checkpoints(output_dir):
-        if int(path.name.partition("-")[2]) > after:
-            if path.name == _latest_name(output_dir):
-                (output_dir / LATEST).unlink()
-            names = (output_dir / f"abandoned-{path.name}{f'.{again}' if again else ''}" for again in itertools.count())
-            renamed.append(path.rename(next(name for name in names if not name.exists())))
-    return renamed
+def set_aside(output_dir: Path, resume: Path | None, step: int) -> list[str]:
+    """Rename to abandoned-… the checkpoints that a run, which goes on from `resume` at `step`, does not continue.
+
+    Those are all where `resume` is None or no checkpoint of this folder, else those of later steps. Which one `resume`
+    is, its content says: it may be a link to another disk, or be named by another path. Returns a line for each.
+    """
+    whole = whole_checkpoints(output_dir)
+    own = [path for path in whole if resume is not None and _same(path, resume)]
+    lines = []
+    for path in whole:
+        if path not in own and int(path.name.partition("-")[2]) > (step if own else 0):
+            try:
+                if path.name == _latest_name(output_dir):
+                    (output_dir / LATEST).unlink()
+                new = path.rename(free_name(output_dir / f"abandoned-{path.name}"))
+                lines.append(f"a checkpoint that this run does not continue is now {new}")
+            except OSError as error:
+                reason = f"cannot be renamed: {in_words(error)}"
+                lines.append(f"{path}, which this run does not continue, {reason}")
+    return lines
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two whole checkpoints are one, or a copy of it."""
+    try:
+        return _content(one, SUMS) == _content(other, SUMS)
+    except UserError:
+        return False
 
 
 def not_whole(folder: Path, reason: str) -> UserError:
@@ -245,57 +321,3 @@ def _refusal(folder: Path, reason: str) -> UserError:
     others = [path.name for path in whole_checkpoints(folder.parent) if path.name != folder.name]
     hint = f"others there: {', '.join(others)}" if others else "there is no other beside it"
     return UserError("resume_from_checkpoint", folder, reason, hint)
-
-
-# ------------------------------------------------------------------------------------------- DCP's metadata
-
-_METADATA_NAMES = {
-    "torch.distributed.checkpoint.metadata": {
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorStorageMetadata",
-        "ChunkStorageMetadata",
-        "TensorProperties",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.serialization": {"_get_layout"},
-    "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
-    "pathlib": {"Path", "PosixPath", "WindowsPath"},
-}
-
-
-class MetadataUnpickler(pickle.Unpickler):
-    """DCP's metadata is a pickle: only the plain classes it consists of may be named in it."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        module = module.replace("pathlib._local", "pathlib")  # as Python 3.13 calls it
-        if name in _METADATA_NAMES.get(module, ()):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"names {module}.{name}, which no checkpoint needs")
-
-
-def read_metadata(folder: Path) -> Metadata:
-    """What .metadata says. Raises UserError for anything else, of which nothing is run."""
-    try:
-        metadata = MetadataUnpickler(io.BytesIO((folder / METADATA).read_bytes())).load()
-    except Exception as error:  # unpickling what is not a pickle raises nearly everything
-        raise not_whole(folder, f"{METADATA}: {error}") from error
-    if not isinstance(metadata, Metadata):
-        raise not_whole(folder, f"{METADATA} holds something else")
-    return metadata
-
-
-class Reader(dcp.FileSystemReader):
-    """torch's reader with the restricted unpickler, which runs once; tensors are read with weights_only already."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self.folder, self.metadata = folder, read_metadata(folder)
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        metadata = self.metadata
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata

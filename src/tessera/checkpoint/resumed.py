@@ -25,9 +25,12 @@ QUIET = {
 }
 """Patterns of keys that change neither the course of a run nor its numbers (but for rounding)."""
 
+MOST, LONGEST = 50, 1000
+"""Lines that are said, and characters of a value in one."""
+
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
-    """One line for each key that is not as it was and matters.
+    """One line for each key that is not as it was and matters, at most MOST of them.
 
     A key that `then` lacks, because it came later, is taken to have been as in `defaults`.
     """
@@ -36,11 +39,18 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any], defaults: Mappi
         if any(fnmatchcase(key, pattern) for pattern in QUIET):
             continue
         if key not in now:
-            lines.append(f"resuming without {key}, the checkpoint was made with {_shown(then[key])}")
+            lines.append(f"resuming without {_shown(key)}, the checkpoint was made with {_shown(then[key])}")
         elif (before := then.get(key, defaults.get(key, now[key]))) != now[key]:
             lines.append(f"resuming with {key}: {_shown(now[key])}, the checkpoint was made with {_shown(before)}")
-    return lines
+    return (
+        lines
+        if len(lines) <= MOST
+        else [*lines[:MOST], f"and {len(lines) - MOST} other keys that are not as they were"]
+    )
 
 
 def _shown(value: object) -> str:
-    return "unset" if value is None else str(value)
+    """A value on one line, whatever a checkpoint may hold."""
+    shown = "unset" if value is None else str(value)
+    shown = shown if shown.isprintable() else ascii(shown)
+    return shown if len(shown) <= LONGEST else f"{shown[:LONGEST]}…"

@@ -11,11 +11,11 @@ All that rank 0 does for the others happens inside DCP's own agreement, which te
 none waits for a rank whose disk is full.
 """
 
-import shutil
 import threading
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import _StoragePrefix
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import AsyncStager
@@ -33,9 +34,11 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from tessera.checkpoint.folder import discard_parts, latest, publish, rotate, seal, sums_of
+from tessera.checkpoint.reader import reason_of
 from tessera.checkpoint.state import RunState
-from tessera.checkpoint.tensors import alone_is_fine, model_tensors, optimizer_tensors, reason_of
+from tessera.checkpoint.tensors import alone_is_fine, model_tensors, optimizer_tensors
 from tessera.core.errors import RunFailed
+from tessera.core.files import free_name, remove
 from tessera.models.decoder import Decoder
 from tessera.nn.parameter import to_local
 
@@ -53,6 +56,7 @@ class Saver:
         self.output_dir, self.keep, self.asynchronous = output_dir, keep, asynchronous
         self.timeout, self.say = timeout, say
         self.failure: str | None = None
+        self._told: set[str] = set()
         self.together = dist.is_initialized()
         self.first = not self.together or dist.get_rank() == 0
         self._group: dist.ProcessGroup | None = None
@@ -103,12 +107,14 @@ class Saver:
             self.failure = None
             if error is not None:
                 if self.first:
-                    shutil.rmtree(writer.part, ignore_errors=True)
+                    remove(writer.part)
                 last = latest(self.output_dir)
                 kept = f"the last whole checkpoint is {last}" if last else "there is no whole checkpoint"
                 self.failure = f"{writer.final.name} was not saved: {reason_of(error)}; {kept}"
-            if self.first and (told := self.failure or writer.unremoved):
-                self.say(told)
+            for told in [self.failure, *writer.problems] if self.first else []:
+                if told and told not in self._told:  # what stays in the way is no news at the next save
+                    self._told.add(told)
+                    self.say(told)
         finally:
             self._settled.set()
 
@@ -202,13 +208,20 @@ class HostCopies(AsyncStager):
         self._buffers.clear()
 
 
+@dataclass
+class _Place(_StoragePrefix):
+    """Where a rank writes, as rank 0 tells it: the folder's name, and what its files' names begin with."""
+
+    folder: str
+
+
 class Writer(dcp.FileSystemWriter):
     """Writes one checkpoint: each rank its files and their sums, rank 0 the rest."""
 
     def __init__(self, final: Path, state: RunState, keep: int | None, copies: "HostCopies | None" = None) -> None:
         self.final, self.state, self.keep, self.copies = final, state, keep, copies
         self.part = final.with_name(f".{final.name}.part")
-        self.unremoved = ""
+        self.problems: list[str] = []
         super().__init__(self.part, sync_files=True)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
@@ -218,10 +231,16 @@ class Writer(dcp.FileSystemWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         self.make_room()
+        self._write_to(free_name(self.part).name)  # something there may not be removable
         self.part.mkdir(parents=True)
-        return super().prepare_global_plan(plans)
+        plans = super().prepare_global_plan(plans)
+        return [replace(p, storage_data=_Place(p.storage_data.prefix, self.part.name)) for p in plans]
+
+    def _write_to(self, name: str) -> None:
+        self.part = self.path = self.final.with_name(name)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
+        self._write_to(plan.storage_data.folder)
         written = super().write_data(plan, planner).value()
         names = sorted(path.name for path in self.part.glob(f"{plan.storage_data.prefix}*"))
         future: torch.futures.Future[Any] = torch.futures.Future()
@@ -235,9 +254,9 @@ class Writer(dcp.FileSystemWriter):
 
     def make_room(self) -> None:
         """Remove what saves that failed or were killed have left."""
-        discard_parts(self.final.parent)
+        self.problems += discard_parts(self.final.parent)
 
     def put_in_place(self) -> None:
         """Make the sealed folder the run's latest checkpoint."""
-        publish(self.part, self.final)
-        self.unremoved = rotate(self.final.parent, self.final, self.keep)
+        self.problems += publish(self.part, self.final)
+        self.problems += rotate(self.final.parent, self.final, self.keep)

@@ -1,12 +1,28 @@
 """RunState: what a checkpoint remembers of its run beside tensors, as state.json holds it."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 FORMAT = 2
 """Raised with every key that comes or goes, which readers of the format before refuse. 1 was without SHA256SUMS."""
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+
+
+def _path(text: str) -> str:
+    if not 0 < len(text) < 4096 or "\0" in text:
+        raise ValueError("is the name of no folder")
+    return text
+
+
+def _tokens_only(changes: dict[str, Any]) -> dict[str, Any]:
+    """Checkpoints change which ids of config.json mark the end and the like, and nothing else in it."""
+    for key, value in changes.items():
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not key.endswith("_token_id") or any(type(one) is not int or not 0 <= one < 2**31 for one in ids):
+            raise ValueError(f"{ascii(key)[:80]} is none of the changes that a run makes: ids of tokens")
+    return changes
 
 
 @dataclass(frozen=True)
@@ -14,9 +30,9 @@ class Source:
     """What goes beside the weights: the folders of config.json and tokenizer (None: as config.json's), and changes of
     config.json's keys."""
 
-    folder: str
-    tokenizer: str | None = None
-    config_changes: dict[str, Any] = field(default_factory=dict)
+    folder: Annotated[str, AfterValidator(_path)]
+    tokenizer: Annotated[str, AfterValidator(_path)] | None = None
+    config_changes: Annotated[dict[str, Any], AfterValidator(_tokens_only)] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -30,29 +46,39 @@ class RunState:
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
-    step: int
-    tokens: int
-    samples: int
-    skipped: int
+    step: Count
+    tokens: Count
+    samples: Count
+    skipped: Count
     source: Source
     course: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     optimizer: bool = True
-    seed: int | None = None
+    seed: Annotated[int, Field(ge=0)] | None = None
     format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for counts that no run comes to."""
+        if self.skipped > self.step:
+            raise ValueError(f"{self.skipped} steps skipped, of {self.step}")
+        whole = bool(self.step) == bool(self.samples) and self.samples <= self.step * 2**31
+        if not whole or self.tokens > self.samples * 2**31:
+            raise ValueError(f"{self.samples} samples and {self.tokens} tokens after {self.step} steps")
 
     def to_json(self) -> str:
         """The text of state.json."""
         return _JSON.dump_json(self, indent=1).decode() + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> "RunState":
+    def from_json(cls, text: str | bytes) -> "RunState":
         """The state that `text` says. Raises ValueError, naming the key, for anything that is none."""
         try:
             return _JSON.validate_json(text)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-            raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+            key = ".".join(map(str, first["loc"]))  # none where it is not one key alone
+            reason = str(first["msg"]).removeprefix("Value error, ")
+            raise ValueError(f"{key + ': ' if key else ''}{reason}"[:300]) from error
 
 
 _JSON = TypeAdapter(RunState)

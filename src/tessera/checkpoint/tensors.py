@@ -1,8 +1,8 @@
 """A run's tensors in checkpoints: model and optimizer, sharded by torch's DCP, read back in any layout.
 
-What else lies in a checkpoint is in `checkpoint_folder.py`, how one is saved in `saver.py`. The learning rate, the
-order of samples and dropout masks are functions of (config, seed, step): the step and the seed are the schedule's, the
-data's and the generators' whole state.
+What else lies in a checkpoint is in `folder.py`, how one is saved in `saver.py`, and read in `reader.py`. The learning
+rate, the order of samples and dropout masks are functions of (config, seed, step): the step and the seed are the
+schedule's, the data's and the generators' whole state.
 """
 
 import warnings
@@ -11,12 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from tessera.checkpoint.folder import Reader, read_state, verify
+from tessera.checkpoint.folder import read_state, verify
+from tessera.checkpoint.reader import Reader, read_into
 from tessera.checkpoint.state import RunState
 from tessera.core.collectives import gathered
 from tessera.core.errors import UserError
@@ -59,19 +58,18 @@ def load(folder: Path, model: Decoder, optimizer: torch.optim.Optimizer) -> RunS
     of_ranks = gathered({name: tuple(tensor.shape) for name, tensor in tensors.items()}, model.parallel.mesh.world)
     check_model(reader, {name: shape for shapes in of_ranks for name, shape in shapes.items()})
     verify(folder)
-    try:
-        with alone_is_fine():
-            dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
-    except (CheckpointException, ValueError, KeyError) as error:
-        raise UserError("resume_from_checkpoint", folder, f"cannot be read: {reason_of(error)}") from error
+    with alone_is_fine():
+        read_into(reader, tensors)
     return state
 
 
 def check_model(reader: Reader, shapes: Mapping[str, Sequence[int]], only: str = "") -> None:
     """Raise UserError unless the checkpoint holds just these tensors, of these shapes (of names that begin `only`)."""
     stored = reader.metadata.state_dict_metadata
-    found: dict[str, list[int]] = {
-        name: list(getattr(entry, "size", [])) for name, entry in stored.items() if name.startswith(only)
+    found = {
+        name: list(entry.size)
+        for name, entry in stored.items()
+        if isinstance(entry, TensorStorageMetadata) and name.startswith(only)
     }
     for name in sorted(found.keys() | shapes.keys()):  # model/ comes before optimizer/
         there = found.get(name, "no such tensor")
@@ -79,14 +77,6 @@ def check_model(reader: Reader, shapes: Mapping[str, Sequence[int]], only: str =
         if there != expected:
             reason = f"is of another model: {name}: expected {expected}, found {there}"
             raise UserError("resume_from_checkpoint", reader.folder, reason)
-
-
-def reason_of(error: BaseException) -> str:
-    """In one line what went wrong, on which rank where DCP has gathered it from several."""
-    failures = error.failures if isinstance(error, CheckpointException) else {}
-    causes = {rank: e[0] if isinstance(e, tuple) else e for rank, e in sorted(failures.items())}
-    told = "; ".join(f"rank {rank}: {cause}" if dist.is_initialized() else f"{cause}" for rank, cause in causes.items())
-    return (told or str(error) or type(error).__name__).partition("\n")[0]
 
 
 @contextmanager

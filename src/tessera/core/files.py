@@ -4,9 +4,11 @@ Only regular files are opened (a FIFO would wait for ever, a device has no end),
 """
 
 import errno
+import itertools
 import json
 import os
 import re
+import shutil
 import stat
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -71,6 +73,28 @@ def open_file(path: str | Path, key: str, *, limit: int | None = None, pipes: bo
         os.close(descriptor)
         raise UserError(key, path, problem, hint)
     return open(descriptor, "rb")  # noqa: SIM115 - the caller closes it
+
+
+def remove(path: Path) -> str:
+    """Remove a file, a folder or a link, never what that points to. Returns why it is still there, or ""."""
+    try:
+        if os.path.isdir(path) and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        return in_words(error)
+    return ""
+
+
+def free_name(path: Path) -> Path:
+    """`path`, or where that is taken, and be it by a link to nowhere, the first of `path`.1, `path`.2, … that is not.
+
+    A suffix .part stays the last one.
+    """
+    stem, end = (path.name.removesuffix(".part"), ".part") if path.name.endswith(".part") else (path.name, "")
+    names = (path.with_name(f"{stem}{f'.{again}' if again else ''}{end}") for again in itertools.count())
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def read_bytes(path: str | Path, key: str, *, limit: int = SMALL, pipes: bool = False, hint: str = "") -> bytes:

@@ -8,12 +8,14 @@ another G (`start_at`) takes the samples that are left.
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tessera.core.errors import RunFailed, UserError
 from tessera.data.batch import MicroBatch
 from tessera.data.samples import EPOCH_ORDER, IGNORED, Samples, shuffled
 
@@ -79,18 +81,28 @@ class Loader:
         return math.ceil(round(num_epochs * self.samples_per_epoch, 6))
 
     def step_batches(self, step: int) -> list[MicroBatch]:
-        """The micro-batches of optimizer step `step` (from 0), one for each accumulation step."""
+        """The micro-batches of optimizer step `step` (from 0), one for each accumulation step.
+
+        RunFailed: a row is not as it was prepared.
+        """
         whole = self.micro_batch_size * self.data_ranks
         first = self._first_sample + (step - self._first_step) * self.samples_per_step
-        return [self._batch(range(first + at, first + at + whole), at) for at in range(0, self.samples_per_step, whole)]
+        starts = range(0, self.samples_per_step, whole)
+        with _damage_ends_the_run():
+            return [self._batch(range(first + at, first + at + whole), at) for at in starts]
 
     def eval_batches(self) -> Iterator[MicroBatch]:
-        """Every row once, in file order whatever `shuffle` says; padding rows fill up the last batch."""
+        """Every row once, in file order whatever `shuffle` says; padding rows fill up the last batch.
+
+        RunFailed: a row is not as it was prepared.
+        """
         whole = self.micro_batch_size * self.data_ranks
         for first in range(0, len(self.rows), whole):
             present = range(first, min(first + whole, len(self.rows)))
             indices: list[int | None] = [*present, *[None] * (whole - len(present))]
-            yield self._assemble(indices, self._padded_length(present))
+            with _damage_ends_the_run():
+                batch = self._assemble(indices, self._padded_length(present))
+            yield batch
 
     def _batch(self, samples: range, place: int) -> MicroBatch:
         indices = [self._row_of(sample) for sample in samples]
@@ -122,3 +134,12 @@ class Loader:
                 targets[at, : len(labels) - 1] = labels[1:]
         valid = int(np.count_nonzero(targets != IGNORED))
         return MicroBatch(torch.from_numpy(input_ids), torch.from_numpy(targets), valid, place + before)
+
+
+@contextmanager
+def _damage_ends_the_run() -> Iterator[None]:
+    """Rows are checked when they are read: what is refused then is no mistake in the config of a run any more."""
+    try:
+        yield
+    except UserError as error:
+        raise RunFailed(f"{error.value} {error.reason}; {error.hint}") from error

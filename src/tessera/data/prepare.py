@@ -1,22 +1,27 @@
 """From the config to rows on disk: read, tokenize, fit to `sequence_len`, split, write; or reuse them.
 
 The folder holds train/ and eval/ (see `samples`; eval/ only when rows are held out), manifest.json and, when the
-tokenizer was trained on the data, its files. After every check it is written beside its place and renamed.
+tokenizer was trained on the data, its files. After every check it is written beside its place and renamed. What lies
+there is trusted only as far as the sums in manifest.json go: a run that starts prepares anew what is not as it was, a
+rank that finds such a block refuses it.
 """
 
 import json
 import os
-import shutil
 from collections import Counter
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from hashlib import blake2b
 from pathlib import Path
+from typing import Annotated, Any
 
 import tokenizers
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from tessera.core.errors import UserError
+from tessera.core.files import in_words, read_bytes, read_json, remove
 from tessera.data.assemble import DataSettings, assemble_samples
-from tessera.data.samples import HELD_OUT, Sample, Split, shuffled, write_samples
+from tessera.data.columns import Written, sum_of
+from tessera.data.samples import HELD_OUT, Sample, Split, open_samples, shuffled, write_samples
 from tessera.data.sources import SourceFile, read_documents, read_files
 from tessera.data.tokenizer import TextTokenizer, load_tokenizer, save_tokenizer, train_bpe
 
@@ -25,6 +30,10 @@ FORMAT = 1
 
 TRAINED = "trained"
 SPLITS: tuple[Split, Split] = ("train", "eval")
+WHOLE = 2**28
+"""Bytes up to which prepared data are compared with their sums when a run starts; larger ones as they are read."""
+MANIFEST = "manifest.json"
+Count = Annotated[int, Field(ge=0, lt=2**53)]
 
 
 @dataclass(frozen=True)
@@ -34,35 +43,50 @@ class Manifest:
     Tokens count every token, targets those that are learnt. Dull rows (no target left: a single token, a
     prompt that fills the row) were left out. `inner_masked` counts tokenized rows whose attention_mask hides
     a token that later ones still see. `tokenizer` is the folder it came from, TRAINED where it was trained on
-    the data and lies in the prepared folder, or None where none was needed.
+    the data and lies in the prepared folder, or None where none was needed. `files` are all others there but
+    the sums of their blocks, and `sum` is that of the rest of this.
     """
 
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+
     key: str
-    train_rows: int
-    train_tokens: int
-    train_targets: int
-    eval_rows: int
-    eval_tokens: int
-    eval_targets: int
-    sequence_len: int
-    dropped_rows: int
-    truncated_rows: int
-    dull_rows: int
-    inner_masked: int
-    largest_token: int
+    train_rows: Count
+    train_tokens: Count
+    train_targets: Count
+    eval_rows: Count
+    eval_tokens: Count
+    eval_targets: Count
+    sequence_len: Count
+    dropped_rows: Count
+    truncated_rows: Count
+    dull_rows: Count
+    inner_masked: Count
+    largest_token: Count
     largest_token_place: str
     tokenizer: str | None
-    tokenizer_size: int | None
-    eos_token_id: int | None
+    tokenizer_size: Count | None
+    eos_token_id: Count | None
+    files: dict[Annotated[str, Field(pattern=r"^((train|eval)/)?\w+\.(npy|json)$")], Written]
+    sum: str = ""
+
+    def summed(self) -> "Manifest":
+        """The same with its own sum."""
+        rest = asdict(replace(self, sum=""))
+        return replace(self, sum=sum_of(json.dumps(rest, sort_keys=True).encode()))
+
+    def rows(self, split: Split) -> int:
+        """The rows of a split."""
+        return self.train_rows if split == "train" else self.eval_rows
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Rows ready to train on, in `folder`; `reused` when they were there already."""
+    """Rows ready to train on, in `folder`; `reused` when they were there already, `because` why those were not."""
 
     folder: Path
     manifest: Manifest
     reused: bool
+    because: str = ""
 
     @property
     def tokenizer_folder(self) -> Path | None:
@@ -82,7 +106,8 @@ class Prepared:
             (m.inner_masked, " with a masked token that later ones still attend to"),
         ]
         parts = [f"{count:,} row{'s' * (count > 1)}{what}" for count, what in told if count]
-        return "data: " + "; ".join(parts) + (f" (reused from {self.folder})" if self.reused else "")
+        again = f" (prepared again: {self.because})" if self.because else ""
+        return "data: " + "; ".join(parts) + (f" (reused from {self.folder})" if self.reused else again)
 
 
 def prepare(config: DataSettings, vocab_size: int | None, folder: Path | None = None) -> Prepared:
@@ -92,13 +117,15 @@ def prepare(config: DataSettings, vocab_size: int | None, folder: Path | None = 
     everything was checked. UserError: data or tokenizer that cannot be read or do not fit, nothing left.
     """
     folder = folder or Path(config.output_dir) / "prepared"
-    there = _read_manifest(folder)
-    files = read_files(config.datasets)
+    there, because = _read_manifest(folder)
+    files = read_files(config.datasets, config.output_dir)
     tokenizer = _given_tokenizer(config) if any(file.kind != "tokenized" for file in files) else None
     key = _cache_key(config, files, tokenizer)
     if there and there.key == key:
-        _check_vocabulary(there, vocab_size)
-        return Prepared(folder, there, reused=True)
+        because = _damage(folder, there, WHOLE)
+        if not because:
+            _check_vocabulary(there, vocab_size)
+            return Prepared(folder, there, reused=True)
 
     members = [(file, [] if file.kind == "tokenized" else read_documents(file)) for file in files]
     if isinstance(tokenizer, int):
@@ -108,15 +135,19 @@ def prepare(config: DataSettings, vocab_size: int | None, folder: Path | None = 
     splits = _split(rows, config.val_set_size, config.seed)
     manifest = _manifest(config, key, splits, tokenizer, counts)
     _check_vocabulary(manifest, vocab_size)
-    _write(folder, splits, manifest, tokenizer)
-    return Prepared(folder, manifest, reused=False)
+    manifest = _write(folder, splits, manifest, tokenizer)
+    return Prepared(folder, manifest, reused=False, because=because)
 
 
 def open_prepared(folder: Path) -> Prepared:
-    """What `prepare` left in `folder`, without reading the data again: for ranks other than the one that prepared."""
-    manifest = _read_manifest(folder)
-    if manifest is None:
-        raise FileNotFoundError(f"{folder} holds no prepared data: has every rank the same file system?")
+    """What `prepare` left in `folder`, without reading the data again: for ranks other than the one that prepared.
+
+    UserError: there is none, or it is not as it was written; the rows themselves are checked when they are read.
+    """
+    manifest, because = _read_manifest(folder)
+    because = _damage(folder, manifest, whole=0) if manifest else because or f"it has no {MANIFEST} of this version"
+    if manifest is None or because:
+        raise UserError("output_dir", folder, f"is not the prepared data of this run: {because}", "start the run again")
     return Prepared(folder, manifest, reused=True)
 
 
@@ -186,6 +217,7 @@ def _manifest(
         tokenizer=None if tokenizer is None else str(tokenizer.folder or TRAINED),
         tokenizer_size=tokenizer.vocab_size if tokenizer else None,
         eos_token_id=tokenizer.eos_id if tokenizer else None,
+        files={},
     )
 
 
@@ -202,48 +234,110 @@ def _check_vocabulary(manifest: Manifest, vocab_size: int | None) -> None:
         raise UserError("datasets", manifest.largest_token_place, reason, hint)
 
 
-def _read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of an earlier `prepare`, or None: no folder, an empty one, another version's.
+def _read_manifest(folder: Path) -> tuple[Manifest | None, str]:
+    """The manifest of an earlier `prepare`, or None: no folder, an empty one, another version's; or damage, then why.
 
     UserError: the folder holds something else, which must not be replaced.
     """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return None
     try:
-        entries = json.loads((folder / "manifest.json").read_text("utf-8"))
-        ours = "key" in entries and "train_rows" in entries
-    except (OSError, ValueError, TypeError):
-        ours = False
-    if not ours:
+        inside = {entry.name for entry in os.scandir(folder)}
+    except FileNotFoundError:
+        return None, ""
+    except OSError as error:
+        raise UserError("output_dir", folder, f"is where prepared data go: {in_words(error)}") from error
+    if not inside:
+        return None, ""
+    entries: Any = None
+    try:
+        entries = read_json(folder / MANIFEST, MANIFEST)
+        because = "" if isinstance(entries, dict) else f"{MANIFEST} holds something else"
+    except UserError as error:
+        because = f"{MANIFEST} {error.reason}"
+    known = isinstance(entries, dict) and {"key", "train_rows"} <= entries.keys()
+    if not (known or _written_by_us(folder, inside)):
         reason = "is where prepared data goes, but holds something else"
         raise UserError("output_dir", folder, reason, "move that away, or choose another output_dir")
-    names = {field.name for field in fields(Manifest)}
-    return Manifest(**entries) if names == set(entries) else None
+    if because:
+        return None, because
+    if entries.keys() != {field.name for field in fields(Manifest)}:
+        return None, ""  # another version's
+    try:
+        manifest = _JSON.validate_json(json.dumps(entries))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        return None, f"{MANIFEST}: {'.'.join(map(str, first['loc']))}: {first['msg']}"[:300]
+    if manifest.sum != manifest.summed().sum:
+        return None, f"{MANIFEST} is not as it was written"
+    return manifest, ""
+
+
+_JSON = TypeAdapter(Manifest)
+
+
+def _written_by_us(folder: Path, inside: set[str]) -> bool:
+    """Whether a folder without a readable manifest holds nothing but what `prepare` writes, rows among it."""
+    columns = {f"{name}.npy{sums}" for name in ("tokens", "offsets", "labels") for sums in ("", ".sums")}
+    try:
+        rows = {entry.name for split in SPLITS if split in inside for entry in os.scandir(folder / split)}
+    except OSError:
+        return False
+    return bool(rows) and rows <= columns and inside <= {MANIFEST, *SPLITS, "tokenizer.json", "tokenizer_config.json"}
+
+
+def _damage(folder: Path, manifest: Manifest, whole: int) -> str:
+    """What is not as `prepare` wrote it, or "". The rows' own sums are left to their reader above `whole` bytes."""
+    left = dict(manifest.files)
+    try:
+        for split in SPLITS if manifest.eval_rows else SPLITS[:1]:
+            rows = open_samples(folder, split)
+            if len(rows) != manifest.rows(split):
+                return f"{split} has {len(rows)} rows of {manifest.rows(split)}"
+            for column in rows.columns:
+                name = f"{split}/{column.path.name}"
+                if left.pop(name, None) != column.written:
+                    return f"{name} is not as it was written"
+            if sum(written.size for written in manifest.files.values()) <= whole:
+                for column in rows.columns:
+                    column.check_all()
+        for name, written in left.items():
+            if "/" in name:
+                return f"{name} does not exist"
+            content = read_bytes(folder / name, name, limit=written.size)
+            if Written(len(content), sum_of(content)) != written:
+                return f"{name} is not as it was written"
+    except UserError as error:
+        return f"{error.value} {error.reason}"
+    return ""
 
 
 def _write(
     folder: Path, splits: tuple[list[Sample], list[Sample]], manifest: Manifest, tokenizer: TextTokenizer | None
-) -> None:
-    """Write everything beside `folder`, then rename it into place: a folder with a manifest is whole."""
+) -> Manifest:
+    """Write everything beside `folder`, then rename it into place; the manifest with the files' sums."""
     beside, old = (folder.with_name(f".{folder.name}.{os.getpid()}{suffix}") for suffix in ("", ".old"))
+    files: dict[str, Written] = {}
     try:
         for left in (beside, old):
-            shutil.rmtree(left, ignore_errors=True)  # of a process of that number that was killed
+            remove(left)  # of a process of that number that was killed
         beside.mkdir(parents=True)
         for split, rows in zip(SPLITS, splits, strict=True):
             if rows:
-                write_samples(beside / split, rows)
+                files |= {f"{split}/{name}": written for name, written in write_samples(beside / split, rows).items()}
         if tokenizer and manifest.tokenizer == TRAINED:
             save_tokenizer(tokenizer, beside)
-        (beside / "manifest.json").write_text(json.dumps(asdict(manifest), indent=2) + "\n")
-        if folder.exists():
+            for file in beside.glob("*.json"):
+                content = file.read_bytes()
+                files[file.name] = Written(len(content), sum_of(content))
+        manifest = replace(manifest, files=files).summed()
+        (beside / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n")
+        if os.path.lexists(folder):
             folder.rename(old)  # removed in place and killed meanwhile, it would be neither ours nor empty
         beside.rename(folder)
     except OSError as error:
-        if old.exists() and not folder.exists():
+        if os.path.lexists(old) and not os.path.lexists(folder):
             old.rename(folder)
-        reason = f"cannot be written: {error.strerror}"
-        raise UserError("output_dir", folder, reason) from error
+        raise UserError("output_dir", folder, f"cannot be written: {in_words(error)}") from error
     finally:
         for left in (beside, old):
-            shutil.rmtree(left, ignore_errors=True)
+            remove(left)
+    return manifest

@@ -1,10 +1,12 @@
 """Rows of tokens: in memory while they are prepared, memory-mapped while they are trained on.
 
 A split is a folder: `tokens.npy` (int32, all rows behind one another), `offsets.npy` (int64, row i is
-tokens[offsets[i]:offsets[i+1]]) and, only when labels differ from tokens, `labels.npy` (int32, like tokens).
+tokens[offsets[i]:offsets[i+1]]) and, only when labels differ from tokens, `labels.npy` (int32, like tokens), each with
+its sums (`columns.py`).
 Labels are unshifted: labels[t] is the token at t, or IGNORED where nothing is to be learnt.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +14,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from tessera.data.columns import Column, Written, write_column
 
 IGNORED = -100
 """The label that no loss is taken over, as in Hugging Face and torch."""
@@ -62,10 +66,22 @@ class Sample:
 
 
 class Samples:
-    """A split on disk: `rows[i]` is (input_ids, labels), both int32 of one length, views of mapped files."""
+    """A split on disk: `rows[i]` is (input_ids, labels), both int32 of one length, views of mapped files.
 
-    def __init__(self, tokens: Ids, labels: Ids | None, offsets: NDArray[np.int64]) -> None:
+    UserError, naming the file, where that is not as it was written; what is read is checked before it is returned.
+    """
+
+    def __init__(self, tokens: Column, labels: Column | None, offsets: Column) -> None:
         self._tokens, self._labels, self._offsets = tokens, labels, offsets
+        first, last = offsets.at(0), offsets.at(len(offsets) - 1)
+        for column in (tokens, labels):
+            if column is not None and (first, last) != (0, len(column)):
+                raise column.altered(f"has {len(column)} tokens, offsets.npy is of {last - first}")
+
+    @property
+    def columns(self) -> list[Column]:
+        """The files."""
+        return [column for column in (self._tokens, self._offsets, self._labels) if column is not None]
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -73,35 +89,33 @@ class Samples:
     def __getitem__(self, index: int) -> tuple[Ids, Ids]:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        span = slice(self._offsets[index], self._offsets[index + 1])
-        tokens = self._tokens[span]
-        return tokens, tokens if self._labels is None else self._labels[span]
+        first, end = self._offsets[index : index + 2]
+        tokens = self._tokens[first:end]
+        return tokens, tokens if self._labels is None else self._labels[first:end]
 
     def length(self, index: int) -> int:
         """The number of tokens in row `index`."""
-        return int(self._offsets[index + 1] - self._offsets[index])
+        first, end = self._offsets[index : index + 2]
+        return int(end - first)
 
 
-def write_samples(folder: Path, rows: Sequence[Sample]) -> None:
-    """Write one split (at least one row) into the new folder `folder`."""
+def write_samples(folder: Path, rows: Sequence[Sample]) -> dict[str, Written]:
+    """Write one split (at least one row) into the new folder `folder`; its files as they were written, by name."""
     folder.mkdir()
     offsets = np.cumsum([0, *(len(row.tokens) for row in rows)], dtype=np.int64)
     tokens = np.concatenate([row.tokens for row in rows])
     labels = np.concatenate([row.tokens if row.labels is None else row.labels for row in rows])
-    np.save(folder / "tokens.npy", tokens)
-    np.save(folder / "offsets.npy", offsets)
+    columns = {"tokens.npy": tokens, "offsets.npy": offsets}
     if not np.array_equal(labels, tokens):
-        np.save(folder / "labels.npy", labels)
+        columns["labels.npy"] = labels
+    return {name: write_column(folder / name, array) for name, array in columns.items()}
 
 
 def open_samples(folder: Path, split: Split) -> Samples:
-    """Map the rows that `prepare` wrote into `folder`. FileNotFoundError where the split has no rows."""
-
-    def load(name: str) -> NDArray:
-        return np.load(folder / split / name, mmap_mode="r", allow_pickle=False)
-
-    has_labels = (folder / split / "labels.npy").exists()
-    return Samples(load("tokens.npy"), load("labels.npy") if has_labels else None, load("offsets.npy"))
+    """Map the rows that `prepare` wrote into `folder`. UserError: the split has no rows, or not those that it had."""
+    files = [folder / split / name for name in ("tokens.npy", "labels.npy", "offsets.npy")]
+    labels = Column(files[1], np.int32) if os.path.lexists(files[1]) else None
+    return Samples(Column(files[0], np.int32), labels, Column(files[2], np.int64))
 
 
 def shuffled(count: int, *seed: int) -> NDArray[np.int64]:

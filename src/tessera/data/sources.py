@@ -13,6 +13,7 @@ names the file, and the line where there is one.
 
 import codecs
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,16 +64,17 @@ class Document:
     prompt: str = ""
 
 
-def read_files(datasets: Sequence[DatasetSettings]) -> list[SourceFile]:
+def read_files(datasets: Sequence[DatasetSettings], output_dir: str | Path | None = None) -> list[SourceFile]:
     """Every file of every entry, in the order of the config; those of a folder (at any depth) sorted by path.
 
-    Hidden and empty files of a folder are passed over. UserError: no entry, no such path, no text in it.
+    Hidden and empty files of a folder are passed over, and what lies in `output_dir` where that is within the folder.
+    UserError: no entry, no such path, no text in it, or the folder is `output_dir`.
     """
     if not datasets:
         raise UserError("datasets", [], "no data set is given", "datasets: [{path: ...}] names one")
     files = []
     for entry in datasets:
-        scanned = ((path, _digest(path)) for path in _find(Path(entry.path)))
+        scanned = ((path, _digest(path)) for path in _without_own(_find(Path(entry.path)), entry.path, output_dir))
         found = [SourceFile(path, digest, _kind(path, entry), entry.field) for path, digest in scanned if digest]
         if not found:
             raise UserError("datasets", entry.path, "holds no text: the file or folder is empty")
@@ -88,6 +90,19 @@ def _find(path: Path) -> list[Path]:
         raise UserError("datasets", path, "no such file or folder", hint)
     inside = [file for file in path.rglob("*") if file.is_file()]
     return sorted(file for file in inside if not any(p.startswith(".") for p in file.relative_to(path).parts))
+
+
+def _without_own(found: list[Path], given: str, output_dir: str | Path | None) -> list[Path]:
+    """The files of a data folder but for those that the run itself writes: at its next start they would be data."""
+    if output_dir is None:
+        return found
+    own, folder = Path(os.path.realpath(output_dir)), Path(os.path.realpath(given))
+    if own == folder:
+        reason = f"is the data folder {given} too: the run would read what it writes"
+        raise UserError("output_dir", output_dir, reason, f"a folder of its own, such as {Path(output_dir) / 'run'}")
+    if not own.is_relative_to(folder):
+        return found
+    return [path for path in found if not Path(os.path.realpath(path)).is_relative_to(own)]
 
 
 @contextmanager

@@ -118,11 +118,17 @@ def build(run: Run, device: torch.device) -> Built:
 def _seen_by_all(run: Run, mesh: Mesh) -> Prepared:
     """The prepared data. Raises UserError on every rank when some see no such data or checkpoint, or other ones."""
     missing = [str(path) for path in (run.resume, run.prepared) if path is not None and not path.is_dir()]
-    prepared = None if missing else open_prepared(run.prepared)
-    key = prepared and prepared.manifest.key
-    everyone = gathered((missing, key), mesh.world)
-    for rank, (lacking, found) in enumerate(everyone):
-        if lacking or found != everyone[0][1]:
+    prepared, damage = None, None
+    if not missing:
+        try:
+            prepared = open_prepared(run.prepared)
+        except UserError as error:
+            damage = (error.key, str(error.value), error.reason, error.hint)
+    everyone = gathered((missing, damage, prepared and prepared.manifest.key), mesh.world)
+    for rank, (lacking, refusal, key) in enumerate(everyone):
+        if refusal:
+            raise UserError(*refusal)
+        if lacking or key != everyone[0][2]:
             reason = f"rank {rank} does not see {lacking[0] if lacking else f'the same {run.prepared}'}"
             raise UserError("output_dir", run.config.output_dir, reason, "a disk that every machine sees")
     assert prepared is not None

@@ -43,7 +43,5 @@ def _source(built: Built) -> Source:
 
 def set_aside(built: Built) -> None:
     """Give checkpoints that this run does not continue (it began anew, or further back) another name."""
-    resume, output = built.run.resume, built.output
-    continued = resume is not None and resume.resolve().parent == output.resolve()
-    for path in checkpoints.set_aside(output, built.progress.step if continued else 0):
-        print(f"a checkpoint that this run does not continue is now {path}", flush=True)
+    for line in checkpoints.set_aside(built.output, built.run.resume, built.progress.step):
+        print(line, flush=True)
