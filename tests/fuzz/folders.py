@@ -47,16 +47,18 @@ def change_json(file: Path, change: Callable[[Any], object]) -> None:
 
 
 CONFIG_KEYS = [
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "max_position_embeddings", "rms_norm_eps", "initializer_range", "attention_dropout", "rope_theta", "rope_scaling", "rope_parameters",
-    "model_type", "hidden_act", "tie_word_embeddings", "attention_bias", "mlp_bias", "architectures", "eos_token_id", "dtype",
-    "torch_dtype", "quantization_config", "partial_rotary_factor", "n_embd", "layer_norm_epsilon",
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "initializer_range",
+    "attention_dropout", "rope_theta", "rope_scaling", "rope_parameters", "model_type", "hidden_act",
+    "tie_word_embeddings", "attention_bias", "mlp_bias", "architectures", "eos_token_id", "dtype", "torch_dtype",
+    "quantization_config", "partial_rotary_factor", "n_embd", "layer_norm_epsilon",
 ]  # fmt: skip
 ROPES = [
-    {"rope_type": "llama3", "factor": 0, "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 32},
+    {"rope_type": "llama3", "factor": 0, "low_freq_factor": 1, "high_freq_factor": 4},
     {"rope_type": "llama3", "factor": 10**400, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
-    {"rope_type": "llama3"}, {"rope_type": "yarn", "factor": 2.0}, {"type": "linear"}, {"rope_theta": 0}, {"rope_theta": 10**400},
-    {"full_attention": {"rope_type": "default"}}, {"rope_type": "llama3", "factor": 8, "low_freq_factor": 0, "high_freq_factor": 1e-320},
+    {"rope_type": "llama3"}, {"rope_type": "yarn", "factor": 2.0}, {"type": "linear"}, {"rope_theta": 0},
+    {"rope_theta": 10**400}, {"full_attention": {"rope_type": "default"}},
+    {"rope_type": "llama3", "factor": 8, "low_freq_factor": 0, "high_freq_factor": 1e-320},
 ]  # fmt: skip
 
 
@@ -150,8 +152,10 @@ def safetensors(case: Case) -> None:
     else:
         index = case.here / "shards/model.safetensors.index.json"
         names = json.loads(index.read_text())["weight_map"]
-        names[case.pick(*names, "new")] = case.pick("\0", "a\0.safetensors", "\ud800", "..", ".", "", "a" * 5000, "../model/model.safetensors",
-                                                    "/dev/zero", 3, None, [], "model.safetensors.index.json", "CON", "x\n")  # fmt: skip
+        names[case.pick(*names, "new")] = case.pick(
+            "\0", "a\0.safetensors", "\ud800", "..", ".", "", "a" * 5000, "../model/model.safetensors", "/dev/zero",
+            3, None, [], "model.safetensors.index.json", "CON", "x\n",
+        )  # fmt: skip
         index.write_text(json.dumps({"weight_map": case.pick(names, names, list(names), {}, None)}))
         folder = "shards"
     if form in (0, 1, 2, 3, 5):
@@ -161,6 +165,7 @@ def safetensors(case: Case) -> None:
     _use(case, folder)
 
 
+OTHER_KEYS = ["eos_token", "added_tokens_decoder", "additional_special_tokens", "chat_template", "add_eos_token"]
 TOKEN_TEXTS = [
     "north <|turn|> wind",
     "<|endoftext|>sea",
@@ -174,17 +179,19 @@ TOKEN_TEXTS = [
 
 @group(4)
 def tokens(case: Case) -> None:
-    """What tokenizer folders say beside tokenizer.json: the ids are those of AutoTokenizer, or the folder is refused."""
+    """What a folder says beside tokenizer.json: the ids are those of AutoTokenizer, or the folder is refused."""
     case.kind, folder = 21, case.here / "model"
-    entry = {"content": "<|turn|>", "special": case.pick(True, False), "lstrip": case.pick(True, False), "rstrip": False,
-             "normalized": False, "single_word": False}  # fmt: skip
+    entry = {
+        "content": "<|turn|>", "special": case.pick(True, False), "lstrip": case.pick(True, False), "rstrip": False,
+        "normalized": False, "single_word": False,
+    }  # fmt: skip
     edits: dict[str, dict[str, Any]] = {
         "additional_special_tokens": {"additional_special_tokens": ["<|turn|>"]},
         "added_tokens_decoder": {"added_tokens_decoder": {"290": entry}},
         "eos_token": {"eos_token": case.pick("<|turn|>", "stone", "a", {"content": "<|turn|>"}, None, "<x>")},
         "bos_token": {"bos_token": case.pick("<|turn|>", "<|endoftext|>"), "add_bos_token": True},
         "add_prefix_space": {"add_prefix_space": True},
-        "other": {case.pick("eos_token", "added_tokens_decoder", "additional_special_tokens", "chat_template", "add_eos_token"): hostile.value(case.dice)},
+        "other": {case.pick(*OTHER_KEYS): hostile.value(case.dice)},
         "chat": {"chat_template": "{{ messages }}", "pad_token": "<x>", "extra_special_tokens": {"image": "<|turn|>"}},
     }  # fmt: skip
     name = case.cycle(
@@ -266,7 +273,7 @@ def _compare_tokens(folder: Path) -> None:
 
 @group(2)
 def end_tokens(case: Case) -> None:
-    """Every mention of an end token in the folder that is handed out agrees with the rows, and keeps the model's own."""
+    """Every end token named in the folder that is handed out is that of the rows, beside those of the model."""
     case.kind, folder = 20, case.here / "model"
     own = case.pick([5, 7], 5, [0, 9], None)
     change_json(folder / "generation_config.json", lambda content: content.update({"eos_token_id": own}))

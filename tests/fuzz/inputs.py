@@ -13,9 +13,9 @@ from fuzz.world import SETTINGS, write_yaml
 
 SIZE_KEYS = [
     "tensor_parallel_size", "tensor_parallel_slices", "tensor_parallel_depth", "dp_shard_size", "dp_replicate_size",
-    "micro_batch_size", "gradient_accumulation_steps", "sequence_len", "save_steps", "save_total_limit", "max_steps", "seed",
-    "warmup_steps", "logging_steps", "eval_steps", "val_set_size", "check_replicas_steps", "num_epochs", "group_timeout_minutes",
-    "tensor_parallel_scratch_gib", "learning_rate", "weight_decay", "max_grad_norm",
+    "micro_batch_size", "gradient_accumulation_steps", "sequence_len", "save_steps", "save_total_limit", "max_steps",
+    "seed", "warmup_steps", "logging_steps", "eval_steps", "val_set_size", "check_replicas_steps", "num_epochs",
+    "group_timeout_minutes", "tensor_parallel_scratch_gib", "learning_rate", "weight_decay", "max_grad_norm",
 ]  # fmt: skip
 MODES = ("1d", "2d", "2.5d", "3d")
 READERS = (("inspect", "run.yaml"), ("train", "run.yaml"), ("launch", "run.yaml", "--slurm"), ("verify", "run.yaml"))
@@ -209,10 +209,9 @@ def config_path(case: Case) -> None:
 
 
 OPTIONS: dict[str, list[str]] = {
-    "train": ["--num-processes", "--max-steps", "--nproc-per-node", "--num-machines", "--machine-rank", "--main-process-port", "--max-restarts"],
+    "train": ["--num-processes", "--max-steps", "--nproc-per-node", "--num-machines", "--machine-rank", "--max-restarts"],
     "launch": ["--nodes", "--gpus-per-node", "--main-process-port", "--max-restarts"],
-    "count": ["--layers", "--batch", "--sequence", "--memory"],
-    "verify": ["--all-layouts"],
+    "count": ["--layers", "--batch", "--sequence", "--memory"], "verify": ["--all-layouts"],
 }  # fmt: skip
 WORD_OPTIONS = {
     "train": ["--main-process-ip", "--launcher", "--set"],

@@ -9,7 +9,7 @@ from typing import Any
 from fuzz import hostile
 from fuzz.case import Case, group
 from fuzz.folders import put_odd_file
-from fuzz.world import SETTINGS, WORDS, write_yaml
+from fuzz.world import LINE, SETTINGS, write_yaml
 
 SHORT = SETTINGS | {"max_steps": 1, "save_steps": None}
 
@@ -112,7 +112,7 @@ def data_files(case: Case) -> None:
     case.kind, form = 18, case.cycle(*range(7))
     folder = case.here / "data"
     folder.mkdir()
-    file, text = folder / "a.txt", " ".join(WORDS) * 20
+    file, text = folder / "a.txt", LINE * 20
     path = case.pick("./data", "./data/a.txt")
     file.write_text(text)
     if form == 0:

@@ -198,7 +198,7 @@ def signals(case: Case) -> None:
 
 @group(2)
 def started_twice(case: Case) -> None:
-    """A second start in the folder of a run that lives: refused, and nothing touched. Once that is killed, it goes on."""
+    """A second start in the folder of a run that lives: refused, nothing touched. Once that is killed, it goes on."""
     case.kind, step = 1, case.pick(1, 2, 3)
     case.what = f"a second start in step {step} of the first"
     first = case.tessera("train", "run.yaml", fault=Fault(step=step, signal=signal.SIGSTOP))

@@ -1,4 +1,4 @@
-"""The process that cases are forked from: it has imported everything, makes the world, and does the seeds it is sent."""
+"""The process that cases are forked from: it has imported everything, makes the world, and does seeds."""
 
 import os
 import shutil

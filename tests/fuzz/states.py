@@ -208,8 +208,11 @@ def pickles(case: Case) -> None:
     """Pickles that set, call, repeat or name what no checkpoint needs; sums made anew."""
     case.kind, file = 10, case.here / LAST / ".metadata"
     meta = "torch.distributed.checkpoint.metadata"
-    classes = [(meta, "Metadata"), (meta, "TensorProperties"), (meta, "MetadataIndex"), ("torch", "Size"), ("torch", "float32"), ("pathlib", "PosixPath"),
-               ("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch.serialization", "_get_layout"), (meta, "_MEM_FORMAT_ENCODING")]  # fmt: skip
+    classes = [
+        (meta, "Metadata"), (meta, "TensorProperties"), (meta, "MetadataIndex"), ("torch", "Size"),
+        ("torch", "float32"), ("pathlib", "PosixPath"), ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        ("torch.serialization", "_get_layout"), (meta, "_MEM_FORMAT_ENCODING"),
+    ]  # fmt: skip
     module, name = case.pick(*classes)
     whole = file.read_bytes()
     forms: dict[str, Callable[[], bytes]] = {

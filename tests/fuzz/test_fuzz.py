@@ -1,7 +1,7 @@
 """Seeded cases of everything that comes from outside: no traceback, hang or abort, and nothing written where refused.
 
-The first 150 seeds run always, 2,000 with `-m ""`. A seed is one case for ever, as long as no group is added; do it alone
-with `pytest tests/fuzz -k "[17]"` or, with what it says, `python -m tests.fuzz 17`.
+The first 150 seeds run always, 2,000 with `-m ""`. A seed is one case, as long as no group is added or changed: do it
+alone with `pytest tests/fuzz -k "test_case[17]"` or, with what was done and seen, `python -m tests.fuzz 17`.
 """
 
 import subprocess

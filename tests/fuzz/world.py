@@ -47,7 +47,7 @@ SETTINGS: dict[str, Any] = {
     "bf16": False,
     "auto_resume_from_checkpoints": True,
 }
-WORDS = "north wind and river stone lamp. The sea door reads slow; king seven maps, naïve café.".split()
+LINE = "north wind and river stone lamp. The sea door reads slow; king seven maps, naïve café."
 VARIABLES = {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -135,7 +135,7 @@ def make_world(folder: Path) -> World:
 
 
 def _write_data(here: Path) -> None:
-    line = " ".join(WORDS)
+    line = LINE
     (here / "book.txt").write_text(f"{line}\n" * 12)
     rows: dict[str, list[dict[str, Any]]] = {
         "lines": [{"text": f"{line} {i}"} for i in range(8)],
