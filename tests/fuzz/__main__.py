@@ -20,10 +20,11 @@ def main() -> int:
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--count", type=int, default=2000)
+    parser.add_argument("--group", help="of these the cases of one group alone")
     parser.add_argument("--limit", type=float, default=20, help="seconds after which a case counts as hanging")
     asked = parser.parse_args()
     seeds = range(asked.first, asked.first + asked.count) if asked.report else asked.seeds
-    from fuzz.case import KINDS, Finding
+    from fuzz.case import KINDS, Finding, schedule
     from fuzz.server import solved, world_here
 
     found: dict[int, list[Finding]] = {}
@@ -32,6 +33,8 @@ def main() -> int:
     with world_here() as world:
         print(f"the world took {time.monotonic() - began:.1f} s", flush=True)
         for seed in seeds:
+            if asked.group not in (None, schedule()[seed % len(schedule())]):
+                continue
             case = solved(seed, world, limit=asked.limit)
             spent[case.group] += case.seconds  # type: ignore[assignment]
             if not asked.report or case.findings:

@@ -127,7 +127,7 @@ class Case:
             last = [line for line in (seen.err or seen.out).splitlines() if line and not line.startswith(" ")]
             self.wrong(f"{name}: traceback, {last[-1] if last else ''}")
         elif seen.code not in codes:
-            self.wrong(f"{name}: exit code {seen.code}: {seen.said[-300:]}")
+            self.wrong(f"{name}: exit code {seen.code}: {(seen.err or seen.out)[-300:]}")
         elif seen.code == 2 and after and not free:
             self.wrong(f"{name}: refused ({seen.err[:160]}), but {', '.join(after[:4])}")
         elif seen.code > 0 and heard and not seen.err.strip():
@@ -145,26 +145,28 @@ class Case:
 
     # ---- What holds of a run that is the same as that of run.yaml
 
-    def ends_as_if_nothing_had_been(self, output: str = "new", names: bool = True, **how: Any) -> Seen:
-        """Start run.yaml (or more.yaml for "out") again: it ends well, with the right weights, steps and names."""
-        seen = self.tessera("train", "run.yaml" if output == "new" else "more.yaml", **how)
+    def ends_as_if_nothing_had_been(self, output: str = "new", names: bool = True, lines: bool = True) -> Seen:
+        """Start run.yaml (or more.yaml for "out") again: it ends well, with the right weights, lines and names."""
+        seen = self.tessera("train", "run.yaml" if output == "new" else "more.yaml")
         if seen.code != 0:
             self.wrong(f"started again: exit code {seen.code}: {seen.err[-300:]}")
             return seen
-        self.is_the_run(output)
+        self.is_the_run(output, lines)
         left = names_in(self.here / output) - self.world.names
         odd = sorted(name for name in left if not name.startswith("abandoned-"))
         if names and odd:
             self.wrong(f"started again: left in {output}: {', '.join(odd[:4])}", kind=4)
         return seen
 
-    def is_the_run(self, output: str) -> None:
-        """The model handed out and the lines of metrics.jsonl are those of the run of run.yaml."""
+    def is_the_run(self, output: str, lines: bool = True) -> None:
+        """The model handed out and the `lines` of metrics.jsonl are those of the run of run.yaml."""
         if digest(self.here / output / "model.safetensors") != self.world.weights:
             self.wrong(f"{output}: the weights are not those of an uninterrupted run on the same data")
+        if not lines:
+            return
         try:
-            lines = (self.here / output / "metrics.jsonl").read_text("utf-8").splitlines()
-            steps = [json.loads(line)["step"] for line in lines]
+            told = (self.here / output / "metrics.jsonl").read_text("utf-8").splitlines()
+            steps = [json.loads(line)["step"] for line in told]
         except (OSError, ValueError, KeyError) as error:
             self.wrong(f"{output}/metrics.jsonl: {error!r}")
             return

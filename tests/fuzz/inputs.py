@@ -209,7 +209,7 @@ def config_path(case: Case) -> None:
 
 
 OPTIONS: dict[str, list[str]] = {
-    "train": ["--num-processes", "--max-steps", "--nproc-per-node", "--num-machines", "--machine-rank", "--max-restarts"],
+    "train": ["--num-processes", "--max-steps", "--nproc-per-node", "--num-machines", "--max-restarts"],
     "launch": ["--nodes", "--gpus-per-node", "--main-process-port", "--max-restarts"],
     "count": ["--layers", "--batch", "--sequence", "--memory"], "verify": ["--all-layouts"],
 }  # fmt: skip
@@ -287,7 +287,6 @@ def words(case: Case) -> None:
             "--",
             "=",
             "config-keys",
-            "demo",
         ],
     )
     chosen = case.dice.sample(pieces, case.dice.randrange(1, 5))

@@ -240,10 +240,11 @@ def _operations(count: list[int], fault: Fault, here: str) -> Callable[[str, tup
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
-            path, mode, flags = arguments
-            if isinstance(path, int) or not (flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            if not (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
                 return
         elif event not in WRITES:
+            return
+        if isinstance(arguments[0], int):  # a descriptor: its opening was counted
             return
         path = os.path.join(os.getcwd(), os.fsdecode(arguments[0]))
         if not path.startswith(here) or "/home" in path:
