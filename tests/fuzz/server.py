@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import traceback
@@ -68,6 +69,7 @@ def solved(seed: int, world: World, watched: Any = None, limit: float = HANG) ->
 
 def _serve(pipe: Connection, path: list[str]) -> None:
     sys.path[:] = path
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the folder goes, whoever interrupts the tests
     with world_here() as world:
         pipe.send("ready")
         while (asked := pipe.recv()) is not None:

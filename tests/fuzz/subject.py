@@ -4,6 +4,7 @@ Nothing in it is real but the command: ranks are not started (`RANKS` says that 
 there, memory is limited, and `Fault` can end, stop or starve it at any of its operations on files.
 """
 
+import ctypes
 import errno
 import os
 import resource
@@ -18,6 +19,8 @@ from typing import Any, Literal
 
 HANG = 20.0
 """Seconds after which a command counts as hanging."""
+LONGEST = 120
+"""Seconds of CPU after which the kernel ends a command, whatever becomes of who watches it."""
 SPARE = 3 * 2**30
 """Bytes of address space that a command may take beyond what this process has."""
 RANKS = "the ranks would have been started: "
@@ -79,6 +82,7 @@ def run(
         code = 70
         try:
             os.setsid()
+            _die_with_parent()
             _stage(here, said, variables or {}, stdin, terminal)
             code = _do(target, said[2], fault or Fault(), watched or {}, here)
         finally:
@@ -158,6 +162,14 @@ def _stage(
     space = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (space + SPARE, space + SPARE))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CPU, (LONGEST, LONGEST))
+
+
+def _die_with_parent() -> None:
+    """A case that hangs must not outlive tests that are interrupted."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def _feed(stdin: bytes | None) -> None:
@@ -197,6 +209,7 @@ def _do(target: Callable[[], object], notes: Path, fault: Fault, watched: Mappin
     descriptor = os.open(notes, os.O_WRONLY)
     operations, reached = [0], set[str]()
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.addaudithook(_operations(operations, fault, str(here)))
     if fault.step:
         _at_step(fault)
