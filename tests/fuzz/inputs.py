@@ -312,7 +312,7 @@ def written(case: Case) -> None:
     ]
     line = case.cycle(*lines)
     case.what = " ".join(line)[:100]
-    case.outputs |= {target.split("/")[0], "no"} - {"model", "book.txt"}
+    case.outputs |= {target.split("/")[0], f"{target}.svg", "no"} - {"model", "book.txt"}
     case.tessera(*line)
 
 
