@@ -1,7 +1,7 @@
 """A run of real processes that is killed again and again, and each time goes on by itself as if nothing had been.
 
-Two kills by default, about ten seconds each; `TESSERA_KILLS=20 pytest tests/launch/test_kills.py -s` makes twenty,
-every victim at every kind of moment, and prints what each left behind.
+Three kills always, about ten seconds each; `make test-all` has ten in each of three layouts. `-s` prints what each kill
+left behind.
 """
 
 import itertools
@@ -18,14 +18,19 @@ from pathlib import Path
 from signal import SIGKILL
 from typing import Any
 
+import pytest
 import torch
 
 from tessera.checkpoint.folder import latest, read_state, verify
 from train.runs import Workshop, command, environment, exported, metrics, run
 
-KILLS = int(os.environ.get("TESSERA_KILLS", "2"))
-MOMENTS = ("in a step", "in a save", "in a step", "in a save", "at the start")
-VICTIMS = ("rank 0", "rank 1", "the launcher", "everything")  # five and four: twenty kills have every pair
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "fsdp 2": {"dp_shard_size": 2},
+    "1d 2": {"tensor_parallel_size": 2},
+    "2d row 2": {"tensor_parallel_mode": "2d", "tensor_parallel_mesh": {"row": 2, "col": 1}},
+}
+MOMENTS = ("in a step", "in a save", "at the start", "in a step", "in a save")
+VICTIMS = ("the launcher", "rank 0", "rank 1", "everything")  # five and four: twenty kills have every pair
 NUMBERS = ("step", "loss", "grad_norm", "learning_rate", "epoch", "tokens", "skipped_steps")
 
 
@@ -39,10 +44,12 @@ class Kill:
     wait: float
 
 
-def kills(count: int) -> list[Kill]:
-    dice = random.Random(17)
-    moments, victims = itertools.cycle(MOMENTS), itertools.cycle(VICTIMS)
-    return [Kill(next(moments), next(victims), dice.randrange(1, 4), dice.random()) for _ in range(count)]
+def kills(layout: str, count: int) -> list[Kill]:
+    """So many, the last one in the export; every layout begins at another place of the two cycles."""
+    dice, shift = random.Random(layout), list(LAYOUTS).index(layout) * count
+    moments, victims = ([*itertools.islice(itertools.cycle(c), shift, shift + count)] for c in (MOMENTS, VICTIMS))
+    moments[-1] = "in the export"
+    return [Kill(*pair, dice.randrange(1, 4), dice.random()) for pair in zip(moments, victims, strict=True)]
 
 
 def family(launcher: int) -> dict[str, int]:
@@ -56,6 +63,16 @@ def family(launcher: int) -> dict[str, int]:
             continue
         if rank:
             found[f"rank {rank[1].decode()}"] = int(folder.name)
+    return found
+
+
+def left_alive(temporary: Path) -> list[str]:
+    """Processes, of whatever kind, that have this TMPDIR."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if f"TMPDIR={temporary}\0".encode() in (folder / "environ").read_bytes() and not gone(int(folder.name)):
+                found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
     return found
 
 
@@ -81,12 +98,12 @@ def lines(output: Path) -> int:
     return 0
 
 
-def killed(settings: dict[str, Any], kill: Kill) -> str:
+def killed(settings: dict[str, Any], kill: Kill, variables: dict[str, str]) -> str:
     """What the terminal of an attempt shows that goes on where it can and is killed; none of its processes is left."""
     output, already = Path(settings["output_dir"]), latest(Path(settings["output_dir"]))
     done = int(already.name.partition("-")[2]) if already else 0
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen(command(settings, "--num-processes", "2"), env=environment(), **pipes)
+    process = subprocess.Popen(command(settings, "--num-processes", "2"), env=variables, **pipes)
     if kill.moment == "at the start":
         time.sleep(0.5 + 3 * kill.wait)
         assert process.poll() is None, process.communicate()
@@ -94,9 +111,12 @@ def killed(settings: dict[str, Any], kill: Kill) -> str:
     else:
         wait_for(lambda: "rank 1" in family(process.pid), process, 0.05)
         processes = family(process.pid)
-        # the lines beyond `done`, of steps that will be done again, go before training begins
-        wait_for(lambda: lines(output) <= done, process)
-        wait_for(lambda: lines(output) >= done + kill.steps, process)
+        if kill.moment == "in the export":
+            wait_for((output / ".export").is_dir, process, 0.0002)
+        else:
+            # the lines beyond `done`, of steps that will be done again, go before training begins
+            wait_for(lambda: lines(output) <= done, process)
+            wait_for(lambda: lines(output) >= done + kill.steps, process)
         if kill.moment == "in a save":
             wait_for(lambda: bool(list(output.glob(".checkpoint-*.part"))), process, 0.0002)
         time.sleep(kill.wait * (0.1 if kill.moment == "in a step" else 0.02))
@@ -110,26 +130,34 @@ def killed(settings: dict[str, Any], kill: Kill) -> str:
     return said
 
 
-def test_a_run_killed_again_and_again_is_the_run_that_never_was(workshop: Workshop, tmp_path):
+@pytest.mark.parametrize(
+    ("layout", "count"), [("fsdp 2", 3), *(pytest.param(layout, 10, marks=pytest.mark.slow) for layout in LAYOUTS)]
+)
+def test_a_run_killed_again_and_again_is_the_run_that_never_was(workshop: Workshop, tmp_path, layout, count):
     """Its numbers at every step, bit for bit, and its weights: no row is trained on twice or left out."""
-    output = tmp_path / "run"
-    own = {"save_steps": 1, "save_total_limit": 2, "max_steps": 12 + 6 * KILLS, "shuffle": True, "dp_shard_size": 2}
-    own |= {"auto_resume_from_checkpoints": True, "gradient_accumulation_steps": 4}
+    output, temporary = tmp_path / "run", tmp_path / "tmp"
+    temporary.mkdir()
+    variables = environment() | {"TMPDIR": str(temporary)}
+    own = {"save_steps": 1, "save_total_limit": 2, "max_steps": 4 + 4 * count, "shuffle": True}
+    own |= {"auto_resume_from_checkpoints": True, "gradient_accumulation_steps": 4, **LAYOUTS[layout]}
     settings = workshop.settings("gpt2 64 dropout", output, **own)
-    for number, kill in enumerate(kills(KILLS)):
+    for number, kill in enumerate(kills(layout, count)):
         before = latest(output)
-        said = killed(settings, kill)
-        if "steps of 24 rows" in said:  # else it had not come to that
+        said = killed(settings, kill, variables)
+        if "effective batch" in said:  # else it had not come to that
             assert f"from {before}" in said if before else "from the start" in said, said
-        resume, parts = latest(output), sorted(path.name for path in output.glob(".*part"))
+        resume, parts = latest(output), sorted(path.name for path in output.glob(".*"))
         print(f"{number + 1}: {kill.victim} {kill.moment}; {resume and resume.name} is whole, left: {parts}")
         if resume:
             read_state(resume)
             verify(resume)
             assert lines(output) >= int(resume.name.partition("-")[2]), "a step is saved whose line is lost"
         assert resume or not before, "the checkpoint that there was is gone"
-    done = subprocess.run(command(settings, "--num-processes", "2"), env=environment(), capture_output=True, text=True)
+        assert len(list(temporary.glob("tessera-*"))) <= 2, "each start sweeps what dead ones have left"
+        assert left_alive(temporary) == []
+    done = subprocess.run(command(settings, "--num-processes", "2"), env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert list(temporary.glob("tessera-*")) == [] and left_alive(temporary) == []
     check(settings, tmp_path / "whole")
 
 
