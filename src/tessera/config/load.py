@@ -1,13 +1,11 @@
 """From a YAML file and `key=value` overrides to a checked `TrainConfig`, and back to YAML.
 
-The reader has `yaml.safe_load` semantics with two differences: `2e-5` is a number, and a key given twice is
-an error. Relative paths stay as given: they count from the current folder, as in axolotl.
+`reader.py` reads the text. Relative paths stay as given: they count from the current folder, as in axolotl.
 """
 
-import difflib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -15,8 +13,12 @@ import yaml
 from pydantic import ValidationError
 
 from tessera.config import compat
+from tessera.config.reader import nearest, parse_yaml, read_yaml
 from tessera.config.schema import SECTIONS, TrainConfig
-from tessera.core.errors import UserError
+from tessera.core.errors import UserError, cut_short
+
+MOST_SHOWN = 20
+"""Problems of one config that are listed."""
 
 _KeyPath = tuple[int | str, ...]  # of a value: the keys, and numbers in lists, that lead to it
 
@@ -26,8 +28,10 @@ class ConfigError(UserError):
 
     def __init__(self, source: str, problems: list[UserError]) -> None:
         self.problems = problems
-        listed = "\n".join(str(problem) for problem in problems)
-        super().__init__(source, f"{len(problems)} problems", listed.replace("\n", "\n  "))
+        lines = [str(problem) for problem in problems[:MOST_SHOWN]]
+        if len(problems) > MOST_SHOWN:
+            lines.append(f"and {len(problems) - MOST_SHOWN} more")
+        super().__init__(source, f"{len(problems)} problems", "\n".join(lines).replace("\n", "\n  "))
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[TrainConfig, list[str]]:
@@ -41,7 +45,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[TrainC
         key, separator, text = override.partition("=")
         if not separator or not key.strip():
             raise UserError("--set", override, "is not key=value", "for example --set learning_rate=1e-4")
-        values[key.strip()] = _parse(text, f"--set {override}")
+        values[key.strip()] = parse_yaml(text, f"--set {cut_short(override, 200)}")
     return make_config(values, str(path))
 
 
@@ -89,59 +93,6 @@ def json_schema() -> dict[str, Any]:
     return schema
 
 
-# ---- YAML
-
-
-class _Loader(yaml.SafeLoader):
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        lines: dict[str, int] = {}
-        for key, _ in node.value:
-            line = key.start_mark.line + 1
-            if isinstance(key, yaml.ScalarNode) and key.value in lines and key.value != "<<":
-                raise UserError(
-                    key.value, None, f"given twice, in lines {lines[key.value]} and {line}", "keep one of them"
-                )
-            lines[str(key.value)] = line
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(  # PyYAML itself wants a point and a sign: 2.0e-5
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def read_yaml(path: str | Path) -> dict[Any, Any]:
-    """The mapping in the YAML file `path`. Raises `UserError` for a file that is missing or not a mapping."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError("config file", path, "does not exist", _nearest_files(Path(path))) from None
-    except IsADirectoryError:
-        raise UserError("config file", path, "is a folder", "give the YAML file inside it") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError("config file", path, f"cannot be read: {error}") from None
-    values = _parse(text, str(path))
-    if not isinstance(values, dict):
-        found = "empty" if values is None else f"a {type(values).__name__}"
-        raise UserError("config file", path, f"is {found}, not keys with values", "for example base_model: ./my-llama")
-    return values
-
-
-def _parse(text: str, source: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise UserError(source, None, f"is not YAML: {where}{getattr(error, 'problem', error)}") from None
-
-
-def _nearest_files(path: Path) -> str:
-    folder = path.parent
-    names = [p.name for p in folder.iterdir() if p.suffix in (".yaml", ".yml")] if folder.is_dir() else []
-    return _nearest(path.name, names) or (f"in that folder: {', '.join(sorted(names)[:5])}" if names else "")
-
-
 # ---- Problems
 
 
@@ -170,8 +121,11 @@ def _settle_other_tools(
         elif prefix == "fsdp_config." and key in compat.NO_EFFECT_IN_FSDP:
             notes.append(f"{name}: {shown} has no effect: {compat.NO_EFFECT_IN_FSDP[key]}")
         elif not prefix and key in compat.NO_EFFECT:
-            others = [p for p in value if p not in compat.PLUGINS_WITHOUT_EFFECT] if key == "plugins" and value else []
-            problems += [UserError(key, plugin, "this plugin is not done", "leave it out") for plugin in others]
+            plugins = value if isinstance(value, list) else [value]
+            others = (
+                [p for p in plugins if p not in compat.PLUGINS_WITHOUT_EFFECT] if key == "plugins" and value else []
+            )
+            problems += [UserError(key, _shown(plugin), "this plugin is not done", "leave it out") for plugin in others]
             if value:
                 notes.append(f"{key}: {shown} has no effect: {compat.NO_EFFECT[key]}")
         else:
@@ -227,21 +181,25 @@ def _problem(place: _KeyPath, details: list[Any]) -> UserError:
     if first["type"] == "missing":
         return UserError(name, None, "is required", meaning)
     shown = _shown(first["input"])
+    if first["type"] == "value_error":  # raised by a check of one value
+        return UserError(name, shown, str(context["error"]), meaning)
     if first["type"] == "extra_forbidden":
         section, _, within = key.partition(".")
         within = within.removeprefix("fsdp_") if section == "fsdp_config" else within
         if not inside and section != "datasets" and within in getattr(SECTIONS.get(section), "model_fields", ()):
             return UserError(name, shown, f"is a key inside {section}", f"write {section}: {{{within}: {shown}}}")
         others = [] if inside else [*compat.NO_EFFECT, *compat.NOT_DONE]
-        hint = _nearest(key, keys) or _nearest(key, others) or f"known: {', '.join(keys)}"
+        hint = nearest(key, keys) or nearest(key, others) or f"known: {', '.join(keys)}"
         return UserError(name, shown, "is not a known key", hint)
     wanted = [
         _WANTED[d["type"]].format(**d.get("ctx", {})) if d["type"] in _WANTED else d["msg"]
         for d in details
         if d is first or d["type"] != "int_type"  # "a number" has said it
     ]
+    if first["type"] == "float_type" and type(first["input"]) is int:
+        wanted = ["smaller"]  # than a float can be
     if first["type"] == "literal_error":
-        meaning = _nearest(shown, re.findall(r"'([^']*)'", context["expected"])) or meaning
+        meaning = nearest(shown, re.findall(r"'([^']*)'", context["expected"])) or meaning
     return UserError(name, shown, f"must be {' or '.join(dict.fromkeys(wanted))}", meaning)
 
 
@@ -270,11 +228,9 @@ def _literals(annotation: Any) -> list[str]:
     return [choice for inner in get_args(annotation) for choice in _literals(inner)]
 
 
-def _nearest(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=2, cutoff=0.6)
-    return f"nearest: {' or '.join(close)}" if close else ""
-
-
 def _shown(value: object) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    if isinstance(value, dict | list):
+        text = json.dumps(value, default=str, skipkeys=True)
+    else:
+        text = json.dumps(value) if value is None or isinstance(value, bool) else cut_short(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,5 +1,20 @@
 """The two errors the command line prints without a traceback: a mistake of the user, and a run that ended badly."""
 
+import re
+
+_LONGEST = 1000
+"""Characters of a key or a value that a message shows: what a user gave may be megabytes."""
+
+_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def cut_short(given: object, longest: int = _LONGEST) -> str:
+    """`given` as text, without its middle where it is long; characters that steer a terminal are written out."""
+    if isinstance(given, int) and given.bit_length() > 4 * longest:
+        return f"a number of {given.bit_length()} bits"  # Python refuses to write it in digits
+    text = _CONTROL.sub(lambda found: ascii(found[0])[1:-1], str(given))
+    return text if len(text) <= longest else f"{text[: longest // 2]} … {text[-longest // 4 :]}"
+
 
 class UserError(ValueError):
     """A mistake in what the user gave (config, files, sizes). The command line prints it and exits with code 2.
@@ -9,7 +24,7 @@ class UserError(ValueError):
 
     def __init__(self, key: str, value: object, reason: str, hint: str = "") -> None:
         self.key, self.value, self.reason, self.hint = key, value, reason, hint
-        given = f"{key}: {value}" if value is not None else key
+        given = f"{cut_short(key)}: {cut_short(value)}" if value is not None else cut_short(key)
         super().__init__(f"{given}\n  {reason}" + (f"\n  {hint}" if hint else ""))
 
 

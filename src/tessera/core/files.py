@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import select
 import shutil
 import stat
 from pathlib import Path
@@ -20,6 +21,8 @@ SMALL = 100 * 2**20
 """Bytes of the largest file that is read whole."""
 DEPTH = 100
 """The deepest nesting of a JSON file; those of models and tokenizers have at most ten levels."""
+PATIENCE = 10
+"""Seconds that a pipe's writer may be silent."""
 
 _WORDS = {
     errno.EACCES: "permission denied",
@@ -51,14 +54,67 @@ def in_words(error: OSError | ValueError) -> str:
     return str(getattr(error, "strerror", None) or error)
 
 
+def usable_path(text: str) -> str:
+    """A path as a user writes it, with a leading ~ filled in. Raises ValueError with why no file can be called so."""
+    try:
+        path = os.path.expanduser(text)
+        encoded = os.fsencode(path)
+    except UnicodeEncodeError:
+        raise ValueError("the name holds what the file system cannot write") from None
+    if b"\0" in encoded:
+        raise ValueError("the name holds a NUL character")
+    if len(encoded) > 4095 or any(len(part) > 255 for part in encoded.split(b"/")):
+        raise ValueError("the name is too long")
+    if path.startswith("~"):
+        raise ValueError(f"there is no user {path[1:].partition('/')[0]}, whose home it names")
+    return path
+
+
+def check_target(path: Path, key: str) -> None:
+    """Raise UserError unless a file can be written to `path`: in a folder that exists and admits it, over no folder."""
+    try:
+        usable_path(str(path))
+        if path.is_dir():
+            raise UserError(key, path, "is a folder", "give the name of a file in it")
+        if not path.absolute().parent.is_dir():
+            raise UserError(key, path, f"there is no folder {path.parent}", "make it first, or write elsewhere")
+        if path.exists() and not path.is_file() and not path.is_char_device():
+            raise UserError(key, path, "is no regular file")
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(key, path, in_words(error)) from error
+    place = path if path.exists() else path.absolute().parent
+    if not os.access(place, os.W_OK):
+        raise UserError(key, path, f"{place} cannot be written: permission denied")
+
+
+def check_target_folder(path: Path, key: str) -> None:
+    """Raise UserError unless `path` is a folder that can be written, or can be made."""
+    try:
+        place = Path(usable_path(str(path))).absolute()
+        while not place.exists() and not place.is_symlink():
+            place = place.parent
+        if not place.is_dir():
+            raise UserError(key, path, f"{place} is no folder", "give a folder")
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(key, path, in_words(error)) from error
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(key, path, f"{place} cannot be written: permission denied")
+
+
 def open_file(path: str | Path, key: str, *, limit: int | None = None, pipes: bool = False, hint: str = "") -> BinaryIO:
     """Open a file for reading bytes; `key` is what errors call it, `pipes` lets a pipe or terminal through.
+
+    A pipe does not wait for its writer: `read_bytes` does, for a while.
 
     UserError: it is missing, no regular file, larger than `limit` bytes, or the system refuses it.
     """
     try:
         # without O_NONBLOCK, opening a FIFO waits for a writer
-        descriptor = os.open(path, os.O_RDONLY | (0 if pipes else os.O_NONBLOCK) | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:
         raise UserError(key, path, in_words(error), hint) from error
     status = os.fstat(descriptor)
@@ -101,12 +157,31 @@ def read_bytes(path: str | Path, key: str, *, limit: int = SMALL, pipes: bool = 
     """The whole content of a file of at most `limit` bytes. Raises as `open_file`."""
     with open_file(path, key, limit=limit, pipes=pipes, hint=hint) as file:
         try:
-            content = file.read(limit + 1)
+            regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+            content = file.read(limit + 1) if regular else _drain(file.fileno(), limit + 1)
         except OSError as error:
             raise UserError(key, path, in_words(error), hint) from error
     if len(content) > limit:
         raise UserError(key, path, f"is too large: at most {human(limit)} are read", hint)
     return content
+
+
+def _drain(descriptor: int, limit: int) -> bytes:
+    """What a pipe gives until its writer ends, at most `limit` bytes. TimeoutError when its writer is silent."""
+    content, ready = bytearray(), select.poll()
+    ready.register(descriptor, select.POLLIN)
+    while len(content) < limit:
+        if not os.isatty(descriptor) and not ready.poll(PATIENCE * 1000):
+            raise TimeoutError(errno.ETIMEDOUT, f"is a pipe into which nothing was written for {PATIENCE} seconds")
+        try:
+            block = os.read(descriptor, limit - len(content))
+        except BlockingIOError:  # somebody typing
+            ready.poll()
+            continue
+        if not block:
+            break
+        content += block
+    return bytes(content)
 
 
 def read_text(path: str | Path, key: str, *, limit: int = SMALL, pipes: bool = False, hint: str = "") -> str:

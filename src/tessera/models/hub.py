@@ -23,11 +23,14 @@ from torch import Tensor
 from tessera.core.collectives import gathered, start_broadcast
 from tessera.core.device import dtype_name
 from tessera.core.errors import UserError
+from tessera.core.files import in_words, read_json, usable_path
 from tessera.core.mesh import Mesh
 from tessera.layout.parallel import Parallel
 from tessera.layout.streams import residual_layout
 from tessera.models.config import ModelConfig
 from tessera.models.decoder import Decoder
+from tessera.models.download import TOKENIZER_FILES as TOKENIZER_FILES
+from tessera.models.download import download
 from tessera.models.families.family import HEAD
 from tessera.models.families.stored import StoredTensor, stored_tensors
 from tessera.models.families.table import FAMILIES, model_config
@@ -43,16 +46,6 @@ from tessera.models.tensor_files import (
 )
 from tessera.nn.parameter import gather_parameter, named_specs, to_local
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-)
 SHARD_BYTES = 5_000_000_000
 
 
@@ -62,24 +55,17 @@ def resolve_model_folder(base_model: str, *, weights: bool = True) -> Path:
     Only config, safetensors (if `weights`) and tokenizer files are fetched, never pickles or code. UserError: neither
     such a folder nor a hub name, or the hub does not give it and the cache has no copy.
     """
-    folder = Path(base_model).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", base_model):
-        reason = "is a file, not a folder" if folder.exists() else "no such folder"
-        raise UserError(
-            "base_model", base_model, reason, "a folder with config.json, or a hub name such as owner/model"
-        )
-    import huggingface_hub  # most runs name a folder and need none of it
-
+    hint = "a folder with config.json, or a hub name such as owner/model"
     try:
-        patterns = ["*.json", *TOKENIZER_FILES, *(["model*.safetensors"] if weights else [])]
-        return Path(huggingface_hub.snapshot_download(base_model, allow_patterns=patterns))
-    except Exception as error:  # the library and the network below it raise many kinds
-        reason = f"no such folder, and the hub gives no model of this name: {str(error).partition(chr(10))[0]}"
-        raise UserError(
-            "base_model", base_model, reason, "check the name, the network, or give a local folder"
-        ) from error
+        folder = Path(usable_path(base_model))
+        there, is_folder = os.path.lexists(folder), folder.is_dir()
+    except (OSError, ValueError) as error:
+        raise UserError("base_model", base_model, in_words(error), hint) from error
+    if is_folder:
+        return folder
+    if there or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", base_model, re.ASCII):
+        raise UserError("base_model", base_model, "is a file, not a folder" if there else "no such folder", hint)
+    return download(base_model, weights)
 
 
 def read_model_config(folder: Path) -> ModelConfig:
@@ -89,12 +75,9 @@ def read_model_config(folder: Path) -> ModelConfig:
 
 def read_config_json(folder: Path) -> Any:
     """config.json as it is, parsed."""
-    try:
-        return json.loads((folder / "config.json").read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise UserError("base_model", folder, "no config.json there") from error
-    except (OSError, ValueError) as error:
-        raise UserError("base_model", folder / "config.json", f"cannot be read as JSON: {error}") from error
+    if not os.path.lexists(folder / "config.json"):
+        raise UserError("base_model", folder, "no config.json there")
+    return read_json(folder / "config.json", "base_model")
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

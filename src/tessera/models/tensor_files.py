@@ -7,6 +7,7 @@ then the bytes of the tensors without gaps. A model is one file `model.safetenso
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tessera.core.errors import UserError
+from tessera.core.errors import UserError, cut_short
+from tessera.core.files import in_words, open_file, parse_json, read_json, usable_path
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -41,9 +43,9 @@ def find_tensors(folder: Path) -> dict[str, TensorEntry]:
     UserError, naming the file and the tensor: no weights there or only pickled ones, a shard is missing, a
     file is not safetensors, is truncated or corrupt, or lacks a tensor that the index places in it.
     """
-    if (folder / SINGLE).is_file():
+    if os.path.lexists(folder / SINGLE):
         return _read_header(folder / SINGLE)
-    if not (folder / INDEX).is_file():
+    if not os.path.lexists(folder / INDEX):
         raise _no_weights(folder)
     weight_map = _read_index(folder / INDEX)
     headers = {name: _read_header(folder / name) for name in sorted(set(weight_map.values()))}
@@ -67,32 +69,40 @@ def _no_weights(folder: Path) -> UserError:
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
-        plain = all(isinstance(name, str) and Path(name).name == name for name in weight_map.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise broken(index, f"cannot be read as an index of safetensors: {error!r}") from error
-    if not plain:
-        raise broken(index, "names files outside its own folder")
+    content = read_json(index, "base_model")
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict):
+        raise broken(index, "cannot be read as an index of safetensors: it has no weight_map with keys")
+    for name in weight_map.values():
+        if not (isinstance(name, str) and _is_plain_name(name)):
+            raise broken(index, f"names files outside its own folder, or none: {cut_short(repr(name), 100)}")
     return weight_map
 
 
-def _read_header(file: Path) -> dict[str, TensorEntry]:
+def _is_plain_name(name: str) -> bool:
+    """Whether `name` can be a file beside the index."""
     try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
+        return name not in ("", ".", "..") and "/" not in name and not name.startswith("~") and bool(usable_path(name))
+    except ValueError:
+        return False
+
+
+def _read_header(file: Path) -> dict[str, TensorEntry]:
+    if not os.path.lexists(file):
+        raise broken(file, f"is missing, though {INDEX} names it")
+    with open_file(file, "base_model") as stream:
+        try:
+            size = os.fstat(stream.fileno()).st_size
             length = int.from_bytes(stream.read(8), "little")
             header = stream.read(length) if size >= 8 and length <= min(LARGEST_HEADER, size - 8) else None
-    except FileNotFoundError as error:
-        raise broken(file, f"is missing, though {INDEX} names it") from error
-    except OSError as error:
-        raise broken(file, f"cannot be read: {error.strerror}") from error
+        except OSError as error:
+            raise broken(file, in_words(error)) from error
     if header is None:
         raise broken(
             file, f"is not a safetensors file, or is cut off in its header ({size} bytes)", _pointer_hint(file)
         )
     try:
-        entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+        entries = {name: entry for name, entry in parse_json(header).items() if name != "__metadata__"}
     except (ValueError, AttributeError) as error:
         raise broken(file, f"its header cannot be parsed: {error}") from error
     _check_offsets(file, entries, size - 8 - length)
@@ -100,7 +110,7 @@ def _read_header(file: Path) -> dict[str, TensorEntry]:
 
 
 def _pointer_hint(file: Path) -> str:
-    with file.open("rb") as stream:
+    with open_file(file, "base_model") as stream:
         is_pointer = stream.read(20).startswith(b"version https://git")
     return "it is a Git LFS pointer: `git lfs pull` fetches the file itself" if is_pointer else ""
 
@@ -129,9 +139,9 @@ def _well_formed(entry: object) -> bool:
     if not isinstance(entry, dict):
         return False
     shape, offsets = entry.get("shape"), entry.get("data_offsets")
-    if not (isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2):
+    if not (isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2 and len(shape) <= 8):
         return False
-    return isinstance(entry.get("dtype"), str) and all(type(n) is int and n >= 0 for n in [*shape, *offsets])
+    return isinstance(entry.get("dtype"), str) and all(type(n) is int and 0 <= n < 2**63 for n in [*shape, *offsets])
 
 
 # ------------------------------------------------------------------------------------------- written

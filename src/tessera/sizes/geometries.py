@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from tessera.core.axes import MODEL_AXES
 from tessera.core.errors import UserError
+from tessera.sizes.bounds import RANKS, at_most
 
 
 def _one_dimensional(size: int, depth: int) -> dict[str, int]:
@@ -43,7 +44,9 @@ GEOMETRIES: dict[str, Callable[[int, int], dict[str, int]]] = {
 
 def mesh_sizes(mode: str, size: int, depth: int = 2) -> dict[str, int]:
     """The sizes of inner, depth, row and col of geometry `mode` at `size` ranks. Raises UserError if there are none."""
-    return dict.fromkeys(MODEL_AXES, 1) | _geometry(mode)(size, depth)
+    derive = _geometry(mode)
+    at_most("tensor_parallel_size", size, RANKS, "is the number of devices of a layer")
+    return dict.fromkeys(MODEL_AXES, 1) | derive(size, depth)
 
 
 def geometry_axes(mode: str) -> tuple[str, ...]:

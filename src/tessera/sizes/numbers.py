@@ -12,7 +12,8 @@ def nearest(value: int, divisor: int) -> str:
 
 def multiples_near(value: int, divisor: int) -> list[int]:
     """The nearest multiples of `divisor` below (from 1) and above `value`."""
-    return nearest_on_both_sides(value, lambda n: n % divisor == 0)
+    below = (value - 1) // divisor * divisor
+    return [*([below] if below > 0 else []), (value // divisor + 1) * divisor]
 
 
 def nearest_on_both_sides(value: int, fits: Callable[[int], bool]) -> list[int]:

@@ -1,6 +1,7 @@
 """What would fit instead: the nearest sizes on both sides, searched among all there are.
 
-Every axis divides some size of the model or the batch, so that the meshes which fit a model are few enough to try each.
+Every axis divides some size of the model or the batch, so that the meshes which fit a model are few enough to try each;
+where they are not, a number of the nearest is tried: the work is bounded.
 Nothing is proposed that rules.py would refuse.
 """
 
@@ -12,6 +13,7 @@ from typing import Any
 
 from tessera.core.axes import MODEL_AXES
 from tessera.core.errors import UserError
+from tessera.sizes.bounds import RANKS, ROWS, VOCABULARY, WIDTH, at_most
 from tessera.sizes.geometries import GEOMETRIES, geometry_axes, mesh_sizes
 from tessera.sizes.numbers import both_sides, divisors_of, either, multiples_near, nearest_on_both_sides
 from tessera.sizes.rules import (
@@ -27,9 +29,14 @@ from tessera.sizes.rules import (
     heads_divide,
     in_words,
     modes_with,
+    schedule_misfits,
 )
 
 Axes = Mapping[str, int]
+_ATTEMPTS = 50
+"""Settings of switches whose sizes are searched."""
+_MESHES = 2000
+"""Meshes that are tried for each: the nearest, where a model's sizes have more divisors than models have."""
 _PLAIN = {  # switches as they fit most
     "schedule": "gather",
     "slices": 1,
@@ -47,6 +54,13 @@ def check_sizes(tensor: TensorParallel, dimensions: Mapping[str, int], batch: in
     `dimensions` names the model's hidden_size, num_attention_heads, kv_features, intermediate_size and vocab_size;
     `batch` is micro_batch_size, the sequences that the axes share.
     """
+    at_most("micro_batch_size", batch, ROWS, "is the number of sequences")
+    for name, size in dimensions.items():
+        at_most(in_words(name), size, VOCABULARY if name == "vocab_size" else WIDTH, "is a size of the model")
+    at_most("tensor_parallel_slices", tensor.slices, WIDTH, "is the number of panels of a product")
+    at_most("tensor_parallel_mesh", math.prod((tensor.mesh or {}).values()), RANKS, "is the number of devices")
+    at_most("tensor_parallel_size", tensor.size or 1, RANKS, "is the number of devices")
+    at_most("tensor_parallel_depth", tensor.depth or 1, RANKS, "is the number of devices")
     ask = Ask(tensor, dimensions, batch)
     if misfit := first_misfit(ask):
         raise UserError(misfit.key, misfit.value, misfit.reason, "\n  or ".join(remedies(ask)))
@@ -57,19 +71,22 @@ def remedies(ask: Ask) -> list[str]:
 
     Where several things are wrong, as few switches as need be are changed together with the rest.
     """
-    return next((told for switches in range(len(_PLAIN)) if (told := _remedies(ask, switches))), [])
+    tried: set[tuple[int, str]] = set()
+    return next((told for switches in range(len(_PLAIN)) if (told := _remedies(ask, switches, tried))), [])
 
 
-def _remedies(ask: Ask, switches: int) -> list[str]:
-    """The same with so many switches changed first."""
+def _remedies(ask: Ask, switches: int, tried: set[tuple[int, str]]) -> list[str]:
+    """The same with so many switches changed first; `tried` holds those that led nowhere, of which there may be few."""
+    attempt = (switches, repr(ask.tensor))
     misfit = first_misfit(ask)
-    if misfit is None:
+    if misfit is None or attempt in tried or len(tried) == _ATTEMPTS:
         return []
+    tried.add(attempt)
     if not switches:
         return [*_switches(ask, misfit.switches), *_sizes(ask), *_models(ask)]
     for field in (*misfit.switches, *_PLAIN):
         for changed in _alternatives(ask, field)[:1]:
-            if rest := _remedies(changed, switches - 1):
+            if rest := _remedies(changed, switches - 1, tried):
                 return [f"{_setting(changed.tensor, field)}, {line}" for line in rest]
     return []
 
@@ -144,9 +161,26 @@ def _fitting_meshes(ask: Ask) -> list[Axes]:
         "row": math.gcd(dimensions["hidden_size"], ask.batch),
         "col": math.gcd(dimensions["intermediate_size"], *(dimensions[name] for name in HEADS)),
     }
-    sizes = itertools.product(*(divisors_of(whole[axis]) if axis in own else [1] for axis in MODEL_AXES))
+    if _no_mesh_mends(ask.tensor):
+        return []
+    asked = math.prod((ask.tensor.mesh or {"size": ask.tensor.size or 1}).values()) ** (1 / len(own))
+    of_each = [divisors_of(whole[axis]) if axis in own else [1] for axis in MODEL_AXES]
+    while math.prod(map(len, of_each)) > _MESHES:
+        longest = max(of_each, key=len)
+        longest.remove(max(longest, key=lambda n: abs(math.log(n / asked))))
+    sizes = itertools.product(*of_each)
     meshes = [dict(zip(MODEL_AXES, each, strict=True)) for each in sizes]
     return [m for m in meshes if _fits(replace(ask, tensor=replace(ask.tensor, mesh=m, size=None)))]
+
+
+def _no_mesh_mends(tensor: TensorParallel) -> bool:
+    """Whether switches of `tensor` exclude each other on every mesh."""
+    depth = (tensor.depth or 2) if "depth" in geometry_axes(tensor.mode) else 1
+    trial = replace(tensor, mesh={"depth": depth}, size=None)
+    try:
+        return next(schedule_misfits(trial, trial.axes), None) is not None
+    except UserError:
+        return True
 
 
 def _is_derived(mesh: Axes, tensor: TensorParallel) -> bool:

@@ -116,12 +116,12 @@ def _misfits(ask: Ask) -> Iterator[Misfit]:
         switches = {"tensor_parallel_mesh": ("mode",), "tensor_parallel_depth": ("depth", "mode")}
         yield Misfit(error.key, error.value, error.reason, switches.get(error.key, ("size", "depth")))
         return
-    yield from _schedule_misfits(ask.tensor, axes)
+    yield from schedule_misfits(ask.tensor, axes)
     yield from _model_misfits(ask, axes)
     yield from _batch_misfits(ask, axes)
 
 
-def _schedule_misfits(tensor: TensorParallel, axes: Mapping[str, int]) -> Iterator[Misfit]:
+def schedule_misfits(tensor: TensorParallel, axes: Mapping[str, int]) -> Iterator[Misfit]:
     """Rules of the schedule and of the weights along depth, whatever the model."""
     schedule, loop = tensor.schedule, tensor.schedule in LOOPS
     if tensor.depth_weights == "shard" and axes["depth"] == 1:

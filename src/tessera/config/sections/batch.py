@@ -3,14 +3,24 @@
 from pydantic import Field
 
 from tessera.config.sections.section import Section
+from tessera.sizes import bounds
 
 
 class BatchKeys(Section):
     """The size of a step and the length of the run."""
 
-    micro_batch_size: int = Field(1, ge=1, description="Rows in one forward and backward of a model replica.")
-    gradient_accumulation_steps: int = Field(
-        1, ge=1, description="Micro batches whose gradients are summed before one optimizer step."
+    micro_batch_size: int = Field(
+        1, ge=1, le=bounds.ROWS, description="Rows in one forward and backward of a model replica."
     )
-    num_epochs: float = Field(1, gt=0, description="Passes over the data; max_steps, when given, decides instead.")
-    max_steps: int | None = Field(None, ge=1, description="Optimizer steps of the run. Unset: from num_epochs.")
+    gradient_accumulation_steps: int = Field(
+        1,
+        ge=1,
+        le=bounds.MICRO_BATCHES,
+        description="Micro batches whose gradients are summed before one optimizer step.",
+    )
+    num_epochs: float = Field(
+        1, gt=0, le=bounds.EPOCHS, description="Passes over the data; max_steps, when given, decides instead."
+    )
+    max_steps: int | None = Field(
+        None, ge=1, le=bounds.STEPS, description="Optimizer steps of the run. Unset: from num_epochs."
+    )

@@ -6,6 +6,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from tessera.config.sections.section import LocalPath, Section
 from tessera.core.errors import UserError
+from tessera.sizes import bounds
 
 
 def _yaml_no(value: object) -> object:
@@ -19,9 +20,11 @@ class CheckpointKeys(Section):
         "steps", description="no: no checkpoints along the way, save_steps is not allowed then."
     )
     save_steps: int | None = Field(
-        None, ge=1, description="Optimizer steps between checkpoints. Unset: none along the way."
+        None, ge=1, le=bounds.STEPS, description="Optimizer steps between checkpoints. Unset: none along the way."
     )
-    save_total_limit: int | None = Field(None, ge=1, description="Checkpoints kept, the newest ones. Unset: all.")
+    save_total_limit: int | None = Field(
+        None, ge=1, le=bounds.STEPS, description="Checkpoints kept, the newest ones. Unset: all."
+    )
     save_async: bool = Field(
         True,
         description="Write a checkpoint while training goes on, from a copy of model and optimizer in host memory.",

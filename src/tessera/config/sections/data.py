@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from tessera.config.sections.section import LocalPath, Section
 from tessera.core.errors import UserError
+from tessera.sizes import bounds
 
 
 class DatasetConfig(Section):
@@ -28,7 +29,9 @@ class DataKeys(Section):
     output_dir: LocalPath = Field(
         "./outputs", description="Gets metrics.jsonl, resolved_config.yaml, checkpoint-N folders and the final model."
     )
-    sequence_len: int = Field(2048, ge=1, description="The longest row, in tokens; text is cut into such windows.")
+    sequence_len: int = Field(
+        2048, ge=1, le=bounds.TOKENS, description="The longest row, in tokens; text is cut into such windows."
+    )
     excess_length_strategy: Literal["drop", "truncate", "raise"] = Field(
         "drop", description="What happens to a row longer than sequence_len; how many is reported."
     )
@@ -36,10 +39,15 @@ class DataKeys(Section):
         False, description="Count prompt tokens in the loss too, in rows made of a prompt and an answer."
     )
     val_set_size: float | int = Field(
-        0, ge=0, description="Rows held out for evaluation: a fraction below 1, or a whole number of rows."
+        0,
+        ge=0,
+        le=bounds.STEPS,
+        description="Rows held out for evaluation: a fraction below 1, or a whole number of rows.",
     )
     shuffle: bool = Field(True, description="Draw rows in random order; false feeds them in file order.")
-    seed: int = Field(42, ge=0, description="Seeds weights, the order of rows, the held-out split and dropout.")
+    seed: int = Field(
+        42, ge=0, le=bounds.SEED, description="Seeds weights, the order of rows, the held-out split and dropout."
+    )
 
     @model_validator(mode="after")
     def _held_out_rows_are_a_share_or_a_number(self) -> Self:

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from tessera.config.sections.section import Section
+from tessera.sizes import bounds
 
 
 class HealthKeys(Section):
@@ -18,6 +19,7 @@ class HealthKeys(Section):
     check_replicas_steps: int | None = Field(
         100,
         ge=1,
+        le=bounds.STEPS,
         description="Optimizer steps between comparisons, by hash, of weights that several ranks hold alike; they are "
         "compared before each save too. null: never.",
     )

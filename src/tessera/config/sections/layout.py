@@ -3,10 +3,11 @@
 import math
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from tessera.config.sections.section import Section
 from tessera.core.errors import UserError
+from tessera.sizes import bounds
 from tessera.sizes.geometries import GEOMETRIES
 from tessera.sizes.rules import TensorParallel
 from tessera.sizes.schedule import Schedule
@@ -15,10 +16,16 @@ from tessera.sizes.schedule import Schedule
 class MeshConfig(Section):
     """The sizes of the tensor axes, given one by one."""
 
-    inner: int = Field(1, ge=1, description="Cuts the features of the residual stream (3d).")
-    depth: int = Field(1, ge=1, description="Cuts tokens; weights are repeated along it (2.5d), or stored cut.")
-    row: int = Field(1, ge=1, description="Cuts tokens; weights are stored cut along it (2d, 2.5d, 3d).")
-    col: int = Field(1, ge=1, description="Cuts heads, feed-forward features and the vocabulary (all geometries).")
+    inner: int = Field(1, ge=1, le=bounds.RANKS, description="Cuts the features of the residual stream (3d).")
+    depth: int = Field(
+        1, ge=1, le=bounds.RANKS, description="Cuts tokens; weights are repeated along it (2.5d), or stored cut."
+    )
+    row: int = Field(
+        1, ge=1, le=bounds.RANKS, description="Cuts tokens; weights are stored cut along it (2d, 2.5d, 3d)."
+    )
+    col: int = Field(
+        1, ge=1, le=bounds.RANKS, description="Cuts heads, feed-forward features and the vocabulary (all geometries)."
+    )
 
 
 def _upper(value: object) -> object:
@@ -57,20 +64,29 @@ class LayoutKeys(Section):
     dp_shard_size: int | None = Field(
         None,
         ge=1,
+        le=bounds.RANKS,
         description="Data-parallel devices over which FSDP2 cuts parameters, gradients and optimizer. "
         "Unset: as many as the processes given leave, or 1.",
     )
-    dp_replicate_size: int = Field(1, ge=1, description="Replicas of all that is cut otherwise (HSDP).")
+    dp_replicate_size: int = Field(
+        1, ge=1, le=bounds.RANKS, description="Replicas of all that is cut otherwise (HSDP)."
+    )
     fsdp_config: FsdpConfig = Field(FsdpConfig.model_validate({}), description="Switches of FSDP2.")
     fsdp_version: Literal[2] = Field(2, description="There is FSDP2 alone.")
     tensor_parallel_size: int | None = Field(
-        None, ge=1, description="Devices over which each layer is cut. Unset: from tensor_parallel_mesh, or 1."
+        None,
+        ge=1,
+        le=bounds.RANKS,
+        description="Devices over which each layer is cut. Unset: from tensor_parallel_mesh, or 1.",
     )
     tensor_parallel_mode: Annotated[str, AfterValidator(_geometry)] = Field(
         "1d", description="The geometry of that cut: 1d (Megatron), 2d (SUMMA), 2.5d (Tesseract) or 3d."
     )
     tensor_parallel_depth: int | None = Field(
-        None, ge=1, description="Devices along depth in 2.5d. Unset: 2, or as tensor_parallel_mesh says."
+        None,
+        ge=1,
+        le=bounds.RANKS,
+        description="Devices along depth in 2.5d. Unset: 2, or as tensor_parallel_mesh says.",
     )
     tensor_parallel_mesh: MeshConfig | None = Field(
         None, description="The sizes of the axes {inner, depth, row, col}. Unset: derived from mode and size."
@@ -82,7 +98,10 @@ class LayoutKeys(Section):
         "gather", description="How operands move: in one collective, in one of the loops, or as measured fastest."
     )
     tensor_parallel_slices: int = Field(
-        1, ge=1, description="Panels into which a gathered product is cut, each gathered while the last multiplies."
+        1,
+        ge=1,
+        le=bounds.WIDTH,
+        description="Panels into which a gathered product is cut, each gathered while the last multiplies.",
     )
     tensor_parallel_keep_gathered: bool = Field(
         False, description="Keep gathered operands for the backward instead of gathering them again."
@@ -97,6 +116,7 @@ class LayoutKeys(Section):
     tensor_parallel_scratch_gib: float = Field(
         2.0,
         gt=0,
+        le=bounds.GIB,
         description="Memory that schedule auto may use for gathered operands on a device, in GiB, copies for joining "
         "and contiguity not counted.",
     )
@@ -104,8 +124,24 @@ class LayoutKeys(Section):
         True, description="Cut the residual stream over tokens along col instead of repeating it there."
     )
     group_timeout_minutes: float = Field(
-        10, gt=0, description="Minutes a collective may wait for a rank before the run ends with an error."
+        10,
+        gt=0,
+        le=bounds.MINUTES,
+        description="Minutes a collective may wait for a rank before the run ends with an error.",
     )
+
+    @model_validator(mode="after")
+    def _sizes_make_a_world(self) -> Self:
+        mesh = self.tensor_parallel_mesh
+        sizes = {"dp_replicate_size": self.dp_replicate_size, "dp_shard_size": self.dp_shard_size or 1}
+        if mesh is None:
+            sizes |= {"tensor_parallel_size": self.tensor_parallel_size or 1}
+        else:
+            sizes |= {f"tensor_parallel_mesh.{axis}": size for axis, size in mesh.model_dump().items()}
+        given = {key: size for key, size in sizes.items() if size > 1}
+        if given:
+            bounds.at_most(" × ".join(given), math.prod(given.values()), bounds.RANKS, "is the number of processes")
+        return self
 
     @property
     def world_size(self) -> int:

@@ -5,13 +5,16 @@ from typing import Annotated, Literal
 from pydantic import Discriminator, Field, Tag
 
 from tessera.config.sections.section import LocalPath, Section
+from tessera.sizes import bounds
 
 
 class TokenizerConfig(Section):
     """A tokenizer trained on the data before the run starts, saved in output_dir."""
 
     train: Literal["bpe"] = Field(description="The kind of tokenizer: byte-level byte-pair encoding.")
-    vocab_size: int = Field(ge=257, description="Entries of the vocabulary: 256 bytes, one end mark, merges.")
+    vocab_size: int = Field(
+        ge=257, le=bounds.TRAINED_VOCABULARY, description="Entries of the vocabulary: 256 bytes, one end mark, merges."
+    )
 
 
 def _kind_of_tokenizer(value: object) -> str:

@@ -1,16 +1,18 @@
 """What all sections share: they refuse unknown keys, and a path may begin with ~."""
 
-from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-
-def _expand_home(value: object) -> object:
-    return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~") else value
+from tessera.core.files import usable_path
 
 
-LocalPath = Annotated[str, Field(min_length=1), BeforeValidator(_expand_home)]
+def _usable(value: object) -> object:
+    """A path with ~ filled in. Raises ValueError for one that no file can have."""
+    return usable_path(value) if isinstance(value, str) else value
+
+
+LocalPath = Annotated[str, Field(min_length=1), BeforeValidator(_usable)]
 
 
 class Section(BaseModel):

@@ -10,6 +10,7 @@ from typing import Any
 
 from tessera.core.errors import UserError
 from tessera.nn.rope import RopeConfig
+from tessera.sizes.bounds import MODEL_NUMBERS, MODEL_SIZES, WIDTH
 from tessera.sizes.numbers import nearest
 
 ROPE_TYPES = {"default": "default", "llama3": "llama3"}
@@ -36,13 +37,17 @@ class Keys:
         return self.content[key]
 
     def size(self, key: str, default: int | None = None) -> int:
-        """A whole number of at least 1. Without a default the key must be given, here and below."""
-        return self._read(key, default, "a whole number of at least 1", lambda v: type(v) is int and v > 0)
+        """A whole number from 1 to its bound. Without a default the key must be given, here and below."""
+        most = MODEL_SIZES[key]
+        wanted = f"a whole number of at least 1 and at most {most}"
+        return self._read(key, default, wanted, lambda v: type(v) is int and 1 <= v <= most)
 
     def number(self, key: str, default: float | None = None, *, below: float = math.inf) -> float:
-        """A number from 0 to under `below`."""
-        wanted = "a number of at least 0" + (f" and below {below:g}" if below < math.inf else "")
-        return float(self._read(key, default, wanted, lambda v: type(v) in (int, float) and 0 <= v < below))
+        """A number within its bounds, and under `below`."""
+        least, most = MODEL_NUMBERS[key]
+        wanted = f"a number of at least {least:g} and " + (f"below {below:g}" if below <= most else f"at most {most:g}")
+        fits = lambda v: type(v) in (int, float) and least <= v <= most and v < below  # noqa: E731
+        return float(self._read(key, default, wanted, fits))
 
     def flag(self, key: str, default: bool) -> bool:
         return self._read(key, default, "true or false", lambda v: type(v) is bool)
@@ -56,6 +61,13 @@ class Keys:
         """The keys below `key`; none when it is absent."""
         content = self._read(key, {}, "a section with keys", lambda v: isinstance(v, dict))
         return Keys(content, self.file, f"{self.section_name}{key}.")
+
+
+def check_width(keys: Keys, heads_key: str, heads: int, head_dim: int) -> None:
+    """Raise UserError where so many heads of `head_dim` are wider than a layer may be."""
+    if heads * head_dim > WIDTH:
+        reason = f"{keys.file}: heads of {head_dim} features make {heads * head_dim}, at most {WIDTH} are possible"
+        raise UserError(heads_key, heads, reason, f"{heads_key}: at most {max(1, WIDTH // head_dim)}")
 
 
 def check_divides(keys: Keys, key: str, value: int, divisor_key: str, divisor: int) -> None:

@@ -2,7 +2,7 @@
 
 from tessera.models.config import ModelConfig
 from tessera.models.families.family import Family, Module
-from tessera.models.families.keys import Keys, check_divides, rope_config
+from tessera.models.families.keys import Keys, check_divides, check_width, rope_config
 
 
 def read(keys: Keys) -> ModelConfig:
@@ -15,6 +15,7 @@ def read(keys: Keys) -> ModelConfig:
     check_divides(keys, "num_attention_heads", num_heads, "num_key_value_heads", num_kv_heads)
     head_dim = keys.size("head_dim", hidden_size // num_heads)
     check_divides(keys, "head_dim", head_dim, "the two halves that rotate", 2)
+    check_width(keys, "num_attention_heads", num_heads, head_dim)
     attention_bias = keys.flag("attention_bias", False)
     return ModelConfig(
         family="llama",
