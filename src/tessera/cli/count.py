@@ -10,11 +10,13 @@ from rich.console import Console
 from rich.progress import track
 
 from tessera.core.errors import UserError
+from tessera.core.files import check_target_folder
 from tessera.layout.shape import StepShape
 from tessera.models.config import ModelConfig
 from tessera.nn.rope import RopeConfig
 from tessera.plan.report import describe, draw, left_out, line_of, markdown, terminal_table
 from tessera.plan.scale import contenders
+from tessera.sizes.bounds import GB, RANK_COUNTS, RANKS
 
 LAYERS = 16
 
@@ -50,8 +52,10 @@ def count(
     `memory`: the GB of a device, which the best mesh may hold.
     """
     worlds = _numbers(ranks)
-    if output is not None and output.exists() and not output.is_dir():
-        raise UserError("--output", output, "is a file", "give a folder")
+    if not 0 < memory <= GB:  # nor is nan
+        raise UserError("--memory", memory, "is not the memory of a device, in GB", "for example 80")
+    if output is not None:
+        check_target_folder(output, "--output")
     config = _model(model, layers)
     shape = StepShape(batch, sequence)
     console = Console(highlight=False, markup=False)
@@ -76,8 +80,9 @@ def _numbers(ranks: str) -> list[int]:
         numbers = sorted({int(word) for word in ranks.split(",")})
     except ValueError:
         numbers = []
-    if not numbers or numbers[0] < 1:
-        raise UserError("--ranks", ranks, "are the numbers of devices to compare", "for example 8,16,64,512")
+    if not numbers or numbers[0] < 1 or numbers[-1] > RANKS or len(numbers) > RANK_COUNTS:
+        reason = f"are the numbers of devices to compare, at most {RANK_COUNTS} of them, each from 1 to {RANKS}"
+        raise UserError("--ranks", ranks, reason, "for example 8,16,64,512")
     return numbers
 
 

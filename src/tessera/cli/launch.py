@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tessera.config.load import load_config
 from tessera.core.errors import UserError
+from tessera.core.files import check_target, in_words
 from tessera.launch.options import PORT
 
 SAVING_SECONDS = 120
@@ -31,7 +32,11 @@ def launch(config: Path, job: Job, overrides: Sequence[str], slurm: bool, output
     """Write the script to `output`, or print it. Raises UserError for a config or sizes that do not fit."""
     if not slurm:
         raise UserError("--slurm", None, "is the one batch system known so far", "add --slurm")
+    if output is not None:
+        check_target(output, "--output")
     loaded = load_config(config, overrides)[0]
+    if not config.is_file():
+        raise UserError("config file", config, "is a pipe, which the script could not read again", "give a file")
     if job.gpus_per_node is not None:
         loaded = loaded.filled_in(job.gpus_per_node * job.nodes, "--gpus-per-node × --nodes")
     made = loaded.world_size
@@ -44,7 +49,10 @@ def launch(config: Path, job: Job, overrides: Sequence[str], slurm: bool, output
     if output is None:
         print(text, end="")
     else:
-        output.write_text(text)
+        try:
+            output.write_text(text)
+        except OSError as error:
+            raise UserError("--output", output, in_words(error)) from error
 
 
 def slurm_script(config: Path, job: Job, overrides: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ import typer
 
 from tessera import __version__
 from tessera.core.errors import RunFailed, UserError
+from tessera.sizes import bounds
 
 Config = Annotated[Path, typer.Argument(help="The YAML file of the run.", metavar="CONFIG")]
 Overrides = Annotated[
@@ -42,16 +43,22 @@ def train(
     config: Config,
     num_processes: Annotated[
         int | None,
-        typer.Option(min=1, help="Processes of all machines; without it the product of the sizes in the file."),
+        typer.Option(
+            min=1, max=bounds.RANKS, help="Processes of all machines; without it the product of the sizes in the file."
+        ),
     ] = None,
-    max_steps: Annotated[int | None, typer.Option(min=1, help="Same as --set max_steps=N.")] = None,
+    max_steps: Annotated[int | None, typer.Option(min=1, max=bounds.STEPS, help="Same as --set max_steps=N.")] = None,
     overrides: Overrides = None,
     per_machine: Annotated[
-        int | None, typer.Option("--nproc-per-node", min=1, help="Processes to start on this machine.")
+        int | None,
+        typer.Option("--nproc-per-node", min=1, max=bounds.RANKS_HERE, help="Processes to start on this machine."),
     ] = None,
-    machines: Annotated[int | None, typer.Option("--num-machines", "--nnodes", min=1, help="Machines.")] = None,
+    machines: Annotated[
+        int | None, typer.Option("--num-machines", "--nnodes", min=1, max=bounds.RANKS, help="Machines.")
+    ] = None,
     machine: Annotated[
-        int | None, typer.Option("--machine-rank", "--node-rank", help="Which of them this is, from 0.")
+        int | None,
+        typer.Option("--machine-rank", "--node-rank", max=bounds.RANKS, help="Which of them this is, from 0."),
     ] = None,
     main_address: Annotated[
         str | None, typer.Option("--main-process-ip", "--master-addr", help="Address or host name of machine 0.")
@@ -61,7 +68,12 @@ def train(
         typer.Option("--main-process-port", "--master-port", min=1, max=65535, help="Its port; unset: 29500."),
     ] = None,
     max_restarts: Annotated[
-        int, typer.Option(min=0, help="Start all ranks again, from the last checkpoint, so often after a failure.")
+        int,
+        typer.Option(
+            min=0,
+            max=bounds.RESTARTS,
+            help="Start all ranks again, from the last checkpoint, so often after a failure.",
+        ),
     ] = 0,
     launcher: Annotated[str, typer.Option(help="Who starts the ranks: tessera, torchrun or accelerate.")] = "tessera",
 ) -> None:
@@ -80,14 +92,18 @@ def launch(
     config: Config,
     slurm: Annotated[bool, typer.Option("--slurm", help="Write a batch script for Slurm.")] = False,
     output: Annotated[Path | None, typer.Option(help="Where to write it; unset: to the terminal.")] = None,
-    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
-    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="GPUs of each; unset: none are asked for.")] = None,
+    nodes: Annotated[int, typer.Option(min=1, max=bounds.RANKS, help="Machines.")] = 1,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(min=1, max=bounds.RANKS_HERE, help="GPUs of each; unset: none are asked for.")
+    ] = None,
     time: Annotated[str | None, typer.Option(help="The time limit, as Slurm writes it: 12:00:00.")] = None,
     partition: Annotated[str | None, typer.Option(help="The partition.")] = None,
     account: Annotated[str | None, typer.Option(help="The account.")] = None,
     job_name: Annotated[str, typer.Option(help="The job's name.")] = "tessera",
     main_process_port: Annotated[int, typer.Option(min=1, max=65535, help="Where machine 0 listens.")] = 29500,
-    max_restarts: Annotated[int, typer.Option(min=0, help="Restarts after a failure, within the job.")] = 0,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, max=bounds.RESTARTS, help="Restarts after a failure, within the job.")
+    ] = 0,
     overrides: Overrides = None,
 ) -> None:
     """Write a batch script that trains on several machines, saves before its time limit and goes on by itself."""
@@ -100,7 +116,9 @@ def launch(
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Where the run goes.")] = Path("outputs/demo"),
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps; without it the usual number.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=bounds.STEPS, help="Optimizer steps; without it the usual number.")
+    ] = None,
 ) -> None:
     """Train a small Llama at tensor size 2 on Python's standard library and check it against one process."""
     from tessera.demos.demo import demo
@@ -141,9 +159,11 @@ def inspect(
 def count(
     ranks: Annotated[str, typer.Option(help="Numbers of devices to compare, with commas between.")] = "8,16,64,512",
     model: Annotated[str | None, typer.Option(help="A folder with config.json; unset: sizes of Llama 3 70B.")] = None,
-    layers: Annotated[int | None, typer.Option(min=1, help="Layers; unset: those of the folder, or 16.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences of the micro-batch.")] = 512,
-    sequence: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 64,
+    layers: Annotated[
+        int | None, typer.Option(min=1, max=bounds.LAYERS, help="Layers; unset: those of the folder, or 16.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, max=bounds.ROWS, help="Sequences of the micro-batch.")] = 512,
+    sequence: Annotated[int, typer.Option(min=1, max=bounds.TOKENS, help="Tokens of a sequence.")] = 64,
     keep: Annotated[bool, typer.Option("--keep", help="Keep gathered copies for the backward.")] = False,
     memory: Annotated[float, typer.Option(help="GB of a device, which the best mesh may hold.")] = 80.0,
     output: Annotated[Path | None, typer.Option(help="A folder for scale.md, scale.svg and scale.png.")] = None,
@@ -159,7 +179,8 @@ def verify(
     config: Config,
     full: Annotated[bool, typer.Option("--full", help="At the model's own sizes instead of in miniature.")] = False,
     all_layouts: Annotated[
-        int | None, typer.Option(min=1, metavar="RANKS", help="Verify every layout of so many ranks.")
+        int | None,
+        typer.Option(min=1, max=bounds.RANKS_HERE, metavar="RANKS", help="Verify every layout of so many ranks."),
     ] = None,
     inject: Annotated[
         str | None,

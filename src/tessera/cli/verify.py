@@ -17,9 +17,11 @@ from tessera.config.load import load_config
 from tessera.config.schema import TrainConfig
 from tessera.core import device as devices
 from tessera.core.errors import RunFailed, UserError
+from tessera.core.files import check_target
 from tessera.launch.rank import as_rank, handed, is_rank
 from tessera.launch.workers import Restarts, run_workers
 from tessera.models.config import ModelConfig
+from tessera.sizes.bounds import RANKS_HERE, at_most
 from tessera.train.run import model_of
 from tessera.verify import report
 from tessera.verify.cases import Case, cases_of, every_case
@@ -80,9 +82,10 @@ def _read(config_path: Path, asked: Asked) -> Subject:
 
 def _work(config: TrainConfig, model: ModelConfig, asked: Asked) -> Work:
     """The layouts asked for. Raises UserError for what does not fit."""
-    if asked.report is not None and (asked.report.is_dir() or not asked.report.absolute().parent.is_dir()):
-        raise UserError("--json", asked.report, "is a folder, or in one that does not exist")
+    if asked.report is not None:
+        check_target(asked.report, "--json")
     world = asked.all_layouts or config.world_size
+    at_most("processes", world, RANKS_HERE, "is the number of processes on this machine")
     if world == 1:
         key, value = (
             ("--all-layouts", 1) if asked.all_layouts else ("tensor_parallel_size", config.tensor_parallel_size)

@@ -77,7 +77,7 @@ def check_target(path: Path, key: str) -> None:
         if path.is_dir():
             raise UserError(key, path, "is a folder", "give the name of a file in it")
         if not path.absolute().parent.is_dir():
-            raise UserError(key, path, f"there is no folder {path.parent}", "make it first, or write elsewhere")
+            raise UserError(key, path, f"its folder {path.parent} does not exist", "make it first, or write elsewhere")
         if path.exists() and not path.is_file() and not path.is_char_device():
             raise UserError(key, path, "is no regular file")
     except UserError:

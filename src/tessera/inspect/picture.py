@@ -17,6 +17,7 @@ from rich.text import Text
 
 from tessera.core.axes import AXES
 from tessera.core.errors import UserError
+from tessera.core.files import check_target
 from tessera.core.mesh import Mesh
 from tessera.layout.spec import Init, ParameterSpec
 from tessera.layout.streams import HIDDEN
@@ -192,8 +193,7 @@ def check_picture(file: Path) -> None:
     """Raise UserError unless a picture can be written to `file`."""
     if file.suffix.lower() not in FORMATS:
         raise UserError("--picture", file, f"ends in {file.suffix or 'nothing'}", f"endings: {', '.join(FORMATS)}")
-    if not file.absolute().parent.is_dir():
-        raise UserError("--picture", file, "its folder does not exist")
+    check_target(file, "--picture")
 
 
 def draw(title: str, mesh: Mesh, grids: Sequence[Grid], file: Path) -> None:

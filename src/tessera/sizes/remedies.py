@@ -33,8 +33,8 @@ from tessera.sizes.rules import (
 )
 
 Axes = Mapping[str, int]
-_ATTEMPTS = 50
-"""Settings of switches whose sizes are searched."""
+_ATTEMPTS = 300
+"""Settings of switches that are tried, those on the way to others too."""
 _MESHES = 2000
 """Meshes that are tried for each: the nearest, where a model's sizes have more divisors than models have."""
 _PLAIN = {  # switches as they fit most

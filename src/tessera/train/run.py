@@ -16,6 +16,7 @@ from tessera.core.errors import UserError
 from tessera.data.prepare import prepare
 from tessera.models.config import ModelConfig
 from tessera.models.hub import check_weights, read_model_config, resolve_model_folder
+from tessera.sizes.bounds import RANKS_HERE, at_most
 from tessera.train.settings import check_layout
 
 
@@ -103,7 +104,8 @@ def checkpoint_to_resume(config: TrainConfig) -> Path | None:
 
 
 def check_gpus(processes: int) -> None:
-    """Raise UserError on a machine with GPUs, but fewer than `processes`."""
+    """Raise UserError on a machine with GPUs, but fewer than `processes`; and for more than any machine takes."""
+    at_most("processes", processes, RANKS_HERE, "is the number of processes on this machine")
     if missing := gpus_missing(processes):
         hint = "give one process each a GPU, or set CUDA_VISIBLE_DEVICES= (nothing) to train on CPU"
         raise UserError("processes", processes, f"this machine is {missing} GPUs short", hint)
