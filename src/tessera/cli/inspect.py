@@ -17,6 +17,7 @@ from tessera.config.schema import TrainConfig
 from tessera.core import device as devices
 from tessera.core.axes import AXES, DATA_AXES, MODEL_AXES
 from tessera.core.errors import UserError
+from tessera.core.files import writing
 from tessera.core.mesh import Mesh
 from tessera.inspect.held import (
     Held,
@@ -49,7 +50,8 @@ def inspect(
     config, notes = load_config(config_path, overrides)
     report = report_on(config, weight, activation)
     if picture is not None:
-        draw(report.title, report.inspection.mesh, report.grids, picture)
+        with writing(picture, "--picture"):
+            draw(report.title, report.inspection.mesh, report.grids, picture)
     if as_json:
         print(json.dumps(json_report(report), ensure_ascii=False, indent=1))
         return

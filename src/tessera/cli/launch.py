@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tessera.config.load import load_config
 from tessera.core.errors import UserError
-from tessera.core.files import check_target, in_words
+from tessera.core.files import check_target, writing
 from tessera.launch.options import PORT
 
 SAVING_SECONDS = 120
@@ -49,10 +49,8 @@ def launch(config: Path, job: Job, overrides: Sequence[str], slurm: bool, output
     if output is None:
         print(text, end="")
     else:
-        try:
+        with writing(output, "--output"):
             output.write_text(text)
-        except OSError as error:
-            raise UserError("--output", output, in_words(error)) from error
 
 
 def slurm_script(config: Path, job: Job, overrides: Sequence[str]) -> str:

@@ -11,6 +11,8 @@ import re
 import select
 import shutil
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -68,6 +70,15 @@ def usable_path(text: str) -> str:
     if path.startswith("~"):
         raise ValueError(f"there is no user {path[1:].partition('/')[0]}, whose home it names")
     return path
+
+
+@contextmanager
+def writing(path: Path, key: str) -> Iterator[None]:
+    """Turn the system's refusal to write `path`, which the option `key` named, into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(key, path, in_words(error)) from error
 
 
 def check_target(path: Path, key: str) -> None:

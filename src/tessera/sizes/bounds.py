@@ -67,7 +67,7 @@ MODEL_NUMBERS: Mapping[str, tuple[float, float]] = {
     "resid_pdrop": (0, 1),
     "initializer_range": (0, 1000),
     "partial_rotary_factor": (0, 1),
-    "rope_theta": (1e-6, 1e18),
+    "rope_theta": (1e-6, 1e15),
     "factor": (1e-6, 1e6),
     "low_freq_factor": (1e-6, 1e6),
     "high_freq_factor": (1e-6, 1e6),
