@@ -70,6 +70,7 @@ def test_unknown_keys_are_listed_up_to_a_number():
         make_config({**MINIMAL, **{f"key{i}": i for i in range(450)}})
     assert "key19" in str(caught.value) and "key20" not in str(caught.value)
     assert str(caught.value).endswith("and 430 more")
+    assert str(caught.value).count("known: ") == 1
 
 
 def test_a_pipe_is_read_up_to_a_size_and_not_waited_for_without_end(tmp_path, monkeypatch):

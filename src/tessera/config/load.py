@@ -28,7 +28,12 @@ class ConfigError(UserError):
 
     def __init__(self, source: str, problems: list[UserError]) -> None:
         self.problems = problems
-        lines = [str(problem) for problem in problems[:MOST_SHOWN]]
+        lines: list[str] = []
+        hints: set[str] = set()
+        for problem in problems[:MOST_SHOWN]:
+            again = len(problem.hint) > 100 and problem.hint in hints  # the list of all keys
+            lines.append(str(problem).removesuffix(f"\n  {problem.hint}") if again else str(problem))
+            hints.add(problem.hint)
         if len(problems) > MOST_SHOWN:
             lines.append(f"and {len(problems) - MOST_SHOWN} more")
         super().__init__(source, f"{len(problems)} problems", "\n".join(lines).replace("\n", "\n  "))
