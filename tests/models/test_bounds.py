@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -90,3 +92,12 @@ def test_a_hub_that_answers_nothing_is_given_up_soon(tmp_path, monkeypatch):
         resolve_model_folder("nobody/no-such-model")
     assert time.monotonic() - begun < 4
     assert huggingface_hub.constants.HF_HUB_OFFLINE is False
+
+
+def test_a_process_that_has_loaded_nothing_of_the_hub_says_the_same(tmp_path):
+    """The package of the hub loads its parts when asked, which a test that has loaded transformers does not see."""
+    code = "from tessera.models.download import download; download('nobody/no-such-model', False)"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert "UserError: base_model: nobody/no-such-model" in done.stderr
+    assert "HF_HUB_OFFLINE is set, its cache has no copy" in done.stderr

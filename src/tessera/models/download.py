@@ -28,8 +28,8 @@ def download(name: str, weights: bool) -> Path:
     UserError: the hub has no such model, or cannot be reached and the cache has no copy.
     """
     import huggingface_hub  # most runs name a folder and need none of it
+    from huggingface_hub import constants  # the package alone does not have it
 
-    constants = huggingface_hub.constants
     told, endpoint = constants.HF_HUB_OFFLINE, constants.ENDPOINT
     offline = told or not _reachable(endpoint)
     patterns = ["*.json", *TOKENIZER_FILES, *(["model*.safetensors"] if weights else [])]
