@@ -11,6 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tessera.core.errors import UserError
+from tessera.core.files import read_json, read_text
 from tessera.data.samples import Ids
 
 END_OF_TEXT = "<|endoftext|>"
@@ -60,41 +61,61 @@ def load_tokenizer(path: Path, key: str) -> TextTokenizer:
     The end-of-sequence token is that of tokenizer_config.json, special_tokens_map.json, or config.json's
     eos_token_id, the first that has one. UserError: no such file, not a tokenizer, no end-of-sequence token.
     """
+    folder = path.parent if path.is_file() else path
+    backend = read_backend(path, key)
+    eos_id = _find_eos(backend, folder)
+    if eos_id is None:
+        hint = "give `eos_token` in tokenizer_config.json, or `eos_token_id` in config.json"
+        raise UserError(key, folder, "the tokenizer has no end-of-sequence token", hint)
+    return TextTokenizer(backend, eos_id, folder.resolve())
+
+
+def read_backend(path: Path, key: str) -> Tokenizer:
+    """The tokenizer.json of a folder, or at `path`. UserError: no such file, not a tokenizer."""
     file = path if path.is_file() else path / "tokenizer.json"
     if not file.is_file():
         hint = "tokenizer: {train: bpe, vocab_size: N} trains one on the data; `tokenizer: folder` names another"
         raise UserError(key, path, "no tokenizer.json there", hint)
     try:
-        backend = Tokenizer.from_file(str(file))
+        backend = Tokenizer.from_str(read_text(file, key))
+    except UserError:
+        raise
     except Exception as error:  # the library raises nothing narrower
         raise UserError(key, file, f"cannot be read as a tokenizer: {error}") from error
     backend.no_truncation()
     backend.no_padding()
-    eos_id = _find_eos(backend, file.parent)
-    if eos_id is None:
-        hint = "give `eos_token` in tokenizer_config.json, or `eos_token_id` in config.json"
-        raise UserError(key, file.parent, "the tokenizer has no end-of-sequence token", hint)
-    return TextTokenizer(backend, eos_id, file.parent.resolve())
+    return backend
+
+
+def named_token(backend: Tokenizer, folder: Path, name: str) -> int | None:
+    """The id of the token that the tokenizer files of `folder` call `name` (such as "bos_token")."""
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        token = _read_object(folder / file).get(name)
+        text = token.get("content") if isinstance(token, dict) else token
+        if isinstance(text, str) and (number := backend.token_to_id(text)) is not None:
+            return number
+    return None
+
+
+def special_ids(backend: Tokenizer) -> set[int]:
+    """The ids that no ordinary text has."""
+    return {number for number, token in backend.get_added_tokens_decoder().items() if token.special}
+
+
+def token_ids(value: Any) -> list[int]:
+    """The ids of a key such as `eos_token_id`, which holds one, a list or nothing."""
+    return [item for item in (value if isinstance(value, list) else [value]) if type(item) is int and item >= 0]
 
 
 def _find_eos(backend: Tokenizer, folder: Path) -> int | None:
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        token = _read_json(folder / name).get("eos_token")
-        text = token.get("content") if isinstance(token, dict) else token
-        if isinstance(text, str) and (eos_id := backend.token_to_id(text)) is not None:
-            return eos_id
-    eos = _read_json(folder / "config.json").get("eos_token_id")
-    first = eos[0] if isinstance(eos, list) and eos else eos
-    return first if isinstance(first, int) else None
+    named = named_token(backend, folder, "eos_token")
+    listed = token_ids(_read_object(folder / "config.json").get("eos_token_id"))
+    return named if named is not None else listed[0] if listed else None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UserError("tokenizer", path, f"cannot be read as JSON: {error}") from error
+def _read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file that may be missing."""
+    content = read_json(path, "tokenizer") if path.exists() else {}
     return content if isinstance(content, dict) else {}
 
 
