@@ -32,7 +32,7 @@ from tessera.data.tokenizer import (
     train_bpe,
 )
 
-FORMAT = 1
+FORMAT = 2
 """Part of the cache key: raise it when the same files and settings come to give other rows."""
 
 TRAINED = "trained"

@@ -1,7 +1,7 @@
 """Text to token ids, with a tokenizer.json: that of the model, or one trained on the data."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -41,9 +41,12 @@ class TextTokenizer:
         With `special` the tokenizer opens a text as it does for its model (a Llama's begin of text).
         """
         ids: list[Ids] = []
+        opening = self.backend.encode("", add_special_tokens=special).ids[:1]
         for start in range(0, len(texts), BATCH):
             batch = self.backend.encode_batch_fast(list(texts[start : start + BATCH]), add_special_tokens=special)
-            ids += [np.asarray(encoding.ids, np.int32) for encoding in batch]
+            # a text that begins with the begin-of-text token has it already
+            found = (e.ids[1:] if opening and e.ids[:2] == opening * 2 else e.ids for e in batch)
+            ids += [np.asarray(row, np.int32) for row in found]
         return [row[:-1] if row.size and row[-1] == self.eos_id else row for row in ids]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -63,6 +66,7 @@ def load_tokenizer(path: Path, key: str) -> TextTokenizer:
     """
     folder = path.parent if path.is_file() else path
     backend = read_backend(path, key)
+    _check_complete(backend, folder, key)
     eos_id = _find_eos(backend, folder)
     if eos_id is None:
         hint = "give `eos_token` in tokenizer_config.json, or `eos_token_id` in config.json"
@@ -105,6 +109,62 @@ def special_ids(backend: Tokenizer) -> set[int]:
 def token_ids(value: Any) -> list[int]:
     """The ids of a key such as `eos_token_id`, which holds one, a list or nothing."""
     return [item for item in (value if isinstance(value, list) else [value]) if type(item) is int and item >= 0]
+
+
+def _check_complete(backend: Tokenizer, folder: Path, key: str) -> None:
+    """Raise UserError where `AutoTokenizer` of transformers gives other ids than tokenizer.json alone.
+
+    That is where other files name tokens that tokenizer.json does not add, or give it settings that it has not.
+    """
+    added = {token.content: number for number, token in backend.get_added_tokens_decoder().items()}
+    settings = _read_object(folder / "tokenizer_config.json")
+    lacking = [
+        f"{text} ({file})"
+        for file, text, number in _named_elsewhere(folder, settings)
+        if text not in added or number not in (None, added[text])
+    ]
+    hint = f'write a whole one: AutoTokenizer.from_pretrained("{folder}").save_pretrained("{folder}")'
+    if lacking:
+        more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
+        names = ", ".join(dict.fromkeys(lacking[:5])) + more
+        raise UserError(key, folder / "tokenizer.json", f"lacks tokens, or has them under other ids: {names}", hint)
+    if settings.get("split_special_tokens"):
+        raise UserError(key, folder / "tokenizer_config.json", "split_special_tokens is not done", "leave it out")
+    wanted, has = settings.get("add_prefix_space"), _adds_space(json.loads(backend.to_str()).get("pre_tokenizer"))
+    if wanted is None and str(settings.get("tokenizer_class")).startswith(("GPT2", "Qwen2")):
+        wanted = False
+    if None not in (wanted, has) and wanted != has:
+        reason = f"add_prefix_space is {str(wanted).lower()}, in tokenizer.json {str(has).lower()}"
+        raise UserError(key, folder / "tokenizer_config.json", reason, "make the two the same")
+
+
+def _named_elsewhere(folder: Path, settings: dict[str, Any]) -> Iterator[tuple[str, str, int | None]]:
+    """File, text and id (None: not given) of the tokens that files beside tokenizer.json name."""
+    for file, content in (
+        ("tokenizer_config.json", settings),
+        ("special_tokens_map.json", _read_object(folder / "special_tokens_map.json")),
+    ):
+        named = [value for name, value in content.items() if name.endswith("_token")]
+        for name in ("additional_special_tokens", "extra_special_tokens"):
+            more = content.get(name) or []
+            named += more.values() if isinstance(more, dict) else more if isinstance(more, list) else []
+        for token in named:
+            text = token.get("content") if isinstance(token, dict) else token
+            if isinstance(text, str):
+                yield file, text, None
+        listed = content.get("added_tokens_decoder")
+        for number, token in (listed if isinstance(listed, dict) else {}).items():
+            if isinstance(token, dict) and isinstance(token.get("content"), str) and str(number).isdecimal():
+                yield file, token["content"], int(number)
+    for text, number in _read_object(folder / "added_tokens.json").items():
+        yield "added_tokens.json", text, number
+
+
+def _adds_space(pre_tokenizer: dict[str, Any] | None) -> bool | None:
+    """Whether a byte-level pre-tokenizer of tokenizer.json puts a space before a text; None where there is none."""
+    parts = (pre_tokenizer or {}).get("pretokenizers") or [pre_tokenizer or {}]
+    found = [part["add_prefix_space"] for part in parts if part.get("type") == "ByteLevel"]
+    return bool(found[0]) if found else None
 
 
 def _find_eos(backend: Tokenizer, folder: Path) -> int | None:
