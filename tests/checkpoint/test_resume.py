@@ -18,7 +18,7 @@ from tessera.core.errors import UserError
 from tessera.launch.rank import restarted
 from tessera.train.run import checkpoint_to_resume
 from train.faults_on_rank import train_with_fresh_moments
-from train.runs import Metrics, Workshop, exported, metrics, refusal_on_rank, run
+from train.runs import Metrics, Workshop, exported, forget_last, metrics, refusal_on_rank, run
 
 LONG = {"max_steps": 7, "save_steps": 3, "shuffle": True}  # 42 of 26 rows: the order of a second epoch too
 SAME_IN_ANOTHER_LAYOUT = 2e-5
@@ -34,6 +34,7 @@ def whole_run(workshop: Workshop, tmp_path_factory):
             output = tmp_path_factory.mktemp("whole") / f"col{size}"
             made[size] = workshop.settings("gpt2 dropout", output, tensor_parallel_size=size, **LONG)
             run(made[size])
+            forget_last(made[size])
         return made[size]
 
     return of
@@ -135,12 +136,12 @@ def test_a_run_that_goes_back_keeps_what_it_has_just_saved(whole_run, tmp_path):
     named = {"resume_from_checkpoint": str(output / "checkpoint-3"), "save_steps": 5, "save_total_limit": 1}
     settings = whole_run(1) | named | {"output_dir": str(output)}
     run(settings)
-    assert names(settings) == ["abandoned-checkpoint-6", "checkpoint-5"]
-    assert resumed_from(settings | {"resume_from_checkpoint": True}) == output / "checkpoint-5"
+    assert names(settings) == ["abandoned-checkpoint-6", "checkpoint-7"]
+    assert resumed_from(settings | {"resume_from_checkpoint": True}) == output / "checkpoint-7"
 
 
-def test_no_checkpoints_unless_asked_for(workshop: Workshop, tmp_path):
-    settings = workshop.settings("llama", tmp_path / "run", max_steps=1)
+def test_no_checkpoints_where_none_are_wanted(workshop: Workshop, tmp_path):
+    settings = workshop.settings("llama", tmp_path / "run", max_steps=1, save_strategy="no")
     run(settings)
     assert names(settings) == []
 
@@ -150,7 +151,7 @@ def test_a_run_begun_again_sets_its_checkpoints_aside(whole_run, tmp_path):
     before = names(settings)
     assert before and resumed_from(settings) is None
     run(settings)
-    assert names(settings) == [f"abandoned-{name}" for name in before]
+    assert names(settings) == [*(f"abandoned-{name}" for name in before), "checkpoint-1"]
     run(settings | {"save_steps": 1})
     run(settings)
     assert "abandoned-checkpoint-1" in names(settings)
@@ -191,7 +192,7 @@ def test_a_part_that_a_killed_run_left_is_not_taken_and_goes(stopped):
     shutil.copytree(output / "checkpoint-3", output / ".checkpoint-9.part")
     assert resumed_from(stopped) == output / "checkpoint-3"
     assert losses(run(stopped))[3:] == losses(metrics(stopped))[3:]
-    assert names(stopped) == ["checkpoint-3", "checkpoint-6"]
+    assert names(stopped) == ["checkpoint-3", "checkpoint-6", "checkpoint-7"]
 
 
 def test_nothing_whole_to_resume_is_said(stopped):

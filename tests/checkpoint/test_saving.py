@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -15,6 +16,7 @@ from support.pool import pool
 from tessera.checkpoint import folder as checkpoint_folder
 from tessera.checkpoint.folder import latest, read_state, verify
 from tessera.checkpoint.resumed import differences
+from tessera.checkpoint.saver import HostCopies
 from tessera.config.schema import TrainConfig
 from tessera.core.errors import UserError
 from tessera.train.run import checkpoint_to_resume
@@ -26,15 +28,16 @@ from train.on_rank import (
     stopped_on_rank,
     train_on_rank,
 )
-from train.runs import Metrics, Workshop, metrics, refusal_on_rank, run
+from train.runs import Metrics, Workshop, forget_last, metrics, refusal_on_rank, run
 
 
 @pytest.fixture(scope="module")
 def done(workshop: Workshop, tmp_path_factory) -> dict[str, Any]:
-    """A run of two ranks with checkpoints 2 and 4."""
+    """A run of two ranks with checkpoints 2 and 4, killed before its last one."""
     output = tmp_path_factory.mktemp("done") / "run"
     settings = workshop.settings("gpt2 dropout", output, save_steps=2, shuffle=True, tensor_parallel_size=2)
     run(settings)
+    forget_last(settings)
     return settings
 
 
@@ -88,7 +91,7 @@ def test_training_goes_on_during_a_save_and_does_not_reach_it(workshop: Workshop
     settings = workshop.settings("gpt2 dropout", tmp_path / "slow", **own)
     with_one = settings | {"save_steps": 3}  # a next save would wait for this one
     pool(size).run(slow_save_on_rank, with_one, 3, 4)
-    assert names(tmp_path / "slow") == ["checkpoint-3"]
+    assert names(tmp_path / "slow") == ["checkpoint-3", "checkpoint-4"]
     waiting = settings | {"save_async": False, "output_dir": str(tmp_path / "blocking")}
     run(waiting)
     assert names(tmp_path / "blocking") == [f"checkpoint-{step}" for step in (1, 2, 3, 4)]
@@ -96,6 +99,43 @@ def test_training_goes_on_during_a_save_and_does_not_reach_it(workshop: Workshop
     tensors = [name for name in one if name.endswith(".distcp")]
     assert len(tensors) == size and all(one[name] == other[name] for name in tensors)
     assert losses(metrics(with_one)) == losses(metrics(waiting))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_run_leaves_a_checkpoint_of_its_last_step(workshop: Workshop, tmp_path, size):
+    """Without save_steps too; the run may be made longer, with the numbers of one that was so from the beginning."""
+    own = {"tensor_parallel_size": size, "save_strategy": "steps", "lr_scheduler": "constant", "warmup_steps": 0}
+    settings = workshop.settings("gpt2 dropout", tmp_path / "run", **own, max_steps=2)
+    with patch.object(HostCopies, "stage") as staged:
+        if size == 1:
+            run(settings)
+            staged.assert_not_called()  # nothing trains beside the last save
+        else:
+            pool(size).run(train_on_rank, settings)
+    assert names(tmp_path / "run") == ["checkpoint-2"] and latest(tmp_path / "run") == tmp_path / "run/checkpoint-2"
+    verify(tmp_path / "run/checkpoint-2")
+    longer = {"max_steps": 4, "resume_from_checkpoint": True}
+    found = run(settings | longer)
+    assert names(tmp_path / "run") == ["checkpoint-2", "checkpoint-4"]
+    whole = run(settings | {"max_steps": 4, "output_dir": str(tmp_path / "whole"), "save_strategy": "no"})
+    assert losses(found) == losses(whole) and names(tmp_path / "whole") == []
+
+
+def test_a_finished_run_says_so_and_saves_nothing_again(workshop: Workshop, tmp_path):
+    settings = workshop.settings("gpt2", tmp_path / "run", save_strategy="steps", max_steps=2)
+    run(settings)
+    made = (tmp_path / "run/checkpoint-2/state.json").stat().st_mtime_ns
+    said = pool(1).run(said_on_rank, settings | {"resume_from_checkpoint": True})[0]
+    assert "this run is finished" in said and len(metrics(settings)) == 2
+    assert (tmp_path / "run/checkpoint-2/state.json").stat().st_mtime_ns == made
+    assert names(tmp_path / "run") == ["checkpoint-2"]
+
+
+def test_a_checkpoint_at_the_end_of_each_epoch(workshop: Workshop, tmp_path):
+    """26 rows in steps of 6: the steps that see the last row of an epoch are the 5th and the 9th."""
+    own = {"save_strategy": "epoch", "max_steps": None, "num_epochs": 2.5, "save_total_limit": 3}
+    run(workshop.settings("gpt2", tmp_path / "run", **own))
+    assert names(tmp_path / "run") == ["checkpoint-11", "checkpoint-5", "checkpoint-9"]
 
 
 def test_latest_decides_where_a_run_goes_on(copied):
@@ -177,6 +217,7 @@ def test_damage_that_is_not_found_would_change_the_run(done, copied):
     """The tests above can fail: with sums that fit, the altered tensor is loaded and the numbers are others."""
     folder = Path(copied["output_dir"]) / "checkpoint-4"
     assert losses(run(copied))[4] == losses(metrics(done))[4]
+    forget_last(copied)
     content = (folder / "__0_0.distcp").read_bytes()
     first = content.index(b"data/0") + 256  # within the bytes of a tensor
     for position in range(first - first % 4, first + 400, 4):
@@ -231,7 +272,7 @@ def test_a_file_that_may_not_grow(workshop: Workshop, tmp_path):
     settings = workshop.settings("llama", tmp_path / "run", tensor_parallel_size=2, save_steps=2)
     said = pool(2).run(limited_on_rank, settings, 2, 40_000)
     assert "checkpoint-2 was not saved: rank 1: " in said[0] and "there is no whole checkpoint" in said[0]
-    assert names(tmp_path / "run") == ["checkpoint-4"]
+    assert names(tmp_path / "run") == ["checkpoint-4", "checkpoint-5"]
 
 
 @pytest.fixture

@@ -138,6 +138,8 @@ def test_overrides_are_yaml_and_win(tmp_path):
         ({"warmup_steps": 3, "warmup_ratio": 0.1}, "warmup_ratio", "one of the two"),
         ({"lr_scheduler": "constant", "warmup_steps": 3}, "lr_scheduler", "constant_with_warmup"),
         ({"save_strategy": "no", "save_steps": 3}, "save_steps", "save_strategy is no"),
+        ({"save_strategy": "epoch", "save_steps": 3}, "save_steps", "save_strategy is epoch"),
+        ({"save_strategy": "best"}, "save_strategy", "not done yet"),
         ({"eval_steps": 3}, "eval_steps", "val_set_size"),
     ],
 )  # fmt: skip

@@ -27,7 +27,9 @@ def test_a_folder_is_read_in_sorted_order_without_hidden_and_empty_files(write):
 @pytest.mark.parametrize(
     ("name", "row", "kind"),
     [
-        ("a.txt", {"input_ids": [1]}, "text"),
+        ("a.JSONL", {"text": "x"}, "lines"),
+        ("a.ndjson", {"text": "x"}, "lines"),
+        ("a.jsonlines", {"input_ids": [1]}, "tokenized"),
         ("a.jsonl", {"input_ids": [1, 2], "text": "x"}, "tokenized"),
         ("a.jsonl", {"text": "x"}, "lines"),
         ("a.jsonl", {"instruction": "x", "output": "y"}, "alpaca"),
@@ -71,7 +73,7 @@ GOOD = {"text": "fine"}
         ("a.jsonl", [{}], "keys of the first are none"),
         ("a.jsonl", [GOOD, {"txt": "a"}], "line 2\n  `text` must be a string; the row has txt"),
         ("a.jsonl", [GOOD, {"text": 1}], "line 2\n  `text` must be a string; it is int"),
-        ("a.jsonl", [GOOD, {"text": "\ud800"}], "line 2\n  `text` is not valid Unicode"),
+        ("a.jsonl", [GOOD, {"text": "\ud800"}], "line 2\n  not valid JSON: a text holds half of a surrogate pair"),
         ("a.jsonl", [{"instruction": "x", "output": None}], "line 1\n  `output` must be a string"),
         ("a.jsonl", [{"instruction": "x", "output": "", "input": 3}], "line 1\n  `input` must be a string"),
         (
@@ -149,3 +151,77 @@ def test_alpaca_prompts(write):
         "Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nSing.\n\n### Response:\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("d/train.json", [{"text": "x"}], "is not text"),
+        ("d/train.txt", [{"text": "x"}, {"text": "y"}], "holds JSON rows"),
+        ("d/rows", '[\n {"text": "x"},\n {"text": "y"}\n]', "is JSON, not text"),
+        ("d/rows.txt.gz", b"\x1f\x8b\x08", "is not text"),
+        ("d/zipped", b"\x1f\x8b\x08\xff", "is not UTF-8 text"),
+        ("d/table", b"PAR1\x00\x01", "NUL"),
+        ("d/train.Parquet", b"PAR1", "is not text"),
+    ],
+)
+def test_what_is_no_text_is_never_trained_on_as_text(write, name, content, told):
+    with pytest.raises(UserError, match=told):
+        read_files([entry(write(name, content).parent)])
+
+
+def test_text_that_looks_like_json_is_text(write):
+    """A template, a list of code, numbers: nothing that rows would be."""
+    for name, text in {
+        "a.txt": "{{name}} sails\nnorth",
+        "b.txt": "[draft] a title\n",
+        "c.txt": "[1, 2]\n{x}\n",
+    }.items():
+        assert [file.kind for file in read_files([entry(write(name, text))])] == ["text"]
+
+
+IDS = {"input_ids": [5, 6, 7, 8]}
+
+
+@pytest.mark.parametrize(
+    ("row", "key"),
+    [
+        (IDS | {"position_ids": [0, 1, 0, 1]}, "position_ids"),
+        (IDS | {"position_ids": [1, 2, 3, 4]}, "position_ids"),
+        (IDS | {"cu_seqlens": [0, 2, 4]}, "cu_seqlens"),
+        (IDS | {"seq_lens": [2, 2]}, "seq_lens"),
+        (IDS | {"sequence_id": [0, 0, 1, 1]}, "sequence_id"),
+        (IDS | {"loss_mask": [0, 0, 1, 1]}, "loss_mask"),
+        (IDS | {"token_type_ids": [0, 0, 1, 1]}, "token_type_ids"),
+        ({"text": "x", "weight": 0.5}, "weight"),
+        ({"text": "x", "labels": [1, -100]}, "labels"),
+        ({"instruction": "i", "output": "o", "system": "be brief"}, "system"),
+    ],
+)
+def test_a_key_that_changes_the_meaning_is_refused_with_its_line(write, row, key):
+    plain = {name: row[name] for name in row if name != key}
+    (file,) = read_files([entry(write("a.jsonl", [plain, row]))])
+    with pytest.raises(UserError, match=f"line 2\n  `{key}` would change what the row means"):
+        (read_token_samples if file.kind == "tokenized" else read_documents)(file)
+
+
+def test_keys_that_say_nothing_are_ignored(write):
+    same = {"position_ids": [0, 1, 2, 3], "cu_seqlens": [0, 4], "seq_lens": [4], "sequence_id": 3, "weight": 1.0}
+    rows = [IDS | same | {"token_type_ids": [0] * 4, "loss_mask": [1] * 4, "id": 9, "source": "web", "metadata": {}}]
+    (file,) = read_files([entry(write("a.jsonl", rows))])
+    assert read_token_samples(file)[0].tokens.tolist() == IDS["input_ids"]
+    text = {"text": "x", "label": 1, "labels": 2, "system": "s", "id": 1}
+    (file,) = read_files([entry(write("b.jsonl", [text]))])
+    assert read_documents(file)[0].text == "x"
+
+
+@pytest.mark.parametrize("ids", ["[1, 2147483648]", "[1, -2]", "[1, 1e400]", "[1, 99999999999999999999999]"])
+def test_ids_out_of_range_are_refused_with_their_line(write, ids):
+    (file,) = read_files([entry(write("a.jsonl", '{"input_ids": [1]}\n{"input_ids": ' + ids + "}\n"))])
+    with pytest.raises(UserError, match="line 2"):
+        read_token_samples(file)
+
+
+def test_json_nested_without_end_is_refused(write):
+    with pytest.raises(UserError, match="line 1\n  not valid JSON: nested deeper"):
+        read_files([entry(write("a.jsonl", '{"text": ' + "[" * 200_000 + "}\n"))])

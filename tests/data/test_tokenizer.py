@@ -59,7 +59,6 @@ def special(tmp_path, tokenizer, **files):
         ({"tokenizer_config": {"eos_token": "</s>"}, "special_tokens_map": {"eos_token": "<s>"}}, "</s>"),
         ({"tokenizer_config": {"eos_token": {"content": "</s>"}}, "config": {"eos_token_id": 3}}, "</s>"),
         ({"tokenizer_config": {"eos_token": None}, "special_tokens_map": {"eos_token": "</s>"}}, "</s>"),
-        ({"tokenizer_config": {"eos_token": "<gone>"}, "special_tokens_map": {"eos_token": "</s>"}}, "</s>"),
         ({"config": {"eos_token_id": 65}}, 65),
         ({"config": {"eos_token_id": [66, 67]}}, 66),
     ],
@@ -98,3 +97,53 @@ def test_bad_tokenizers_are_named(tmp_path, tokenizer):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="config.json"):
         load_tokenizer(tmp_path, "base_model")
+
+
+def test_a_text_that_begins_with_the_begin_token_has_it_once(tmp_path, tokenizer):
+    backend = special(tmp_path, tokenizer, tokenizer_config={"bos_token": "<s>", "eos_token": "</s>"})
+    start = backend.token_to_id("<s>")
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", start)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(tmp_path, "base_model")
+    plain = tokenizer.encode([TEXT])[0].tolist()
+    for text in (TEXT, "<s>" + TEXT):
+        assert loaded.encode([text])[0].tolist() == [start, *plain]
+
+
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        ({"tokenizer_config": {"eos_token": "</s>", "additional_special_tokens": ["<turn>"]}}, "<turn> (tok"),
+        ({"tokenizer_config": {"eos_token": "<gone>"}}, "<gone>"),
+        ({"tokenizer_config": {"eos_token": "</s>", "unk_token": {"content": "def"}}}, "def"),
+        ({"tokenizer_config": {"eos_token": "</s>", "added_tokens_decoder": {"999": {"content": "<s>"}}}}, "<s>"),
+        ({"tokenizer_config": {"eos_token": "</s>", "extra_special_tokens": {"image": "<image>"}}}, "<image>"),
+        ({"special_tokens_map": {"eos_token": "</s>", "pad_token": "<pad>"}}, "<pad> (special"),
+        ({"tokenizer_config": {"eos_token": "</s>"}, "added_tokens": {"<tool>": 300}}, "<tool> (added"),
+        ({"tokenizer_config": {"eos_token": "</s>", "add_prefix_space": True}}, "add_prefix_space is true"),
+        ({"tokenizer_config": {"eos_token": "</s>", "split_special_tokens": True}}, "split_special_tokens"),
+    ],
+)
+def test_what_other_files_say_and_tokenizer_json_does_not_is_refused_by_name(tmp_path, tokenizer, files, named):
+    special(tmp_path, tokenizer, **files)
+    with pytest.raises(UserError) as error:
+        load_tokenizer(tmp_path, "base_model")
+    assert named in str(error.value)
+
+
+def test_a_folder_written_whole_as_the_refusal_says_has_the_ids_of_autotokenizer(tmp_path, tokenizer):
+    from transformers import AutoTokenizer
+
+    settings = {
+        "eos_token": "<end>",
+        "additional_special_tokens": ["<turn>"],
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    special(tmp_path, tokenizer, tokenizer_config=settings)
+    with pytest.raises(UserError, match="save_pretrained"):
+        load_tokenizer(tmp_path, "base_model")
+    AutoTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    ours, theirs = load_tokenizer(tmp_path, "base_model"), AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("north <turn> wind", "<turn>", ODD):
+        assert ours.encode([text])[0].tolist() == theirs(text)["input_ids"]
+    assert ours.eos_id == theirs.eos_token_id

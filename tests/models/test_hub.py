@@ -217,6 +217,17 @@ def test_tokenizer_and_generation_files_come_along_and_nothing_else(tmp_path):
     assert all((tmp_path / "out" / name).read_text() == f"this is {name}" for name in beside)
 
 
+def test_additional_chat_templates_come_along_byte_for_byte_and_are_replaced(tmp_path):
+    source = save("llama", tmp_path / "source")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates/tool_use.jinja").write_bytes(b"{{ tools }}\r\n\xc3\xa9")
+    for _ in range(2):
+        export(loaded(source), tmp_path / "out", source)
+    copied = tmp_path / "out/additional_chat_templates"
+    assert names_in(copied) == {"tool_use.jinja"}
+    assert (copied / "tool_use.jinja").read_bytes() == b"{{ tools }}\r\n\xc3\xa9"
+
+
 @pytest.mark.parametrize(("first", "then"), [(20_000, hub.SHARD_BYTES), (hub.SHARD_BYTES, 20_000)])
 def test_an_older_export_goes(first, then, tmp_path):
     source = save("llama", tmp_path / "source")

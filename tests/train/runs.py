@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -138,6 +139,8 @@ class Workshop:
             "datasets": [{"path": str(self.rows)}],
             "output_dir": str(output),
         }
+        if changes.keys().isdisjoint(("save_steps", "save_strategy")):
+            own["save_strategy"] = "no"  # the last checkpoint costs what a step does
         return SETTINGS | own | changes
 
 
@@ -167,6 +170,13 @@ def environment(gpus: str = "") -> dict[str, str]:
         "NO_COLOR": "1",
         "CUDA_VISIBLE_DEVICES": gpus,
     }
+
+
+def forget_last(settings: dict[str, Any]) -> None:
+    """As if the run had been killed before its last checkpoint, of a step that `save_steps` does not ask for."""
+    output, last = Path(settings["output_dir"]), settings["max_steps"]
+    shutil.rmtree(output / f"checkpoint-{last}")
+    (output / "LATEST").write_text(f"checkpoint-{last - last % settings['save_steps']}\n")
 
 
 def run_command(settings: dict[str, Any], *options: str, gpus: str = "") -> "subprocess.CompletedProcess[str]":

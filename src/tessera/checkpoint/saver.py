@@ -65,21 +65,25 @@ class Saver:
         self._settled = threading.Event()
         self._settled.set()
 
-    def save(self, model: Decoder, optimizer: torch.optim.Optimizer, state: RunState) -> Path:
-        """Begin to write `checkpoint-{state.step}` and return that path; when not asynchronous, finish it too."""
+    def save(self, model: Decoder, optimizer: torch.optim.Optimizer, state: RunState, *, last: bool = False) -> Path:
+        """Begin to write `checkpoint-{state.step}` and return that path; when not asynchronous, finish it too.
+
+        The `last` save of a run is never asynchronous: nothing trains beside it, so it needs no copy of the tensors.
+        """
         self.wait()
+        beside = self.asynchronous and not last
         if self.together and self._group is None:
             # collectives of training may run at the same time on its groups
             self._group = dist.new_group(backend="gloo", timeout=self.timeout)
-        if self.asynchronous and self._hook is None:
+        if beside and self._hook is None:
             self._hook = optimizer.register_step_pre_hook(lambda *_: self._copies.wait())
         final = self.output_dir / f"checkpoint-{state.step}"
         tensors = model_tensors(model) | optimizer_tensors(model, optimizer)
-        writer = Writer(final, state, self.keep, self._copies if self.asynchronous else None)
+        writer = Writer(final, state, self.keep, self._copies if beside else None)
         how: dict[str, Any] = {"storage_writer": writer, "process_group": self._group, "no_dist": not self.together}
         self._settled.clear()
         try:
-            (self._begin if self.asynchronous else self._do)(writer, tensors, how)
+            (self._begin if beside else self._do)(writer, tensors, how)
         except BaseException:  # host memory ran out, say: nothing is in flight that `close` could wait for
             self._settled.set()
             raise

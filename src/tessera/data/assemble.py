@@ -1,7 +1,7 @@
 """Documents into the rows that are trained on: cut into windows, or ended and fitted one by one."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from itertools import groupby
 from pathlib import Path
 from typing import Protocol
@@ -49,12 +49,17 @@ Member = tuple[SourceFile, list[Document]]
 
 
 def assemble_samples(
-    config: DataSettings, members: Sequence[Member], tokenizer: TextTokenizer | None, counts: Counter[str]
+    config: DataSettings,
+    members: Sequence[Member],
+    tokenizer: TextTokenizer | None,
+    counts: Counter[str],
+    closing: Counter[int],
 ) -> list[Sample]:
     """The rows of all files in their order; neighbouring text files are one stream, cut into windows.
 
     `counts` gets the numbers of rows dropped, truncated, left out and masked inside, under the names of the
-    manifest. `tokenizer` may be None when every file is tokenized. UserError: no row is left.
+    manifest, `closing` how often each token is the last to be learnt, in tokenized rows. `tokenizer` may be None when
+    every file is tokenized. UserError: no row is left.
     """
     rows: list[Sample] = []
     for is_text, group in groupby(members, key=lambda member: member[0].kind == "text"):
@@ -64,7 +69,10 @@ def assemble_samples(
             continue
         for file, documents in group:
             if file.kind == "tokenized":
-                rows += _fit(config, read_token_samples(file), counts, keep_dull=True)
+                kept = _fit(config, read_token_samples(file), counts, keep_dull=True)
+                for row in kept:
+                    closing.update(_closing(row))
+                rows += kept
             else:
                 new = _document_samples(documents, tokenizer, config.train_on_inputs)
                 rows += _fit(config, new, counts)
@@ -74,6 +82,24 @@ def assemble_samples(
         hint = "a larger sequence_len, or excess_length_strategy: truncate; a row needs two tokens"
         raise UserError("datasets", ", ".join(str(file.path) for file, _ in members[:3]), reason, hint)
     return rows
+
+
+def end_tokens(tokenizer: TextTokenizer | None, special: Set[int], closing: Counter[int]) -> list[int]:
+    """The tokens that rows were made to end on: that of `tokenizer`, and `special` ones that tokenized rows end on.
+
+    The latter close what is learnt at a stretch: a row, or a turn of a chat whose other turns are masked. A token that
+    closes less than a tenth of them is there by chance.
+    """
+    often = [end for end, count in closing.most_common() if end in special and 10 * count >= closing.total()]
+    return list(dict.fromkeys([tokenizer.eos_id, *often] if tokenizer else often))
+
+
+def _closing(row: Sample) -> list[int]:
+    """The last label of each stretch of labels that are learnt."""
+    labels = row.tokens if row.labels is None else row.labels
+    learnt = labels != IGNORED
+    found: list[int] = labels[learnt & ~np.append(learnt[1:], False)].tolist()
+    return found
 
 
 def _windows(documents: list[Document], tokenizer: TextTokenizer | None, length: int) -> list[Sample]:

@@ -19,13 +19,20 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from tessera.core.errors import UserError
 from tessera.core.files import in_words, read_bytes, read_json, remove
-from tessera.data.assemble import DataSettings, assemble_samples
+from tessera.data.assemble import DataSettings, assemble_samples, end_tokens
 from tessera.data.columns import Written, sum_of
 from tessera.data.samples import HELD_OUT, Sample, Split, open_samples, shuffled, write_samples
 from tessera.data.sources import SourceFile, read_documents, read_files
-from tessera.data.tokenizer import TextTokenizer, load_tokenizer, save_tokenizer, train_bpe
+from tessera.data.tokenizer import (
+    TextTokenizer,
+    load_tokenizer,
+    read_backend,
+    save_tokenizer,
+    special_ids,
+    train_bpe,
+)
 
-FORMAT = 1
+FORMAT = 2
 """Part of the cache key: raise it when the same files and settings come to give other rows."""
 
 TRAINED = "trained"
@@ -44,7 +51,8 @@ class Manifest:
     prompt that fills the row) were left out. `inner_masked` counts tokenized rows whose attention_mask hides
     a token that later ones still see. `tokenizer` is the folder it came from, TRAINED where it was trained on
     the data and lies in the prepared folder, or None where none was needed. `files` are all others there but
-    the sums of their blocks, and `sum` is that of the rest of this.
+    the sums of their blocks, and `sum` is that of the rest of this. `end_tokens` are those
+    that the rows teach to end on, `eos_token_id` first.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
@@ -66,6 +74,7 @@ class Manifest:
     tokenizer: str | None
     tokenizer_size: Count | None
     eos_token_id: Count | None
+    end_tokens: list[Count]
     files: dict[Annotated[str, Field(pattern=r"^((train|eval)/)?\w+\.(npy|json)$")], Written]
     sum: str = ""
 
@@ -131,9 +140,11 @@ def prepare(config: DataSettings, vocab_size: int | None, folder: Path | None = 
     if isinstance(tokenizer, int):
         tokenizer = train_bpe((d.prompt + d.text for _, found in members for d in found), tokenizer)
     counts: Counter[str] = Counter()
-    rows = assemble_samples(config, members, tokenizer, counts)
+    closing: Counter[int] = Counter()
+    rows = assemble_samples(config, members, tokenizer, counts, closing)
     splits = _split(rows, config.val_set_size, config.seed)
-    manifest = _manifest(config, key, splits, tokenizer, counts)
+    ends = end_tokens(tokenizer, _special_ids(config, tokenizer) if closing else set(), closing)
+    manifest = _manifest(config, key, splits, tokenizer, ends, counts)
     _check_vocabulary(manifest, vocab_size)
     manifest = _write(folder, splits, manifest, tokenizer)
     return Prepared(folder, manifest, reused=False, because=because)
@@ -157,6 +168,14 @@ def _given_tokenizer(config: DataSettings) -> TextTokenizer | int:
     if given is None:
         return load_tokenizer(Path(config.base_model), "base_model")
     return load_tokenizer(Path(given), "tokenizer") if isinstance(given, str | Path) else given.vocab_size
+
+
+def _special_ids(config: DataSettings, tokenizer: TextTokenizer | None) -> set[int]:
+    """The special tokens of the tokenizer that tokenized rows are from, as far as one is known."""
+    if tokenizer is not None:
+        return special_ids(tokenizer.backend)
+    folder = Path(config.tokenizer if isinstance(config.tokenizer, str | Path) else config.base_model)
+    return special_ids(read_backend(folder, "tokenizer")) if (folder / "tokenizer.json").is_file() else set()
 
 
 def _cache_key(config: DataSettings, files: list[SourceFile], tokenizer: TextTokenizer | int | None) -> str:
@@ -191,6 +210,7 @@ def _manifest(
     key: str,
     splits: tuple[list[Sample], list[Sample]],
     tokenizer: TextTokenizer | None,
+    ends: list[int],
     counts: Counter[str],
 ) -> Manifest:
     train, held_out = splits
@@ -217,6 +237,7 @@ def _manifest(
         tokenizer=None if tokenizer is None else str(tokenizer.folder or TRAINED),
         tokenizer_size=tokenizer.vocab_size if tokenizer else None,
         eos_token_id=tokenizer.eos_id if tokenizer else None,
+        end_tokens=ends,
         files={},
     )
 

@@ -2,17 +2,17 @@
 
 | file                                                | kind      | becomes                                  |
 |-----------------------------------------------------|-----------|------------------------------------------|
-| any other than those below                          | text      | a document; all are cut into windows     |
+| text, in files of any other name                    | text      | a document; all are cut into windows     |
 | .jsonl with `text` (or `field`); `type: completion` | lines     | a document a line, each a row of its own |
 | .jsonl with `instruction`, `output`; `type: alpaca` | alpaca    | a document a line, its prompt apart      |
 | .jsonl with `input_ids`                             | tokenized | rows as they are                         |
 
-Without a `type` a .jsonl file is recognised by the keys of its first row. Every mistake is a UserError that
+.ndjson and .jsonlines are .jsonl too, whatever the case. Without a `type` such a file is recognised by the keys of
+its first row, and what is no text, or JSON under another name, is refused. Every mistake is a UserError that
 names the file, and the line where there is one.
 """
 
 import codecs
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,9 +24,27 @@ from typing import Any, BinaryIO, Literal, Protocol
 import numpy as np
 
 from tessera.core.errors import UserError
+from tessera.core.files import SMALL, parse_json
+from tessera.data.rows import check_keys
 from tessera.data.samples import IGNORED, Ids, Origin, Sample
 
 FileKind = Literal["text", "lines", "alpaca", "tokenized"]
+JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
+NOT_TEXT = {
+    ".json",
+    ".csv",
+    ".tsv",
+    ".parquet",
+    ".arrow",
+    ".feather",
+    ".npy",
+    ".npz",
+    ".bin",
+    ".pkl",
+    ".pt",
+    ".safetensors",
+}
+NOT_TEXT |= {".zip", ".gz", ".bz2", ".xz", ".zst", ".7z", ".tar", ".tgz", ".pdf", ".docx", ".xlsx"}
 BLOCK = 1 << 20
 """Bytes hashed at a time."""
 
@@ -128,7 +146,8 @@ def _digest(path: Path) -> str:
 
 
 def _kind(path: Path, entry: DatasetSettings) -> FileKind:
-    jsonl = path.suffix == ".jsonl"
+    ending = path.suffix.lower()
+    jsonl = ending in JSON_LINES
     if entry.type == "alpaca":
         return "alpaca"
     if entry.type == "completion":
@@ -138,10 +157,38 @@ def _kind(path: Path, entry: DatasetSettings) -> FileKind:
         raise UserError("datasets.type", entry.type, f"unknown, for {path}", hint)
     if jsonl:
         return _recognise(path, entry.field)
-    if path.suffix in (".json", ".csv") and path == Path(entry.path):
+    problem = "is not text" if ending in NOT_TEXT else _not_text(path)
+    if problem:
         hint = "write it as .jsonl, or say `type: completion` to read it raw"
-        raise UserError("datasets", path, "is not text", hint)
+        raise UserError("datasets", path, problem, hint)
     return "text"
+
+
+def _not_text(path: Path) -> str:
+    """Why the content of a file is no text to train on as it is; "" where it may be."""
+    with _opened(path) as file:
+        start = file.read(BLOCK)
+        if b"\0" in start:
+            return "is not text: it holds NUL bytes"
+        try:
+            codecs.getincrementaldecoder("utf-8")().decode(start)
+        except UnicodeDecodeError as error:
+            return f"is not UTF-8 text: byte {error.start} is 0x{start[error.start]:02x}"
+        lead = start.lstrip()
+        if not lead.startswith((b"{", b"[")):
+            return ""
+        if _is_json(lead.split(b"\n", 1)[0]):
+            return "holds JSON rows, though its name does not end in .jsonl"
+        return "is JSON, not text" if _is_json(lead + file.read(SMALL)) else ""
+
+
+def _is_json(content: bytes) -> bool:
+    """Whether `content` is a JSON object, or a list of them."""
+    try:
+        value = parse_json(content)
+    except ValueError:
+        return False
+    return isinstance(value, dict) or isinstance(value, list) and any(isinstance(item, dict) for item in value)
 
 
 def _recognise(path: Path, field: str) -> FileKind:
@@ -187,8 +234,8 @@ def _json_lines(path: Path) -> Iterator[tuple[Origin, dict[str, Any]]]:
                 continue
             origin = Origin(path, number)
             try:
-                row = json.loads(line.removesuffix(b"\n").decode("utf-8"))
-            except (ValueError, RecursionError) as error:
+                row = parse_json(line.removesuffix(b"\n"))
+            except ValueError as error:
                 raise UserError("datasets", origin, f"not valid JSON: {error}", "one JSON object per line") from error
             if not isinstance(row, dict):
                 raise UserError("datasets", origin, "not a JSON object", "one JSON object per line")
@@ -208,10 +255,12 @@ def _string(row: dict[str, Any], key: str, origin: Origin) -> str:
 
 
 def _line(row: dict[str, Any], origin: Origin, field: str) -> Document:
+    check_keys(row, origin, (field,))
     return Document(origin, _string(row, field, origin))
 
 
 def _alpaca(row: dict[str, Any], origin: Origin, field: str) -> Document:
+    check_keys(row, origin, (), prompted=True)
     instruction, output = _string(row, "instruction", origin), _string(row, "output", origin)
     given = _string(row, "input", origin) if row.get("input") is not None else ""
     return Document(origin, output, prompt=alpaca_prompt(instruction, given))
@@ -229,6 +278,7 @@ def alpaca_prompt(instruction: str, given: str = "") -> str:
 
 def _token_sample(row: dict[str, Any], origin: Origin) -> Sample:
     tokens = _integers(row, "input_ids", origin)
+    check_keys(row, origin, ("input_ids", "labels", "attention_mask"))
     if (tokens < 0).any():
         raise UserError("datasets", origin, f"`input_ids` holds the negative token {tokens.min()}")
     labels = None

@@ -1,7 +1,7 @@
 """Text to token ids, with a tokenizer.json: that of the model, or one trained on the data."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -11,6 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tessera.core.errors import UserError
+from tessera.core.files import read_json, read_text
 from tessera.data.samples import Ids
 
 END_OF_TEXT = "<|endoftext|>"
@@ -40,9 +41,12 @@ class TextTokenizer:
         With `special` the tokenizer opens a text as it does for its model (a Llama's begin of text).
         """
         ids: list[Ids] = []
+        opening = self.backend.encode("", add_special_tokens=special).ids[:1]
         for start in range(0, len(texts), BATCH):
             batch = self.backend.encode_batch_fast(list(texts[start : start + BATCH]), add_special_tokens=special)
-            ids += [np.asarray(encoding.ids, np.int32) for encoding in batch]
+            # a text that begins with the begin-of-text token has it already
+            found = (e.ids[1:] if opening and e.ids[:2] == opening * 2 else e.ids for e in batch)
+            ids += [np.asarray(row, np.int32) for row in found]
         return [row[:-1] if row.size and row[-1] == self.eos_id else row for row in ids]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -60,41 +64,118 @@ def load_tokenizer(path: Path, key: str) -> TextTokenizer:
     The end-of-sequence token is that of tokenizer_config.json, special_tokens_map.json, or config.json's
     eos_token_id, the first that has one. UserError: no such file, not a tokenizer, no end-of-sequence token.
     """
+    folder = path.parent if path.is_file() else path
+    backend = read_backend(path, key)
+    _check_complete(backend, folder, key)
+    eos_id = _find_eos(backend, folder)
+    if eos_id is None:
+        hint = "give `eos_token` in tokenizer_config.json, or `eos_token_id` in config.json"
+        raise UserError(key, folder, "the tokenizer has no end-of-sequence token", hint)
+    return TextTokenizer(backend, eos_id, folder.resolve())
+
+
+def read_backend(path: Path, key: str) -> Tokenizer:
+    """The tokenizer.json of a folder, or at `path`. UserError: no such file, not a tokenizer."""
     file = path if path.is_file() else path / "tokenizer.json"
     if not file.is_file():
         hint = "tokenizer: {train: bpe, vocab_size: N} trains one on the data; `tokenizer: folder` names another"
         raise UserError(key, path, "no tokenizer.json there", hint)
     try:
-        backend = Tokenizer.from_file(str(file))
+        backend = Tokenizer.from_str(read_text(file, key))
+    except UserError:
+        raise
     except Exception as error:  # the library raises nothing narrower
         raise UserError(key, file, f"cannot be read as a tokenizer: {error}") from error
     backend.no_truncation()
     backend.no_padding()
-    eos_id = _find_eos(backend, file.parent)
-    if eos_id is None:
-        hint = "give `eos_token` in tokenizer_config.json, or `eos_token_id` in config.json"
-        raise UserError(key, file.parent, "the tokenizer has no end-of-sequence token", hint)
-    return TextTokenizer(backend, eos_id, file.parent.resolve())
+    return backend
+
+
+def named_token(backend: Tokenizer, folder: Path, name: str) -> int | None:
+    """The id of the token that the tokenizer files of `folder` call `name` (such as "bos_token")."""
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        token = _read_object(folder / file).get(name)
+        text = token.get("content") if isinstance(token, dict) else token
+        if isinstance(text, str) and (number := backend.token_to_id(text)) is not None:
+            return number
+    return None
+
+
+def special_ids(backend: Tokenizer) -> set[int]:
+    """The ids that no ordinary text has."""
+    return {number for number, token in backend.get_added_tokens_decoder().items() if token.special}
+
+
+def token_ids(value: Any) -> list[int]:
+    """The ids of a key such as `eos_token_id`, which holds one, a list or nothing."""
+    return [item for item in (value if isinstance(value, list) else [value]) if type(item) is int and item >= 0]
+
+
+def _check_complete(backend: Tokenizer, folder: Path, key: str) -> None:
+    """Raise UserError where `AutoTokenizer` of transformers gives other ids than tokenizer.json alone.
+
+    That is where other files name tokens that tokenizer.json does not add, or give it settings that it has not.
+    """
+    added = {token.content: number for number, token in backend.get_added_tokens_decoder().items()}
+    settings = _read_object(folder / "tokenizer_config.json")
+    lacking = [
+        f"{text} ({file})"
+        for file, text, number in _named_elsewhere(folder, settings)
+        if text not in added or number not in (None, added[text])
+    ]
+    hint = f'write a whole one: AutoTokenizer.from_pretrained("{folder}").save_pretrained("{folder}")'
+    if lacking:
+        more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
+        names = ", ".join(dict.fromkeys(lacking[:5])) + more
+        raise UserError(key, folder / "tokenizer.json", f"lacks tokens, or has them under other ids: {names}", hint)
+    if settings.get("split_special_tokens"):
+        raise UserError(key, folder / "tokenizer_config.json", "split_special_tokens is not done", "leave it out")
+    wanted, has = settings.get("add_prefix_space"), _adds_space(json.loads(backend.to_str()).get("pre_tokenizer"))
+    if wanted is None and str(settings.get("tokenizer_class")).startswith(("GPT2", "Qwen2")):
+        wanted = False
+    if None not in (wanted, has) and wanted != has:
+        reason = f"add_prefix_space is {str(wanted).lower()}, in tokenizer.json {str(has).lower()}"
+        raise UserError(key, folder / "tokenizer_config.json", reason, "make the two the same")
+
+
+def _named_elsewhere(folder: Path, settings: dict[str, Any]) -> Iterator[tuple[str, str, int | None]]:
+    """File, text and id (None: not given) of the tokens that files beside tokenizer.json name."""
+    for file, content in (
+        ("tokenizer_config.json", settings),
+        ("special_tokens_map.json", _read_object(folder / "special_tokens_map.json")),
+    ):
+        named = [value for name, value in content.items() if name.endswith("_token")]
+        for name in ("additional_special_tokens", "extra_special_tokens"):
+            more = content.get(name) or []
+            named += more.values() if isinstance(more, dict) else more if isinstance(more, list) else []
+        for token in named:
+            text = token.get("content") if isinstance(token, dict) else token
+            if isinstance(text, str):
+                yield file, text, None
+        listed = content.get("added_tokens_decoder")
+        for number, token in (listed if isinstance(listed, dict) else {}).items():
+            if isinstance(token, dict) and isinstance(token.get("content"), str) and str(number).isdecimal():
+                yield file, token["content"], int(number)
+    for text, number in _read_object(folder / "added_tokens.json").items():
+        yield "added_tokens.json", text, number
+
+
+def _adds_space(pre_tokenizer: dict[str, Any] | None) -> bool | None:
+    """Whether a byte-level pre-tokenizer of tokenizer.json puts a space before a text; None where there is none."""
+    parts = (pre_tokenizer or {}).get("pretokenizers") or [pre_tokenizer or {}]
+    found = [part["add_prefix_space"] for part in parts if part.get("type") == "ByteLevel"]
+    return bool(found[0]) if found else None
 
 
 def _find_eos(backend: Tokenizer, folder: Path) -> int | None:
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        token = _read_json(folder / name).get("eos_token")
-        text = token.get("content") if isinstance(token, dict) else token
-        if isinstance(text, str) and (eos_id := backend.token_to_id(text)) is not None:
-            return eos_id
-    eos = _read_json(folder / "config.json").get("eos_token_id")
-    first = eos[0] if isinstance(eos, list) and eos else eos
-    return first if isinstance(first, int) else None
+    named = named_token(backend, folder, "eos_token")
+    listed = token_ids(_read_object(folder / "config.json").get("eos_token_id"))
+    return named if named is not None else listed[0] if listed else None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UserError("tokenizer", path, f"cannot be read as JSON: {error}") from error
+def _read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file that may be missing."""
+    content = read_json(path, "tokenizer") if path.exists() else {}
     return content if isinstance(content, dict) else {}
 
 

@@ -49,6 +49,7 @@ TRAINING = {
     "adam_beta2": 0.95,
     "val_set_size": 48,
     "bf16": False,
+    "save_strategy": "no",
     "tensor_parallel_size": 2,
 }
 

@@ -7,17 +7,8 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from tessera.core.errors import UserError
+from tessera.models.beside import TEMPLATES, TOKENIZER_FILES
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-)
 PATIENCE = 4.0
 """Seconds that the hub has to take a connection; the library tries again and again, for half a minute."""
 
@@ -32,7 +23,7 @@ def download(name: str, weights: bool) -> Path:
 
     told, endpoint = constants.HF_HUB_OFFLINE, constants.ENDPOINT
     offline = told or not _reachable(endpoint)
-    patterns = ["*.json", *TOKENIZER_FILES, *(["model*.safetensors"] if weights else [])]
+    patterns = ["*.json", *TOKENIZER_FILES, f"{TEMPLATES}/*", *(["model*.safetensors"] if weights else [])]
     try:
         constants.HF_HUB_OFFLINE = offline  # then it looks into its cache alone
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))

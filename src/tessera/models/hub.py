@@ -21,15 +21,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from tessera.core.collectives import gathered, start_broadcast
-from tessera.core.device import dtype_name
 from tessera.core.errors import UserError
 from tessera.core.files import in_words, read_json, usable_path
 from tessera.core.mesh import Mesh
 from tessera.layout.parallel import Parallel
 from tessera.layout.streams import residual_layout
+from tessera.models.beside import write_beside, write_json
 from tessera.models.config import ModelConfig
 from tessera.models.decoder import Decoder
-from tessera.models.download import TOKENIZER_FILES as TOKENIZER_FILES
 from tessera.models.download import download
 from tessera.models.families.family import HEAD
 from tessera.models.families.stored import StoredTensor, stored_tensors
@@ -293,7 +292,7 @@ def write_model(
             deque(parts, maxlen=0)
     if writes:
         _write_index(aside, files, dtype)
-        _write_rest(aside, source, tokenizer or source, config, dtype, config_changes or {})
+        write_beside(aside, source, tokenizer or source, config, dtype, config_changes or {})
         _publish(aside, folder)
 
 
@@ -334,26 +333,7 @@ def _write_index(aside: Path, files: Mapping[str, Sequence[StoredTensor]], dtype
     weight_map = {tensor.names[0]: name for name, content in files.items() for tensor in content}
     elements = sum(math.prod(tensor.shape) for content in files.values() for tensor in content)
     metadata = {"total_parameters": elements, "total_size": elements * dtype.itemsize}
-    _write_json(aside / INDEX, {"metadata": metadata, "weight_map": weight_map})
-
-
-def _write_rest(
-    aside: Path, source: Path, tokenizer: Path, model: ModelConfig, dtype: torch.dtype, changes: Mapping[str, Any]
-) -> None:
-    """config.json, true of what was written, and the files that go beside it."""
-    config = read_config_json(source)
-    name = dtype_name(dtype)
-    config |= {key: name for key in ("dtype", "torch_dtype") if key in config} or {"dtype": name}
-    config |= dict(changes)
-    config |= {"architectures": [FAMILIES[model.family].architecture], "vocab_size": model.vocab_size}
-    _write_json(aside / "config.json", config)
-    for home, file in [(source, "generation_config.json"), *((tokenizer, file) for file in TOKENIZER_FILES)]:
-        if (home / file).is_file():
-            shutil.copyfile(home / file, aside / file)
-
-
-def _write_json(file: Path, content: object) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    write_json(aside / INDEX, {"metadata": metadata, "weight_map": weight_map})
 
 
 def _publish(aside: Path, folder: Path) -> None:
@@ -363,6 +343,8 @@ def _publish(aside: Path, folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
     written = [path.name for path in aside.iterdir()]
     for name in sorted(written, key=lambda name: name in entrances):
+        if (folder / name).is_dir():  # of an older export; a folder is replaced only when it is empty
+            shutil.rmtree(folder / name)
         os.replace(aside / name, folder / name)
     for old in folder.glob("model-*-of-*.safetensors"):
         if old.name not in written:

@@ -4,7 +4,6 @@ from pathlib import Path
 
 from tessera.checkpoint import folder as checkpoints
 from tessera.checkpoint.state import RunState, Source
-from tessera.data.prepare import TRAINED
 from tessera.models.hub import export
 from tessera.train.build import Built
 
@@ -35,9 +34,7 @@ def hand_out(built: Built) -> None:
 def _source(built: Built) -> Source:
     """What goes beside the weights; whole paths, as the checkpoint may be read from another folder."""
     manifest, tokenizer = built.prepared.manifest, built.prepared.tokenizer_folder
-    # a config.json without weights says nothing of the tokenizer that was trained here
-    marks = {"bos_token_id": manifest.eos_token_id, "eos_token_id": manifest.eos_token_id}
-    changes = marks if manifest.tokenizer == TRAINED else {}
+    changes = {"eos_token_id": manifest.end_tokens} if manifest.end_tokens else {}
     return Source(str(built.run.folder.resolve()), str(tokenizer.resolve()) if tokenizer else None, changes)
 
 

@@ -14,6 +14,7 @@ from tessera.config.schema import TrainConfig
 from tessera.core.device import gpus_missing
 from tessera.core.errors import UserError
 from tessera.data.prepare import prepare
+from tessera.models.beside import read_generation_config
 from tessera.models.config import ModelConfig
 from tessera.models.hub import check_weights, read_model_config, resolve_model_folder
 from tessera.sizes.bounds import RANKS_HERE, at_most
@@ -66,6 +67,7 @@ def resolve(config: TrainConfig) -> Run:
     if folder.resolve() == output.resolve():
         reason = "is base_model too, whose weights would be overwritten"
         raise UserError("output_dir", config.output_dir, reason, "give the run a folder of its own")
+    read_generation_config(folder)  # it goes beside the trained weights: what is wrong with it is said before
     return Run(config, folder, fitting_model(config, folder), output / "prepared", checkpoint_to_resume(config))
 
 

@@ -69,6 +69,8 @@ class Trainer:
                 self.records.write_config()
             for line in self.records.first_lines():
                 self.log.say(line)
+            if self.progress.step == self.built.total_steps:
+                self.log.say("this run is finished: no step is left, the model is written again")
             if self._steps():
                 self._finish()
         finally:
@@ -90,8 +92,8 @@ class Trainer:
             record = self.records.step(result, rate, watch.lap(), recorder)
             step, done = self.progress.step, self.progress.step == total
             stopping = result.stop and not done
-            saving = config.save_steps and step % config.save_steps == 0 or stopping
-            self.health.check_replicas(always=done or bool(saving))
+            saving = self._saves_after(step) or stopping
+            self.health.check_replicas(always=done or saving)
             if self.built.prepared.manifest.eval_rows and (done or config.eval_steps and step % config.eval_steps == 0):
                 record["eval_loss"] = evaluate(self.built)
                 if not math.isfinite(record["eval_loss"]):
@@ -99,13 +101,25 @@ class Trainer:
             self.log.step(record)
             if saving:
                 self.health.check_weights()
-                folder = self.saver.save(self.built.model, self.built.step.optimizer, run_state(self.built))
+                state, last = run_state(self.built), done or stopping
+                folder = self.saver.save(self.built.model, self.built.step.optimizer, state, last=last)
                 if stopping:
                     self.saver.finish()
                     self.log.say(f"stopped after step {step}; saved {folder}")
                     return False
             watch.lap()
         return True
+
+    def _saves_after(self, step: int) -> bool:
+        """Whether a checkpoint is due: after the last step always, unless no checkpoints are wanted."""
+        config, loader = self.config, self.built.loader
+        epochs, before = (loader.samples_before(n) // loader.samples_per_epoch for n in (step, step - 1))
+        due = {
+            "no": False,
+            "steps": config.save_steps is not None and step % config.save_steps == 0,
+            "epoch": epochs > before,
+        }
+        return due[config.save_strategy] or step == self.built.total_steps and config.save_strategy != "no"
 
     def _finish(self) -> None:
         self.health.check_weights()

@@ -16,11 +16,16 @@ def _yaml_no(value: object) -> object:
 class CheckpointKeys(Section):
     """When checkpoints are written, and which one the run resumes from."""
 
-    save_strategy: Annotated[Literal["no", "steps"], BeforeValidator(_yaml_no)] = Field(
-        "steps", description="no: no checkpoints along the way, save_steps is not allowed then."
+    save_strategy: Annotated[Literal["no", "steps", "epoch"], BeforeValidator(_yaml_no)] = Field(
+        "steps",
+        description="When checkpoints are written, besides that of the run's end: every save_steps (steps), or at the "
+        "end of each epoch. no: none at all, but for a run that is asked to stop.",
     )
     save_steps: int | None = Field(
-        None, ge=1, le=bounds.STEPS, description="Optimizer steps between checkpoints. Unset: none along the way."
+        None,
+        ge=1,
+        le=bounds.STEPS,
+        description="Optimizer steps between checkpoints. Unset: one at the end of the run.",
     )
     save_total_limit: int | None = Field(
         None, ge=1, le=bounds.STEPS, description="Checkpoints kept, the newest ones. Unset: all."
@@ -38,6 +43,7 @@ class CheckpointKeys(Section):
 
     @model_validator(mode="after")
     def _steps_are_given_only_to_a_strategy_that_saves(self) -> Self:
-        if self.save_strategy == "no" and self.save_steps is not None:
-            raise UserError("save_steps", self.save_steps, "save_strategy is no", "leave one of the two out")
+        if self.save_strategy != "steps" and self.save_steps is not None:
+            reason = f"save_strategy is {self.save_strategy}"
+            raise UserError("save_steps", self.save_steps, reason, "leave one of the two out")
         return self
