@@ -4,7 +4,6 @@ In: config.json, and safetensors of which every rank reads only its slices. Out:
 of transformers loads. What a tensor is called and how it is stored is in families/.
 """
 
-import json
 import math
 import os
 import re
