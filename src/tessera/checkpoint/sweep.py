@@ -1,0 +1,47 @@
+"""What runs that were killed have left in their output_dir; removed by the next run, once it has locked that folder."""
+
+import re
+import shutil
+from pathlib import Path
+
+from tessera.checkpoint.lock import lives
+from tessera.core.files import in_words
+
+_LEFT = re.compile(
+    r"\.prepared\.(?P<pid>\d+)(\.old)?"  # data on its way to prepared/
+    r"|\.export"  # the model on its way to output_dir
+    r"|\.checkpoint-\d+(\.removed)?\.part|\.LATEST\.part"  # checkpoints that were written or removed
+    r"|\.(?P<replaced>checkpoint-\d+)\.replaced\.part"  # and what made room for another of its name
+    r"|\.metrics\.jsonl\.part"
+    r"|\.lock\.[0-9a-f]+"  # a lock on its way
+    r"|\.token\.(?P<launcher>\d+)\.[0-9a-f]+"  # the secret of launchers
+)
+
+
+def sweep(output: Path) -> list[str]:
+    """Remove what no run needs any more, links as links; what could not be removed, a line each.
+
+    The caller holds the folder's lock, so that no run is at work there. Data may be prepared without a run, too: where
+    a name has the number of a process that lives, it stays.
+    """
+    told = []
+    for path in sorted(output.iterdir()):
+        found = _LEFT.fullmatch(path.name)
+        if found is None or ((pid := found["pid"] or found["launcher"]) and lives(int(pid))):
+            continue
+        try:
+            if found["replaced"] and not (final := output / found["replaced"]).exists():
+                path.rename(final)  # killed before the new one had its name
+            else:
+                remove(path)
+        except OSError as error:
+            told.append(f"{path} is left of a run that was killed, and cannot be removed: {in_words(error)}")
+    return told
+
+
+def remove(path: Path) -> None:
+    """Remove a folder with all that it holds, a file, or a link but not what it leads to. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
