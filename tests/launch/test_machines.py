@@ -102,6 +102,40 @@ def expected(workshop, tmp_path_factory) -> list[tuple[int, float]]:
     return losses(settings)
 
 
+FORGER = """
+import sys, torch.distributed as dist
+store = dist.TCPStore("10.99.0.1", int(sys.argv[1]), is_master=False)
+line = store.get("line/1")
+for name, text in (("line/1", b'{"beat": 99999999, "outcomes": [], "left": {"text": "told to end", "exit_code": 9}}'),
+                   ("line/0", line), ("line/1", b""), ("run", b"forged"), ("handed", b"forged")):
+    store.set(name, text)
+    import time; time.sleep(0.3)
+store.set("line/1", line)
+time.sleep(1)
+print(dist.TCPStore("10.99.0.1", int(sys.argv[1]), is_master=False).get("line/1") != line)
+"""
+
+
+def test_forged_messages_are_ignored_and_named(workshop, tmp_path, machines):
+    settings = workshop.settings("llama", tmp_path / "run", tensor_parallel_size=2, max_steps=100_000)
+    processes = machines(settings)
+    wait_for_step(settings, 1, processes)
+    words = ["ip", "netns", "exec", NAMES[1], sys.executable, "-c", FORGER, PORT]
+    forged = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert forged.stdout == "True\n", forged.stderr
+    done = len(metrics(settings))
+    wait_for_step(settings, done + 2, processes)
+    assert [path.name for path in (tmp_path / "run").glob(".token.*")], "their secret lies there while they run"
+    assert not any(path.stat().st_mode & 0o077 for path in (tmp_path / "run").glob(".token.*"))
+    processes[1].send_signal(signal.SIGTERM)
+    texts = [process.communicate(timeout=90)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], texts
+    assert texts[0].count("ignored a message in the name of machine 1 (") == 1, texts[0]
+    assert texts[1].count("ignored a message in the name of machine 0 (") == 1, texts[1]
+    assert "told to end" not in texts[0] + texts[1]
+    assert not list((tmp_path / "run").glob(".token.*")) and not (tmp_path / "run" / ".lock").exists()
+
+
 def test_two_machines_train_as_one_and_go_on_after_a_killed_rank(workshop, tmp_path, machines, expected):
     own = {"tensor_parallel_size": 2, "max_steps": 18, "save_steps": 3, "save_total_limit": 2}
     settings = workshop.settings("llama", tmp_path / "run", **own)
@@ -131,10 +165,12 @@ def test_a_killed_launcher_ends_the_other_machine_too(workshop, tmp_path, machin
     processes[lost].kill()
     text = processes[1 - lost].communicate(timeout=60)[0]
     seconds = time.monotonic() - began
-    print(f"ended after {seconds:.1f} s")
+    print(f"ended after {seconds:.1f} s:\n{text}")
     assert seconds < 30
     assert processes[1 - lost].returncode == 1
     assert f"machine {lost} (" in text and f"10.99.0.{lost + 1}) is lost" in text and "Traceback" not in text
+    assert "frame #" not in text and "Exception raised" not in text, text
+    assert text.count("is lost") == 1
     assert left_over() == []
 
 

@@ -184,7 +184,9 @@ class RunLock:
             raise taken(self.path.parent, other)
 
     def remember(self, run: str) -> None:
-        """Keep what the ranks were handed."""
+        """Keep what the ranks were handed, where the folder is locked."""
+        if self._descriptor is None:
+            return
         self.owner = replace(self.owner, run=run)
         self._write(self.owner)
 

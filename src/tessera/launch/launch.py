@@ -69,21 +69,26 @@ def launch(
         with RunLock(options.take_over) as lock:
             train(prepared_run(config, here, lock))
     else:
-        from tessera.train.run import check, prepared_run
+        with environment(_variables(place)):  # before torch is imported
+            _launch_ranks(config, options, place, here, ["-P", *command])
 
-        output, lock = Path(config.output_dir), RunLock(options.take_over)
-        if place.rank == 0:
-            lock.glance(output)  # before it listens where that run may listen
-        with environment(_variables(place)), Machines(place, here, output) as machines, lock:
-            # machine 0 locks the folder and prepares the data
-            run = prepared_run(config, here, lock) if place.rank == 0 else check(config, here)
-            newest = _Resume(config).newest
 
-            def handed(resume: str | None) -> str:
-                lock.check()
-                return run.going_on_from(resume).to_json()
+def _launch_ranks(config: TrainConfig, options: LaunchOptions, place: Place, here: int, command: list[str]) -> None:
+    from tessera.train.run import check, prepared_run
 
-            run_workers(["-P", *command], here, machines, Restarts(options.max_restarts, newest, handed))
+    output, lock = Path(config.output_dir), RunLock(options.take_over)
+    if place.rank == 0:
+        lock.glance(output)  # before it listens where that run may listen
+    with Machines(place, here, output) as machines, lock:
+        # machine 0 locks the folder and prepares the data
+        run = prepared_run(config, here, lock) if place.rank == 0 else check(config, here)
+        newest = _Resume(config).newest
+
+        def handed(resume: str | None) -> str:
+            lock.check()
+            return run.going_on_from(resume).to_json()
+
+        run_workers(command, here, machines, Restarts(options.max_restarts, newest, handed))
 
 
 def _variables(place: Place) -> dict[str, str]:
