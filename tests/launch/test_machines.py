@@ -177,11 +177,18 @@ def test_a_killed_launcher_ends_the_other_machine_too(workshop, tmp_path, machin
 # ---- One machine
 
 
-def test_a_killed_rank_is_started_again_and_goes_on(workshop, tmp_path, expected):
+def test_a_killed_rank_of_a_run_read_from_a_pipe_is_started_again_and_goes_on(workshop, tmp_path, expected):
     own = {"tensor_parallel_size": 2, "max_steps": 18, "save_steps": 3, "save_total_limit": 2}
     settings = workshop.settings("llama", tmp_path / "run", **own)
     words = command(settings, "--max-restarts", "1")
-    process = subprocess.Popen(words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    file = Path(words[4])
+    words[4] = "/dev/stdin"  # a pipe, which is empty when it has been read
+    streams: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = subprocess.Popen(words, env=environment(), text=True, **streams)
+    assert process.stdin
+    process.stdin.write(file.read_text())
+    process.stdin.close()
+    process.stdin = None
     wait_for_step(settings, 7, [process])
     os.kill(child(process), signal.SIGKILL)
     text = process.communicate(timeout=90)[0]
