@@ -10,9 +10,8 @@ from tessera.core.files import in_words
 _LEFT = re.compile(
     r"\.prepared\.(?P<pid>\d+)(\.old)?"  # data on its way to prepared/
     r"|\.export"  # the model on its way to output_dir
-    r"|\.checkpoint-\d+(\.removed)?\.part|\.LATEST\.part"  # checkpoints that were written or removed
-    r"|\.(?P<replaced>checkpoint-\d+)\.replaced\.part"  # and what made room for another of its name
-    r"|\.metrics\.jsonl\.part"
+    r"|\.(?P<replaced>checkpoint-\d+)\.replaced(\.\d+)?\.part"  # what made room for another of its name
+    r"|\.(checkpoint-\d+|LATEST|metrics\.jsonl)(\.\w+)*\.part"  # what was being written or removed
     r"|\.lock\.[0-9a-f]+"  # a lock on its way
     r"|\.token\.(?P<launcher>\d+)\.[0-9a-f]+"  # the secret of launchers
 )
