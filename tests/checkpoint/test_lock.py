@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from tessera.checkpoint import lock as locks
-from tessera.checkpoint.lock import LOCK, InUse, RunLock, Share, read_owner
+from tessera.checkpoint import lock_file
+from tessera.checkpoint.lock import LOCK, InUse, RunLock, Share
+from tessera.checkpoint.lock_file import read_owner
 from tessera.checkpoint.sweep import sweep
 from tessera.core.errors import RunFailed, UserError
 
@@ -101,7 +103,7 @@ def test_a_run_that_fails_lets_go_and_says_so(tmp_path):
         assert again.before is not None and again.before.run == "what the ranks got"
 
 
-HOLDER = """
+HOLDER = r"""
 import os, sys, time
 from pathlib import Path
 from tessera.checkpoint.lock import RunLock, Share
@@ -111,15 +113,25 @@ rank = os.fork()
 if rank == 0:
     os.close(own._descriptor)  # a rank starts without it
     with Share(Path(sys.argv[1]), own.id):
-        print("shared", flush=True)
+        os.write(1, b"shared\n")
         time.sleep(100)
-print(rank, flush=True)
+os.write(1, b"%d\n" % rank)
 time.sleep(100)
 """
 
 
-def test_a_killed_holder_frees_the_folder_once_its_ranks_are_gone(tmp_path):
+@pytest.mark.parametrize("namespaces", [False, True])
+def test_a_killed_holder_frees_the_folder_once_its_ranks_are_gone(tmp_path, namespaces):
     words = [sys.executable, "-c", HOLDER, str(tmp_path / "run")]
+    host = os.uname().nodename
+    if namespaces:  # another network, another name, as a container has
+        unshared, host = ["unshare", "--uts", "--net", "sh", "-c", 'hostname far && exec "$@"', "sh"], "far"
+        try:
+            if subprocess.run([*unshared, "true"], capture_output=True).returncode:
+                pytest.skip("namespaces are not to be had")
+        except FileNotFoundError:
+            pytest.skip("needs the command unshare")
+        words = [*unshared, *words]
     holder = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     assert holder.stdout
     said = {holder.stdout.readline().strip(), holder.stdout.readline().strip()}
@@ -127,7 +139,7 @@ def test_a_killed_holder_frees_the_folder_once_its_ranks_are_gone(tmp_path):
     holder.kill()
     holder.wait()
     try:
-        with pytest.raises(InUse, match=f"process {holder.pid} "), RunLock() as early:
+        with pytest.raises(InUse, match=f"process {holder.pid} on {host} "), RunLock() as early:
             early.take(tmp_path / "run")
     finally:
         os.kill(rank, signal.SIGKILL)
@@ -180,7 +192,7 @@ def test_the_lock_of_another_machine_holds_by_its_beat(tmp_path, capsys):
     elsewhere(tmp_path, age=400)
     with RunLock() as own:
         own.take(tmp_path)
-        assert "was in use by process 7 on far since noon: no sign of it for 400 s" in capsys.readouterr().out
+        assert "is taken over from process 7 on far since noon: no sign of it for 400 s" in capsys.readouterr().out
         first = (tmp_path / LOCK).stat().st_mtime_ns
         time.sleep(0.3)
         assert (tmp_path / LOCK).stat().st_mtime_ns > first, "its own beat"
@@ -213,7 +225,7 @@ def test_a_released_lock_and_one_taken_over_are_free_at_once(tmp_path, capsys):
     elsewhere(tmp_path)
     with RunLock(take_over=True) as own:
         own.take(tmp_path)
-        assert "taking over" in capsys.readouterr().out
+        assert "is taken over from process 7" in capsys.readouterr().out
 
 
 def test_a_holder_that_finds_another_owner_stops(tmp_path, monkeypatch):
@@ -269,7 +281,7 @@ def test_without_locks_the_beat_serves(tmp_path, monkeypatch, capsys, number):
         with pytest.raises(InUse, match=f"process {os.getpid()} .*last sign [0-3] s ago"):
             RunLock().take(tmp_path)
         first.check()
-    owner = locks.Owner("dead", "here", locks.boot_id(), locks.pid_space(), 2**22 + 1, "noon")
+    owner = lock_file.Owner("dead", "here", lock_file.boot_id(), lock_file.pid_space(), 2**22 + 1, "noon")
     (tmp_path / LOCK).write_text(json.dumps(vars(owner)))
     with RunLock() as own:
         own.take(tmp_path)  # no such process here

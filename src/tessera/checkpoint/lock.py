@@ -15,19 +15,33 @@ Imports no torch: launchers do without.
 import errno
 import os
 import socket
-import stat
 import sys
 import threading
 import time
 import uuid
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import datetime
 from json import dumps
 from pathlib import Path
 
+from tessera.checkpoint.lock_file import (
+    WITHOUT_LOCKS,
+    Owner,
+    beats,
+    boot_id,
+    flock,
+    is_at,
+    is_locked,
+    lives,
+    open_lock,
+    other_owner,
+    pid_space,
+    read_owner,
+    silence,
+)
 from tessera.core.errors import RunFailed, UserError
-from tessera.core.files import in_words, parse_json
+from tessera.core.files import in_words
 
 LOCK = ".lock"
 BEAT = 2.0
@@ -38,30 +52,6 @@ PATIENCE = 3.0
 """Seconds that a start waits for the ranks of a run that was killed to be gone."""
 LETTING_GO = 10.0
 """Seconds that a holder gets to notice that another has taken over."""
-
-_LIMIT = 2**20
-_WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
-
-
-@dataclass(frozen=True)
-class Owner:
-    """Who holds a lock: a run, and the process that holds it for the run.
-
-    `boot` names the machine and its last start, `space` what `pid` counts in (a container has its own numbers).
-    `released`: it has ended. `run`: what its ranks were handed, for a launcher that starts them again from nothing.
-    """
-
-    id: str
-    host: str = "?"
-    boot: str = "?"
-    space: str = "?"
-    pid: int = 0
-    since: str = "?"
-    released: bool = False
-    run: str = ""
-
-    def __str__(self) -> str:
-        return f"process {self.pid} on {self.host} since {self.since}"
 
 
 class InUse(UserError):
@@ -86,8 +76,8 @@ class Share:
     def __enter__(self) -> "Share":
         if self.id:
             with suppress(OSError):  # without it the holder's beat still serves
-                self._descriptor = _open(self.path, os.O_RDONLY)
-                _flock(self._descriptor, exclusive=False)
+                self._descriptor = open_lock(self.path, os.O_RDONLY)
+                flock(self._descriptor, exclusive=False)
             self._look()
         return self
 
@@ -165,12 +155,12 @@ class RunLock:
         until = time.monotonic() + PATIENCE
         while not self.take_over:
             try:
-                descriptor = _open(output / LOCK, os.O_RDWR)
+                descriptor = open_lock(output / LOCK, os.O_RDWR)
             except OSError:  # there is none; else `take` tells what is wrong
                 return
             try:
                 with suppress(OSError):
-                    if not _is_locked(descriptor):
+                    if not is_locked(descriptor):
                         return
             finally:
                 os.close(descriptor)
@@ -196,73 +186,73 @@ class RunLock:
         """Become the owner; whether that must settle, as no kernel has decided it."""
         until = time.monotonic() + PATIENCE
         while True:
-            descriptor = self._descriptor = _open(self.path, os.O_RDWR | os.O_CREAT)
+            descriptor = self._descriptor = open_lock(self.path, os.O_RDWR | os.O_CREAT)
             try:
-                _flock(descriptor, exclusive=True)
+                flock(descriptor, exclusive=True)
+                if is_at(descriptor, self.path):  # else its last holder has removed it meanwhile
+                    wait = self._judge(output, locked=True)
+                    self._write(self.owner)
+                    flock(descriptor, exclusive=False)  # its ranks will share it
+                    time.sleep(wait)
+                    return False
             except BlockingIOError:
-                if time.monotonic() > until and not self.take_over:
-                    raise _in_use(output, read_owner(self.path), "") from None
                 if self.take_over:
-                    self._replace(output, descriptor)
+                    self._take_over(output, descriptor)
                     return True
-                os.close(descriptor)
-                self._descriptor = None
-                time.sleep(0.1)
-                continue
+                if time.monotonic() > until:
+                    raise _in_use(output, read_owner(self.path), "") from None
             except OSError as error:
-                if error.errno not in _WITHOUT_LOCKS:
+                if error.errno not in WITHOUT_LOCKS:
                     raise
                 what = f"its file system has no locks ({in_words(error)})"
                 print(f"output_dir: {output}: {what}; a run there is known by its beat alone", flush=True)
-                self._judge(output, locked=False)
-                self._replace(output, descriptor)
-                return True
-            if not _is_at(descriptor, self.path):  # its last holder has removed it meanwhile
+                wait = self._judge(output, locked=False)
+                self._replace()
                 os.close(descriptor)
-                self._descriptor = None
-                continue
-            self._judge(output, locked=True)
-            self._write(self.owner)
-            _flock(descriptor, exclusive=False)  # its ranks will share it
-            return False
+                time.sleep(wait)
+                return True
+            os.close(descriptor)
+            self._descriptor = None
+            time.sleep(0.1)
 
-    def _judge(self, output: Path, locked: bool) -> None:
-        """Raise UserError unless the owner that the file names is gone, where this kernel does not tell."""
+    def _judge(self, output: Path, locked: bool) -> float:
+        """Raise UserError unless the owner that the file names is gone, where this kernel does not tell.
+
+        Returns the seconds that an owner who may live gets to notice us.
+        """
         owner = self.before = read_owner(self.path)
         if owner is None or owner.released or owner.id == self.id or (locked and owner.boot == boot_id()):
-            return
+            return 0
         if owner.boot == boot_id() and owner.space == pid_space() and not lives(owner.pid):
-            return
-        silent = _silence(self.path)
-        if self.take_over:
-            print(f"taking over {output} from {owner}, no sign of it for {silent:.0f} s", flush=True)
-            time.sleep(LETTING_GO if silent < STALE else 0)
-        elif silent < STALE or _beats(self.path):
+            return 0
+        silent = silence(self.path)
+        if not self.take_over and (silent < STALE or beats(self.path, BEAT)):
             hint = f"its lock is nobody's after {STALE:.0f} s without a sign, or at once with --take-over"
             raise _in_use(output, owner, f"last sign {silent:.0f} s ago; {hint}")
-        else:
-            print(f"{output} was in use by {owner}: no sign of it for {silent:.0f} s", flush=True)
+        print(f"{output} is taken over from {owner}: no sign of it for {silent:.0f} s", flush=True)
+        return LETTING_GO if silent < STALE else 0
 
-    def _replace(self, output: Path, old: int) -> None:
-        """Put a file of our own in the place of the one open as `old`; wait for its holders where they show."""
+    def _take_over(self, output: Path, old: int) -> None:
+        """Put our file in the place of the one open as `old`, and wait for its holders to notice."""
+        self.before = read_owner(self.path)
+        print(f"{output} is taken over from {self.before or 'a run that begins'}", flush=True)
+        self._replace()
+        until = time.monotonic() + LETTING_GO
+        while time.monotonic() < until and is_locked(old):
+            time.sleep(0.1)
+        os.close(old)
+
+    def _replace(self) -> None:
         own = self.path.with_name(f"{LOCK}.{self.id}")
-        self._descriptor = _open(own, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-        owner = read_owner(self.path)
+        self._descriptor = open_lock(own, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:
             self._write(self.owner)
             with suppress(OSError):
-                _flock(self._descriptor, exclusive=False)
+                flock(self._descriptor, exclusive=False)
             os.replace(own, self.path)
         except BaseException:
             own.unlink(missing_ok=True)
             raise
-        if owner is not None and self.take_over:
-            print(f"taking over {output} from {owner}", flush=True)
-            until = time.monotonic() + LETTING_GO
-            with suppress(OSError):
-                while time.monotonic() < until and _is_locked(old):
-                    time.sleep(0.1)
-        os.close(old)
 
     def _let_go(self) -> None:
         if self._descriptor is not None:
@@ -288,9 +278,6 @@ class RunLock:
                 os._exit(1)
 
 
-# ---- The file
-
-
 def make_folders(folder: Path) -> list[Path]:
     """Make a folder with its parents; those that were not there before, outermost first."""
     made = [path for path in (folder, *folder.parents) if not path.exists()][::-1]
@@ -305,33 +292,6 @@ def remove_empty(made: list[Path]) -> None:
             path.rmdir()
 
 
-def read_owner(path: Path) -> Owner | None:
-    """Whom a lock file names; None when there is none or it is empty, an unknown owner when it cannot be read."""
-    try:
-        descriptor = _open(path, os.O_RDONLY)
-    except OSError:
-        return None
-    try:
-        content = os.pread(descriptor, _LIMIT, 0)
-        told = parse_json(content) if content else None
-    except (OSError, ValueError):
-        return Owner("?")
-    finally:
-        os.close(descriptor)
-    if told is None:
-        return None
-    types = {name: type(value) for name, value in asdict(Owner("")).items()}
-    if not isinstance(told, dict) or {name: type(value) for name, value in told.items()} != types:
-        return Owner("?")
-    return Owner(**told)
-
-
-def other_owner(path: Path, id: str) -> Owner | None:
-    """Whom the file names, if not the run `id`; a file that is gone names nobody."""
-    owner = read_owner(path)
-    return None if owner is None or owner.id == id else owner
-
-
 def taken(output: Path, other: Owner) -> RunFailed:
     """The end of a run whose output_dir is another's now."""
     return RunFailed(f"stopped without writing: {output} was taken over by {other}")
@@ -340,92 +300,3 @@ def taken(output: Path, other: Owner) -> RunFailed:
 def _in_use(output: Path, owner: Owner | None, hint: str) -> InUse:
     hint = hint or "wait for it or stop it, or use another folder"
     return InUse(output, f"is in use by {owner or 'a run that begins'}", hint)
-
-
-def _open(path: Path, flags: int) -> int:
-    """A descriptor of a regular file; raises OSError. A link is not followed, a pipe does not make us wait."""
-    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, f"{path.name} in it is no file")
-    return descriptor
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
-    except FileNotFoundError:
-        return False
-
-
-def _silence(path: Path) -> float:
-    """Seconds since the last beat."""
-    try:
-        return max(0.0, time.time() - path.stat().st_mtime)
-    except OSError:
-        return 0.0
-
-
-def _beats(path: Path) -> bool:
-    """Whether the file is touched while we watch: clocks of machines differ, and jump."""
-    before, until = _silence_mark(path), time.monotonic() + 3 * BEAT
-    while time.monotonic() < until:
-        time.sleep(BEAT / 4)
-        if _silence_mark(path) != before:
-            return True
-    return False
-
-
-def _silence_mark(path: Path) -> int:
-    try:
-        descriptor = _open(path, os.O_RDONLY)  # opening it makes a network file system look anew
-    except OSError:
-        return 0
-    try:
-        return os.fstat(descriptor).st_mtime_ns
-    finally:
-        os.close(descriptor)
-
-
-def _flock(descriptor: int, *, exclusive: bool) -> None:
-    """Lock without waiting. Raises BlockingIOError when others have it, another OSError where there are no locks."""
-    try:
-        import fcntl  # Unix alone has it
-    except ImportError:
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK)) from None
-    fcntl.flock(descriptor, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-
-
-def _is_locked(descriptor: int) -> bool:
-    try:
-        _flock(descriptor, exclusive=True)
-    except BlockingIOError:
-        return True
-    return False
-
-
-def lives(pid: int) -> bool:
-    """Whether there is a process of this number."""
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-def pid_space() -> str:
-    """What process ids are counted in: containers have numbers of their own."""
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return "?"
-
-
-def boot_id() -> str:
-    """The same in every process that runs on this kernel, in containers too; another after a restart."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return f"{socket.gethostname()}-{uuid.getnode()}"

@@ -4,7 +4,7 @@ import re
 import shutil
 from pathlib import Path
 
-from tessera.checkpoint.lock import lives
+from tessera.checkpoint.lock_file import lives
 from tessera.core.files import in_words
 
 _LEFT = re.compile(

@@ -13,6 +13,7 @@ is not older than the last one; others are ignored, and said to be.
 """
 
 import json
+import os
 import socket
 import sys
 import threading
@@ -27,7 +28,7 @@ from tessera.checkpoint.lock import make_folders, remove_empty
 from tessera.core.errors import RunFailed, UserError
 from tessera.launch.interface import LOOPBACK, listening, own_address
 from tessera.launch.outcome import Outcome, cause
-from tessera.launch.token import host_seal, joined_seal, own_seal
+from tessera.launch.token import GIVEN, host_seal, joined_seal, own_seal
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -212,7 +213,9 @@ class Machines:
             self.lines[rank] = line
         elif rank not in self.refused:
             self.refused.add(rank)
-            why = "without the token of this run" if line is None else "that was said before"
+            why = "that was said before" if line else "without the token of this run"
+            if line is None and rank not in self.lines and os.environ.get(GIVEN):
+                why += f": is {GIVEN} the same there?"
             print(f"ignored a message in the name of {self._name(rank)}, {why}", file=sys.stderr, flush=True)
 
     def _lost(self, rank: int) -> bool:

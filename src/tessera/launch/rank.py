@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tessera.checkpoint.lock import boot_id
+from tessera.checkpoint.lock_file import boot_id
 from tessera.config.schema import TrainConfig
 from tessera.core.errors import RunFailed, UserError
 from tessera.launch.machines import HANDED
