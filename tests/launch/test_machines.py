@@ -15,6 +15,7 @@ import pytest
 from tessera.cli.main import main
 from tessera.core.errors import UserError
 from tessera.launch.interface import interface_of, own_address
+from tessera.launch.machines import Machines, Place
 from tessera.launch.options import LaunchOptions
 from tessera.launch.watch import exit_status
 from train.runs import command, environment, metrics, run, run_command
@@ -103,16 +104,16 @@ def expected(workshop, tmp_path_factory) -> list[tuple[int, float]]:
 
 
 FORGER = """
-import sys, torch.distributed as dist
+import sys, time, torch.distributed as dist
 store = dist.TCPStore("10.99.0.1", int(sys.argv[1]), is_master=False)
-line = store.get("line/1")
-for name, text in (("line/1", b'{"beat": 99999999, "outcomes": [], "left": {"text": "told to end", "exit_code": 9}}'),
-                   ("line/0", line), ("line/1", b""), ("run", b"forged"), ("handed", b"forged")):
-    store.set(name, text)
-    import time; time.sleep(0.3)
-store.set("line/1", line)
-time.sleep(1)
-print(dist.TCPStore("10.99.0.1", int(sys.argv[1]), is_master=False).get("line/1") != line)
+line, until = store.get("line/1"), time.monotonic() + 4
+told = b'{"beat": 99999999, "outcomes": [], "left": {"text": "told to end", "exit_code": 9}}'
+while time.monotonic() < until:  # each stays until the next beat of who it is about
+    for name, text in (("line/1", told), ("line/0", line), ("line/1", line), ("line/1", b""), ("run", b"forged")):
+        store.set(name, text)
+        time.sleep(0.01)
+time.sleep(2)
+print(store.get("line/1") != line)
 """
 
 
@@ -302,6 +303,14 @@ def test_options_that_do_not_fit_are_refused(workshop, tmp_path, monkeypatch, ca
     for text in told:
         assert text in error
     assert not (tmp_path / "run").exists()
+
+
+def test_a_token_that_cannot_be_left_is_told(tmp_path, monkeypatch):
+    monkeypatch.delenv("TESSERA_RUN_TOKEN", raising=False)
+    (tmp_path / "file").touch()
+    machines = Machines(Place(2, 0, "127.0.0.1", int(PORT) + 1), 1, tmp_path / "file" / "run")
+    with pytest.raises(UserError, match="output_dir: .*\n  the run's token cannot be left there: a part of the path"):
+        machines.__enter__()
 
 
 def test_a_missing_accelerate_is_told(monkeypatch):

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from tessera.checkpoint.lock import make_folders, remove_empty
 from tessera.core.errors import RunFailed, UserError
+from tessera.core.files import in_words
 from tessera.launch.interface import LOOPBACK, listening, own_address
 from tessera.launch.outcome import Outcome, cause
 from tessera.launch.token import GIVEN, host_seal, joined_seal, own_seal
@@ -138,12 +139,14 @@ class Machines:
             except RuntimeError:  # as torch's store calls every error
                 raise self._lost_machine(0).error() from None
         else:
-            self.made = make_folders(self.folder)
             try:
+                if not os.environ.get(GIVEN):
+                    self.made = make_folders(self.folder)
                 self.seal, self.token_file = host_seal(self.store, self.folder)
-            except UserError:
+            except OSError as error:
                 remove_empty(self.made)
-                raise
+                reason = f"the run's token cannot be left there: {in_words(error)}"
+                raise UserError("output_dir", self.folder, reason, f"or set {GIVEN} on every machine") from error
         self.store.set_timeout(timedelta(seconds=LOST))
 
     def _host(self) -> str:

@@ -53,16 +53,15 @@ def own_seal() -> Seal:
 
 
 def host_seal(store: "Store", folder: Path) -> tuple[Seal, Path | None]:
-    """Machine 0's: says in the store which run this is; the second is the file that it leaves in `folder`, if any."""
+    """Machine 0's: says in the store which run this is; the second is the file that it leaves in `folder`, if any.
+
+    Raises OSError when it cannot.
+    """
     run, token, file = secrets.token_hex(16), os.environ.get(GIVEN, ""), None
     if not token:
         token, file = secrets.token_hex(32), _file(folder, os.getpid(), run)
-        try:
-            with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "w") as stream:
-                stream.write(token)
-        except OSError as error:
-            reason = f"cannot be written: {in_words(error)}"
-            raise UserError("output_dir", folder, reason, f"or set {GIVEN} on every machine") from error
+        with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "w") as stream:
+            stream.write(token)
     store.set(RUN, f"{run} {os.getpid() if file else 'given'}")
     return _seal(token, run), file
 
