@@ -1,11 +1,12 @@
 """What runs that were killed have left in their output_dir; removed by the next run, once it has locked that folder."""
 
+import os
 import re
-import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from tessera.checkpoint.lock_file import lives
-from tessera.core.files import in_words
+from tessera.core.files import remove
 
 _LEFT = re.compile(
     r"\.prepared\.(?P<pid>\d+)(\.old)?"  # data on its way to prepared/
@@ -28,19 +29,10 @@ def sweep(output: Path) -> list[str]:
         found = _LEFT.fullmatch(path.name)
         if found is None or ((pid := found["pid"] or found["launcher"]) and lives(int(pid))):
             continue
-        try:
-            if found["replaced"] and not (final := output / found["replaced"]).exists():
-                path.rename(final)  # killed before the new one had its name
-            else:
-                remove(path)
-        except OSError as error:
-            told.append(f"{path} is left of a run that was killed, and cannot be removed: {in_words(error)}")
+        final = output / (found["replaced"] or "")
+        if found["replaced"] and not os.path.lexists(final):  # killed before the new one had its name
+            with suppress(OSError):  # then the next save says it
+                path.rename(final)
+        elif reason := remove(path):
+            told.append(f"{path} is left of a run that was killed, and cannot be removed: {reason}")
     return told
-
-
-def remove(path: Path) -> None:
-    """Remove a folder with all that it holds, a file, or a link but not what it leads to. Raises OSError."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
