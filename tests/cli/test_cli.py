@@ -22,7 +22,7 @@ class Run:
     def to_json(self): return json.dumps(self.content)
     @classmethod
     def from_json(cls, text): return cls(json.loads(text))
-def prepared_run(config, processes):
+def prepared_run(config, processes, lock=None):
     print("checked", os.environ.get("RANK"), processes, flush=True)
     if os.environ["FAKE"] == "refused":
         raise UserError("base_model", config.base_model, "is not there")
@@ -62,7 +62,7 @@ def called(monkeypatch) -> list[tuple[str, object]]:
     trainer, checks = types.ModuleType("trainer"), types.ModuleType("run")
     trainer.train = lambda config: calls.append(("train", config.seed))  # type: ignore[attr-defined]
 
-    def prepared_run(config, processes):
+    def prepared_run(config, processes, lock):
         calls.append(("prepared", processes))
         return config
 

@@ -15,6 +15,7 @@ import pytest
 from tessera.cli.main import main
 from tessera.core.errors import UserError
 from tessera.launch.interface import interface_of, own_address
+from tessera.launch.machines import Machines, Place
 from tessera.launch.options import LaunchOptions
 from tessera.launch.watch import exit_status
 from train.runs import command, environment, metrics, run, run_command
@@ -102,6 +103,40 @@ def expected(workshop, tmp_path_factory) -> list[tuple[int, float]]:
     return losses(settings)
 
 
+FORGER = """
+import sys, time, torch.distributed as dist
+store = dist.TCPStore("10.99.0.1", int(sys.argv[1]), is_master=False)
+line, until = store.get("line/1"), time.monotonic() + 4
+told = b'{"beat": 99999999, "outcomes": [], "left": {"text": "told to end", "exit_code": 9}}'
+while time.monotonic() < until:  # each stays until the next beat of who it is about
+    for name, text in (("line/1", told), ("line/0", line), ("line/1", line), ("line/1", b""), ("run", b"forged")):
+        store.set(name, text)
+        time.sleep(0.01)
+time.sleep(2)
+print(store.get("line/1") != line)
+"""
+
+
+def test_forged_messages_are_ignored_and_named(workshop, tmp_path, machines):
+    settings = workshop.settings("llama", tmp_path / "run", tensor_parallel_size=2, max_steps=100_000)
+    processes = machines(settings)
+    wait_for_step(settings, 1, processes)
+    words = ["ip", "netns", "exec", NAMES[1], sys.executable, "-c", FORGER, PORT]
+    forged = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert forged.stdout == "True\n", forged.stderr
+    done = len(metrics(settings))
+    wait_for_step(settings, done + 2, processes)
+    assert [path.name for path in (tmp_path / "run").glob(".token.*")], "their secret lies there while they run"
+    assert not any(path.stat().st_mode & 0o077 for path in (tmp_path / "run").glob(".token.*"))
+    processes[1].send_signal(signal.SIGTERM)
+    texts = [process.communicate(timeout=90)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], texts
+    assert texts[0].count("ignored a message in the name of machine 1 (") == 1, texts[0]
+    assert texts[1].count("ignored a message in the name of machine 0 (") == 1, texts[1]
+    assert "told to end" not in texts[0] + texts[1]
+    assert not list((tmp_path / "run").glob(".token.*")) and not (tmp_path / "run" / ".lock").exists()
+
+
 def test_two_machines_train_as_one_and_go_on_after_a_killed_rank(workshop, tmp_path, machines, expected):
     own = {"tensor_parallel_size": 2, "max_steps": 18, "save_steps": 3, "save_total_limit": 2}
     settings = workshop.settings("llama", tmp_path / "run", **own)
@@ -131,21 +166,30 @@ def test_a_killed_launcher_ends_the_other_machine_too(workshop, tmp_path, machin
     processes[lost].kill()
     text = processes[1 - lost].communicate(timeout=60)[0]
     seconds = time.monotonic() - began
-    print(f"ended after {seconds:.1f} s")
+    print(f"ended after {seconds:.1f} s:\n{text}")
     assert seconds < 30
     assert processes[1 - lost].returncode == 1
     assert f"machine {lost} (" in text and f"10.99.0.{lost + 1}) is lost" in text and "Traceback" not in text
+    assert "frame #" not in text and "Exception raised" not in text, text
+    assert text.count("is lost") == 1
     assert left_over() == []
 
 
 # ---- One machine
 
 
-def test_a_killed_rank_is_started_again_and_goes_on(workshop, tmp_path, expected):
+def test_a_killed_rank_of_a_run_read_from_a_pipe_is_started_again_and_goes_on(workshop, tmp_path, expected):
     own = {"tensor_parallel_size": 2, "max_steps": 18, "save_steps": 3, "save_total_limit": 2}
     settings = workshop.settings("llama", tmp_path / "run", **own)
     words = command(settings, "--max-restarts", "1")
-    process = subprocess.Popen(words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    file = Path(words[4])
+    words[4] = "/dev/stdin"  # a pipe, which is empty when it has been read
+    streams: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = subprocess.Popen(words, env=environment(), text=True, **streams)
+    assert process.stdin
+    process.stdin.write(file.read_text())
+    process.stdin.close()
+    process.stdin = None
     wait_for_step(settings, 7, [process])
     os.kill(child(process), signal.SIGKILL)
     text = process.communicate(timeout=90)[0]
@@ -259,6 +303,14 @@ def test_options_that_do_not_fit_are_refused(workshop, tmp_path, monkeypatch, ca
     for text in told:
         assert text in error
     assert not (tmp_path / "run").exists()
+
+
+def test_a_token_that_cannot_be_left_is_told(tmp_path, monkeypatch):
+    monkeypatch.delenv("TESSERA_RUN_TOKEN", raising=False)
+    (tmp_path / "file").touch()
+    machines = Machines(Place(2, 0, "127.0.0.1", int(PORT) + 1), 1, tmp_path / "file" / "run")
+    with pytest.raises(UserError, match="output_dir: .*\n  the run's token cannot be left there: a part of the path"):
+        machines.__enter__()
 
 
 def test_a_missing_accelerate_is_told(monkeypatch):

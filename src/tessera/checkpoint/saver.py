@@ -47,14 +47,22 @@ class Saver:
     """Saves of one run, one in flight at a time. Every rank makes the same calls in the same order.
 
     A save that fails leaves the checkpoints before it as they were, and is told through `say` on rank 0. `failure` is
-    what went wrong in the last save, the same on every rank; None when it went well. `close` at the end in any case.
+    what went wrong in the last save, the same on every rank; None when it went well. `check` raises where the run may
+    not write any more. `close` at the end in any case.
     """
 
     def __init__(
-        self, output_dir: Path, keep: int | None, *, asynchronous: bool, timeout: timedelta, say: Callable[[str], None]
+        self,
+        output_dir: Path,
+        keep: int | None,
+        *,
+        asynchronous: bool,
+        timeout: timedelta,
+        say: Callable[[str], None],
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self.output_dir, self.keep, self.asynchronous = output_dir, keep, asynchronous
-        self.timeout, self.say = timeout, say
+        self.timeout, self.say, self.check = timeout, say, check
         self.failure: str | None = None
         self._told: set[str] = set()
         self.together = dist.is_initialized()
@@ -79,7 +87,7 @@ class Saver:
             self._hook = optimizer.register_step_pre_hook(lambda *_: self._copies.wait())
         final = self.output_dir / f"checkpoint-{state.step}"
         tensors = model_tensors(model) | optimizer_tensors(model, optimizer)
-        writer = Writer(final, state, self.keep, self._copies if beside else None)
+        writer = Writer(final, state, self.keep, self._copies if beside else None, self.check)
         how: dict[str, Any] = {"storage_writer": writer, "process_group": self._group, "no_dist": not self.together}
         self._settled.clear()
         try:
@@ -222,8 +230,15 @@ class _Place(_StoragePrefix):
 class Writer(dcp.FileSystemWriter):
     """Writes one checkpoint: each rank its files and their sums, rank 0 the rest."""
 
-    def __init__(self, final: Path, state: RunState, keep: int | None, copies: "HostCopies | None" = None) -> None:
-        self.final, self.state, self.keep, self.copies = final, state, keep, copies
+    def __init__(
+        self,
+        final: Path,
+        state: RunState,
+        keep: int | None,
+        copies: "HostCopies | None" = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.final, self.state, self.keep, self.copies, self.check = final, state, keep, copies, check
         self.part = final.with_name(f".{final.name}.part")
         self.problems: list[str] = []
         super().__init__(self.part, sync_files=True)
@@ -258,9 +273,11 @@ class Writer(dcp.FileSystemWriter):
 
     def make_room(self) -> None:
         """Remove what saves that failed or were killed have left."""
+        self.check()
         self.problems += discard_parts(self.final.parent)
 
     def put_in_place(self) -> None:
         """Make the sealed folder the run's latest checkpoint."""
+        self.check()
         self.problems += publish(self.part, self.final)
         self.problems += rotate(self.final.parent, self.final, self.keep)

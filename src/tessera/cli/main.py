@@ -76,13 +76,16 @@ def train(
         ),
     ] = 0,
     launcher: Annotated[str, typer.Option(help="Who starts the ranks: tessera, torchrun or accelerate.")] = "tessera",
+    take_over: Annotated[
+        bool, typer.Option("--take-over", help="Take output_dir from the run that holds it, which then stops.")
+    ] = False,
 ) -> None:
     """Train the model of a YAML file; starts its own ranks, or runs as one under torchrun."""
     from tessera.launch.launch import launch
     from tessera.launch.options import LaunchOptions, known_launcher
 
     by = known_launcher(launcher)
-    options = LaunchOptions(per_machine, machines, machine, main_address, main_port, max_restarts, by)
+    options = LaunchOptions(per_machine, machines, machine, main_address, main_port, max_restarts, by, take_over)
     steps = [] if max_steps is None else [f"max_steps={max_steps}"]
     launch(config, [*(overrides or []), *steps], num_processes, options)
 

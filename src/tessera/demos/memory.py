@@ -6,7 +6,6 @@ not causal, a GPT-2-like model of 18.4M parameters, Adam, 500 steps; run afresh 
 
 import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from tessera.data.batch import MicroBatch
 from tessera.engine.optimizer import build_optimizer
 from tessera.engine.step import Step
 from tessera.launch.rank import die_with_parent
+from tessera.launch.scratch import scratch
 from tessera.launch.workers import run_workers
 from tessera.layout.parallel import Parallel
 from tessera.layout.streams import residual_layout
@@ -105,7 +105,7 @@ def run_rank(causal: bool, steps: int, folder: Path) -> None:
 def run_world(ranks: int, causal: bool, steps: int = STEPS) -> dict[str, Any]:
     """The experiment on `ranks` processes of this machine: the largest rank's parameters and peak, and the losses."""
 
-    with tempfile.TemporaryDirectory(prefix="tessera-memory-") as folder:
+    with scratch() as folder:
         run_workers(["-P", "-m", "tessera.demos.memory", str(int(causal)), str(steps), folder], ranks)
         results = [json.loads(file.read_text()) for file in Path(folder).glob("rank-*.json")]
     largest = {key: max(r[key] for r in results) for key in ("parameters", "peak")}

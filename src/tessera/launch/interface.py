@@ -9,6 +9,33 @@ VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 _ELSEWHERE = "192.0.2.1"  # an address for documentation, which the default route leads to
 
 
+LOOPBACK = "127.0.0.1"
+
+
+def listening(address: str, port: int = 0) -> socket.socket:
+    """A socket that listens at this address of this machine alone, at any free port for 0. Raises OSError."""
+    family, kind, _, _, target = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+    made = socket.socket(family, kind)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a run before may have used it a moment ago
+        made.bind(target)
+        made.listen(1024)
+    except OSError:
+        made.close()
+        raise
+    return made
+
+
+def loopback_variables() -> dict[str, str]:
+    """What ranks of one machine need in their environment to listen where no other machine reaches them.
+
+    Without it gloo listens at the address that the machine's name stands for. Nothing where the user has said it.
+    """
+    missing = [name for name in VARIABLES if name not in os.environ]
+    names = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+    return dict.fromkeys(missing, names[0]) if names else {}
+
+
 def own_address(main: str) -> str:
     """This machine's own address on the way to `main` (an address or a host name). Raises OSError where none leads."""
     address = _towards(main)

@@ -12,13 +12,15 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tessera.checkpoint.lock import RunLock
 from tessera.config.load import load_config
 from tessera.config.schema import TrainConfig, defaults_taken
 from tessera.core.errors import UserError
 from tessera.launch.interface import interface_variables
 from tessera.launch.machines import HANDED, Machines, Place
 from tessera.launch.options import LaunchOptions
-from tessera.launch.rank import as_rank, handed, is_rank, restarted
+from tessera.launch.rank import as_rank, handed, is_rank, restarted, run_id, started_again
+from tessera.launch.scratch import sweep_scratch
 from tessera.launch.workers import Restarts, environment, run_workers
 
 if TYPE_CHECKING:
@@ -40,7 +42,8 @@ def launch(
     process is one rank. Raises `UserError` before a process is started, `RunFailed` once they were.
     """
     if is_rank():
-        as_rank(lambda ours: _rank(config_path, overrides, num_processes, ours))
+        take_over = options is not None and options.take_over
+        as_rank(lambda ours: _rank(config_path, overrides, num_processes, ours, take_over))
         return
     options = options or LaunchOptions()
     config = _load(config_path, overrides, say=options.machine in (None, 0))
@@ -53,21 +56,39 @@ def launch(
     if options.launcher != "tessera":
         from tessera.launch.foreign import run_foreign
 
+        if not Path(config_path).is_file():  # a pipe, which has been read
+            reason = f"can be read only once, and {options.launcher} starts processes that read it again"
+            raise UserError("config file", config_path, reason, "write it to a file")
         os.environ.update(_variables(place))
-        run_foreign(options, here, command)
+        run_foreign(options, here, command + ["--take-over"] * options.take_over)
     elif world == 1 and not options.max_restarts:
         from tessera.train.run import prepared_run
         from tessera.train.trainer import train
 
-        train(prepared_run(config, here))
+        sweep_scratch()
+        with RunLock(options.take_over) as lock:
+            train(prepared_run(config, here, lock))
     else:
-        from tessera.train.run import check, prepared_run
+        with environment(_variables(place)):  # before torch is imported
+            _launch_ranks(config, options, place, here, ["-P", *command])
 
+
+def _launch_ranks(config: TrainConfig, options: LaunchOptions, place: Place, here: int, command: list[str]) -> None:
+    from tessera.train.run import check, prepared_run
+
+    output, lock = Path(config.output_dir), RunLock(options.take_over)
+    if place.rank == 0:
+        lock.glance(output)  # before it listens where that run may listen
+    with Machines(place, here, output) as machines, lock:
+        # machine 0 locks the folder and prepares the data
+        run = prepared_run(config, here, lock) if place.rank == 0 else check(config, here)
         newest = _Resume(config).newest
-        with environment(_variables(place)), Machines(place, here) as machines:
-            run = (prepared_run if place.rank == 0 else check)(config, here)  # the data is prepared on one machine
-            restarts = Restarts(options.max_restarts, newest, lambda resume: run.going_on_from(resume).to_json())
-            run_workers(["-P", *command], here, machines, restarts)
+
+        def handed(resume: str | None) -> str:
+            lock.check()
+            return run.going_on_from(resume).to_json()
+
+        run_workers(command, here, machines, Restarts(options.max_restarts, newest, handed))
 
 
 def _variables(place: Place) -> dict[str, str]:
@@ -133,34 +154,54 @@ class _Resume:
 # ---- In a rank
 
 
-def _rank(config_path: str | Path, overrides: Sequence[str], num_processes: int | None, ours: bool) -> None:
-    """One rank: of ours it is handed the run, else rank 0 makes it for all."""
+def _rank(
+    config_path: str | Path, overrides: Sequence[str], num_processes: int | None, ours: bool, take_over: bool
+) -> None:
+    """One rank: of ours it is handed the run, else rank 0 makes it for all and locks output_dir."""
+    from tessera.checkpoint.folder import latest
     from tessera.train.run import Run, check_gpus, prepared_run
     from tessera.train.trainer import train
 
     if ours:
         train(Run.from_json(handed()))
         return
-    from torch.distributed import rendezvous
+    from torch.distributed import DistError, rendezvous
 
-    store, rank, world = next(iter(rendezvous("env://")))
+    try:
+        store, rank, world = next(iter(rendezvous("env://")))
+    except DistError as error:
+        where = f"{os.environ['MASTER_ADDR']} port {os.environ['MASTER_PORT']}"
+        reason = f"the ranks do not find one another there: {str(error).partition(chr(10))[0]}"
+        raise UserError("MASTER_ADDR", where, reason) from None
     here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
 
+    launch = store.add(f"tessera/launches/{rank}", 1)  # a script may launch several runs
+    lock = RunLock(take_over, run_id(launch))
+
     def make() -> str:
-        config = _load(config_path, overrides, say=True)
-        config = restarted(_filled_in(config, world, "WORLD_SIZE"))
-        return prepared_run(_filled_in(config, num_processes, "--num-processes"), here).to_json()
+        config = _filled_in(_load(config_path, overrides, say=True), world, "WORLD_SIZE")
+        if started_again():
+            lock.take(Path(config.output_dir))
+            if lock.before and lock.before.id == lock.id and lock.before.run:  # whatever the file says by now
+                return Run.from_json(lock.before.run).going_on_from(latest(Path(config.output_dir))).to_json()
+        made = prepared_run(_filled_in(restarted(config), num_processes, "--num-processes"), here, lock).to_json()
+        lock.remember(made)
+        return made
 
     check_gpus(here)
-    run = Run.from_json(_made_by_first(store, rank, make))
-    if rank and os.environ.get("LOCAL_RANK", "0") == "0":
-        run.check_weights()  # of another machine than rank 0's, before ranks wait for one another
-    train(run, store)
+    with lock:
+        run = Run.from_json(_made_by_first(store, rank, launch, make))
+        if rank and os.environ.get("LOCAL_RANK", "0") == "0":
+            run.check_weights()  # of another machine than rank 0's, before ranks wait for one another
+        train(run, store)
 
 
-def _made_by_first(store: "Store", rank: int, make: Callable[[], str]) -> str:
-    """What rank 0 makes, on every rank; a UserError there is raised on all. Data may take long to prepare."""
-    key = f"{HANDED}/{store.add(f'tessera/launches/{rank}', 1)}"  # a script may launch several runs
+def _made_by_first(store: "Store", rank: int, launch: int, make: Callable[[], str]) -> str:
+    """What rank 0 makes, on every rank; a UserError there is raised on all. Data may take long to prepare.
+
+    `launch` counts what has been made so before.
+    """
+    key = f"{HANDED}/{launch}"
     if rank == 0:
         try:
             made = make()

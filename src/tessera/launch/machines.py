@@ -7,20 +7,29 @@
 A machine is lost when its beat stands still for LOST seconds, or, for machine 0, when the store is gone. An attempt
 begins when every launcher has come to it: `meet`. It has ended when every launcher has said how: `settle`. All read the
 same lines, so all come to the same verdict, and nobody has to announce it. On one machine nothing of this is needed.
+
+Anybody who reaches the store can write there. A line counts only with the code of this run (token.py) and a beat that
+is not older than the last one; others are ignored, and said to be.
 """
 
 import json
+import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tessera.checkpoint.lock import make_folders, remove_empty
 from tessera.core.errors import RunFailed, UserError
-from tessera.launch.interface import own_address
+from tessera.core.files import in_words
+from tessera.launch.interface import LOOPBACK, listening, own_address
 from tessera.launch.outcome import Outcome, cause
+from tessera.launch.token import GIVEN, host_seal, joined_seal, own_seal
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -41,7 +50,7 @@ class Place:
 
     machines: int = 1
     rank: int = 0
-    address: str = "localhost"
+    address: str = LOOPBACK
     port: int = 0
 
 
@@ -75,10 +84,17 @@ class Patience:
 
 
 class Machines:
-    """The machines of a run, seen from the launcher on one of them; used as a context. Starts no process."""
+    """The machines of a run, seen from the launcher on one of them; used as a context. Starts no process.
 
-    def __init__(self, place: Place, processes: int) -> None:
-        self.place, self.processes = place, processes
+    `folder`, which all see, is where machine 0 leaves the run's token for the others; without one it must be given.
+    """
+
+    def __init__(self, place: Place, processes: int, folder: Path | None = None) -> None:
+        self.place, self.processes, self.folder = place, processes, folder or Path()
+        self.address, self.seal = place.address, own_seal()
+        self.token_file: Path | None = None
+        self.made: list[Path] = []
+        self.refused: set[int] = set()
         self.others = [rank for rank in range(place.machines) if rank != place.rank]
         self.own: dict[str, Any] = {"beat": 0, "attempt": -1, "meeting": None, "outcomes": [], "left": None}
         self.lines: dict[int, dict[str, Any]] = {}
@@ -94,7 +110,8 @@ class Machines:
         if self.others:
             self.own |= {"host": self._host(), "machines": self.place.machines, "processes": self.processes}
             self.store = self._connect()
-            if self.store.add(f"claimed/{self.place.rank}", 1) > 1:
+            self._agree_on_seal()
+            if self.place.rank and self.store.add(f"claimed/{self.place.rank}", 1) > 1:
                 reason = "another launcher has come as this machine"
                 raise UserError("--machine-rank", self.place.rank, reason, "give each machine a rank of its own")
             self.thread.start()
@@ -107,9 +124,30 @@ class Machines:
             told = "" if error is None else str(error) or kind.__name__ if kind else ""
             self._say(left={"text": told, "exit_code": getattr(error, "exit_code", 1 if error else 0)})
             self._let_the_others_read()
+        if self.token_file is not None:
+            self.token_file.unlink(missing_ok=True)
+            remove_empty(self.made)
         self.ended.set()
         self.wake.set()
         self.thread.join(2 * BEAT)  # not for ever: the store may not answer any more
+
+    def _agree_on_seal(self) -> None:
+        if self.place.rank:
+            self.store.set_timeout(timedelta(seconds=COMING))
+            try:
+                self.seal = joined_seal(self.store, self.folder)
+            except RuntimeError:  # as torch's store calls every error
+                raise self._lost_machine(0).error() from None
+        else:
+            try:
+                if not os.environ.get(GIVEN):
+                    self.made = make_folders(self.folder)
+                self.seal, self.token_file = host_seal(self.store, self.folder)
+            except OSError as error:
+                remove_empty(self.made)
+                reason = f"the run's token cannot be left there: {in_words(error)}"
+                raise UserError("output_dir", self.folder, reason, f"or set {GIVEN} on every machine") from error
+        self.store.set_timeout(timedelta(seconds=LOST))
 
     def _host(self) -> str:
         try:
@@ -119,21 +157,21 @@ class Machines:
             raise UserError("--main-process-ip", self.place.address, reason) from None
 
     def _connect(self) -> "TCPStore":
-        from torch.distributed import DistError, TCPStore  # torch: on one machine a launcher does without
+        from torch.distributed import DistError  # torch: on one machine a launcher does without
 
-        place, hosting = self.place, self.place.rank == 0
+        place = self.place
+        if place.rank == 0:
+            self.address = own_address(place.address)  # machine 0's own name may lead to itself alone
+            try:
+                return _hosted(self.address, place.port, COMING)
+            except OSError as error:
+                reason = f"cannot be listened at on {self.address}: {error.strerror or error}"
+                raise UserError("--main-process-port", place.port, reason, "give another port to all") from None
         try:
-            store = TCPStore(
-                place.address, place.port, None, hosting, timedelta(seconds=COMING), wait_for_workers=False
-            )
-        except DistError as error:
-            if hosting:
-                reason, hint = f"cannot be listened at: {_first_line(error)}", "give another port to every machine"
-                raise UserError("--main-process-port", place.port, reason, hint) from None
+            return _joined(place.address, place.port, COMING)
+        except DistError:
             where = f"{place.address} port {place.port}"
             raise RunFailed(f"machine 0 did not answer at {where} for {COMING:.0f} s: was it started?") from None
-        store.set_timeout(timedelta(seconds=LOST))
-        return store
 
     def _let_the_others_read(self) -> None:
         """Stay until the last word is in the store, and on machine 0, which hosts it, until the others have left or are
@@ -159,16 +197,29 @@ class Machines:
                 with self.lock:
                     self.own["beat"] += 1
                     line, leaving = json.dumps(self.own), self.own["left"] is not None and self.place.rank != 0
-                self.store.set(f"line/{self.place.rank}", line)
+                name = f"line/{self.place.rank}"
+                self.store.set(name, self.seal.sealed(name, line))
                 if leaving:  # machine 0 may be gone as soon as it has read that: torch would print a stack trace
                     return
                 for rank in self.others:
                     if rank in self.lines or self.store.check([f"line/{rank}"]):
-                        self.lines[rank] = json.loads(self.store.get(f"line/{rank}"))
+                        self._read(rank)
                 self.ticks += 1
                 self.wake.wait(BEAT)
         except RuntimeError:  # as torch's store calls every error
             self.broken = self._lost_machine(0)
+
+    def _read(self, rank: int) -> None:
+        text = self.seal.opened(f"line/{rank}", self.store.get(f"line/{rank}"))
+        line = None if text is None else json.loads(text)
+        if line is not None and line["beat"] >= self.lines.get(rank, line)["beat"]:
+            self.lines[rank] = line
+        elif rank not in self.refused:
+            self.refused.add(rank)
+            why = "that was said before" if line else "without the token of this run"
+            if line is None and rank not in self.lines and os.environ.get(GIVEN):
+                why += f": is {GIVEN} the same there?"
+            print(f"ignored a message in the name of {self._name(rank)}, {why}", file=sys.stderr, flush=True)
 
     def _lost(self, rank: int) -> bool:
         return rank in self.lines and self._patience[rank].over(self.lines[rank]["beat"])
@@ -232,16 +283,19 @@ class Machines:
         `check` is called often and may raise.
         """
         if self.place.rank == 0:
-            goes_on, address = resume(), self.place.address
-            store = _store(address, 0, hosting=True)
-            store.set(HANDED, handed(goes_on))
+            goes_on = resume()
+            try:
+                store = _hosted(self.address, 0, 3 * LOST)
+            except OSError as error:
+                raise RunFailed(f"cannot listen at {self.address}: {error.strerror or error}") from error
+            store.set(HANDED, self.seal.sealed(HANDED, handed(goes_on)))
             self._say(attempt=attempt, meeting=[attempt, store.port, goes_on])
             self._wait(attempt, lambda: all(self._came(rank, attempt) for rank in self.others), check)
-            return Meeting(store, address, store.port, goes_on)
+            return Meeting(store, self.address, store.port, goes_on)
         self._say(attempt=attempt)
         self._wait(attempt, lambda: all(self._came(rank, attempt) for rank in self.others), check)
         _, port, goes_on = self.lines[0]["meeting"]
-        return Meeting(_store(self.place.address, port, hosting=False), self.place.address, port, goes_on)
+        return Meeting(_joined(self.address, port, 3 * LOST), self.address, port, goes_on)
 
     def _came(self, rank: int, attempt: int) -> bool:
         return rank in self.lines and bool(self.lines[rank]["attempt"] >= attempt)
@@ -274,11 +328,16 @@ class Machines:
         return [outcome, *filter(None, (self._outcome(rank, attempt) for rank in self.others)), self.broken]
 
 
-def _store(address: str, port: int, *, hosting: bool) -> "TCPStore":
+def _hosted(address: str, port: int, seconds: float) -> "TCPStore":
+    """A store that listens at `address` alone: one that binds by itself listens at every address. Raises OSError."""
     from torch.distributed import TCPStore  # as above
 
-    return TCPStore(address, port, None, hosting, timedelta(seconds=3 * LOST), wait_for_workers=False)
+    made, patience = listening(address, port), timedelta(seconds=seconds)
+    port = made.getsockname()[1]
+    return TCPStore(address, port, None, True, patience, wait_for_workers=False, master_listen_fd=made.detach())
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+def _joined(address: str, port: int, seconds: float) -> "TCPStore":
+    from torch.distributed import TCPStore  # as above
+
+    return TCPStore(address, port, None, False, timedelta(seconds=seconds), wait_for_workers=False)

@@ -32,6 +32,7 @@ class LaunchOptions:
     main_port: int | None = None
     max_restarts: int = 0
     launcher: Launcher = "tessera"
+    take_over: bool = False
 
     def place(self) -> Place:
         """Which of how many machines this is."""

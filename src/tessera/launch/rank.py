@@ -2,27 +2,60 @@
 
 import ctypes
 import faulthandler
+import hashlib
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from tessera.checkpoint.lock_file import boot_id
 from tessera.config.schema import TrainConfig
-from tessera.core.errors import UserError
+from tessera.core.errors import RunFailed, UserError
 from tessera.launch.machines import HANDED
 from tessera.launch.outcome import USER_ERROR
+from tessera.launch.token import Seal
 
 LAUNCHER = "TESSERA_LAUNCHER_PID"
+KEY = "TESSERA_RUN_KEY"
+"""What seals the words of our launcher to its ranks (token.py)."""
 ATTEMPT = "TESSERA_ATTEMPT"
 """How often the ranks have been started before: for a rank's own words."""
 STACK = "stack.txt"
 """Beside a rank's error file: its Python stack, once it got SIGUSR1."""
 
 
+OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
 def is_rank() -> bool:
-    """Whether a launcher, ours or another, started this process as one of several."""
-    return {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+    """Whether a launcher, ours or another, started this process as one of several: it sets all of OF_A_RANK.
+
+    Raises UserError when some of them are set and others are not, or are no numbers that fit one another.
+    """
+    given = [name for name in OF_A_RANK if os.environ.get(name)]
+    if not given:
+        return False
+    if missing := [name for name in OF_A_RANK if name not in given]:
+        reason = f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set: one that is started by "
+        reason += f"torchrun has all of {', '.join(OF_A_RANK)}"
+        raise UserError(given[0], os.environ[given[0]], reason, f"unset {' and '.join(given)}, or set the others too")
+    world = _number("WORLD_SIZE", 1, 10**6)
+    here = _number("LOCAL_WORLD_SIZE", 1, world) if os.environ.get("LOCAL_WORLD_SIZE") else world
+    _number("RANK", 0, world - 1)
+    _number("LOCAL_RANK", 0, here - 1)
+    _number("MASTER_PORT", 1, 65535)
+    if os.environ.get(LAUNCHER):
+        _number(LAUNCHER, 1, 2**31)
+    return True
+
+
+def _number(name: str, least: int, most: int) -> int:
+    text = os.environ[name]
+    if re.fullmatch(r"[0-9]{1,10}", text) and least <= int(text) <= most:
+        return int(text)
+    raise UserError(name, text, "is no such number as a launcher sets", f"a whole number from {least} to {most}")
 
 
 def die_with_parent() -> bool:
@@ -64,16 +97,40 @@ def _show_stack_when_asked() -> None:
         faulthandler.register(signal.SIGTERM, file=file, all_threads=False, chain=True)  # until training handles it
 
 
-def handed() -> bytes:
-    """What the launcher of machine 0 has left for its ranks in the store where they find one another."""
+def handed() -> str:
+    """What the launcher of machine 0 has left for its ranks in the store where they find one another.
+
+    Raises RunFailed when somebody else has put something there.
+    """
     from torch.distributed import TCPStore  # the launcher has none of torch while it needs none
 
-    return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False).get(HANDED)
+    left = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False).get(HANDED)
+    text = Seal(bytes.fromhex(os.environ.pop(KEY, ""))).opened(HANDED, left)
+    if text is None:
+        raise RunFailed("what the ranks are to do was changed by somebody who is not the launcher: stopped")
+    return text
+
+
+def run_id(launch: int) -> str | None:
+    """The same again where torch's agent starts the ranks of a run anew; None where no agent did.
+
+    `launch` counts the runs that one script trains.
+    """
+    agents = os.environ.get("TORCHELASTIC_RUN_ID")
+    if agents is None:
+        return None
+    name = f"{boot_id()}/{os.getppid()}" if agents == "none" else agents  # "none" is torchrun's default
+    return hashlib.blake2b(f"{name}/{launch}".encode(), digest_size=16).hexdigest()
+
+
+def started_again() -> bool:
+    """Whether another launcher has started these ranks before."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")
 
 
 def restarted(config: TrainConfig) -> TrainConfig:
     """The config of ranks that another launcher has started again: they go on from the latest whole checkpoint."""
-    if not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+    if not started_again():
         return config
     from tessera.checkpoint.folder import latest  # imports torch
 

@@ -15,16 +15,17 @@ the next. Imports torch only when ranks are started.
 import logging
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tessera.core.errors import RunFailed
+from tessera.launch.interface import loopback_variables
 from tessera.launch.machines import Machines, Meeting, Place
 from tessera.launch.outcome import Outcome, cause
-from tessera.launch.rank import ATTEMPT, LAUNCHER
+from tessera.launch.rank import ATTEMPT, KEY, LAUNCHER
+from tessera.launch.scratch import scratch
 from tessera.launch.watch import StopSignals, Watch
 
 if TYPE_CHECKING:
@@ -79,8 +80,11 @@ def _attempt(args: Sequence[str], machines: Machines, attempt: int, meeting: Mee
         "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGQUIT",  # the others are ours
         LAUNCHER: str(os.getpid()),
         ATTEMPT: str(attempt),
+        KEY: machines.seal.key.hex(),
     }
-    with tempfile.TemporaryDirectory(prefix="tessera-") as logs, environment(variables), _quiet_agent():
+    if machines.place.machines == 1:
+        variables |= loopback_variables()
+    with scratch() as logs, environment(variables), _quiet_agent():
         agent = _agent(args, machines, meeting, logs)
         watch = Watch(agent, machines, attempt, signals)
         try:
@@ -107,7 +111,7 @@ def _agent(args: Sequence[str], machines: Machines, meeting: Meeting, logs: str)
         entrypoint=sys.executable,
         args=tuple(arg.replace("$", "$$") for arg in args),  # the agent fills in ${local_rank}
         max_restarts=0,  # an attempt is an agent; run_workers decides on the next with all machines
-        local_addr=machines.place.address,
+        local_addr=meeting.address,
     )
     speaking = 1 if machines.place.rank == 0 else 0
     silent = dict.fromkeys(range(speaking, machines.processes), Std.OUT)

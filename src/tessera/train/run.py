@@ -10,6 +10,8 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from tessera.checkpoint.folder import latest, read_state
+from tessera.checkpoint.lock import RunLock
+from tessera.checkpoint.sweep import sweep
 from tessera.config.schema import TrainConfig
 from tessera.core.device import gpus_missing
 from tessera.core.errors import UserError
@@ -26,7 +28,8 @@ class Run:
     """A run that has been checked, its data prepared.
 
     `config` has every size filled in; `folder` is that of the base model and `model` what its config.json says;
-    `prepared` holds the rows; `resume` is the checkpoint to go on from, or None to begin anew.
+    `prepared` holds the rows; `resume` is the checkpoint to go on from, or None to begin anew; `lock` is the id under
+    which the run has locked output_dir (checkpoint/lock.py), empty where it has not.
     """
 
     config: TrainConfig
@@ -34,6 +37,7 @@ class Run:
     model: ModelConfig
     prepared: Path
     resume: Path | None
+    lock: str = ""
 
     def to_json(self) -> str:
         """For `from_json` in another process; keys that the user did not give stay not given."""
@@ -43,7 +47,7 @@ class Run:
     def from_json(cls, text: str | bytes) -> "Run":
         return _JSON.validate_json(text)
 
-    def going_on_from(self, checkpoint: str | None) -> "Run":
+    def going_on_from(self, checkpoint: str | Path | None) -> "Run":
         """The same run, started again: from `checkpoint`, or as at first where that is None."""
         return self if checkpoint is None else replace(self, resume=Path(checkpoint))
 
@@ -121,9 +125,15 @@ def check(config: TrainConfig, processes: int) -> Run:
     return run
 
 
-def prepared_run(config: TrainConfig, processes: int) -> Run:
-    """The same, then read the data and prepare it: what is left for the ranks is to train. Raises UserError."""
+def prepared_run(config: TrainConfig, processes: int, lock: RunLock | None = None) -> Run:
+    """The same, then take the `lock` of output_dir, read the data and prepare it: what is left for the ranks is to
+    train. Raises UserError."""
     run = check(config, processes)
+    if lock is not None:
+        lock.take(Path(config.output_dir))
+        for line in sweep(Path(config.output_dir)):
+            print(line, flush=True)
+        run = replace(run, resume=checkpoint_to_resume(config), lock=lock.id)  # of a run that has ended since, maybe
     source = config.model_copy(update={"base_model": str(run.folder)})
     print(prepare(source, run.model.vocab_size, run.prepared).summary(), flush=True)
     return run

@@ -3,11 +3,13 @@
 import math
 import os
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from tessera.checkpoint.lock import Share
 from tessera.checkpoint.saver import Saver
 from tessera.core import device as devices
 from tessera.core.collectives import Recorder
@@ -38,8 +40,8 @@ def train(run: Run, store: dist.Store | None = None) -> None:
             where = {"store": store, "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
         dist.init_process_group(devices.backend(device), timeout=timeout, **where)
     try:
-        with StopRequest() as stop:
-            Trainer(run, device, stop).run()
+        with StopRequest() as stop, Share(Path(run.config.output_dir), run.lock) as share:
+            Trainer(run, device, stop, share).run()
     finally:
         if started:
             dist.destroy_process_group()
@@ -48,8 +50,8 @@ def train(run: Run, store: dist.Store | None = None) -> None:
 class Trainer:
     """One rank of a run."""
 
-    def __init__(self, run: Run, device: torch.device, stop: StopRequest) -> None:
-        self.config, self.stop = run.config, stop
+    def __init__(self, run: Run, device: torch.device, stop: StopRequest, share: Share) -> None:
+        self.config, self.stop, self.share = run.config, stop, share
         self.built = build(run, device)
         self.progress, self.output = self.built.progress, self.built.output
         if self.built.first:
@@ -59,7 +61,7 @@ class Trainer:
         config, steps, timeout = run.config, self.built.total_steps, timedelta(minutes=run.config.group_timeout_minutes)
         self.log = Log(self.output, steps, self.progress.step, config.logging_steps, self.built.first)
         keep, beside = config.save_total_limit, config.save_async
-        self.saver = Saver(self.output, keep, asynchronous=beside, timeout=timeout, say=self.log.say)
+        self.saver = Saver(self.output, keep, asynchronous=beside, timeout=timeout, say=self.log.say, check=share.check)
         self.health = Health(self.built, self.saver.newest)
 
     def run(self) -> None:
@@ -87,6 +89,7 @@ class Trainer:
                 batches = self.built.loader.step_batches(index)
                 result = self.built.step(batches, index, rate, stop=lambda: self.stop.asked)
             self.health.count_skipped(result, index + 1)
+            self.share.check()
             self.progress.step += 1
             self.progress.tokens += result.tokens if result.finite else 0
             record = self.records.step(result, rate, watch.lap(), recorder)
@@ -123,6 +126,7 @@ class Trainer:
 
     def _finish(self) -> None:
         self.health.check_weights()
+        self.share.check()
         self.saver.wait()  # a save that is in flight, or about to fail, holds disk space that the model may need
         hand_out(self.built)
         self.records.write_summary()
