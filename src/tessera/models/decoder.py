@@ -127,6 +127,7 @@ class Decoder(nn.Module):
         self.config, self.parallel, self.gradient_checkpointing = config, parallel, gradient_checkpointing
         init = Init(std=config.initializer_range)
         self.embedding = VocabParallelEmbedding(config.vocab_size, config.hidden_size, parallel, init=init)
+        self.embedding.used_twice = config.tied
         self.positions = None
         if config.rope is None:
             self.positions = LearnedPositions(config.max_positions, config.hidden_size, parallel, init=init)

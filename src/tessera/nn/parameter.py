@@ -24,6 +24,7 @@ class ParallelModule(nn.Module):
         super().__init__()
         self.parallel = parallel
         self.specs: dict[str, ParameterSpec] = {}
+        self.used_twice = False  # in one forward, as a tied embedding is
 
     def declare(self, name: str, spec: ParameterSpec) -> None:
         """Make the local shard of a parameter, uninitialised, and register it as a DTensor (plain in one process)."""
@@ -57,7 +58,7 @@ class ParallelModule(nn.Module):
     def _shard(self, name: str) -> Tensor:
         parameter = self._parameters[name]
         assert parameter is not None
-        return local(parameter)
+        return local(parameter, once=not self.used_twice)
 
     def extra_repr(self) -> str:
         return ", ".join(
@@ -73,25 +74,28 @@ class _Local(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, parameter: DTensor) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.parameter = parameter
+    def forward(ctx, parameter: DTensor, once: bool) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.parameter, ctx.once = parameter, once
         ctx.set_materialize_grads(False)  # none comes from a product that gives its gradient late
         return parameter._local_tensor.view_as(parameter._local_tensor)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor | None) -> Tensor | None:  # type: ignore[no-untyped-def]
+    def backward(ctx, gradient: Tensor | None) -> tuple[Tensor | None, None]:  # type: ignore[no-untyped-def]
         if gradient is None:
-            return None
-        if ctx.parameter.grad is not None:
+            return None, None
+        if ctx.once and ctx.parameter.grad is not None:
             to_local(ctx.parameter.grad).add_(gradient)
-            return None
+            return None, None
         # contiguous: an expanded gradient would corrupt accumulation into it
-        return DTensor(gradient.contiguous(), ctx.parameter._spec, requires_grad=False)
+        return DTensor(gradient.contiguous(), ctx.parameter._spec, requires_grad=False), None
 
 
-def local(parameter: Tensor) -> Tensor:
-    """The local tensor of a parameter, differentiable: arithmetic is on local tensors."""
-    return _Local.apply(parameter) if isinstance(parameter, DTensor) else parameter
+def local(parameter: Tensor, *, once: bool = False) -> Tensor:
+    """The local tensor of a parameter, differentiable: arithmetic is on local tensors.
+
+    `once`: nothing else in this forward uses the parameter, so that its gradient is whole when it comes from here.
+    """
+    return _Local.apply(parameter, once) if isinstance(parameter, DTensor) else parameter
 
 
 def to_local(tensor: Tensor | None) -> Tensor:
