@@ -180,10 +180,10 @@ def test_a_full_disk_leaves_nothing(finished, workshop: Workshop, tmp_path, monk
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(hub, "write_tensors", full)
-    with pytest.raises(RunFailed, match="was not written: .*No space left"):
+    with pytest.raises(RunFailed, match="was not written: .*no space is left on the disk, "):
         convert(saved(finished("llama")), tmp_path / "out")
     monkeypatch.setattr("tessera.checkpoint.saver.seal", full)
-    with pytest.raises(RunFailed, match="was not written: .*No space left"):
+    with pytest.raises(RunFailed, match="was not written: .*no space is left on the disk, "):
         convert(workshop.model("llama"), tmp_path / "checkpoint-0")
     assert list(tmp_path.rglob("*.safetensors")) == list(tmp_path.rglob("*.distcp")) == []
 

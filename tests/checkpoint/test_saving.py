@@ -4,13 +4,14 @@ import random
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
+from safetensors.torch import load_file
 
+from support.disk import small_disk as small_disk
 from support.forked import forkserver
 from support.pool import pool
 from tessera.checkpoint import folder as checkpoint_folder
@@ -235,7 +236,7 @@ def test_a_failed_save_is_told_and_the_next_one_made(workshop: Workshop, tmp_pat
     said = pool(2).run(failing_on_rank, settings, {2, 3}, 1)
     last = f"the last whole checkpoint is {tmp_path}/run/checkpoint-1"
     for step in (2, 3):
-        line = f"checkpoint-{step} was not saved: rank 1: [Errno 28] No space left on device; {last}"
+        line = f"checkpoint-{step} was not saved: rank 1: no space is left on the disk; {last}"
         assert line in said[0].splitlines()
     assert said[1] == ""
     assert names(tmp_path / "run") == ["checkpoint-4", "checkpoint-5"]
@@ -248,7 +249,7 @@ def test_a_last_save_that_fails_fails_the_run(workshop: Workshop, tmp_path, asyn
     own = {"tensor_parallel_size": 2, "save_steps": 2, "max_steps": 4, "save_async": asynchronous}
     settings = workshop.settings("llama", tmp_path / "run", **own)
     said = pool(2).run(failing_on_rank, settings, {4}, 0)
-    told = "checkpoint-4 was not saved: rank 0: [Errno 28] No space left on device; the last whole checkpoint is"
+    told = "checkpoint-4 was not saved: rank 0: no space is left on the disk; the last whole checkpoint is"
     assert all(f"RunFailed: {told} {tmp_path}/run/checkpoint-2" in text for text in said)
     assert names(tmp_path / "run") == ["checkpoint-2"]
     assert (tmp_path / "run/LATEST").read_text() == "checkpoint-2\n"
@@ -260,8 +261,11 @@ def test_a_run_asked_to_stop_waits_for_its_checkpoint(workshop: Workshop, tmp_pa
     settings = workshop.settings("llama", tmp_path / "run", tensor_parallel_size=2)
     said = pool(2).run(stopped_on_rank, settings, 3, fails)
     if fails:
-        assert all("RunFailed: checkpoint-3 was not saved: rank 1: [Errno 28]" in text for text in said)
-        assert all("there is no whole checkpoint" in text for text in said) and not names(tmp_path / "run")
+        told = "RunFailed: stopped after step 3: checkpoint-3 was not saved: rank 1: no space is left on the disk"
+        assert all(told in text and "there is no whole checkpoint" in text for text in said)
+        assert not names(tmp_path / "run") and not (tmp_path / "run/model.safetensors").exists()
+        assert all(f"the weights alone are in {tmp_path}/run/model-after-step-3" in text for text in said)
+        assert load_file(tmp_path / "run/model-after-step-3/model.safetensors")
     else:
         assert f"stopped after step 3; saved {tmp_path}/run/checkpoint-3" in said[0]
         verify(tmp_path / "run/checkpoint-3")
@@ -273,18 +277,6 @@ def test_a_file_that_may_not_grow(workshop: Workshop, tmp_path):
     said = pool(2).run(limited_on_rank, settings, 2, 40_000)
     assert "checkpoint-2 was not saved: rank 1: " in said[0] and "there is no whole checkpoint" in said[0]
     assert names(tmp_path / "run") == ["checkpoint-4", "checkpoint-5"]
-
-
-@pytest.fixture
-def small_disk(tmp_path) -> Iterator[Path]:
-    """A file system of its own, of 2 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"mounting is refused here: {mounted.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def test_a_full_disk(workshop: Workshop, small_disk):
@@ -301,7 +293,7 @@ def test_a_full_disk(workshop: Workshop, small_disk):
     told = [line for line in said.splitlines() if "was not saved" in line and not line.startswith("RunFailed")]
     assert [line.partition(" ")[0] for line in told] == ["checkpoint-2", "checkpoint-3", "checkpoint-4"], said
     assert all(f"the last whole checkpoint is {small_disk}/run/checkpoint-1" in line for line in told)
-    assert "No space left on device" in told[0]
+    assert "no space is left on the disk, " in told[0] and " are needed, " in told[0]
     assert "RunFailed: checkpoint-4 was not saved" in said
     assert names(small_disk / "run") == ["checkpoint-1"]
     verify(small_disk / "run/checkpoint-1")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import torch
 from models.hub_models import rewritten
 from support.forked import tessera
 from support.pool import pool
+from tessera.checkpoint.folder import latest
 from tessera.cli.main import main
 from tessera.config.schema import TrainConfig
 from tessera.core.errors import UserError
@@ -217,6 +219,23 @@ def test_a_stopped_run_saves_and_goes_on_as_if_it_had_not_stopped(long_settings,
     assert all(torch.equal(left[name], right[name]) for name in right)
 
 
+def test_a_run_whose_terminal_is_closed_saves_though_a_rank_was_held(long_settings, tmp_path):
+    """Nobody reads what it prints; SIGSTOP holds rank 0; then SIGHUP: the rank is woken, and saves."""
+    settings = long_settings | {"output_dir": str(tmp_path / "run"), "max_steps": 10_000}
+    process = start(settings)
+    assert process.stdout is not None
+    process.stdout.close()
+    before = len(metrics(settings))
+    wait_for(lambda: len(metrics(settings)) > before + 1, process)
+    os.kill(rank_process(process.pid, 0), signal.SIGSTOP)
+    process.send_signal(signal.SIGHUP)
+    process.stdout = None
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert err == "stopping: the ranks save and exit; a second signal kills them\n"
+    assert latest(tmp_path / "run") == tmp_path / f"run/checkpoint-{metrics(settings)[-1]['step']}"
+
+
 def test_a_killed_rank_ends_the_run_and_is_named(long_settings, tmp_path):
     process = start(long_settings | {"output_dir": str(tmp_path / "run"), "max_steps": 10_000})
     victim = rank_process(process.pid, 1)
@@ -225,7 +244,8 @@ def test_a_killed_rank_ends_the_run_and_is_named(long_settings, tmp_path):
     _, err = process.communicate(timeout=120)
     print(f"ended after {time.monotonic() - began:.2f} s")
     assert process.returncode == 1
-    assert f"rank 1 (process {victim}) was killed by SIGKILL" in err
+    assert re.match(rf"rank 1 \(process {victim}\) in step \d+, [a-z]+, was killed by SIGKILL\n", err), err
+    assert "  the kernel does that when memory runs out\n  what lowers the peak of a rank most" in err
     assert "Traceback" not in err
 
 

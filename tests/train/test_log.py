@@ -9,6 +9,7 @@ from support.pool import pool
 from tessera.config.load import load_config
 from tessera.config.schema import TrainConfig
 from tessera.train.log import Log
+from tessera.train.notes import Notes
 from train.faults_on_rank import train_and_count
 from train.runs import Workshop, metrics, run
 
@@ -56,16 +57,16 @@ def test_a_run_killed_before_its_first_line_keeps_those_of_the_run_it_goes_on_fr
     before = "".join(f'{{"step": {step}}}\n' for step in (1, 2, 3)) + '{"step": 4, "lo'
     file.write_text(before)
 
-    def killed(self: Path, text: str) -> int:
-        with self.open("w") as stream:
-            stream.write(text[:5])
+    def killed(self: Path, content: bytes) -> int:
+        with self.open("wb") as stream:
+            stream.write(content[:5])
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(Path, "write_text", killed)
-        Log(tmp_path, 9, 2, 1, enabled=True)
+        patched.setattr(Path, "write_bytes", killed)
+        Log(Notes(tmp_path), 9, 2, 1)
     assert file.read_text() == before
-    Log(tmp_path, 9, 2, 1, enabled=True).close()
+    Log(Notes(tmp_path), 9, 2, 1).close()
     assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
@@ -88,7 +89,7 @@ def test_monitoring_adds_no_collective_outside_logging_steps(workshop: Workshop,
 
 
 def log_of(folder: Path, first_step: int) -> None:
-    log = Log(folder, total_steps=9, first_step=first_step, every=1, enabled=True)
+    log = Log(Notes(folder), total_steps=9, first_step=first_step, every=1)
     log.close()
 
 

@@ -19,6 +19,7 @@ from tessera.checkpoint.tensors import MODEL, alone_is_fine, check_model
 from tessera.core.device import dtype_name
 from tessera.core.errors import RunFailed, UserError
 from tessera.core.files import in_words, remove
+from tessera.core.writing import NotWritten
 from tessera.models.hub import (
     SHARD_BYTES,
     StoredParameters,
@@ -55,7 +56,7 @@ def convert(
                 if value is not None:
                     raise UserError(key, value, "is for checkpoints, and FROM is a Hugging Face folder", "leave it out")
             return _to_checkpoint(source, target)
-    except (UserError, CheckpointException, OSError) as error:
+    except (UserError, CheckpointException, NotWritten, OSError) as error:
         for unfinished in (target / ".export", target.with_name(f".{target.name}.part")):
             remove(unfinished)
         if not there:

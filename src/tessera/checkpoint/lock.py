@@ -15,7 +15,6 @@ Imports no torch: launchers do without.
 import errno
 import os
 import socket
-import sys
 import threading
 import time
 import uuid
@@ -40,6 +39,7 @@ from tessera.checkpoint.lock_file import (
     read_owner,
     silence,
 )
+from tessera.core import terminal
 from tessera.core.errors import RunFailed, UserError
 from tessera.core.files import in_words
 
@@ -205,7 +205,7 @@ class RunLock:
                 if error.errno not in WITHOUT_LOCKS:
                     raise
                 what = f"its file system has no locks ({in_words(error)})"
-                print(f"output_dir: {output}: {what}; a run there is known by its beat alone", flush=True)
+                terminal.say(f"output_dir: {output}: {what}; a run there is known by its beat alone")
                 wait = self._judge(output, locked=False)
                 self._replace()
                 os.close(descriptor)
@@ -229,13 +229,13 @@ class RunLock:
         if not self.take_over and (silent < STALE or beats(self.path, BEAT)):
             hint = f"its lock is nobody's after {STALE:.0f} s without a sign, or at once with --take-over"
             raise _in_use(output, owner, f"last sign {silent:.0f} s ago; {hint}")
-        print(f"{output} is taken over from {owner}: no sign of it for {silent:.0f} s", flush=True)
+        terminal.say(f"{output} is taken over from {owner}: no sign of it for {silent:.0f} s")
         return LETTING_GO if silent < STALE else 0
 
     def _take_over(self, output: Path, old: int) -> None:
         """Put our file in the place of the one open as `old`, and wait for its holders to notice."""
         self.before = read_owner(self.path)
-        print(f"{output} is taken over from {self.before or 'a run that begins'}", flush=True)
+        terminal.say(f"{output} is taken over from {self.before or 'a run that begins'}")
         self._replace()
         until = time.monotonic() + LETTING_GO
         while time.monotonic() < until and is_locked(old):
@@ -274,7 +274,7 @@ class RunLock:
                 os.utime(self._descriptor if self._descriptor is not None else self.path)
             # Whoever writes finds that out itself; this ends what does not come to it.
             if (other := other_owner(self.path, self.id)) and not self._ended.wait(LETTING_GO / 2):
-                print(f"\n{taken(self.path.parent, other)}", file=sys.stderr, flush=True)
+                terminal.say(f"\n{taken(self.path.parent, other)}", error=True)
                 os._exit(1)
 
 

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 
 from tessera.checkpoint.folder import read_metadata, read_sums
 from tessera.core.errors import UserError
-from tessera.core.files import open_file
+from tessera.core.files import in_words, open_file
 
 
 class Reader(dcp.FileSystemReader):
@@ -87,4 +87,6 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's message; a UserError's value and reason."""
     if isinstance(error, UserError):
         return f"{error.value}: {error.reason}"
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{error.filename}: {in_words(error)}" if error.filename else in_words(error)
     return (str(error) or type(error).__name__).partition("\n")[0][:500]

@@ -38,7 +38,10 @@ from tessera.checkpoint.reader import reason_of
 from tessera.checkpoint.state import RunState
 from tessera.checkpoint.tensors import alone_is_fine, model_tensors, optimizer_tensors
 from tessera.core.errors import RunFailed
+from tessera.core.exhausted import in_words, ran_out
 from tessera.core.files import free_name, remove
+from tessera.core.text import human
+from tessera.core.writing import writing
 from tessera.models.decoder import Decoder
 from tessera.nn.parameter import to_local
 
@@ -100,7 +103,10 @@ class Saver:
     def _begin(self, writer: "Writer", tensors: dict[str, Tensor], how: dict[str, Any]) -> None:
         if not self.together:  # the filter of `alone_is_fine` would end before the other thread does
             warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
-        response = dcp.async_save(tensors, async_stager=self._copies, **how)
+        try:
+            response = dcp.async_save(tensors, async_stager=self._copies, **how)
+        finally:
+            self._copies.begin()
         assert isinstance(response, AsyncSaveResponse)
         response.upload_completion.add_done_callback(lambda done: self._settle(writer, done.exception()))
 
@@ -144,12 +150,6 @@ class Saver:
         self.wait()
         return latest(self.output_dir)
 
-    def finish(self) -> None:
-        """Wait for the save in flight. Raises RunFailed when the last one failed."""
-        self.wait()
-        if self.failure is not None:
-            raise RunFailed(self.failure)
-
     def close(self) -> None:
         """Wait for the save in flight and free what saves have used."""
         self.wait()
@@ -175,10 +175,12 @@ class HostCopies(AsyncStager):
         self._buffers: dict[str, Tensor] = {}
         self._thread = ThreadPoolExecutor(1, "checkpoint-copy")
         self._copied: Future[dict[str, Tensor]] | None = None
+        self._may_begin = threading.Event()
         self.error: Exception | None = None
 
     def stage(self, state_dict: dict[str, Tensor]) -> Any:
-        """A future of the same tensors with other storage."""
+        """A future of the same tensors with other storage. The copying waits for `begin`."""
+        self._may_begin.clear()
         stream = None
         if any(to_local(tensor).is_cuda for tensor in state_dict.values()):
             stream = torch.cuda.Stream()
@@ -186,9 +188,14 @@ class HostCopies(AsyncStager):
         self._copied = self._thread.submit(self._stage, state_dict, stream)
         return self._copied
 
+    def begin(self) -> None:
+        """Copy, now that the thread that writes is there: Python waits for ever for one that finds no memory."""
+        self._may_begin.set()
+
     @torch.no_grad()
     def _stage(self, tensors: dict[str, Tensor], stream: torch.cuda.Stream | None) -> dict[str, Tensor]:
         self.error = None
+        self._may_begin.wait()
         try:
             with torch.cuda.stream(stream):  # nothing without one
                 staged = {name: self._copy(name, tensor) for name, tensor in tensors.items()}
@@ -196,6 +203,10 @@ class HostCopies(AsyncStager):
                 stream.synchronize()
         except (RuntimeError, MemoryError) as error:  # no host memory: told where all ranks listen, or they would wait
             self.error, staged = error, tensors
+            if ran_out(error):
+                copies = human(sum(to_local(tensor).nbytes for tensor in tensors.values()))
+                told = f"{in_words(error)}, for copies of {copies}; save_async: false needs none"
+                self.error = RunFailed(told)
         return staged
 
     def _copy(self, name: str, tensor: Tensor) -> Tensor:
@@ -249,9 +260,10 @@ class Writer(dcp.FileSystemWriter):
         return plan  # rank 0 makes the folder, when it has removed what a killed run left
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        self.make_room()
-        self._write_to(free_name(self.part).name)  # something there may not be removable
-        self.part.mkdir(parents=True)
+        with writing(self.part):
+            self.make_room()
+            self._write_to(free_name(self.part).name)  # something there may not be removable
+            self.part.mkdir(parents=True)
         plans = super().prepare_global_plan(plans)
         return [replace(p, storage_data=_Place(p.storage_data.prefix, self.part.name)) for p in plans]
 
@@ -260,16 +272,20 @@ class Writer(dcp.FileSystemWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
         self._write_to(plan.storage_data.folder)
-        written = super().write_data(plan, planner).value()
-        names = sorted(path.name for path in self.part.glob(f"{plan.storage_data.prefix}*"))
+        needs = sum(item.tensor_storage_size() or 0 for item in plan.items)
+        with writing(self.part, needs):  # on this rank: DCP's agreement loses what caused an error
+            written = super().write_data(plan, planner).value()
+            names = sorted(path.name for path in self.part.glob(f"{plan.storage_data.prefix}*"))
+            sums = sums_of(self.part, names)
         future: torch.futures.Future[Any] = torch.futures.Future()
-        future.set_result((written, sums_of(self.part, names)))
+        future.set_result((written, sums))
         return future
 
     def finish(self, metadata: Metadata, results: list[Any]) -> None:
-        super().finish(metadata, [written for written, _ in results])
-        seal(self.part, self.state, {name: digest for _, sums in results for name, digest in sums.items()})
-        self.put_in_place()
+        with writing(self.part):
+            super().finish(metadata, [written for written, _ in results])
+            seal(self.part, self.state, {name: digest for _, sums in results for name, digest in sums.items()})
+            self.put_in_place()
 
     def make_room(self) -> None:
         """Remove what saves that failed or were killed have left."""

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from tessera.checkpoint import convert as checkpoints
+from tessera.core import terminal
 from tessera.core.errors import UserError
 from tessera.core.files import check_target_folder, usable_path
 
@@ -26,7 +27,7 @@ def convert(source: Path, target: Path, config: Path | None, dtype: str | None, 
         check_target_folder(target, "TO")
     size = None if max_shard_size is None else bytes_of(max_shard_size)
     kind = None if dtype is None else getattr(torch, dtype)
-    print(checkpoints.convert(source, target, config=config, dtype=kind, max_shard_bytes=size), flush=True)
+    terminal.say(str(checkpoints.convert(source, target, config=config, dtype=kind, max_shard_bytes=size)))
 
 
 def bytes_of(size: str) -> int:

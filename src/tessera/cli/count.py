@@ -6,9 +6,9 @@ The command fails where a count differs from the closed form (plan/report.py).
 from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import track
 
+from tessera.core import terminal
 from tessera.core.errors import UserError
 from tessera.core.files import check_target_folder, writing
 from tessera.layout.shape import StepShape
@@ -60,7 +60,7 @@ def count(
             output.mkdir(parents=True, exist_ok=True)
     config = _model(model, layers)
     shape = StepShape(batch, sequence)
-    console = Console(highlight=False, markup=False)
+    console = terminal.console(markup=False)
     todo = [contender for world in worlds for contender in contenders(config, shape, world, keep, memory * 1e9)]
     lines = [
         line_of(config, shape, contender)

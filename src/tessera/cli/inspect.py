@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from tessera.config.load import load_config
 from tessera.config.schema import TrainConfig
 from tessera.core import device as devices
+from tessera.core import terminal
 from tessera.core.axes import AXES, DATA_AXES, MODEL_AXES
 from tessera.core.errors import UserError
 from tessera.core.files import writing
@@ -53,9 +53,9 @@ def inspect(
         with writing(picture, "--picture"):
             draw(report.title, report.inspection.mesh, report.grids, picture)
     if as_json:
-        print(json.dumps(json_report(report), ensure_ascii=False, indent=1))
+        terminal.say(json.dumps(json_report(report), ensure_ascii=False, indent=1))
         return
-    console = Console(highlight=False)
+    console = terminal.console()
     if not console.is_terminal:
         console.width = WIDTH
     for note in notes:

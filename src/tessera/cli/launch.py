@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tessera.config.load import load_config
+from tessera.core import terminal
 from tessera.core.errors import UserError
 from tessera.core.files import check_target, writing
 from tessera.launch.options import PORT
@@ -47,7 +48,7 @@ def launch(config: Path, job: Job, overrides: Sequence[str], slurm: bool, output
         raise UserError("--gpus-per-node", job.gpus_per_node, reason, f"use {made // job.nodes}")
     text = slurm_script(config.resolve(), job, overrides)
     if output is None:
-        print(text, end="")
+        terminal.say(text.removesuffix("\n"))
     else:
         with writing(output, "--output"):
             output.write_text(text)

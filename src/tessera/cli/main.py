@@ -1,12 +1,16 @@
 """The command line. Each command imports what it needs when it is called, so that `--help` stays quick."""
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from tessera import __version__
+from tessera.core import exhausted, terminal
 from tessera.core.errors import RunFailed, UserError
+from tessera.core.writing import why
 from tessera.sizes import bounds
 
 Config = Annotated[Path, typer.Argument(help="The YAML file of the run.", metavar="CONFIG")]
@@ -25,7 +29,7 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"tessera {__version__}")
+        terminal.say(f"tessera {__version__}")
         raise typer.Exit
 
 
@@ -225,7 +229,7 @@ def config_schema() -> None:
 
     from tessera.config.load import json_schema
 
-    typer.echo(json.dumps(json_schema(), indent=2))
+    terminal.say(json.dumps(json_schema(), indent=2))
 
 
 @app.command()
@@ -233,26 +237,47 @@ def config_keys() -> None:
     """Print every key of the YAML file with its default and meaning, as a Markdown table."""
     from tessera.config.schema import keys_table
 
-    typer.echo(keys_table())
+    terminal.say(keys_table())
 
 
 def main() -> None:
-    """Run a command. A mistake of the user ends with its message and code 2, a failed run with code 1."""
-    try:
-        app()
-    except UserError as error:
-        _complain(str(error))
-        raise SystemExit(2) from None
-    except RunFailed as error:
-        _complain(str(error))
-        raise SystemExit(error.exit_code) from None
+    """Run a command. A mistake of the user ends with its message and code 2, a failed run with code 1.
+
+    Code 1 too where a command's result was to be printed, and could not be written. (docs/exit-codes.md)
+    """
+    with terminal.outlived() as out:
+        try:
+            app()
+        except UserError as error:
+            _complain(str(error))
+            raise SystemExit(2) from None
+        except RunFailed as error:
+            _complain(str(error))
+            raise SystemExit(error.exit_code) from None
+        except Exception as error:
+            if (told := _of_the_system(error)) is None:
+                raise
+            _complain(told)
+            raise SystemExit(1) from None
+        except SystemExit as ended:
+            out.flush()
+            if out.lost and not ended.code and sys.argv[1:2] != ["train"]:  # a run leaves more than what it says
+                raise SystemExit(1) from None
+            raise
+
+
+def _of_the_system(error: Exception) -> str | None:
+    """What to tell of a file that failed, or of memory that ran out, where nothing below has; None for a defect."""
+    if exhausted.ran_out(error):
+        return exhausted.in_words(error)
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        return why(error, Path(os.fsdecode(error.filename)))
+    return None
 
 
 def _complain(message: str) -> None:
-    from rich.console import Console  # `--help` does without it
-
     first, _, rest = message.partition("\n")
-    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
+    console = terminal.console(error=True, soft_wrap=True, markup=False, emoji=False)
     console.print(first, style="bold red")
     if rest:
         console.print(rest)

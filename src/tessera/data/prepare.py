@@ -19,6 +19,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from tessera.core.errors import UserError
 from tessera.core.files import in_words, read_bytes, read_json, remove
+from tessera.core.writing import system_error, why
 from tessera.data.assemble import DataSettings, assemble_samples, end_tokens
 from tessera.data.columns import Written, sum_of
 from tessera.data.samples import HELD_OUT, Sample, Split, open_samples, shuffled, write_samples
@@ -354,10 +355,15 @@ def _write(
         if os.path.lexists(folder):
             folder.rename(old)  # removed in place and killed meanwhile, it would be neither ours nor empty
         beside.rename(folder)
-    except OSError as error:
+    except Exception as error:
         if os.path.lexists(old) and not os.path.lexists(folder):
             old.rename(folder)
-        raise UserError("output_dir", folder, f"cannot be written: {in_words(error)}") from error
+        if (found := system_error(error, beside)) is None:
+            raise
+        remove(beside)
+        needs = sum(row.tokens.nbytes * (1 if row.labels is None else 2) for rows in splits for row in rows)
+        reason = f"cannot be written: {why(found, beside, needs)}"
+        raise UserError("output_dir", folder, reason) from error
     finally:
         for left in (beside, old):
             remove(left)

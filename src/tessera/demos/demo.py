@@ -9,6 +9,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from tessera.core import terminal
 from tessera.core.device import stay_on_cpu_without_gpus
 from tessera.core.errors import RunFailed, UserError
 from tessera.data.samples import open_samples, unigram_entropy
@@ -57,7 +58,7 @@ TRAINING = {
 def demo(output: Path, steps: int | None) -> None:
     """Run the demonstration into `output`; exits with 1 when the numbers are not those of one process."""
 
-    console = Console(highlight=False)
+    console = terminal.console()
     clear(output)
     stay_on_cpu_without_gpus(2)
     config = write_inputs(output, steps or STEPS)

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from tessera.core import device as devices
+from tessera.core import terminal
 from tessera.core.errors import RunFailed, UserError
 from tessera.core.live_memory import PeakMemory
 from tessera.core.mesh import Mesh
@@ -95,7 +95,7 @@ def run_rank(causal: bool, steps: int, folder: Path) -> None:
         model = Decoder(experiment_model(causal), Parallel(mesh, residual_layout(True)))
         model.initialize(seed=42)
         step = Step(model, build_optimizer(model, "adamw_torch_fused", (0.9, 0.999), 1e-8, 0.0), max_grad_norm=1.0)
-        shown = track(batches, f"{mesh.world} rank(s)", disable=mesh.rank != 0)
+        shown = track(batches, f"{mesh.world} rank(s)", console=terminal.console(), disable=mesh.rank != 0)
         losses = [step([batch], index, RATE).loss for index, batch in enumerate(shown)]
     result = {"parameters": parameter_elements(model), "peak": memory.peak, "losses": losses}
     (folder / f"rank-{mesh.rank}.json").write_text(json.dumps(result))
@@ -128,7 +128,7 @@ def demo_memory(ranks: str, causal: bool) -> None:
     if not counts or any(count < 1 or 8 % count for count in counts):
         raise UserError("--ranks", ranks, "are the rank counts of the experiment", "any of 1, 2, 4, 8: the heads are 8")
     devices.stay_on_cpu_without_gpus(max(counts))
-    console = Console()
+    console = terminal.console()
     results = {count: run_world(count, causal) for count in counts}
     console.print(table(results, causal))
     first, every = differences(results)

@@ -51,6 +51,8 @@ class Step:
         self.model, self.optimizer = model, optimizer
         self.max_grad_norm, self.label_smoothing, self.seed = max_grad_norm, label_smoothing, seed
         self.mesh, self.streams = model.parallel.mesh, model.parallel.streams
+        self.entered: Callable[[str], None] = lambda phase: None
+        """Told when the step goes on to its next phase: forward, backward, optimizer."""
 
     def valid_tokens(self, batches: Sequence[MicroBatch]) -> int:
         """The targets that count in this step, of all data ranks."""
@@ -67,12 +69,14 @@ class Step:
         losses = []
         for index, batch in enumerate(batches):
             gradients_travel(self.model, index == len(batches) - 1)
+            self.entered("forward")
             loss = self.model(
                 batch.to(self.mesh.device),
                 denominator,
                 dropout_key=dropout_key(self.seed, step),
                 label_smoothing=self.label_smoothing,
             )
+            self.entered("backward")
             self.model.parallel.overlap.begin(BACKWARD)
             loss.backward()
             losses.append(loss.detach())
@@ -98,6 +102,7 @@ class Step:
         norm_value, loss_value, stopping = torch.stack(numbers).tolist()
         result = StepResult(loss_value, norm_value, valid, stopping > 0)
         if result.finite and result.tokens:
+            self.entered("optimizer")
             if self.max_grad_norm:
                 clip_gradients(self.model, norm_value, self.max_grad_norm)
             for group in self.optimizer.param_groups:

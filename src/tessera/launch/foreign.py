@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from tessera.core import terminal
 from tessera.core.errors import UserError
 from tessera.launch.options import PORT, LaunchOptions
 
@@ -16,7 +17,7 @@ def run_foreign(options: LaunchOptions, here: int, command: Sequence[str]) -> No
     if options.launcher == "accelerate" and importlib.util.find_spec("accelerate") is None:
         raise UserError("--launcher", "accelerate", "is not installed", "pip install accelerate, or use torchrun")
     words = foreign_command(options, here, command)
-    print(shlex.join(words), flush=True)
+    terminal.say(shlex.join(words))
     os.execv(words[0], words)
 
 

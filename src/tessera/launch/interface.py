@@ -5,6 +5,8 @@ import socket
 import struct
 import sys
 
+from tessera.core import terminal
+
 VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 _ELSEWHERE = "192.0.2.1"  # an address for documentation, which the default route leads to
 
@@ -81,5 +83,5 @@ def interface_variables(main: str) -> dict[str, str]:
     name = interface_of(address)
     if not missing or name is None:
         return {}
-    print(f"talking to the other machines through {name} ({address}): {' and '.join(missing)} set", flush=True)
+    terminal.say(f"talking to the other machines through {name} ({address}): {' and '.join(missing)} set")
     return dict.fromkeys(missing, name)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from tessera.checkpoint.lock import RunLock
 from tessera.config.load import load_config
 from tessera.config.schema import TrainConfig, defaults_taken
+from tessera.core import terminal
 from tessera.core.errors import UserError
 from tessera.launch.interface import interface_variables
 from tessera.launch.machines import HANDED, Machines, Place
@@ -22,9 +23,12 @@ from tessera.launch.options import LaunchOptions
 from tessera.launch.rank import as_rank, handed, is_rank, restarted, run_id, started_again
 from tessera.launch.scratch import sweep_scratch
 from tessera.launch.workers import Restarts, environment, run_workers
+from tessera.train.stop import stopped_at_once
 
 if TYPE_CHECKING:
     from torch.distributed import Store
+
+    from tessera.train.run import Run
 
 
 # tessera.train imports torch, which `--help` and a mistake in the file do without: hence the imports inside functions.
@@ -67,7 +71,9 @@ def launch(
 
         sweep_scratch()
         with RunLock(options.take_over) as lock:
-            train(prepared_run(config, here, lock))
+            with stopped_at_once():
+                run = prepared_run(config, here, lock)
+            train(run)
     else:
         with environment(_variables(place)):  # before torch is imported
             _launch_ranks(config, options, place, here, ["-P", *command])
@@ -81,14 +87,16 @@ def _launch_ranks(config: TrainConfig, options: LaunchOptions, place: Place, her
         lock.glance(output)  # before it listens where that run may listen
     with Machines(place, here, output) as machines, lock:
         # machine 0 locks the folder and prepares the data
-        run = prepared_run(config, here, lock) if place.rank == 0 else check(config, here)
+        with stopped_at_once():
+            run = prepared_run(config, here, lock) if place.rank == 0 else check(config, here)
         newest = _Resume(config).newest
 
         def handed(resume: str | None) -> str:
             lock.check()
             return run.going_on_from(resume).to_json()
 
-        run_workers(command, here, machines, Restarts(options.max_restarts, newest, handed))
+        restarts = Restarts(options.max_restarts, newest, handed, lambda: _less_memory(run))
+        run_workers(command, here, machines, restarts)
 
 
 def _variables(place: Place) -> dict[str, str]:
@@ -104,7 +112,7 @@ def _load(config_path: str | Path, overrides: Sequence[str], say: bool) -> Train
     config, notes = load_config(config_path, overrides)
     if say:
         defaults = ", ".join(f"{k} {v}" for k, v in defaults_taken(config).items() if v is not None)
-        print(*notes, f"defaults: {defaults}", sep="\n", flush=True)
+        terminal.say(*notes, f"defaults: {defaults}")
     return config
 
 
@@ -128,6 +136,16 @@ def _filled_in(config: TrainConfig, processes: int | None, key: str) -> TrainCon
         f"the sizes given make {made}: {sizes}",
         f"use {made} processes, or leave dp_shard_size out, which then is what the others leave",
     )
+
+
+def _less_memory(run: "Run") -> list[str]:
+    import torch
+
+    from tessera.train.less_memory import less_memory
+
+    gpus = torch.cuda.device_count() > 0  # asks no GPU for a context
+    bf16 = gpus if run.config.bf16 == "auto" else run.config.bf16
+    return less_memory(run.config, run.model, torch.bfloat16 if bf16 else torch.float32, copies=not gpus)
 
 
 class _Resume:

@@ -15,7 +15,6 @@ is not older than the last one; others are ignored, and said to be.
 import json
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tessera.checkpoint.lock import make_folders, remove_empty
+from tessera.core import terminal
 from tessera.core.errors import RunFailed, UserError
 from tessera.core.files import in_words
 from tessera.launch.interface import LOOPBACK, listening, own_address
@@ -219,7 +219,7 @@ class Machines:
             why = "that was said before" if line else "without the token of this run"
             if line is None and rank not in self.lines and os.environ.get(GIVEN):
                 why += f": is {GIVEN} the same there?"
-            print(f"ignored a message in the name of {self._name(rank)}, {why}", file=sys.stderr, flush=True)
+            terminal.say(f"ignored a message in the name of {self._name(rank)}, {why}", error=True)
 
     def _lost(self, rank: int) -> bool:
         return rank in self.lines and self._patience[rank].over(self.lines[rank]["beat"])

@@ -3,7 +3,7 @@
 import json
 import signal
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -87,8 +87,13 @@ def timed_out(text: str) -> bool:
     return _TIMED_OUT in text
 
 
-def describe(rank: int, failure: "ProcessFailure", where: str = "") -> tuple[str, int, bool]:
-    """What to tell of a failed rank, the exit code for that, and whether starting anew may help."""
+def describe(
+    rank: int, failure: "ProcessFailure", where: str = "", was: str = "", memory: Callable[[], list[str]] = lambda: []
+) -> tuple[str, int, bool]:
+    """What to tell of a failed rank, the exit code for that, and whether starting anew may help.
+
+    `was` is what the rank was doing; `memory` gives lines for one that the kernel may have killed because of it.
+    """
     who = f"rank {rank} (process {failure.pid}{where})"
     text = _callstack(failure.error_file_data)
     if text:
@@ -97,6 +102,7 @@ def describe(rank: int, failure: "ProcessFailure", where: str = "") -> tuple[str
             return message, failure.exitcode, False
         return f"{who} failed\n{text.rstrip()}", 1, True
     if failure.exitcode < 0:
-        hint = "\n  the kernel does that when memory runs out" if failure.exitcode == -signal.SIGKILL else ""
-        return f"{who} was killed by {signal.Signals(-failure.exitcode).name}{hint}", 1, True
+        lines = memory() if failure.exitcode == -signal.SIGKILL else []
+        who += f" in {was}," if was else ""
+        return "\n".join([f"{who} was killed by {signal.Signals(-failure.exitcode).name}", *lines]), 1, True
     return f"{who} ended with exit code {failure.exitcode} and left no error", 1, True

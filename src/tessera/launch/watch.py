@@ -4,19 +4,22 @@ import math
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from tessera.core import terminal
 from tessera.core.errors import RunFailed
+from tessera.core.exhausted import kernel_kills
 from tessera.launch.machines import Machines
 from tessera.launch.outcome import EndKind, Outcome, describe, error_text, follows_from_another, timed_out
 from tessera.launch.rank import STACK
+from tessera.train.stop import stop_signals
+from tessera.train.where import where_was
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -27,21 +30,24 @@ GRACE = 2.0
 STACK_SECONDS = 1.0
 """Seconds that a rank which hangs gets to write its stack."""
 
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 Processes = dict[int, "subprocess.Popen[bytes]"]
 
 
 class StopSignals:
-    """The signals to stop that this launcher got; while in this context they do nothing else."""
+    """The signals to stop that this launcher got; while in this context they do nothing else.
 
-    def __init__(self) -> None:
+    `newest` gives the newest whole checkpoint that the run has made, for the message where the ranks could save none.
+    """
+
+    def __init__(self, newest: Callable[[], str | None] = lambda: None) -> None:
+        self.newest = newest
         self.seen: list[int] = []
         self.last = -math.inf
         self.handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
-            self.handlers = {s: signal.signal(s, self._note) for s in _STOP_SIGNALS}
+            self.handlers = {s: signal.signal(s, self._note) for s in stop_signals()}
             self.handlers[signal.SIGQUIT] = signal.getsignal(signal.SIGQUIT)  # the agent takes it
         return self
 
@@ -57,8 +63,11 @@ class StopSignals:
 
     def error(self) -> RunFailed:
         """The end of ranks that did not get to save."""
-        when = "at the second signal" if len(self.seen) > 1 else "before training had begun"
-        return RunFailed(f"stopped {when}: no checkpoint was saved", 128 + self.seen[0])
+        newest = self.newest()
+        before = "" if newest else " before training had begun"
+        when = " at the second signal" if len(self.seen) > 1 else before
+        kept = f"; the newest whole checkpoint is {newest}" if newest else ""
+        return RunFailed(f"stopped{when}: no checkpoint was saved{kept}", 128 + self.seen[0])
 
     def check(self, most: int = 0) -> None:
         """Raise RunFailed once there were more than `most` of them."""
@@ -80,16 +89,33 @@ def exit_status(worker: "subprocess.Popen[bytes]") -> int | None:
     return ended.si_status if ended else None
 
 
+def is_held(process: int) -> bool:
+    """Whether SIGSTOP, or Ctrl+Z, holds a process (Linux)."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False
+
+
 class Watch:
     """The watch over one attempt."""
 
-    def __init__(self, agent: "LocalElasticAgent", machines: Machines, attempt: int, signals: StopSignals) -> None:
+    def __init__(
+        self,
+        agent: "LocalElasticAgent",
+        machines: Machines,
+        attempt: int,
+        signals: StopSignals,
+        less_memory: Callable[[], list[str]] = lambda: [],
+    ) -> None:
         self.agent, self.machines, self.attempt, self.signals = agent, machines, attempt, signals
+        self.less_memory, self.kills = less_memory, kernel_kills()
         self.fallen: dict[int, float] = {}  # rank -> when it was first seen failed
         self.elsewhere: Outcome | None = None
         self.elsewhere_since = math.inf
         self.asked: set[int] = set()
         self.killed: set[int] = set()
+        self.held: set[int] = set()  # by SIGSTOP, when they were killed
         self.asked_for_stacks = False
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="tessera-launcher", daemon=True)
@@ -134,9 +160,10 @@ class Watch:
 
     def _ask_to_stop(self, running: Processes) -> None:
         if not self.asked and running:
-            print("stopping: the ranks save and exit; a second signal kills them", file=sys.stderr, flush=True)
+            terminal.say("stopping: the ranks save and exit; a second signal kills them", error=True)
         for rank in running.keys() - self.asked:
             running[rank].send_signal(signal.SIGTERM)
+            running[rank].send_signal(signal.SIGCONT)  # one that SIGSTOP holds would hear of it when it goes on
             self.asked.add(rank)
 
     def _ask_for_stacks(self, running: Processes) -> None:
@@ -156,6 +183,8 @@ class Watch:
 
     def _kill(self, running: Processes) -> None:
         for rank in running.keys() - self.killed:
+            if is_held(running[rank].pid):
+                self.held.add(rank)
             with suppress(ProcessLookupError):  # it may have ended by now
                 os.killpg(running[rank].pid, signal.SIGKILL)  # each worker leads a group of its own
             self.killed.add(rank)
@@ -175,17 +204,28 @@ class Watch:
 
         fallen = [*self.fallen, *sorted(failures.keys() - self.fallen.keys())]
         rank = min((r for r in fallen if r in failures), key=follows)
-        if stopped and follows(rank):
+        hung = waited or self.elsewhere and self.elsewhere.timed_out
+        if stopped and follows(rank) and not (hung and len(self.signals.seen) == 1):
             error = self.signals.error()
             return Outcome("own", str(error), error.exit_code, again=False, stopped=True)
-        if follows(rank) and (waited or self.elsewhere and self.elsewhere.timed_out):
+        if follows(rank) and hung:
             # The agent asks the others to end with SIGTERM; who hangs before it handles that dies of it.
             ended = {r: f for r, f in failures.items() if r in self.killed or f.exitcode == -signal.SIGTERM}
             if ended:
-                return Outcome("hung", self._hung_text(ended), 1, timed_out=True)
-        text, code, again = describe(rank, failures[rank], self.machines.where)
+                return Outcome("hung", self._hung_text(ended), 1, stopped=stopped, timed_out=True)
+        text, code, again = describe(
+            rank, failures[rank], self.machines.where, where_was(self._error_file(rank)), self._of_memory
+        )
         kind: EndKind = "follows" if follows(rank) else "own"
         return Outcome(kind, text, code, again or kind == "follows", stopped, waited)
+
+    def _of_memory(self) -> list[str]:
+        """What to tell of a rank that SIGKILL has ended."""
+        by_kernel = kernel_kills() > self.kills
+        told = "memory ran out: the kernel killed it" if by_kernel else "the kernel does that when memory runs out"
+        newest = self.signals.newest()
+        kept = [f"  the newest whole checkpoint is {newest}"] if newest else []
+        return [f"  {told}", *kept, *self.less_memory()]
 
     def _hung_text(self, failures: Mapping[int, "ProcessFailure"]) -> str:
         lines = []
@@ -194,5 +234,8 @@ class Watch:
             lines.append(f"{who} hung: the others waited for it until group_timeout_minutes had passed")
             stack = self._error_file(rank).with_name(STACK)  # a rank that wrote no error has no file in its failure
             words = stack.read_text().splitlines() if stack.exists() else []
-            lines += [f"  {line}" for line in words] or ["  it gave no stack"]
+            held = "it was held by SIGSTOP, which kill -CONT ends" if rank in self.held else "it gave no stack"
+            lines += [f"  {line}" for line in words] or [f"  {held}"]
+        if newest := self.signals.newest():
+            lines.append(f"the newest whole checkpoint is {newest}")
         return "\n".join(lines)

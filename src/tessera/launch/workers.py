@@ -1,6 +1,7 @@
 """Runs the ranks of this machine through torch's elastic agent, again if need be, and ends them well.
 
-    SIGINT, SIGTERM    forwarded once to every rank as SIGTERM: the ranks save and exit 0, and so do we
+    SIGINT, SIGTERM,   forwarded once to every rank as SIGTERM (one that SIGSTOP holds is woken): the ranks save and
+    SIGHUP             exit 0, and so do we
     a second one       kills the ranks
     a rank fails       the others get GRACE seconds to notice, then are killed; the cause is told, or all start again
     a rank hangs       the others fail at the group's timeout; it is asked for its stack, killed and named
@@ -20,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tessera.core import terminal
 from tessera.core.errors import RunFailed
 from tessera.launch.interface import loopback_variables
 from tessera.launch.machines import Machines, Meeting, Place
@@ -35,11 +37,12 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Restarts:
     """How often the ranks may be started again after a failure, which checkpoint (a path) they then go on from, and
-    what they are handed (JSON) to go on from that, or to begin."""
+    what they are handed (JSON) to go on from that, or to begin; and what to tell where memory has run out."""
 
     most: int = 0
     resume: Callable[[], str | None] = lambda: None
     handed: Callable[[str | None], str] = lambda resume: "{}"
+    less_memory: Callable[[], list[str]] = lambda: []
 
 
 def run_workers(
@@ -52,25 +55,32 @@ def run_workers(
     """
     machines, restarts = machines or Machines(Place(), processes), restarts or Restarts()
     attempt = 0
-    with StopSignals() as signals:
+    with StopSignals(restarts.resume) as signals:
         while True:
             resume = restarts.resume if attempt else lambda: None
             meeting = machines.meet(attempt, resume, restarts.handed, signals.check)
             if attempt:
                 begun = f"from {meeting.resume}" if meeting.resume else "as at first: this run has no whole checkpoint"
-                print(f"starting again (restart {attempt} of {restarts.most}), {begun}", file=sys.stderr, flush=True)
-            own = _attempt(args, machines, attempt, meeting, signals)
+                terminal.say(f"starting again (restart {attempt} of {restarts.most}), {begun}", error=True)
+            own = _attempt(args, machines, attempt, meeting, signals, restarts.less_memory)
             outcomes = machines.settle(attempt, own, lambda: signals.check(1))
             failed = cause(outcomes)
             if failed is None:
                 return
             if not failed.again or attempt >= restarts.most or any(outcome.stopped for outcome in outcomes):
                 raise failed.error()
-            print(failed.text, file=sys.stderr, flush=True)
+            terminal.say(failed.text, error=True)
             attempt += 1
 
 
-def _attempt(args: Sequence[str], machines: Machines, attempt: int, meeting: Meeting, signals: StopSignals) -> Outcome:
+def _attempt(
+    args: Sequence[str],
+    machines: Machines,
+    attempt: int,
+    meeting: Meeting,
+    signals: StopSignals,
+    less_memory: Callable[[], list[str]],
+) -> Outcome:
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing import SignalException
 
@@ -86,7 +96,7 @@ def _attempt(args: Sequence[str], machines: Machines, attempt: int, meeting: Mee
         variables |= loopback_variables()
     with scratch() as logs, environment(variables), _quiet_agent():
         agent = _agent(args, machines, meeting, logs)
-        watch = Watch(agent, machines, attempt, signals)
+        watch = Watch(agent, machines, attempt, signals, less_memory)
         try:
             with watch:
                 result = agent.run()

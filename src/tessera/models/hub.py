@@ -4,6 +4,7 @@ In: config.json, and safetensors of which every rank reads only its slices. Out:
 of transformers loads. What a tensor is called and how it is stored is in families/.
 """
 
+import errno
 import math
 import os
 import re
@@ -21,8 +22,9 @@ from torch import Tensor
 
 from tessera.core.collectives import gathered, start_broadcast
 from tessera.core.errors import UserError
-from tessera.core.files import in_words, read_json, usable_path
+from tessera.core.files import in_words, read_json, remove, usable_path
 from tessera.core.mesh import Mesh
+from tessera.core.writing import NotWritten, writing
 from tessera.layout.parallel import Parallel
 from tessera.layout.streams import residual_layout
 from tessera.models.beside import write_beside, write_json
@@ -275,24 +277,30 @@ def write_model(
     """As `export`, of parameters that `whole` gives by name: of their global `shapes`, in `dtype`, on the CPU.
 
     With `writes` false it only asks for them, in the same order. All is written aside, then renamed, and an
-    older export in `folder` goes.
+    older export in `folder` goes. Raises NotWritten, once it has asked for all: other ranks give them.
     """
     files = _plan_files(stored_tensors(config, shapes), dtype, max_shard_bytes)
     aside = folder / ".export"
+    needs = sum(math.prod(tensor.shape) for content in files.values() for tensor in content) * dtype.itemsize
+    failures: list[NotWritten] = []
     if writes:
-        shutil.rmtree(aside, ignore_errors=True)  # what a killed run left
-        aside.mkdir(parents=True)
+        with writing(aside, needs, failures=failures):
+            remove(aside)  # what a killed run left
+            aside.mkdir(parents=True)
     for name, content in files.items():
         parts = ([whole(part) for part in tensor.parts] for tensor in content)
-        if writes:
+        if writes and not failures:
             joined = (_joined(own, tensor.transposed) for own, tensor in zip(parts, content, strict=True))
-            write_tensors(aside / name, {tensor.names[0]: tensor.shape for tensor in content}, joined, dtype)
-        else:
-            deque(parts, maxlen=0)
-    if writes:
-        _write_index(aside, files, dtype)
-        write_beside(aside, source, tokenizer or source, config, dtype, config_changes or {})
-        _publish(aside, folder)
+            with writing(aside / name, needs, partial=aside, failures=failures):
+                write_tensors(aside / name, {tensor.names[0]: tensor.shape for tensor in content}, joined, dtype)
+        deque(parts, maxlen=0)
+    if writes and not failures:
+        with writing(aside, needs, partial=aside, failures=failures):
+            _write_index(aside, files, dtype)
+            write_beside(aside, source, tokenizer or source, config, dtype, config_changes or {})
+            _publish(aside, folder)
+    if failures:
+        raise failures[0]
 
 
 def _plan_files(tensors: Sequence[StoredTensor], dtype: torch.dtype, limit: int) -> dict[str, list[StoredTensor]]:
@@ -338,6 +346,9 @@ def _write_index(aside: Path, files: Mapping[str, Sequence[StoredTensor]], dtype
 def _publish(aside: Path, folder: Path) -> None:
     """Move what was written to its place, last what weights are found by: never a mixture that loads."""
     entrances = (SINGLE, INDEX)
+    for path in (folder / name for name in (*entrances, *os.listdir(aside))):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     for name in entrances:
         (folder / name).unlink(missing_ok=True)
     written = [path.name for path in aside.iterdir()]

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from tessera.checkpoint import tensors as checkpoint
 from tessera.checkpoint.resumed import differences
 from tessera.checkpoint.state import RunState
 from tessera.core import device as devices
+from tessera.core import terminal
 from tessera.core.axes import DATA_AXES
 from tessera.core.collectives import gathered
 from tessera.core.errors import UserError
@@ -68,6 +70,11 @@ class Built:
     def first(self) -> bool:
         """Whether this is the rank that speaks and writes for all."""
         return self.mesh.rank == 0
+
+    @cached_property
+    def held_out(self) -> Loader:
+        """The rows that are evaluated on; open from the start, for the prepared data may be removed meanwhile."""
+        return loader_of(self.run, self.prepared, self.model, "eval", shuffle=False)
 
     @property
     def output(self) -> Path:
@@ -161,7 +168,7 @@ def _fill(built: Built) -> RunState | None:
         return None
     state = checkpoint.load(run.resume, model, built.step.optimizer)
     if not state.optimizer and built.first:
-        print(f"{run.resume} has no optimizer state, which starts from zero", flush=True)
+        terminal.say(f"{run.resume} has no optimizer state, which starts from zero")
     built.loader.start_at(state.step, state.samples)
     built.progress = Progress(state.step, state.tokens, state.skipped)
     return state
@@ -187,5 +194,5 @@ def _check_resumed(built: Built, state: RunState) -> None:
         raise UserError("resume_from_checkpoint", built.run.resume, reason, "raise max_steps or num_epochs")
     now = config.model_dump(mode="json") | built.course()
     defaults = {key: entry.get_default() for key, entry in type(config).model_fields.items()}
-    for line in differences(state.config | state.course, now, defaults) if built.first else []:
-        print(line, flush=True)
+    if built.first:
+        terminal.say(*differences(state.config | state.course, now, defaults))

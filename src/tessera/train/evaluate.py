@@ -5,14 +5,14 @@ import torch
 from tessera.core.axes import AXES
 from tessera.core.collectives import all_reduce
 from tessera.engine.gradients import first_copy
-from tessera.train.build import Built, loader_of
+from tessera.train.build import Built
 
 
 @torch.no_grad()
 def evaluate(built: Built) -> float:
     """Nats a token over every held-out row, each counted once. Every rank calls it."""
     mesh, model = built.mesh, built.model
-    batches = loader_of(built.run, built.prepared, model, "eval", shuffle=False).eval_batches()
+    batches = built.held_out.eval_batches()
     total, valid = torch.zeros(2, dtype=torch.float64, device=mesh.device), 0
     for batch in batches:
         total[0] += model(batch.to(mesh.device), 1.0)

@@ -4,6 +4,9 @@ from pathlib import Path
 
 from tessera.checkpoint import folder as checkpoints
 from tessera.checkpoint.state import RunState, Source
+from tessera.core import terminal
+from tessera.core.collectives import gathered
+from tessera.core.writing import NotWritten
 from tessera.models.hub import export
 from tessera.train.build import Built
 
@@ -23,12 +26,19 @@ def run_state(built: Built) -> RunState:
     )
 
 
-def hand_out(built: Built) -> None:
-    """Write the model into output_dir as a Hugging Face folder. Every rank calls it."""
-    source = _source(built)
+def hand_out(built: Built, into: Path | None = None) -> str:
+    """Write the model into a Hugging Face folder (unset: output_dir). Every rank calls it.
+
+    Returns, on each of them, why it could not be written; nothing where it was.
+    """
+    source, failed = _source(built), ""
     tokenizer = Path(source.tokenizer) if source.tokenizer else None
-    folder = Path(source.folder)
-    export(built.model, built.output, folder, tokenizer=tokenizer, config_changes=source.config_changes)
+    folder, into = Path(source.folder), into or built.output
+    try:
+        export(built.model, into, folder, tokenizer=tokenizer, config_changes=source.config_changes)
+    except NotWritten as error:
+        failed = str(error)
+    return next(filter(None, gathered(failed, built.mesh.world)), "")
 
 
 def _source(built: Built) -> Source:
@@ -40,5 +50,4 @@ def _source(built: Built) -> Source:
 
 def set_aside(built: Built) -> None:
     """Give checkpoints that this run does not continue (it began anew, or further back) another name."""
-    for line in checkpoints.set_aside(built.output, built.run.resume, built.progress.step):
-        print(line, flush=True)
+    terminal.say(*checkpoints.set_aside(built.output, built.run.resume, built.progress.step))

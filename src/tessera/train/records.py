@@ -13,13 +13,14 @@ from tessera.engine.step import StepResult
 from tessera.nn.parameter import parameter_elements
 from tessera.train.announce import mesh_lines
 from tessera.train.build import Built
+from tessera.train.notes import RESOLVED, SUMMARY, Notes
 
 
 class Records:
-    """The records of one run; every rank makes them, the first one writes."""
+    """The records of one run; every rank makes them, the first one has `notes` and writes."""
 
-    def __init__(self, built: Built) -> None:
-        self.built = built
+    def __init__(self, built: Built, notes: Notes | None) -> None:
+        self.built, self.notes = built, notes
         self._memory: float | None = None
         self._collectives: list[dict[str, Any]] = []
 
@@ -60,6 +61,8 @@ class Records:
 
     def write_config(self) -> None:
         """Write resolved_config.yaml: every key as it came to hold."""
+        if self.notes is None:
+            return
         parallel = self.built.model.parallel
         held = {
             "bf16": parallel.compute is torch.bfloat16,
@@ -68,7 +71,7 @@ class Records:
             "tensor_parallel_slices": parallel.schedule.slices,
         }
         resolved = self.built.run.config.model_copy(update=held)
-        (self.built.output / "resolved_config.yaml").write_text(dump_config(resolved))
+        self.notes.write(RESOLVED, dump_config(resolved))
 
     def write_summary(self) -> None:
         """Write summary.json: what each rank held, and the collectives of a step. Every rank calls it."""
@@ -80,5 +83,5 @@ class Records:
             "ranks": [{"parameters": count, "peak_memory_bytes": peak} for count, peak in held],
             "collectives": self._collectives,
         }
-        if self.built.first:
-            (self.built.output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        if self.notes is not None:
+            self.notes.write(SUMMARY, json.dumps(summary, indent=1) + "\n")

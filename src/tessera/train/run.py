@@ -13,6 +13,7 @@ from tessera.checkpoint.folder import latest, read_state
 from tessera.checkpoint.lock import RunLock
 from tessera.checkpoint.sweep import sweep
 from tessera.config.schema import TrainConfig
+from tessera.core import terminal
 from tessera.core.device import gpus_missing
 from tessera.core.errors import UserError
 from tessera.data.prepare import prepare
@@ -20,6 +21,7 @@ from tessera.models.beside import read_generation_config
 from tessera.models.config import ModelConfig
 from tessera.models.hub import check_weights, read_model_config, resolve_model_folder
 from tessera.sizes.bounds import RANKS_HERE, at_most
+from tessera.train.output import check_output
 from tessera.train.settings import check_layout
 
 
@@ -67,7 +69,9 @@ _JSON = TypeAdapter(Run)
 
 def resolve(config: TrainConfig) -> Run:
     """Read what the config names and check that the sizes fit; writes nothing, starts nothing. Raises UserError."""
-    folder, output = resolve_model_folder(config.base_model), Path(config.output_dir)
+    output = Path(config.output_dir)
+    check_output(output)
+    folder = resolve_model_folder(config.base_model)
     if folder.resolve() == output.resolve():
         reason = "is base_model too, whose weights would be overwritten"
         raise UserError("output_dir", config.output_dir, reason, "give the run a folder of its own")
@@ -131,9 +135,8 @@ def prepared_run(config: TrainConfig, processes: int, lock: RunLock | None = Non
     run = check(config, processes)
     if lock is not None:
         lock.take(Path(config.output_dir))
-        for line in sweep(Path(config.output_dir)):
-            print(line, flush=True)
+        terminal.say(*sweep(Path(config.output_dir)))
         run = replace(run, resume=checkpoint_to_resume(config), lock=lock.id)  # of a run that has ended since, maybe
     source = config.model_copy(update={"base_model": str(run.folder)})
-    print(prepare(source, run.model.vocab_size, run.prepared).summary(), flush=True)
+    terminal.say(prepare(source, run.model.vocab_size, run.prepared).summary())
     return run

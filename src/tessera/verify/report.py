@@ -8,6 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from tessera.core import terminal
 from tessera.core.device import dtype_name
 from tessera.core.text import number_range
 from tessera.verify.cases import Case
@@ -20,7 +21,7 @@ WIDTH = 100
 
 def console() -> Console:
     """Wide enough for the tables wherever the output goes."""
-    made = Console(highlight=False)
+    made = terminal.console()
     if not made.is_terminal:
         made.width = WIDTH
     return made
