@@ -45,9 +45,7 @@ def test_an_allocation_that_fails_is_told_with_its_phase(workshop: Workshop, tmp
     lines = err.splitlines()
     assert code == 1 and "Traceback" not in err, err
     assert lines[0].startswith(f"rank 0, step 3, {phase}: memory ran out on the host: 16 GiB asked for, ")
-    assert (
-        lines[0].endswith(" free") and lines[1] == f"  the newest whole checkpoint is {tmp_path}/run/checkpoint-2"
-    )
+    assert lines[0].endswith(" free") and lines[1] == f"  the newest whole checkpoint is {tmp_path}/run/checkpoint-2"
     assert lines[2].startswith("  what lowers the peak of a rank most (by formula it holds ")
     assert len(lines) == 6 and all(" less " in line for line in lines[3:])
 
