@@ -40,13 +40,14 @@ def prepared(case: Case) -> None:
     file, form = case.pick(*sorted((folder / "train").iterdir())), case.cycle(*range(8))
     content = file.read_bytes()
     if form == 0:
-        at = case.dice.randrange(130, len(content))
+        at = case.dice.randrange(min(130, len(content) - 1), len(content))  # beyond the header of an array
         file.write_bytes(content[:at] + bytes([content[at] ^ 1 << case.dice.randrange(8)]) + content[at + 1 :])
     elif form == 1:
         file.write_bytes(content[: case.dice.randrange(len(content))])
     elif form == 2:
         put_odd_file(case, case.pick(file, folder / "manifest.json"))
     elif form == 3:
+        file = case.pick(*sorted((folder / "train").glob("*.npy")))
         array = np.load(file)
         odd = case.pick(
             array.astype(np.float32),

@@ -77,7 +77,7 @@ def test_monitoring_adds_no_collective_outside_logging_steps(workshop: Workshop,
     for every in (1, 4, 100):
         own = {"logging_steps": every, "tensor_parallel_size": 2}
         settings = workshop.settings("llama", tmp_path / f"every-{every}", **own)
-        calls[every] = pool(2).run(train_and_count, settings)[0]
+        calls[every] = pool(2, gloo=True).run(train_and_count, settings)[0]
         bytes_per_step[every] = [m["communicated_bytes"] for m in metrics(settings)]
     assert calls[1] - calls[100] == {ALL_REDUCE: 4} and not calls[100] - calls[1]
     assert calls[4] - calls[100] == {ALL_REDUCE: 1} and not calls[100] - calls[4]

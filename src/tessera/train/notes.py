@@ -39,22 +39,23 @@ class Notes:
         self.again()
 
     def again(self) -> None:
-        """Try what could not be written so far."""
-        try:
-            for name in list(self._whole):
-                replace_file(self.folder / name, self._whole[name])
-                del self._whole[name]
-            for name in list(self._lines):
-                _append(self.folder / name, b"".join(self._lines[name]))
-                del self._lines[name]
-        except OSError as error:
-            new, self._reason = not self._reason, why(error, self.folder)
-            if new:
-                self.say(f"cannot be written: {self._reason}; training goes on, and this is tried again")
-        else:
-            if self._reason:
-                self.say("all that could not be written before is written now")
-            self._reason = ""
+        """Try what could not be written so far, each file by itself."""
+        failed: OSError | None = None
+        for name in list(dict.fromkeys([*self._whole, *self._lines])):
+            try:
+                if name in self._whole:
+                    replace_file(self.folder / name, self._whole[name])
+                    del self._whole[name]
+                if name in self._lines:
+                    _append(self.folder / name, b"".join(self._lines[name]))
+                    del self._lines[name]
+            except OSError as error:
+                failed = error
+        before, self._reason = self._reason, "" if failed is None else why(failed, self.folder)
+        if self._reason and not before:
+            self.say(f"cannot be written: {self._reason}; training goes on, and this is tried again")
+        elif before and not self._reason:
+            self.say("all that could not be written before is written now")
 
     @property
     def lost_folder(self) -> bool:
