@@ -1,4 +1,4 @@
-"""Learning rates step by step against transformers.get_scheduler, and the length of a warm-up and of a run."""
+"""AdamW beside torch's own; learning rates against transformers.get_scheduler, the length of a warm-up and of a run."""
 
 import math
 
@@ -6,6 +6,8 @@ import pytest
 import torch
 import transformers
 
+from engine.optimizer_cases import beside_torchs_own
+from support.pool import pool
 from tessera.engine.optimizer import SCHEDULES, learning_rate
 from train.runs import Workshop, run
 
@@ -63,3 +65,9 @@ def test_a_run_of_epochs_ends_with_its_last_row(workshop: Workshop, tmp_path, ep
     assert found[0]["epoch"] == pytest.approx(6 / 26, abs=1e-6)
     if epochs >= 1:
         assert found[-1]["tokens"] == epochs * workshop.targets()
+
+
+@pytest.mark.parametrize("name", ["adamw_torch_fused", "adamw_torch"])
+def test_adamw_on_shards_is_torchs_own_bit_for_bit(name):
+    found = pool(4).run(beside_torchs_own, name, {"row": 2, "col": 2}, torch.float32)
+    assert found == [(True, True, 0)] * 4

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -55,9 +56,9 @@ def python(script: Path, ranks: int | None = None) -> Ended:
     return _run(_script, [str(script)], ranks)
 
 
-def tessera(*words: str, ranks: int | None = None) -> Ended:
-    """As `tessera words...`; with `ranks`, as torchrun runs that command in so many processes."""
-    return _run(_command, ["tessera", *words], ranks)
+def tessera(*words: str, ranks: int | None = None, user: int | None = None) -> Ended:
+    """As `tessera words...`, as `user` if given; with `ranks`, as torchrun runs that command in so many processes."""
+    return _run(_command if user is None else partial(_command_of, user), ["tessera", *words], ranks)
 
 
 def _script(words: list[str]) -> None:
@@ -68,6 +69,12 @@ def _command(words: list[str]) -> None:
     from tessera.cli.main import main
 
     main()
+
+
+def _command_of(user: int, words: list[str]) -> None:
+    os.setegid(user)
+    os.seteuid(user)
+    _command(words)
 
 
 def _run(target: Callable[[list[str]], None], words: list[str], ranks: int | None, patience: float = 300) -> Ended:
