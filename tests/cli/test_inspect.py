@@ -115,7 +115,7 @@ def test_json_has_every_parameter_total_block_and_collective(config, capsys):
     assert report["blocks"][0]["ranks"] == [[[0, 4], [2, 6]], [[1, 5], [3, 7]]]
     assert [block["of"] for block in report["blocks"][1:]] == ["residual stream", "hidden stream"]
     rows = report["collectives"]
-    weights = [row for row in rows if row["what"] == "W" and row["place"] == "down" and row["pass"] == "forward"]
+    weights = [row for row in rows if row["what"] == "W" and row["site"] == "down" and row["pass"] == "forward"]
     [row] = weights
     one_rank = 32 * 48 * 4  # bytes: what the other rank of `row` sends
     assert (row["kind"], row["axes"], row["received_bytes"]) == (
@@ -123,14 +123,14 @@ def test_json_has_every_parameter_total_block_and_collective(config, capsys):
         ["row"],
         {"least": one_rank, "most": one_rank},
     )
-    assert {row["axes"][0] for row in rows if row["place"] == "gradients"} == {"depth"}
+    assert {row["axes"][0] for row in rows if row["site"] == "gradients"} == {"depth"}
 
 
 def test_switches_of_the_config_change_what_is_said(config, capsys):
     kinds = {}
     for schedule in ("gather", "summa", "cannon"):
         report = reported(config, capsys, *layout("2d", 4, tensor_parallel_schedule=schedule))
-        kinds[schedule] = {row["kind"] for row in report["collectives"] if row["place"] == "q·k·v"}
+        kinds[schedule] = {row["kind"] for row in report["collectives"] if row["site"] == "q·k·v"}
         norm = next(p for p in report["parameters"] if p["name"] == "norm.weight")
         assert norm["cut"] == ("[h]" if schedule == "gather" else "[h: col]")
     assert kinds == {"gather": {"all_gather", "reduce_scatter"}, "summa": {"broadcast", "reduce"}, "cannon": {"shift"}}

@@ -1,5 +1,6 @@
 """Hugging Face folders in and out, against transformers: logits, slices of every rank, files written."""
 
+import errno
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from models.hub_models import MODELS, empty, ids, loaded, random_model, rewritten, save
+from tessera.core.errors import RunFailed
 from tessera.core.mesh import Mesh
 from tessera.layout.parallel import Parallel
 from tessera.layout.streams import residual_layout
@@ -251,12 +253,12 @@ def test_a_failed_export_leaves_the_older_one(tmp_path, monkeypatch):
     before = (tmp_path / "out/model.safetensors").read_bytes()
 
     def full_disk(*_: object) -> None:
-        raise OSError("no space left")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(hub, "write_tensors", full_disk)
     with torch.no_grad():
         to_local(model.norm.weight).add_(1)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(RunFailed, match="no space is left on the disk"):
         export(model, tmp_path / "out", source)
     assert (tmp_path / "out/model.safetensors").read_bytes() == before
 

@@ -41,7 +41,7 @@ def test_a_config_is_verified(config, tmp_path):
     assert "The update of layers.0.attention.k.bias and 1 more is not compared" in result.stdout
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["ok"] and report["layouts"][0]["numbers"]["float64"]["gradients"] <= 1e-12
-    assert {row["axis"] for row in report["layouts"][0]["words"]} == {"row", "col", "row·col"}
+    assert {row["axis"] for row in report["layouts"][0]["traffic"]} == {"row", "col", "row·col"}
     assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "report.json"])
 
 
@@ -59,7 +59,7 @@ def test_a_config_is_verified_at_full_size(config, tmp_path):
         assert said in result.out[0]
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["ok"] and report["layouts"][0]["numbers"]["float64"]["gradients"] <= 1e-12
-    calls = {row["kind"]: row["calls"] for row in report["layouts"][0]["words"]}
+    calls = {row["kind"]: row["calls"] for row in report["layouts"][0]["traffic"]}
     assert calls["all_gather"] == 6 * 6 + 3, "six a layer, and those of embedding, head and loss"
 
 

@@ -131,7 +131,7 @@ def json_report(report: Report) -> dict[str, Any]:
         "blocks": [_json_grid(grid) for grid in report.grids],
         "collectives": [
             {
-                "place": move.transfer.site,
+                "site": move.transfer.site,
                 "pass": move.transfer.phase,
                 "what": move.transfer.what,
                 "kind": move.transfer.kind,

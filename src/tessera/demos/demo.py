@@ -107,7 +107,7 @@ def write_inputs(output: Path, steps: int) -> Path:
 
 
 def report(console: Console, output: Path) -> None:
-    """What the run shows: memory, words, the held-out loss, a sample, the plot, and the comparison."""
+    """What the run shows: memory, traffic, the held-out loss, a sample, the plot, and the comparison."""
 
     run = output / "run"
     summary = json.loads((run / "summary.json").read_text())

@@ -95,7 +95,7 @@ def _table(*columns: str, numbers: int) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="")
     for place, heading in enumerate(columns):
         right = place >= len(columns) - numbers
-        fixed = heading in ("place", "collective", "axis")  # others wrap first
+        fixed = heading in ("site", "collective", "axis")  # others wrap first
         table.add_column(Text(heading), justify="right" if right else "left", overflow="fold", no_wrap=fixed)
     return table
 
@@ -169,7 +169,7 @@ def stream_table(report: Report) -> Table:
 
 def traffic_table(collectives: Sequence[Collective]) -> Table:
     """Which collective runs on which axis: first in each layer, then what runs once a micro-batch or a step."""
-    table = _table("place", "pass", "what", "collective", "axis", "calls", "received", "a step", numbers=3)
+    table = _table("site", "pass", "what", "collective", "axis", "calls", "received", "a step", numbers=3)
     for in_layers in (True, False):
         group = [collective for collective in collectives if collective.in_layers == in_layers]
         last = ("", "")

@@ -347,7 +347,7 @@ def _publish(aside: Path, folder: Path) -> None:
     """Move what was written to its place, last what weights are found by: never a mixture that loads."""
     entrances = (SINGLE, INDEX)
     for path in (folder / name for name in (*entrances, *os.listdir(aside))):
-        if path.is_dir():
+        if path.is_dir() and not (aside / path.name).is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     for name in entrances:
         (folder / name).unlink(missing_ok=True)

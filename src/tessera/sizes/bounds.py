@@ -33,8 +33,8 @@ WIDTH = 2**20
 LAYERS = 4096
 POSITIONS = 2**31 - 1
 SEED = 2**63 - 1
-NUMBER = 1e30
-"""A rate, a decay or a norm: its square is far from the end of float64, and it is a float32."""
+NUMBER = 1e100
+"""A rate, a decay or a norm: its square is far from the end of float64."""
 MINUTES = 10**6
 GIB = 10**6
 GB = 10**9

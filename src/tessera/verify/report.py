@@ -157,8 +157,8 @@ def _layout_json(result: Result) -> dict[str, Any]:
         dtype_name(c.dtype): {"allowed": c.tolerance, "worst": c.worst} | {q: c.errors[q] for q in QUANTITIES}
         for c in result.comparisons
     }
-    traffic = [vars(check) for check in result.traffic]
-    return {"layout": result.name, "ok": result.ok, "numbers": numbers, "words": traffic, "diagnosis": result.diagnosis}
+    traffic, told = [vars(check) for check in result.traffic], result.diagnosis
+    return {"layout": result.name, "ok": result.ok, "numbers": numbers, "traffic": traffic, "diagnosis": told}
 
 
 def _error(comparison: Comparison, quantity: str) -> str:
