@@ -2,7 +2,6 @@
 
 import math
 import os
-from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,15 @@ import torch.distributed as dist
 from tessera.checkpoint.lock import Share
 from tessera.checkpoint.saver import Saver
 from tessera.core import device as devices
-from tessera.core.collectives import Recorder, gathered
-from tessera.core.errors import RunFailed
-from tessera.core.exhausted import RAN_OUT
+from tessera.core.collectives import Recorder
 from tessera.core.writing import writing
 from tessera.engine.optimizer import learning_rate
 from tessera.train.build import build
-from tessera.train.ended import advice, failing_in_words
+from tessera.train.ended import failing_in_words
+from tessera.train.ending import Ending
 from tessera.train.evaluate import evaluate
 from tessera.train.health import Health
-from tessera.train.kept import hand_out, run_state, set_aside
+from tessera.train.kept import run_state, set_aside
 from tessera.train.log import Log, Stopwatch
 from tessera.train.notes import Notes
 from tessera.train.records import Records
@@ -87,13 +85,8 @@ class Trainer:
                 self.log.say(line)
             if self.progress.step == self.built.total_steps:
                 self.log.say("this run is finished: no step is left, the model is written again")
-            failed = self._finish() if self._steps() else self._leave()
-            if self.notes is not None:
-                failed += filter(None, [self.notes.missing()])
-            if any(RAN_OUT in line for line in failed):
-                failed += advice(self.built.run, self.built.mesh.device, copies=True)
-            if failed := gathered(failed, self.built.mesh.world)[0]:  # every rank ends with what the first one knows
-                raise RunFailed("\n".join(failed))
+            done, ending = self._steps(), Ending(self.built, self.notes, self.saver, self.log.say, self._save)
+            ending.fail(self._finish(ending) if done else ending.leave())
         finally:
             self.saver.close()
             self.log.close()
@@ -135,11 +128,7 @@ class Trainer:
         """Whether a checkpoint is due: after the last step always, unless no checkpoints are wanted."""
         config, loader = self.config, self.built.loader
         epochs, before = (loader.samples_before(n) // loader.samples_per_epoch for n in (step, step - 1))
-        due = {
-            "no": False,
-            "steps": config.save_steps is not None and step % config.save_steps == 0,
-            "epoch": epochs > before,
-        }
+        due = {"no": False, "steps": step % (config.save_steps or step + 1) == 0, "epoch": epochs > before}
         return due[config.save_strategy] or step == self.built.total_steps and config.save_strategy != "no"
 
     def _asked_to_stop(self) -> bool:
@@ -150,57 +139,10 @@ class Trainer:
         self.health.check_weights()
         return self.saver.save(self.built.model, self.built.step.optimizer, run_state(self.built), last=last)
 
-    def _leave(self) -> list[str]:
-        """Stopped before the last step: leave a checkpoint, or else the weights. Returns what went wrong."""
-        failed, step = self._folder_again(), self.progress.step
-        folder = self._save()
-        self.saver.wait()
-        if self.saver.failure is None:
-            self.log.say(f"stopped after step {step}; saved {folder}")
-            return [*failed, *([f"stopped after step {step}; saved {folder}"] if failed else [])]
-        beside = self.output / f"model-after-step-{step}"
-        not_handed_out = hand_out(self.built, beside)
-        kept = f"the weights are lost: {not_handed_out}" if not_handed_out else f"the weights alone are in {beside}"
-        return [*failed, f"stopped after step {step}: {self.saver.failure}", kept]
-
-    def _finish(self) -> list[str]:
-        """After the last step: hand out the model, or else leave a checkpoint. Returns what went wrong."""
+    def _finish(self, ending: Ending) -> list[str]:
+        """After the last step."""
         self.health.check_weights()
         self.share.check()
-        self.saver.wait()  # a save that is in flight, or about to fail, holds disk space that the model may need
-        failed = self._folder_again()
+        self.saver.wait()  # one that is in flight, or about to fail, holds disk space that the model may need
         self.where.enter("export")
-        not_handed_out = hand_out(self.built)
-        if not_handed_out:
-            failed += [f"the model was not written: {not_handed_out}", *self._keep_a_checkpoint()]
-        self.records.write_summary()
-        if self.built.mesh.world > 1:
-            dist.barrier()  # no rank leaves before the folder is whole
-        if not not_handed_out:
-            self.log.say(f"model written to {self.output}")
-        self.saver.wait()
-        if self.saver.failure is not None:
-            failed += [self.saver.failure, *([] if not_handed_out else [f"the model is written to {self.output}"])]
-        return failed
-
-    def _keep_a_checkpoint(self) -> list[str]:
-        """Where the model cannot be handed out: a checkpoint of this step, and what it is good for."""
-        folder = self.output / f"checkpoint-{self.progress.step}"
-        if self.saver.newest() != folder:
-            self._save()
-            self.saver.wait()
-        if self.saver.failure is not None:
-            start = self.saver.newest() or "the start"
-            return [f"  the trained weights are not kept: free space and start again, which goes on from {start}"]
-        return [
-            f"  the trained weights are kept in {folder}: run it again with resume_from_checkpoint: true to write the",
-            f"  model, or write it elsewhere with tessera convert {folder} FOLDER",
-        ]
-
-    def _folder_again(self) -> list[str]:
-        """Make output_dir again where it has gone, so that what can be saved is. Says so, on the first rank."""
-        if self.notes is None or not self.notes.lost_folder:
-            return []
-        with suppress(OSError):  # then saving fails too, which all ranks learn
-            self.notes.make_folder()
-        return [f"{self.output} was removed or renamed while the run was going: what it had written there is gone"]
+        return ending.finish(self.records.write_summary)
