@@ -22,9 +22,9 @@ def unmount(folder: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, of 3 MB."""
+    """A file system of its own, of 30 MB."""
     folder = tmp_path / "disk"
-    mounted(folder, "size=3m")
+    mounted(folder, "size=30m")
     yield folder
     unmount(folder)
 

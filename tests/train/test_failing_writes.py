@@ -1,5 +1,6 @@
 """Runs whose files cannot be written, at each moment: what is told, what is kept, and that the run then goes on."""
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -78,14 +79,21 @@ def test_no_inode_is_left(workshop: Workshop, whole, few_files):
     assert not hidden(few_files / "run")
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_a_checkpoint_is_left_where_the_model_cannot_be_written(workshop: Workshop, tmp_path, size):
+@pytest.mark.parametrize(
+    ("size", "number", "reason"),
+    [
+        (1, errno.EDQUOT, "the quota of disk space is used up"),
+        (1, errno.EIO, "the disk reports an error"),
+        (2, errno.EACCES, "permission denied"),
+    ],
+)
+def test_a_checkpoint_is_left_where_the_model_cannot_be_written(workshop: Workshop, tmp_path, size, number, reason):
     """Where no checkpoint was wanted, too; and the model is written by the next start, or elsewhere by convert."""
     settings = workshop.settings("llama", tmp_path / "run", tensor_parallel_size=size, max_steps=2, save_strategy="no")
-    said = pool(size).run(failing_export_on_rank, settings, PermissionError(13, "Permission denied"))
+    said = pool(size).run(failing_export_on_rank, settings, OSError(number, os.strerror(number)))
     kept = tmp_path / "run/checkpoint-2"
     for text in said:
-        assert f"RunFailed: the model was not written: {tmp_path}/run/.export/model.safetensors: permission den" in text
+        assert f"RunFailed: the model was not written: {tmp_path}/run/.export/model.safetensors: {reason}" in text
         assert f"the trained weights are kept in {kept}: " in text and f"tessera convert {kept} FOLDER" in text
     verify(kept)
     assert not hidden(tmp_path / "run") and not (tmp_path / "run/model.safetensors").exists()
