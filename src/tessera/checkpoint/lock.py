@@ -119,7 +119,8 @@ class RunLock:
         if self._descriptor is None:
             return
         self._ended.set()
-        self._thread.join()
+        if self._thread.is_alive():  # not where an error came between
+            self._thread.join()
         if other_owner(self.path, self.id) is None:
             if kind is None or issubclass(kind, UserError):
                 self.path.unlink(missing_ok=True)
