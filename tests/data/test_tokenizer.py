@@ -1,6 +1,8 @@
 """Tokenizers are trained, saved, loaded; their end-of-sequence token is found."""
 
+import errno
 import json
+from pathlib import Path
 
 import pytest
 from tests.data.helpers import TEXT
@@ -153,6 +155,20 @@ def test_a_token_that_takes_spaces_with_it_in_one_file_alone_is_refused_as_autot
     assert ours.encode([text])[0].tolist() != AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"]
     with pytest.raises(UserError, match="</s>: lstrip is true, in tokenizer.json false"):
         load_tokenizer(tmp_path, "base_model")
+
+
+def test_a_tokenizer_in_a_folder_that_cannot_be_searched_is_refused(tmp_path, monkeypatch):
+    looked_at = Path.stat
+
+    def stat(path, **how):
+        if path.name == "tokenizer.json":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return looked_at(path, **how)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    for path in (tmp_path, tmp_path / "tokenizer.json"):
+        with pytest.raises(UserError, match="permission denied"):
+            load_tokenizer(path, "tokenizer")
 
 
 def test_a_folder_written_whole_as_the_refusal_says_has_the_ids_of_autotokenizer(tmp_path, tokenizer):

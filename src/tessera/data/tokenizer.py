@@ -11,7 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tessera.core.errors import UserError
-from tessera.core.files import read_json, read_text
+from tessera.core.files import in_words, read_json, read_text
 from tessera.data.samples import Ids
 
 END_OF_TEXT = "<|endoftext|>"
@@ -64,8 +64,8 @@ def load_tokenizer(path: Path, key: str) -> TextTokenizer:
     The end-of-sequence token is that of tokenizer_config.json, special_tokens_map.json, or config.json's
     eos_token_id, the first that has one. UserError: no such file, not a tokenizer, no end-of-sequence token.
     """
-    folder = path.parent if path.is_file() else path
     backend = read_backend(path, key)
+    folder = path.parent if path.is_file() else path
     _check_complete(backend, folder, key)
     eos_id = _find_eos(backend, folder)
     if eos_id is None:
@@ -76,8 +76,12 @@ def load_tokenizer(path: Path, key: str) -> TextTokenizer:
 
 def read_backend(path: Path, key: str) -> Tokenizer:
     """The tokenizer.json of a folder, or at `path`. UserError: no such file, not a tokenizer."""
-    file = path if path.is_file() else path / "tokenizer.json"
-    if not file.is_file():
+    try:
+        file = path if path.is_file() else path / "tokenizer.json"
+        there = file.is_file()
+    except OSError as error:  # of a folder on the way
+        raise UserError(key, path, in_words(error)) from error
+    if not there:
         hint = "tokenizer: {train: bpe, vocab_size: N} trains one on the data; `tokenizer: folder` names another"
         raise UserError(key, path, "no tokenizer.json there", hint)
     try:
