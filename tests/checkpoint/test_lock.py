@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from tessera.checkpoint import lock as locks
 from tessera.checkpoint import lock_file
 from tessera.checkpoint.lock import LOCK, InUse, RunLock, Share
 from tessera.checkpoint.lock_file import read_owner
+from tessera.checkpoint.saver import Saver, Writer
+from tessera.checkpoint.state import RunState, Source
 from tessera.checkpoint.sweep import sweep
 from tessera.core.errors import RunFailed, UserError
 
@@ -25,6 +28,9 @@ from tessera.core.errors import RunFailed, UserError
 def quick(monkeypatch):
     for name, seconds in (("PATIENCE", 0.3), ("BEAT", 0.1), ("LETTING_GO", 1.0)):
         monkeypatch.setattr(locks, name, seconds)
+
+
+STATE = RunState(0, 0, 0, 0, Source("model"))
 
 
 def seen(folder: Path) -> dict[str, bytes]:
@@ -240,6 +246,8 @@ def test_a_holder_that_finds_another_owner_stops(tmp_path, monkeypatch):
             for check in (rank.check, first.check):
                 with pytest.raises(RunFailed, match="^stopped without writing: .* was taken over by process"):
                     check()
+            with pytest.raises(RunFailed):
+                rank.check()  # again, however soon
             nobody.check()
             with pytest.raises(RunFailed), Share(tmp_path, first.id):
                 pass
@@ -249,6 +257,24 @@ def test_a_holder_that_finds_another_owner_stops(tmp_path, monkeypatch):
             second.check()
             with pytest.raises(InUse):
                 RunLock().take(tmp_path)
+
+
+def test_a_save_that_finds_another_owner_removes_nothing(tmp_path):
+    """The other one may write a folder of the same name by then."""
+    told: list[str] = []
+
+    def taken() -> None:
+        raise RunFailed("stopped without writing")
+
+    part = tmp_path / ".checkpoint-3.part"
+    part.mkdir()
+    for check, stays in ((taken, True), (lambda: None, False)):
+        how = {"asynchronous": False, "timeout": timedelta(seconds=1), "say": told.append, "check": check}
+        saver = Saver(tmp_path, None, **how)
+        saver._settle(Writer(tmp_path / "checkpoint-3", STATE, None, check=check), RunFailed("it did not go well"))
+        assert part.exists() == stays
+        saver.close()
+    assert len(told) == 2
 
 
 def test_a_holder_that_writes_nothing_is_ended(tmp_path):

@@ -1,6 +1,9 @@
 """Files are found, recognised and read; every mistake names its file and line."""
 
+import errno
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +25,34 @@ def test_a_folder_is_read_in_sorted_order_without_hidden_and_empty_files(write):
         folder = write(f"d/{name}", text).parent
     files = read_files([entry(folder)])
     assert [document.text for file in files for document in read_documents(file)] == ["AB", "AZ", "B", "C"]
+
+
+def test_a_folder_that_cannot_be_listed_is_refused_and_not_left_out(write, monkeypatch):
+    write("d/b.txt", "B")
+    locked = write("d/sub/c.txt", "C").parent
+    listed = os.scandir
+
+    def scandir(path):
+        if str(path) == str(locked):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match="sub\n  cannot be read: permission denied"):
+        read_files([entry(locked.parent)])
+
+
+def test_a_file_in_a_folder_that_cannot_be_searched_is_refused_by_name(write, monkeypatch):
+    file, looked_at = write("d/b.txt", "B"), Path.stat
+
+    def stat(path, **how):
+        if path == file:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return looked_at(path, **how)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    with pytest.raises(UserError, match="b.txt\n  cannot be read: permission denied"):
+        read_files([entry(file)])
 
 
 @pytest.mark.parametrize(
@@ -205,9 +236,29 @@ def test_a_key_that_changes_the_meaning_is_refused_with_its_line(write, row, key
         (read_token_samples if file.kind == "tokenized" else read_documents)(file)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("segment_id", [0, 0, 1, 1]),
+        ("token_weights", [0.5, 0.5, 1.0, 1.0]),
+        ("assistant_mask", [False, False, True, True]),
+        ("Position_IDs", [0, 1, 0, 1]),
+        ("target_ids", [6, 7, 8, 9]),
+        ("cu_seqlens_q", [0, 2, 4]),
+        ("lengths", [1, 3]),
+    ],
+)
+def test_what_tells_of_tokens_under_any_name_is_refused_with_its_line(write, key, value):
+    (file,) = read_files([entry(write("a.jsonl", [IDS, IDS | {key: value}]))])
+    with pytest.raises(UserError, match=f"line 2\n  `{key}` has .*, and is not heeded"):
+        read_token_samples(file)
+
+
 def test_keys_that_say_nothing_are_ignored(write):
     same = {"position_ids": [0, 1, 2, 3], "cu_seqlens": [0, 4], "seq_lens": [4], "sequence_id": 3, "weight": 1.0}
     rows = [IDS | same | {"token_type_ids": [0] * 4, "loss_mask": [1] * 4, "id": 9, "source": "web", "metadata": {}}]
+    rows[0] |= {"token_ids": [5, 6, 7, 8], "special_tokens_mask": [1, 0, 0, 0], "length": [4], "scores": [1, 2, 3]}
+    rows[0] |= {"tokens": ["a", "b", "c", "d"], "rewards": [0.5, 0.5, 0.5, 0.5]}
     (file,) = read_files([entry(write("a.jsonl", rows))])
     assert read_token_samples(file)[0].tokens.tolist() == IDS["input_ids"]
     text = {"text": "x", "label": 1, "labels": 2, "system": "s", "id": 1}

@@ -1,6 +1,8 @@
 """Tokenizers are trained, saved, loaded; their end-of-sequence token is found."""
 
+import errno
 import json
+from pathlib import Path
 
 import pytest
 from tests.data.helpers import TEXT
@@ -56,7 +58,7 @@ def special(tmp_path, tokenizer, **files):
 @pytest.mark.parametrize(
     ("files", "token"),
     [
-        ({"tokenizer_config": {"eos_token": "</s>"}, "special_tokens_map": {"eos_token": "<s>"}}, "</s>"),
+        ({"tokenizer_config": {"eos_token": "</s>"}, "special_tokens_map": {"eos_token": "</s>"}}, "</s>"),
         ({"tokenizer_config": {"eos_token": {"content": "</s>"}}, "config": {"eos_token_id": 3}}, "</s>"),
         ({"tokenizer_config": {"eos_token": None}, "special_tokens_map": {"eos_token": "</s>"}}, "</s>"),
         ({"config": {"eos_token_id": 65}}, 65),
@@ -122,6 +124,8 @@ def test_a_text_that_begins_with_the_begin_token_has_it_once(tmp_path, tokenizer
         ({"tokenizer_config": {"eos_token": "</s>"}, "added_tokens": {"<tool>": 300}}, "<tool> (added"),
         ({"tokenizer_config": {"eos_token": "</s>", "add_prefix_space": True}}, "add_prefix_space is true"),
         ({"tokenizer_config": {"eos_token": "</s>", "split_special_tokens": True}}, "split_special_tokens"),
+        ({"tokenizer_config": {"eos_token": "</s>", "model_specific_special_tokens": {"image": "<image>"}}}, "<image>"),
+        ({"tokenizer_config": {"eos_token": "</s>"}, "special_tokens_map": {"eos_token": "<s>"}}, "eos_token: is </s>"),
     ],
 )
 def test_what_other_files_say_and_tokenizer_json_does_not_is_refused_by_name(tmp_path, tokenizer, files, named):
@@ -129,6 +133,42 @@ def test_what_other_files_say_and_tokenizer_json_does_not_is_refused_by_name(tmp
     with pytest.raises(UserError) as error:
         load_tokenizer(tmp_path, "base_model")
     assert named in str(error.value)
+
+
+def test_a_token_that_takes_spaces_with_it_in_one_file_alone_is_refused_as_autotokenizer_gives_other_ids(
+    tmp_path, tokenizer
+):
+    from transformers import AutoTokenizer
+
+    number = special(tmp_path, tokenizer).token_to_id("</s>")
+    token = {"content": "</s>", "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    settings = {"eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
+
+    def written(**flags: bool) -> None:
+        listed = settings | {"added_tokens_decoder": {str(number): token | flags}}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(listed))
+
+    written()
+    ours, text = load_tokenizer(tmp_path, "base_model"), "north </s> wind"
+    assert ours.encode([text])[0].tolist() == AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"]
+    written(lstrip=True)
+    assert ours.encode([text])[0].tolist() != AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"]
+    with pytest.raises(UserError, match="</s>: lstrip is true, in tokenizer.json false"):
+        load_tokenizer(tmp_path, "base_model")
+
+
+def test_a_tokenizer_in_a_folder_that_cannot_be_searched_is_refused(tmp_path, monkeypatch):
+    looked_at = Path.stat
+
+    def stat(path, **how):
+        if path.name == "tokenizer.json":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return looked_at(path, **how)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    for path in (tmp_path, tmp_path / "tokenizer.json"):
+        with pytest.raises(UserError, match="permission denied"):
+            load_tokenizer(path, "tokenizer")
 
 
 def test_a_folder_written_whole_as_the_refusal_says_has_the_ids_of_autotokenizer(tmp_path, tokenizer):

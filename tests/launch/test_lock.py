@@ -16,7 +16,7 @@ from tessera.checkpoint import lock as locks
 from tessera.checkpoint.lock import RunLock
 from tessera.core.errors import UserError
 from tessera.launch import scratch as scratches
-from tessera.launch.rank import OF_A_RANK, is_rank
+from tessera.launch.rank import HERE, OF_A_RANK, is_rank
 from tessera.launch.scratch import scratch
 from tessera.launch.token import GIVEN, Seal, host_seal, joined_seal
 from train.runs import Workshop, command, environment
@@ -210,6 +210,18 @@ def test_what_is_missing_of_a_rank_is_named(variables, missing, empty):
     with pytest.raises(UserError, match=f"\n  {missing} is not set: ") as refused:
         is_rank()
     assert refused.value.key != missing
+
+
+@pytest.mark.parametrize("values", [dict.fromkeys(OF_A_RANK, ""), {"RANK": ""}, {HERE: "abc"}, {HERE: ""}])
+def test_what_is_empty_or_left_over_makes_no_rank_and_is_taken_out(variables, values):
+    """torch and the run look at these variables themselves, later."""
+    variables(values)
+    assert not is_rank() and not os.environ.keys() & {*OF_A_RANK, HERE}
+
+
+def test_an_empty_number_of_ranks_here_is_none(variables):
+    variables(WHOLE | {HERE: ""})
+    assert is_rank() and HERE not in os.environ
 
 
 @pytest.mark.parametrize("alone", OF_A_RANK)

@@ -17,7 +17,7 @@ from tessera.checkpoint.folder import latest, verify
 from tessera.config.schema import TrainConfig
 from tessera.core.errors import UserError
 from tessera.train.notes import Notes
-from tessera.train.output import FILES
+from tessera.train.output import FILES, check_output
 from tessera.train.run import resolve
 from train.on_rank import said_on_rank
 from train.runs import Workshop, exported, metrics, run
@@ -195,6 +195,16 @@ def test_an_output_dir_that_cannot_be_one_is_refused(workshop: Workshop, tmp_pat
     for name, reason in reasons.items():
         told = refusal(workshop.settings("llama", tmp_path / name))
         assert told.splitlines()[1:] == [f"  {reason}", "  choose another output_dir"], told
+
+
+def test_a_checkpoint_that_cannot_be_read_is_refused_and_no_reason_to_begin_anew(tmp_path, monkeypatch):
+    output = tmp_path / "run"
+    (output / "checkpoint-4").mkdir(parents=True)
+    check_output(output)
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda path, how: Path(path).name != "checkpoint-4" and allowed(path, how))
+    with pytest.raises(UserError, match="checkpoint-4\n  permission denied"):
+        check_output(output)
 
 
 def test_a_byte_that_is_no_text_in_an_older_log_is_no_obstacle(workshop: Workshop, tmp_path):

@@ -71,7 +71,7 @@ class Share:
     def __init__(self, output: Path, id: str) -> None:
         self.path, self.id = output / LOCK, id
         self._descriptor: int | None = None
-        self._looked = 0.0
+        self._looked, self._lost = 0.0, False
 
     def __enter__(self) -> "Share":
         if self.id:
@@ -86,13 +86,14 @@ class Share:
             os.close(self._descriptor)
 
     def check(self) -> None:
-        """Before something is written. Looks at the file twice a second at most."""
-        if self.id and time.monotonic() > self._looked + 0.5:
+        """Before something is written. Looks at the file twice a second at most; what was lost once stays lost."""
+        if self.id and (self._lost or time.monotonic() > self._looked + 0.5):
             self._look()
 
     def _look(self) -> None:
         self._looked = time.monotonic()
         if other := other_owner(self.path, self.id):
+            self._lost = True
             raise taken(self.path.parent, other)
 
 

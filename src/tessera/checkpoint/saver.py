@@ -124,7 +124,7 @@ class Saver:
         try:
             self.failure = None
             if error is not None:
-                if self.first:
+                if self.first and self._may_write():
                     remove(writer.part)
                 last = latest(self.output_dir)
                 kept = f"the last whole checkpoint is {last}" if last else "there is no whole checkpoint"
@@ -135,6 +135,14 @@ class Saver:
                     self.say(told)
         finally:
             self._settled.set()
+
+    def _may_write(self) -> bool:
+        """Whether the folder is still this run's: another that has taken over may write a folder of the same name."""
+        try:
+            self.check()
+        except RunFailed:
+            return False
+        return True
 
     @property
     def settled(self) -> bool:

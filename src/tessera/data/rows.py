@@ -19,6 +19,9 @@ MEANING = {
     **dict.fromkeys(("system", "history"), "only instruction, input and output become text: write it into them"),
 }
 
+SAY_NOTHING = {"special_tokens_mask", "word_ids"}
+"""Keys of tokenized rows that tell of each token what does not change the row."""
+
 
 def check_keys(row: dict[str, Any], origin: Origin, heeded: Collection[str], prompted: bool = False) -> None:
     """Raise UserError for a key beside `heeded` that changes the meaning of the row; others are ignored.
@@ -31,6 +34,27 @@ def check_keys(row: dict[str, Any], origin: Origin, heeded: Collection[str], pro
         ids = row.get("input_ids")
         if not _says_nothing(key, row[key], len(ids) if isinstance(ids, list) else 0):
             raise UserError("datasets", origin, f"`{key}` would change what the row means, and is not heeded", hint)
+    if "input_ids" in heeded:
+        length = len(row["input_ids"])
+        for key in row.keys() - MEANING.keys() - SAY_NOTHING - set(heeded):
+            reason = _of_tokens(row[key], length)
+            if reason and row[key] not in (row["input_ids"], row.get("labels")):
+                raise UserError("datasets", origin, f"`{key}` has {reason}, and is not heeded", "leave the key out")
+
+
+def _of_tokens(value: Any, length: int) -> str:
+    """What a list under a name that nobody knows tells of the row's tokens: then it may mean something else than it
+    seems. "" where it tells nothing."""
+    if not isinstance(value, list) or len(value) < 2 or any(type(item) not in (int, float, bool) for item in value):
+        return ""
+    if len(value) == length and any(item != value[0] for item in value):
+        return "a number for each token"
+    whole = all(type(item) is int for item in value)
+    if whole and min(value) > 0 and sum(value) == length:
+        return "numbers that cut the tokens into documents"
+    if whole and len(value) > 2 and [value[0], value[-1]] == [0, length] and value == sorted(value):
+        return "places that cut the tokens into documents"
+    return ""
 
 
 def _says_nothing(key: str, value: Any, length: int) -> bool:

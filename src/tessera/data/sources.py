@@ -19,12 +19,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Protocol
+from typing import Any, BinaryIO, Literal, NoReturn, Protocol
 
 import numpy as np
 
 from tessera.core.errors import UserError
-from tessera.core.files import SMALL, parse_json
+from tessera.core.files import SMALL, in_words, parse_json
 from tessera.data.rows import check_keys
 from tessera.data.samples import IGNORED, Ids, Origin, Sample
 
@@ -101,13 +101,27 @@ def read_files(datasets: Sequence[DatasetSettings], output_dir: str | Path | Non
 
 
 def _find(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        hint = "give the path of a local text file, a folder of them, or a .jsonl file"
-        raise UserError("datasets", path, "no such file or folder", hint)
-    inside = [file for file in path.rglob("*") if file.is_file()]
-    return sorted(file for file in inside if not any(p.startswith(".") for p in file.relative_to(path).parts))
+    try:
+        if path.is_file():
+            return [path]
+        if path.is_dir():
+            return sorted(file for file in _inside(path) if file.is_file())
+    except OSError as error:
+        raise UserError("datasets", error.filename or path, f"cannot be read: {in_words(error)}") from error
+    hint = "give the path of a local text file, a folder of them, or a .jsonl file"
+    raise UserError("datasets", path, "no such file or folder", hint)
+
+
+def _inside(folder: Path) -> Iterator[Path]:
+    """What a folder holds at any depth but for folders and what is hidden. OSError for one that cannot be listed."""
+
+    def stop(error: OSError) -> NoReturn:
+        raise error
+
+    for place, folders, files in os.walk(folder, onerror=stop):
+        # a disk's lost+found is root's alone
+        folders[:] = [name for name in folders if not name.startswith(".") and name != "lost+found"]
+        yield from (Path(place, name) for name in files if not name.startswith("."))
 
 
 def _without_own(found: list[Path], given: str, output_dir: str | Path | None) -> list[Path]:

@@ -11,7 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tessera.core.errors import UserError
-from tessera.core.files import read_json, read_text
+from tessera.core.files import in_words, read_json, read_text
 from tessera.data.samples import Ids
 
 END_OF_TEXT = "<|endoftext|>"
@@ -64,8 +64,8 @@ def load_tokenizer(path: Path, key: str) -> TextTokenizer:
     The end-of-sequence token is that of tokenizer_config.json, special_tokens_map.json, or config.json's
     eos_token_id, the first that has one. UserError: no such file, not a tokenizer, no end-of-sequence token.
     """
-    folder = path.parent if path.is_file() else path
     backend = read_backend(path, key)
+    folder = path.parent if path.is_file() else path
     _check_complete(backend, folder, key)
     eos_id = _find_eos(backend, folder)
     if eos_id is None:
@@ -76,8 +76,12 @@ def load_tokenizer(path: Path, key: str) -> TextTokenizer:
 
 def read_backend(path: Path, key: str) -> Tokenizer:
     """The tokenizer.json of a folder, or at `path`. UserError: no such file, not a tokenizer."""
-    file = path if path.is_file() else path / "tokenizer.json"
-    if not file.is_file():
+    try:
+        file = path if path.is_file() else path / "tokenizer.json"
+        there = file.is_file()
+    except OSError as error:  # of a folder on the way
+        raise UserError(key, path, in_words(error)) from error
+    if not there:
         hint = "tokenizer: {train: bpe, vocab_size: N} trains one on the data; `tokenizer: folder` names another"
         raise UserError(key, path, "no tokenizer.json there", hint)
     try:
@@ -128,6 +132,8 @@ def _check_complete(backend: Tokenizer, folder: Path, key: str) -> None:
         more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
         names = ", ".join(dict.fromkeys(lacking[:5])) + more
         raise UserError(key, folder / "tokenizer.json", f"lacks tokens, or has them under other ids: {names}", hint)
+    for name, told in _told_otherwise(backend, folder, settings):
+        raise UserError(key, folder / "tokenizer_config.json", f"{name}: {told}", "make the two the same")
     if settings.get("split_special_tokens"):
         raise UserError(key, folder / "tokenizer_config.json", "split_special_tokens is not done", "leave it out")
     wanted, has = settings.get("add_prefix_space"), _adds_space(json.loads(backend.to_str()).get("pre_tokenizer"))
@@ -145,7 +151,7 @@ def _named_elsewhere(folder: Path, settings: dict[str, Any]) -> Iterator[tuple[s
         ("special_tokens_map.json", _read_object(folder / "special_tokens_map.json")),
     ):
         named = [value for name, value in content.items() if name.endswith("_token")]
-        for name in ("additional_special_tokens", "extra_special_tokens"):
+        for name in ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"):
             more = content.get(name) or []
             named += more.values() if isinstance(more, dict) else more if isinstance(more, list) else []
         for token in named:
@@ -158,6 +164,26 @@ def _named_elsewhere(folder: Path, settings: dict[str, Any]) -> Iterator[tuple[s
                 yield file, token["content"], int(number)
     for text, number in _read_object(folder / "added_tokens.json").items():
         yield "added_tokens.json", text, number
+
+
+def _told_otherwise(backend: Tokenizer, folder: Path, settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Tokens of which tokenizer_config.json says something else than the other files, and what."""
+    own, listed = backend.get_added_tokens_decoder(), settings.get("added_tokens_decoder")
+    for number, token in (listed if isinstance(listed, dict) else {}).items():
+        ours = own.get(int(number)) if str(number).isdecimal() and isinstance(token, dict) else None
+        for flag in ("lstrip", "rstrip", "single_word", "normalized"):
+            given, has = token.get(flag) if ours else None, getattr(ours, flag, None)
+            if ours and isinstance(given, bool) and given != has:
+                yield ours.content, f"{flag} is {str(given).lower()}, in tokenizer.json {str(has).lower()}"
+    beside = {} if listed else _read_object(folder / "special_tokens_map.json")  # which is not read beside that
+    one, other = (_text_of(content.get("eos_token")) for content in (settings, beside))
+    if one and other and one != other:
+        yield "eos_token", f"is {one}, in special_tokens_map.json {other}"
+
+
+def _text_of(token: Any) -> str | None:
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
 
 
 def _adds_space(pre_tokenizer: dict[str, Any] | None) -> bool | None:

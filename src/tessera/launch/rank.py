@@ -27,22 +27,29 @@ STACK = "stack.txt"
 
 
 OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+HERE = "LOCAL_WORLD_SIZE"
+"""How many ranks are on this machine; not every launcher says it."""
 
 
 def is_rank() -> bool:
     """Whether a launcher, ours or another, started this process as one of several: it sets all of OF_A_RANK.
 
-    Raises UserError when some of them are set and others are not, or are no numbers that fit one another.
+    Empty ones are as good as not set, and taken out: torch too reads them. Raises UserError when some of them are set
+    and others are not, or are no numbers that fit one another.
     """
-    given = [name for name in OF_A_RANK if os.environ.get(name)]
+    for name in (*OF_A_RANK, HERE):
+        if not os.environ.get(name):
+            os.environ.pop(name, None)
+    given = [name for name in OF_A_RANK if name in os.environ]
     if not given:
+        os.environ.pop(HERE, None)  # left over: it counts the ranks of no launcher
         return False
     if missing := [name for name in OF_A_RANK if name not in given]:
         reason = f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set: one that is started by "
         reason += f"torchrun has all of {', '.join(OF_A_RANK)}"
         raise UserError(given[0], os.environ[given[0]], reason, f"unset {' and '.join(given)}, or set the others too")
     world = _number("WORLD_SIZE", 1, 10**6)
-    here = _number("LOCAL_WORLD_SIZE", 1, world) if os.environ.get("LOCAL_WORLD_SIZE") else world
+    here = _number(HERE, 1, world) if HERE in os.environ else world
     _number("RANK", 0, world - 1)
     _number("LOCAL_RANK", 0, here - 1)
     _number("MASTER_PORT", 1, 65535)

@@ -34,6 +34,9 @@ def check_output(output: Path) -> None:
                 raise UserError("output_dir", path, f"{what}, where a run writes a file", f"move it, or {elsewhere}")
             if path.exists() and not os.access(path, os.R_OK):
                 raise UserError("output_dir", path, "permission denied", f"let this user read it, or {elsewhere}")
+        for path in output.glob("checkpoint-*"):
+            if path.is_dir() and not os.access(path, os.R_OK | os.X_OK):  # it would count as none, and all begin anew
+                raise UserError("output_dir", path, "permission denied", f"let this user read it, or {elsewhere}")
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
