@@ -6,6 +6,7 @@ wrong) and `case.what`, and runs commands with `case.tessera`; what only it can 
 
 import json
 import random
+import re
 import shutil
 import signal
 from collections.abc import Callable, Mapping
@@ -16,6 +17,8 @@ from typing import Any
 from fuzz.subject import HANG, RANKS, Fault, Seen, end, run
 from fuzz.world import World, changes, command, digest, names_in, snapshot
 
+PROBE = re.compile(r"[a-z0-9_]{8}")
+"""What Python's tempfile writes to see whether a folder can be written, and at once removes."""
 KINDS = {
     1: "two runs in one folder",
     2: "a full disk",
@@ -138,7 +141,8 @@ class Case:
             self.wrong(f"{name}: inputs were changed: {', '.join(inputs[:4])}")
         if len(seen.err) > MESSAGE:
             self.wrong(f"{name}: a message of {len(seen.err):,} characters: {seen.err[:80]}...")
-        if seen.code in (0, 1, 2) and (left := [path.name for path in (self.here / "tmp").iterdir()]):
+        left = [path.name for path in (self.here / "tmp").iterdir() if not PROBE.fullmatch(path.name)]
+        if seen.code in (0, 1, 2) and left:
             self.wrong(f"{name}: left in TMPDIR: {', '.join(left[:3])}", kind=4)
         if seen.code == 0 and RANKS in seen.out and int(seen.out.split(RANKS)[1].split()[0]) > LARGEST_WORLD:
             self.wrong(f"{name}: takes {seen.out.split(RANKS)[1].split()[0]} processes for a run")

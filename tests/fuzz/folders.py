@@ -263,7 +263,8 @@ def _compare_tokens(folder: Path) -> None:
         return
     expected = [ids[:-1] if ids and ids[-1] == ours.eos_id else ids for ids in expected]
     for text, one, other in zip(TOKEN_TEXTS, found, expected, strict=True):
-        if one != other:
+        doubled = other[:2] == [ours.eos_id] * 2  # what opens a text once more before a text that begins with it
+        if one != (other[1:] if doubled else other):
             print(f"{text!r}: {one}, AutoTokenizer {other}", file=sys.stderr)
             raise SystemExit(3)
     if theirs.eos_token_id is not None and theirs.eos_token_id != ours.eos_id:

@@ -27,7 +27,7 @@ from train.runs import Workshop, command, environment, exported, metrics, run
 LAYOUTS: dict[str, dict[str, Any]] = {
     "fsdp 2": {"dp_shard_size": 2},
     "1d 2": {"tensor_parallel_size": 2},
-    "2d row 2": {"tensor_parallel_mode": "2d", "tensor_parallel_mesh": {"row": 2, "col": 1}},
+    "2d row 2": {"tensor_parallel_mode": "2d", "tensor_parallel_mesh": {"row": 2, "col": 1}, "micro_batch_size": 2},
 }
 MOMENTS = ("in a step", "in a save", "at the start", "in a step", "in a save")
 VICTIMS = ("the launcher", "rank 0", "rank 1", "everything")  # five and four: twenty kills have every pair

@@ -266,11 +266,11 @@ def whole_checkpoints(output_dir: Path) -> list[Path]:
 def latest(output_dir: Path) -> Path | None:
     """The checkpoint that LATEST names, or, where that is not whole, the newest whole one."""
     whole = whole_checkpoints(output_dir)
-    named = _latest_name(output_dir)
+    named = latest_name(output_dir)
     return next((path for path in whole if path.name == named), whole[-1] if whole else None)
 
 
-def _latest_name(output_dir: Path) -> str:
+def latest_name(output_dir: Path) -> str:
     try:
         return read_bytes(output_dir / LATEST, LATEST, limit=300).decode("utf-8").strip()
     except ValueError:  # a UserError is one: it is no file, or too large for a name
@@ -289,7 +289,7 @@ def set_aside(output_dir: Path, resume: Path | None, step: int) -> list[str]:
     for path in whole:
         if path not in own and int(path.name.partition("-")[2]) > (step if own else 0):
             try:
-                if path.name == _latest_name(output_dir):
+                if path.name == latest_name(output_dir):
                     (output_dir / LATEST).unlink()
                 new = path.rename(free_name(output_dir / f"abandoned-{path.name}"))
                 lines.append(f"a checkpoint that this run does not continue is now {new}")

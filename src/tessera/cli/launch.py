@@ -89,7 +89,8 @@ export TESSERA_MAIN="$main" PYTHONUNBUFFERED=1
 srun --kill-on-bad-exit=0 bash -c '
 exec {train} \\
     --num-machines "$SLURM_NNODES" --machine-rank "$SLURM_NODEID" \\
-    --main-process-ip "$TESSERA_MAIN" --main-process-port {port}
+    --main-process-ip "$TESSERA_MAIN" --main-process-port {port} \\
+    ${{SLURM_RESTART_COUNT:+--take-over}}
 ' &
 step=$!
 

@@ -134,6 +134,10 @@ def _check_complete(backend: Tokenizer, folder: Path, key: str) -> None:
         raise UserError(key, folder / "tokenizer.json", f"lacks tokens, or has them under other ids: {names}", hint)
     for name, told in _told_otherwise(backend, folder, settings):
         raise UserError(key, folder / "tokenizer_config.json", f"{name}: {told}", "make the two the same")
+    normalizer = json.dumps(json.loads(backend.to_str()).get("normalizer"))
+    if str(settings.get("tokenizer_class")).startswith("LlamaTokenizer") and '"Prepend"' in normalizer:
+        reason = "prepends a space by its normalizer; transformers builds a LlamaTokenizer anew without, with other ids"
+        raise UserError(key, folder / "tokenizer.json", reason, hint)
     if settings.get("split_special_tokens"):
         raise UserError(key, folder / "tokenizer_config.json", "split_special_tokens is not done", "leave it out")
     wanted, has = settings.get("add_prefix_space"), _adds_space(json.loads(backend.to_str()).get("pre_tokenizer"))

@@ -6,8 +6,10 @@ import hashlib
 import os
 import re
 import signal
+import socket
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from tessera.checkpoint.lock_file import boot_id
@@ -53,6 +55,10 @@ def is_rank() -> bool:
     _number("RANK", 0, world - 1)
     _number("LOCAL_RANK", 0, here - 1)
     _number("MASTER_PORT", 1, 65535)
+    try:
+        socket.getaddrinfo(os.environ["MASTER_ADDR"], None)
+    except (OSError, UnicodeError) as error:
+        raise UserError("MASTER_ADDR", os.environ["MASTER_ADDR"], f"cannot be resolved: {error}") from None
     if os.environ.get(LAUNCHER):
         _number(LAUNCHER, 1, 2**31)
     return True
@@ -85,15 +91,20 @@ def as_rank(work: Callable[[bool], None]) -> None:
         _show_stack_when_asked()
     from torch.distributed.elastic.multiprocessing.errors import record  # torch: a launcher does without it
 
+    code = 0
     try:
         record(work)(ours)
-    except Exception as error:
+    except Exception as error:  # the launcher tells it
         if not ours:
             raise
-        # The launcher tells it. Exit handlers might wait for peers that will not answer any more.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(USER_ERROR if isinstance(error, UserError) else 1)
+        code = USER_ERROR if isinstance(error, UserError) else 1
+    if ours:
+        # At once: exit handlers might wait for peers that will not answer any more, and a thread of gloo that frees a
+        # tensor while the interpreter ends aborts the process, the run of which is done and whole.
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
 
 
 def _show_stack_when_asked() -> None:

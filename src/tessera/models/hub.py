@@ -130,7 +130,7 @@ def _check_tied_pair(folder: Path, entries: dict[str, TensorEntry], tensor: Stor
         return
     one, other = entries[name], entries[HEAD]
     same = (one.dtype, one.shape) == (other.dtype, other.shape)
-    with safe_open(one.file, "pt") as a, safe_open(other.file, "pt") as b:
+    with _opened(one.file) as a, _opened(other.file) as b:
         rows = 4096  # a block of them at a time
         for i in range(0, tensor.shape[0] if same else 0, rows):
             same &= torch.equal(a.get_slice(name)[i : i + rows], b.get_slice(HEAD)[i : i + rows])
@@ -147,6 +147,14 @@ def _warn_unused(
     if unused:
         more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
         warnings.warn(f"{folder}: not used by the model of config.json: {', '.join(unused[:3])}{more}", stacklevel=3)
+
+
+def _opened(file: Path) -> Any:
+    """A safetensors file, open. Raises UserError for what the library does not take."""
+    try:
+        return safe_open(file, "pt")
+    except Exception as error:  # SafetensorError, or what its reader of files raises
+        raise broken(file, f"cannot be read by safetensors: {error}") from error
 
 
 # ------------------------------------------------------------------------------------------- in each process
@@ -171,7 +179,7 @@ class StoredParameters:
     def __enter__(self) -> "StoredParameters":
         with ExitStack() as stack:
             paths = {entry.file for entry in self._entries.values()}
-            self._files = {path: stack.enter_context(safe_open(path, "pt")) for path in paths}
+            self._files = {path: stack.enter_context(_opened(path)) for path in paths}
             self._stack = stack.pop_all()
         return self
 

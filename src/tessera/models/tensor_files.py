@@ -102,9 +102,12 @@ def _read_header(file: Path) -> dict[str, TensorEntry]:
             file, f"is not a safetensors file, or is cut off in its header ({size} bytes)", _pointer_hint(file)
         )
     try:
-        entries = {name: entry for name, entry in parse_json(header).items() if name != "__metadata__"}
+        entries = dict(parse_json(header).items())
     except (ValueError, AttributeError) as error:
         raise broken(file, f"its header cannot be parsed: {error}") from error
+    told = entries.pop("__metadata__", {})
+    if not (isinstance(told, dict) and all(isinstance(text, str) for text in told.values())):
+        raise broken(file, "its header cannot be parsed: __metadata__ is no object of texts")
     _check_offsets(file, entries, size - 8 - length)
     return {name: TensorEntry(file, entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
 

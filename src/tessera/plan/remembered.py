@@ -12,6 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from tessera.core.files import read_json
+
 _FORMAT = "tessera schedules, 2"
 
 
@@ -46,8 +48,8 @@ class Remembered:
 
     def _measured(self) -> dict[str, Any]:
         try:
-            whole = json.loads(self.path.read_text())
-        except (OSError, ValueError, RecursionError):
+            whole = read_json(self.path, "measured")
+        except ValueError:  # a UserError is one
             return {}
         ours = isinstance(whole, dict) and whole.get("format") == _FORMAT
         measured = whole.get("measured") if ours else None

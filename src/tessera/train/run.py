@@ -4,12 +4,13 @@ Made by the launcher, or by rank 0 where another launcher has started the ranks.
 in it (`bf16: auto`, schedule auto): the ranks agree on that. Nothing here touches a GPU.
 """
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from tessera.checkpoint.folder import latest, read_state
+from tessera.checkpoint.folder import latest, latest_name, read_state
 from tessera.checkpoint.lock import RunLock
 from tessera.checkpoint.sweep import sweep
 from tessera.config.schema import TrainConfig
@@ -99,6 +100,11 @@ def checkpoint_to_resume(config: TrainConfig) -> Path | None:
     """The checkpoint that the config's resume keys mean, None to begin anew. Raises UserError when it is not whole."""
     wanted, output = config.resume_from_checkpoint, Path(config.output_dir)
     last = latest(output)
+    named = output / latest_name(output)
+    if (wanted is True or config.auto_resume_from_checkpoints) and named.is_symlink() and not named.exists():
+        reason = f"the newest checkpoint, {named}, is a link to {os.readlink(named)}, which is not there"
+        hint = "mount that disk, or name the checkpoint to go on from"
+        raise UserError("resume_from_checkpoint", wanted, reason, hint)
     if isinstance(wanted, str):
         resume = Path(wanted)
     elif last and (wanted or config.auto_resume_from_checkpoints):
