@@ -175,6 +175,41 @@ def test_a_killed_launcher_ends_the_other_machine_too(workshop, tmp_path, machin
     assert left_over() == []
 
 
+REACHES = """
+import socket, sys
+for port in map(int, sys.argv[2:]):
+    try:
+        socket.create_connection((sys.argv[1], port), 2).close()
+        print(port)
+    except OSError:
+        pass
+"""
+
+
+@pytest.mark.slow
+def test_a_neighbour_reaches_no_port_of_a_run_on_one_machine(workshop, tmp_path, network):
+    """From another namespace on its network nothing answers, so that it can list, write or stop nothing."""
+    settings = workshop.settings("llama", tmp_path / "run", tensor_parallel_size=2, max_steps=100_000)
+    words = ["ip", "netns", "exec", NAMES[0], *command(settings)]
+    run_there = subprocess.Popen(words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        wait_for_step(settings, 2, [run_there])
+        rows = [line.split() for line in Path(f"/proc/{run_there.pid}/net/tcp").read_text().splitlines()[1:]]
+        ports = sorted({str(int(row[1].partition(":")[2], 16)) for row in rows if row[3] == "0A"})  # those that listen
+        assert ports
+
+        def reached(name: str, address: str) -> list[str]:
+            asked = ["ip", "netns", "exec", name, sys.executable, "-c", REACHES, address, *ports]
+            return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()
+
+        assert reached(NAMES[1], "10.99.0.1") == []
+        assert set(reached(NAMES[0], "127.0.0.1")) & set(ports), "there was something to reach"
+        assert run_there.poll() is None
+    finally:
+        run_there.terminate()
+        run_there.communicate(timeout=60)
+
+
 # ---- One machine
 
 
