@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from tessera.checkpoint.folder import METADATA, STATE, read_state, verify
+from tessera.checkpoint.folder import METADATA, STATE, verify
 from tessera.checkpoint.reader import Reader, read_into, reason_of
 from tessera.checkpoint.saver import Writer
 from tessera.checkpoint.state import RunState, Source
@@ -89,7 +89,8 @@ def _check_target(target: Path) -> None:
 def _to_hugging_face(
     source: Path, target: Path, config: Path | None, dtype: torch.dtype | None, max_shard_bytes: int
 ) -> str:
-    state = read_state(source)
+    reader = Reader(source)
+    state = reader.state
     beside = state.source
     folder = config or Path(beside.folder)
     if not os.path.isfile(folder / "config.json"):
@@ -102,7 +103,6 @@ def _to_hugging_face(
         raise UserError("--config", tokenizer, reason, "give a folder with config.json and the tokenizer's files")
     model = read_model_config(folder)
     shapes = parameter_shapes(model)
-    reader = Reader(source)
     check_model(reader, {MODEL + name: shape for name, shape in shapes.items()}, MODEL)
     verify(source)
     dtype = dtype or _stored_dtype(reader)

@@ -136,15 +136,20 @@ def _sync(folder: Path) -> None:
 
 
 def read_state(folder: Path) -> RunState:
-    """The JSON part of a checkpoint. UserError: another format, or a file is missing, too short or (if small) altered.
+    """The JSON part of a checkpoint. Raises as `read_checkpoint`."""
+    return read_checkpoint(folder)[0]
 
-    Every tensor's parts are checked too, before any is read. The sums of the large files are left to `verify`, which
-    takes as long as reading them.
+
+def read_checkpoint(folder: Path) -> tuple[RunState, Metadata]:
+    """What a checkpoint says of its run, and of its tensors.
+
+    UserError: another format, or a file is missing, too short or (if small) altered. Every tensor's parts are checked
+    too, before any is read. The sums of the large files are left to `verify`, which takes as long as reading them.
     """
     if not os.path.lexists(folder / SUMS):
         raise _without_sums(folder)
     sums = read_sums(folder)
-    text, metadata = _unaltered(folder, STATE, sums), read_metadata(folder, sums)
+    text, metadata = _unaltered(folder, STATE, sums), _read_metadata(folder, sums)
     found = _format(folder, text)
     if found != FORMAT:
         raise _other_format(folder, found)
@@ -153,10 +158,10 @@ def read_state(folder: Path) -> RunState:
     except ValueError as error:
         raise not_whole(folder, f"{STATE}: {error}") from error
     _check_files(folder, sums, metadata)
-    return state
+    return state, metadata
 
 
-def read_metadata(folder: Path, sums: Mapping[str, str]) -> Metadata:
+def _read_metadata(folder: Path, sums: Mapping[str, str]) -> Metadata:
     """What .metadata says. Raises UserError for anything that is no checkpoint's; nothing that it names is called."""
     try:
         return metadata_of(_unaltered(folder, METADATA, sums))

@@ -13,17 +13,18 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 
-from tessera.checkpoint.folder import read_metadata, read_sums
+from tessera.checkpoint.folder import read_checkpoint
 from tessera.core.errors import UserError
 from tessera.core.files import in_words, open_file
 
 
 class Reader(dcp.FileSystemReader):
-    """Reads from one checkpoint, whose metadata is read and checked once. UserError: it is no checkpoint's."""
+    """Reads from one checkpoint, of which state and metadata are read and checked once. Raises as `read_checkpoint`."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.folder, self.metadata = folder, read_metadata(folder, read_sums(folder))
+        self.folder = folder
+        self.state, self.metadata = read_checkpoint(folder)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """What the constructor has read, for DCP."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from tessera.checkpoint.folder import read_state, verify
+from tessera.checkpoint.folder import verify
 from tessera.checkpoint.reader import Reader, read_into
 from tessera.checkpoint.state import RunState
 from tessera.core.collectives import gathered
@@ -51,16 +51,15 @@ def load(folder: Path, model: Decoder, optimizer: torch.optim.Optimizer) -> RunS
     A checkpoint without optimizer state leaves `optimizer` as it is. Raises UserError, before any tensor is read, when
     the folder is not a whole checkpoint of this model or a file of it is altered.
     """
-    state, tensors = read_state(folder), model_tensors(model)
-    if state.optimizer:
+    reader, tensors = Reader(folder), model_tensors(model)
+    if reader.state.optimizer:
         tensors |= optimizer_tensors(model, optimizer)
-    reader = Reader(folder)
     of_ranks = gathered({name: tuple(tensor.shape) for name, tensor in tensors.items()}, model.parallel.mesh.world)
     check_model(reader, {name: shape for shapes in of_ranks for name, shape in shapes.items()})
     verify(folder)
     with alone_is_fine():
         read_into(reader, tensors)
-    return state
+    return reader.state
 
 
 def check_model(reader: Reader, shapes: Mapping[str, Sequence[int]], only: str = "") -> None:
