@@ -72,25 +72,33 @@ def test_a_second_start_is_refused_in_one_line_and_nothing_changes(tmp_path):
     assert list(tmp_path.iterdir()) == [], "a run that ended well leaves no lock, nor folders made for it"
 
 
+def starts_at_once(output: Path, count: int) -> tuple[list[RunLock], list[RunLock]]:
+    """So many starts in one folder at one moment: those that have locked it, and those that were refused."""
+    won: list[RunLock] = []
+    refused: list[RunLock] = []
+    go = threading.Barrier(count)
+
+    def start() -> None:
+        own = RunLock()
+        go.wait()
+        try:
+            own.take(output)
+            won.append(own)
+        except InUse:
+            refused.append(own)
+
+    threads = [threading.Thread(target=start) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return won, refused
+
+
 def test_of_starts_at_once_one_wins(tmp_path):
     for attempt in range(5):
-        won, refused, go = [], [], threading.Barrier(6)
         output = tmp_path / f"run-{attempt}"
-
-        def start(output=output, won=won, refused=refused, go=go) -> None:
-            own = RunLock()
-            go.wait()
-            try:
-                own.take(output)
-                won.append(own)
-            except InUse:
-                refused.append(own)
-
-        threads = [threading.Thread(target=start) for _ in range(6)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        won, refused = starts_at_once(output, 6)
         assert len(won) == 1 and len(refused) == 5
         owner = read_owner(output / LOCK)
         assert owner is not None and owner.id == won[0].id
@@ -318,22 +326,7 @@ def test_without_locks_the_beat_serves(tmp_path, monkeypatch, capsys, number):
 
 def test_without_locks_one_of_two_starts_wins(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", without_locks(errno.ENOLCK))
-    won, refused, go = [], [], threading.Barrier(4)
-
-    def start() -> None:
-        own = RunLock()
-        go.wait()
-        try:
-            own.take(tmp_path)
-            won.append(own)
-        except InUse:
-            refused.append(own)
-
-    threads = [threading.Thread(target=start) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    won, refused = starts_at_once(tmp_path, 4)
     assert len(won) == 1 and len(refused) == 3
     won[0].__exit__(None)
 

@@ -2,40 +2,38 @@
 
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 
-def mounted(folder: Path, options: str) -> None:
-    """Mount a file system in memory with these `options` at `folder`."""
+@contextmanager
+def mounted(folder: Path, options: str) -> Iterator[Path]:
+    """A file system in memory with these `options`, mounted at `folder`."""
     folder.mkdir()
     words = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"mounting is refused here: {done.stderr.strip()}")
-
-
-def unmount(folder: Path) -> None:
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own, of 30 MB."""
-    folder = tmp_path / "disk"
-    mounted(folder, "size=30m")
-    yield folder
-    unmount(folder)
+    with mounted(tmp_path / "disk", "size=30m") as folder:
+        yield folder
 
 
 @pytest.fixture
 def few_files(tmp_path: Path) -> Iterator[Path]:
     """One that takes 20 files and folders."""
-    folder = tmp_path / "disk"
-    mounted(folder, "nr_inodes=20")
-    yield folder
-    unmount(folder)
+    with mounted(tmp_path / "disk", "nr_inodes=20") as folder:
+        yield folder
 
 
 def leave_free(folder: Path, left: int) -> None:
