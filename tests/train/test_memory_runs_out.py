@@ -17,7 +17,7 @@ import torch
 
 from support.forked import forkserver
 from tessera.config.schema import TrainConfig
-from tessera.core.exhausted import host_bytes_free, in_words, kernel_kills, ran_out
+from tessera.core.exhausted import host_bytes_free, kernel_kills, memory_in_words, ran_out
 from tessera.core.text import human
 from tessera.plan.count import counted_step
 from tessera.train.less_memory import held_bytes, less_memory
@@ -120,7 +120,7 @@ def test_a_rank_that_the_kernel_kills_for_memory(workshop: Workshop, tmp_path, s
 )
 def test_errors_that_mean_it(error, asked):
     assert ran_out(error)
-    told = in_words(error, CPU)
+    told = memory_in_words(error, CPU)
     assert told.startswith("memory ran out on the host") and told.endswith(" free")
     assert (f": {asked} asked for, " in told) if asked else "asked" not in told
 

@@ -42,11 +42,8 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any], defaults: Mappi
             lines.append(f"resuming without {_shown(key)}, the checkpoint was made with {_shown(then[key])}")
         elif (before := then.get(key, defaults.get(key, now[key]))) != now[key]:
             lines.append(f"resuming with {key}: {_shown(now[key])}, the checkpoint was made with {_shown(before)}")
-    return (
-        lines
-        if len(lines) <= MOST
-        else [*lines[:MOST], f"and {len(lines) - MOST} other keys that are not as they were"]
-    )
+    more = len(lines) - MOST
+    return [*lines[:MOST], f"and {more} other keys that are not as they were"] if more > 0 else lines
 
 
 def _shown(value: object) -> str:

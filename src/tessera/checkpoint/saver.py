@@ -38,7 +38,7 @@ from tessera.checkpoint.reader import reason_of
 from tessera.checkpoint.state import RunState
 from tessera.checkpoint.tensors import alone_is_fine, model_tensors, optimizer_tensors
 from tessera.core.errors import RunFailed
-from tessera.core.exhausted import in_words, ran_out
+from tessera.core.exhausted import memory_in_words, ran_out
 from tessera.core.files import free_name, remove
 from tessera.core.text import human
 from tessera.core.writing import writing
@@ -213,7 +213,7 @@ class HostCopies(AsyncStager):
             self.error, staged = error, tensors
             if ran_out(error):
                 copies = human(sum(to_local(tensor).nbytes for tensor in tensors.values()))
-                told = f"{in_words(error)}, for copies of {copies}; save_async: false needs none"
+                told = f"{memory_in_words(error)}, for copies of {copies}; save_async: false needs none"
                 self.error = RunFailed(told)
         return staged
 

@@ -10,7 +10,7 @@ from rich.progress import track
 
 from tessera.core import terminal
 from tessera.core.errors import UserError
-from tessera.core.files import check_target_folder, writing
+from tessera.core.files import check_target_folder, writing_target
 from tessera.layout.shape import StepShape
 from tessera.models.config import ModelConfig
 from tessera.nn.rope import RopeConfig
@@ -56,7 +56,7 @@ def count(
         raise UserError("--memory", memory, "is not the memory of a device, in GB", "for example 80")
     if output is not None:
         check_target_folder(output, "--output")
-        with writing(output, "--output"):
+        with writing_target(output, "--output"):
             output.mkdir(parents=True, exist_ok=True)
     config = _model(model, layers)
     shape = StepShape(batch, sequence)
@@ -71,7 +71,7 @@ def count(
     for line in left_out(lines):
         console.print(line)
     if output is not None:
-        with writing(output, "--output"):
+        with writing_target(output, "--output"):
             (output / "scale.md").write_text(markdown(title, lines))
             draw(title, lines, output)
         console.print(f"written: {output}/scale.md, scale.svg, scale.png")

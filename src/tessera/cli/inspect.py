@@ -17,7 +17,7 @@ from tessera.core import device as devices
 from tessera.core import terminal
 from tessera.core.axes import AXES, DATA_AXES, MODEL_AXES
 from tessera.core.errors import UserError
-from tessera.core.files import writing
+from tessera.core.files import writing_target
 from tessera.core.mesh import Mesh
 from tessera.inspect.held import (
     Held,
@@ -50,7 +50,7 @@ def inspect(
     config, notes = load_config(config_path, overrides)
     report = report_on(config, weight, activation)
     if picture is not None:
-        with writing(picture, "--picture"):
+        with writing_target(picture, "--picture"):
             draw(report.title, report.inspection.mesh, report.grids, picture)
     if as_json:
         terminal.say(json.dumps(json_report(report), ensure_ascii=False, indent=1))

@@ -8,7 +8,7 @@ from pathlib import Path
 from tessera.config.load import load_config
 from tessera.core import terminal
 from tessera.core.errors import UserError
-from tessera.core.files import check_target, writing
+from tessera.core.files import check_target, writing_target
 from tessera.launch.options import PORT
 
 SAVING_SECONDS = 120
@@ -50,7 +50,7 @@ def launch(config: Path, job: Job, overrides: Sequence[str], slurm: bool, output
     if output is None:
         terminal.say(text.removesuffix("\n"))
     else:
-        with writing(output, "--output"):
+        with writing_target(output, "--output"):
             output.write_text(text)
 
 

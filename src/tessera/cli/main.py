@@ -269,7 +269,7 @@ def main() -> None:
 def _of_the_system(error: Exception) -> str | None:
     """What to tell of a file that failed, or of memory that ran out, where nothing below has; None for a defect."""
     if exhausted.ran_out(error):
-        return exhausted.in_words(error)
+        return exhausted.memory_in_words(error)
     if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
         return why(error, Path(os.fsdecode(error.filename)))
     return None

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from tessera.core.errors import UserError, cut_short
-from tessera.core.files import read_text
+from tessera.core.files import SURROGATE, read_text
 
 BYTES = 2**18
 """Of a config file; PyYAML reads about as many in a second."""
@@ -25,7 +25,6 @@ KEYS = 500
 """Keys of one mapping; all that are known, of other tools too, are fewer."""
 DIGITS = 1000
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
-_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 class _Loader(yaml.SafeLoader):
@@ -61,7 +60,7 @@ class _Loader(yaml.SafeLoader):
         except Exception as error:  # PyYAML leaves those of int(), date() and its tables as they are
             kind = node.tag.rpartition(":")[2]
             raise _refused(f"{cut_short(node.value, 60)!r} is not of type {kind}", node.start_mark) from error
-        if isinstance(value, str) and _SURROGATE.search(value):
+        if isinstance(value, str) and SURROGATE.search(value):
             raise _refused("a text holds half of a surrogate pair", node.start_mark)
         return value
 

@@ -35,7 +35,7 @@ def ran_out(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
-def in_words(error: BaseException, device: "torch.device | None" = None) -> str:
+def memory_in_words(error: BaseException, device: "torch.device | None" = None) -> str:
     """One line: of what memory, how many bytes were asked for, and how many are free."""
     text = str(error)
     on_gpu = device is not None and device.type == "cuda" and ("CUDA" in text or "CUBLAS" in text)

@@ -43,7 +43,8 @@ _WORDS = {
     errno.EIO: "the disk reports an error",
     errno.ESTALE: "the network file system has lost it",
 }
-_SURROGATE = re.compile(r"[\ud800-\udfff]")
+SURROGATE = re.compile(r"[\ud800-\udfff]")
+"""Half of a character: JSON and YAML can write it, no file and no tokenizer takes it."""
 
 
 def in_words(error: OSError | ValueError) -> str:
@@ -73,7 +74,7 @@ def usable_path(text: str) -> str:
 
 
 @contextmanager
-def writing(path: Path, key: str) -> Iterator[None]:
+def writing_target(path: Path, key: str) -> Iterator[None]:
     """Turn the system's refusal to write `path`, which the option `key` named, into a UserError."""
     try:
         yield
@@ -222,7 +223,7 @@ def parse_json(text: str | bytes) -> Any:
         value = json.loads(text)
     except RecursionError:
         raise ValueError(f"nested deeper than {DEPTH} levels") from None
-    _check(value, halves="\\u" in text or _SURROGATE.search(text) is not None)
+    _check(value, halves="\\u" in text or SURROGATE.search(text) is not None)
     return value
 
 
@@ -230,7 +231,7 @@ def _check(value: Any, halves: bool) -> None:
     """Raise ValueError for what json admits and nothing after it can take: too many levels, halves of a character."""
     level, depth = [value], 0
     while level := [item for item in level if isinstance(item, dict | list | str)]:
-        if halves and any(isinstance(item, str) and _SURROGATE.search(item) for item in level):
+        if halves and any(isinstance(item, str) and SURROGATE.search(item) for item in level):
             raise ValueError("a text holds half of a surrogate pair")
         inner: list[Any] = []
         for item in level:

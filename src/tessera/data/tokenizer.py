@@ -98,9 +98,8 @@ def read_backend(path: Path, key: str) -> Tokenizer:
 def named_token(backend: Tokenizer, folder: Path, name: str) -> int | None:
     """The id of the token that the tokenizer files of `folder` call `name` (such as "bos_token")."""
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
-        token = _read_object(folder / file).get(name)
-        text = token.get("content") if isinstance(token, dict) else token
-        if isinstance(text, str) and (number := backend.token_to_id(text)) is not None:
+        text = text_of(_read_object(folder / file).get(name))
+        if text is not None and (number := backend.token_to_id(text)) is not None:
             return number
     return None
 
@@ -159,8 +158,7 @@ def _named_elsewhere(folder: Path, settings: dict[str, Any]) -> Iterator[tuple[s
             more = content.get(name) or []
             named += more.values() if isinstance(more, dict) else more if isinstance(more, list) else []
         for token in named:
-            text = token.get("content") if isinstance(token, dict) else token
-            if isinstance(text, str):
+            if (text := text_of(token)) is not None:
                 yield file, text, None
         listed = content.get("added_tokens_decoder")
         for number, token in (listed if isinstance(listed, dict) else {}).items():
@@ -180,12 +178,13 @@ def _told_otherwise(backend: Tokenizer, folder: Path, settings: dict[str, Any]) 
             if ours and isinstance(given, bool) and given != has:
                 yield ours.content, f"{flag} is {str(given).lower()}, in tokenizer.json {str(has).lower()}"
     beside = {} if listed else _read_object(folder / "special_tokens_map.json")  # which is not read beside that
-    one, other = (_text_of(content.get("eos_token")) for content in (settings, beside))
+    one, other = (text_of(content.get("eos_token")) for content in (settings, beside))
     if one and other and one != other:
         yield "eos_token", f"is {one}, in special_tokens_map.json {other}"
 
 
-def _text_of(token: Any) -> str | None:
+def text_of(token: Any) -> str | None:
+    """The text of a token as tokenizer files name it: alone, or with its flags. None: they name none."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None
 

@@ -14,7 +14,7 @@ import torch
 
 from tessera.core.device import dtype_name
 from tessera.core.files import read_json
-from tessera.data.tokenizer import named_token, read_backend, special_ids, token_ids
+from tessera.data.tokenizer import named_token, read_backend, special_ids, text_of, token_ids
 from tessera.models.config import ModelConfig
 from tessera.models.families.table import FAMILIES
 
@@ -34,7 +34,7 @@ TEMPLATES = "additional_chat_templates"
 
 
 def read_generation_config(source: Path) -> dict[str, Any]:
-    """generation_config.json of a model folder; empty where there is none. UserError: it is no JSON object."""
+    """generation_config.json of a model folder; empty where there is none. UserError: it is not JSON."""
     return _read_object(source / GENERATION)
 
 
@@ -88,9 +88,7 @@ def _name_end(folder: Path, end: str) -> None:
     """Make `end` the eos_token of the tokenizer's files in `folder`; files that say so already stay byte for byte."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         content = _read_object(folder / name)
-        given = content.get("eos_token")
-        said = given.get("content") if isinstance(given, dict) else given
-        if said != end and (content or name == "tokenizer_config.json"):
+        if text_of(content.get("eos_token")) != end and (content or name == "tokenizer_config.json"):
             write_json(folder / name, content | {"eos_token": end})
 
 

@@ -9,7 +9,7 @@ import torch
 
 from tessera.checkpoint.folder import latest
 from tessera.core.errors import RunFailed, UserError
-from tessera.core.exhausted import in_words, ran_out
+from tessera.core.exhausted import memory_in_words, ran_out
 from tessera.core.writing import why
 from tessera.train.less_memory import less_memory
 from tessera.train.run import Run
@@ -28,7 +28,7 @@ def failing_in_words(run: Run, device: torch.device) -> Iterator[Where]:
     except Exception as error:
         rank = os.environ.get("RANK", "0")
         if ran_out(error):
-            lines = [f"rank {rank}, {where}: {in_words(error, device)}"]
+            lines = [f"rank {rank}, {where}: {memory_in_words(error, device)}"]
             more = advice(run, device, copies=where.phase == "save")
         elif isinstance(error, OSError) and error.errno is not None:
             lines, more = [f"rank {rank}, {where}: {why(error, Path(run.config.output_dir))}"], []
