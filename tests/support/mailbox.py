@@ -1,9 +1,9 @@
 """Collectives between the ranks of a pool through files in memory, for what `core/collectives.py` hands over.
 
-A collective of gloo takes some seventy system calls of each rank and wakes many threads: of a step of a tiny model on
-four ranks they were three quarters of the CPU time (40 ms, here 10). These compute the same, sums in rank order; what
-is left out, or comes in another order, fails as with gloo. Tests of the collectives themselves, of memory and of real
-runs use gloo, and with `TESSERA_TEST_GLOO=1`, as in `make test-all`, all do.
+A collective of gloo makes many system calls on each rank and wakes threads, which is most of the CPU time of a step of
+a tiny model (docs/decisions/0018-pools-without-gloo.md). These compute the same, sums in rank order; what is left out,
+or comes in another order, fails as with gloo. Tests of the collectives themselves, of memory and of real runs use gloo,
+and with `TESSERA_TEST_GLOO=1`, as in `make test-all`, all do.
 
 A message is a file that its receiver removes: `group-number-sender-receiver`, linked to that name once it is written.
 """

@@ -14,8 +14,8 @@ SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
 class AdamW(torch.optim.AdamW):
     """torch's AdamW on the shards themselves; state stays DTensors, as checkpoints want it.
 
-    Through DTensors torch would work out for every new mesh how AdamW is sharded, a second on the first step, and look
-    it up on each step, while every shard only needs its own numbers.
+    Through DTensors torch would work out for every new mesh how AdamW is sharded, and look it up on
+    each step, while every shard only needs its own numbers.
     """
 
     def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
