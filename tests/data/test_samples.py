@@ -1,6 +1,7 @@
 """Rows come back from disk as they went there; unigram entropy is what its formula says."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -52,3 +53,11 @@ def test_unigram_entropy_of_even_tokens_is_the_logarithm_of_their_number(tmp_pat
     train = saved(tmp_path, "train", row([0, *range(64)]))
     even = saved(tmp_path, "eval", row([0, *range(64)]))
     assert unigram_entropy(train, even, 64) == pytest.approx(math.log(64), rel=1e-12)
+
+
+def test_places_in_documents_are_kept_where_a_row_has_several(tmp_path):
+    packed = replace(row([5, 6, 7, 8]), positions=np.array([0, 1, 0, 1], np.int32))
+    rows = saved(tmp_path / "a", "train", packed, row([9, 9]))
+    assert [rows.positions(i).tolist() for i in range(2)] == [[0, 1, 0, 1], [0, 1]]
+    assert packed.cut(3).positions.tolist() == [0, 1, 0]
+    assert saved(tmp_path / "b", "train", row([9, 9])).positions(0) is None
