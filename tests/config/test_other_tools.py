@@ -86,10 +86,17 @@ def test_plugins_whose_work_changes_nothing_pass(plugin):
 
 
 TWO_VALUES = {
-    str: ("./x", "./y"), int: (3, 4), float: (3.0, 4.0), bool: (True, 3), "optimizer": ("adamw_torch", "adamw_torch_fused"),
-    "lr_scheduler": ("linear", "constant"), "excess_length_strategy": ("raise", "truncate"), "tokenizer": ("./x", "./y"),
-    "tensor_parallel_size": (2, 4), "base_model": ("./x", "./y"),
-}  # fmt: skip
+    str: ("./x", "./y"),
+    int: (3, 4),
+    float: (3.0, 4.0),
+    bool: (True, 3),
+    "optimizer": ("adamw_torch", "adamw_torch_fused"),
+    "lr_scheduler": ("linear", "constant"),
+    "excess_length_strategy": ("raise", "truncate"),
+    "tokenizer": ("./x", "./y"),
+    "tensor_parallel_size": (2, 4),
+    "base_model": ("./x", "./y"),
+}
 
 
 @pytest.mark.parametrize("theirs", sorted(compat.TOP.ours))
@@ -132,14 +139,23 @@ def test_a_timeout_in_seconds_becomes_minutes():
         ({"fsdp_config": {"sharding_strategy": "SHARD_GRAD_OP"}}, {"fsdp_config": {"reshard_after_forward": False}}),
         ({"fsdp_config": {"fsdp_sharding_strategy": 2}}, {"fsdp_config": {"reshard_after_forward": False}}),
         ({"fsdp_config": {"fsdp_reshard_after_forward": "FULL_SHARD"}}, {}),
-        ({"fsdp_config": {"reshard_after_forward": "SHARD_GRAD_OP"}}, {"fsdp_config": {"reshard_after_forward": False}}),
+        (
+            {"fsdp_config": {"reshard_after_forward": "SHARD_GRAD_OP"}},
+            {"fsdp_config": {"reshard_after_forward": False}},
+        ),
         (
             {"fsdp_config": {"sharding_strategy": "HYBRID_SHARD_ZERO2"}, "dp_replicate_size": 4},
             {"fsdp_config": {"reshard_after_forward": False}, "dp_replicate_size": 4},
         ),
-        ({"fsdp_config": {"sharding_strategy": "NO_SHARD"}, "dp_replicate_size": 4}, {"dp_shard_size": 1, "dp_replicate_size": 4}),
+        (
+            {"fsdp_config": {"sharding_strategy": "NO_SHARD"}, "dp_replicate_size": 4},
+            {"dp_shard_size": 1, "dp_replicate_size": 4},
+        ),
         ({"fsdp_config": {"activation_checkpointing": True}}, {"gradient_checkpointing": True}),
-        ({"fsdp_config": {"activation_checkpointing": True}, "gradient_checkpointing": False}, {"gradient_checkpointing": True}),
+        (
+            {"fsdp_config": {"activation_checkpointing": True}, "gradient_checkpointing": False},
+            {"gradient_checkpointing": True},
+        ),
         ({"fsdp_config": {"fsdp_version": 2}}, {}),
         ({"fsdp_config": {"version": "2"}}, {}),
         ({"fsdp_config": {"version": 1}}, {}),
@@ -147,7 +163,7 @@ def test_a_timeout_in_seconds_becomes_minutes():
         ({"fsdp_config": {"auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": 1000}}, {}),
         ({"fsdp_config": {"fsdp_offload_params": True}}, {"fsdp_config": {"offload_params": True}}),
     ],
-)  # fmt: skip
+)
 def test_the_words_of_fsdp1_are_ours(given, ours):
     assert make_config({**MINIMAL, **given})[0] == make_config({**MINIMAL, **ours})[0]
 
@@ -157,13 +173,21 @@ def test_the_words_of_fsdp1_are_ours(given, ours):
     [
         ({"fsdp": ["full_shart"]}, "fsdp", "nearest: full_shard"),
         ({"fsdp": ["no_shard"]}, "fsdp", "write dp_shard_size: 1, and dp_replicate_size"),
-        ({"fsdp_config": {"sharding_strategy": "HYBRID_SHARD"}}, "fsdp_config.sharding_strategy", "write dp_replicate_size"),
+        (
+            {"fsdp_config": {"sharding_strategy": "HYBRID_SHARD"}},
+            "fsdp_config.sharding_strategy",
+            "write dp_replicate_size",
+        ),
         ({"fsdp_config": {"sharding_strategy": "offload"}}, "fsdp_config.sharding_strategy", "offload is not a way"),
-        ({"fsdp_config": {"sharding_strategy": "SHARD_GRAD_OP", "reshard_after_forward": True}}, "fsdp_config.sharding_strategy", "keep one of the two"),
+        (
+            {"fsdp_config": {"sharding_strategy": "SHARD_GRAD_OP", "reshard_after_forward": True}},
+            "fsdp_config.sharding_strategy",
+            "keep one of the two",
+        ),
         ({"fsdp_config": {"version": 3}}, "fsdp_config.fsdp_version", "one of 2"),
         ({"fsdp_config": {"activation_checkpointing": 3}}, "fsdp_config.activation_checkpointing", "true or false"),
     ],
-)  # fmt: skip
+)
 def test_what_fsdp1_leaves_open_or_contradicts_is_told(given, key, said):
     problem = problem_of({**MINIMAL, **given})
     assert problem.key == key and said in str(problem)
@@ -197,12 +221,18 @@ OFFLOAD = {"device": "cpu", "pin_memory": True}
         ({"bf16": {"enabled": True}}, {"bf16": True}),
         ({"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto", "loss_scale": 0}}, {}),
         ({"gradient_clipping": 0.5, "train_batch_size": "auto"}, {"max_grad_norm": 0.5}),
-        ({"gradient_accumulation_steps": 4, "train_micro_batch_size_per_gpu": 2}, {"gradient_accumulation_steps": 4, "micro_batch_size": 2}),
-        ({"optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto"}}, "wall_clock_breakdown": False}, {}),
+        (
+            {"gradient_accumulation_steps": 4, "train_micro_batch_size_per_gpu": 2},
+            {"gradient_accumulation_steps": 4, "micro_batch_size": 2},
+        ),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto"}}, "wall_clock_breakdown": False},
+            {},
+        ),
         ({"compile": {"disable": False, "backend": "inductor"}, "steps_per_print": 100}, {}),
         ({}, {}),
     ],
-)  # fmt: skip
+)
 def test_a_deepspeed_config_is_ours(deepspeed, ours, tmp_path):
     expected = make_config({**MINIMAL, **ours})[0]
     assert make_config({**MINIMAL, "deepspeed": deepspeed})[0] == expected
@@ -234,16 +264,24 @@ def test_the_files_of_axolotls_examples_are_known_without_being_here(name):
         ({"zero_optimization": {"stage": True}}, "deepspeed.zero_optimization.stage", "write 0, 1, 2 or 3"),
         ({"zero_optimization": {"stage": 0}}, "deepspeed.zero_optimization.stage", "dp_replicate_size"),
         ({"zero_optimization": 3}, "deepspeed.zero_optimization", "must be keys with values"),
-        ({"zero_optimization": {"offload_param": {"device": "nvme"}, "stage": 3}}, "deepspeed.zero_optimization.offload_param", "device: cpu"),
+        (
+            {"zero_optimization": {"offload_param": {"device": "nvme"}, "stage": 3}},
+            "deepspeed.zero_optimization.offload_param",
+            "device: cpu",
+        ),
         ({"zero_optimization": {"stage": 3, "stag": 3}}, "deepspeed.zero_optimization.stag", "nearest: stage"),
         ({"fp16": {"enabled": True}}, "deepspeed.fp16", "float16"),
-        ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}}, "deepspeed.optimizer", "write optimizer and learning_rate"),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}},
+            "deepspeed.optimizer",
+            "write optimizer and learning_rate",
+        ),
         ({"optimizer": {"type": "Lamb"}}, "deepspeed.optimizer", "not supported"),
         ({"scheduler": {"type": "WarmupLR"}}, "deepspeed.scheduler", "lr_scheduler"),
         ({"train_batch_size": 64}, "deepspeed.train_batch_size", "write auto there"),
         ({"bf17": {"enabled": True}}, "deepspeed.bf17", "nearest: bf16"),
     ],
-)  # fmt: skip
+)
 def test_what_a_deepspeed_config_cannot_ask_for(deepspeed, key, said):
     problem = problem_of({**MINIMAL, "deepspeed": deepspeed})
     assert problem.key == key and said in str(problem)

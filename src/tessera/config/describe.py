@@ -179,9 +179,12 @@ def json_schema() -> dict[str, Any]:
         part["properties"] = _properties(part["properties"], table, part.get("required", []))
         _open(part, table)
     fsdp = schema["$defs"]["FsdpConfig"]
-    also = {"activation_checkpointing": {"type": "boolean"}, "sharding_strategy": {}, "version": {}}
-    fsdp["properties"] |= also
-    fsdp["patternProperties"]["^fsdp_"] = {}
+    fsdp["properties"] |= {
+        "activation_checkpointing": {"description": "Called gradient_checkpointing here."},
+        "sharding_strategy": {"description": "The strategy in the words of FSDP1."},
+        "version": {"description": "FSDP2 is used whatever this says."},
+    }
+    fsdp["patternProperties"]["^fsdp_"] = {"description": "The same key without fsdp_."}
     return schema
 
 
