@@ -85,7 +85,7 @@ def fits(value: Any, schema: Any, root: dict[str, Any]) -> bool:
         ({"lora_r": 8}, False),
         ({"context_parallel_size": 1}, True),
         ({"context_parallel_size": 2}, False),
-        ({"flash_attention": True, "liger_rope": True, "torch_compile": True}, True),
+        ({"use_liger_kernel": True, "liger_rope": True, "torch_compile": True}, True),
         ({"plugins": ["axolotl.integrations.liger.LigerPlugin"]}, True),
         ({"plugins": ["mine"]}, False),
         ({"datasets": "./a.txt"}, True),
@@ -115,5 +115,5 @@ def test_the_schema_explains_every_key():
     schema = describe.json_schema()
     assert set(schema["required"]) == {"base_model", "datasets"}
     assert all(part.get("description") for part in schema["properties"].values())
-    assert "kernel" in schema["properties"]["flash_attention"]["description"]
+    assert "compiled" in schema["properties"]["torch_compile"]["description"]
     assert not fits({"base_model": "m"}, schema, schema)

@@ -1,6 +1,7 @@
 """Keys of other tools: taken under our name, without effect, or refused; each in one line."""
 
 import json
+from typing import Any, get_args
 
 import pytest
 
@@ -76,6 +77,12 @@ def test_a_star_stands_for_any_letters():
     assert problem_of({**MINIMAL, "lora_dropout": 0.05}).hint == "remove it to train every weight"
 
 
+def test_keys_that_ask_for_the_same_are_refused_together():
+    problem = problem_of({**MINIMAL, "adapter": "lora", "lora_r": 8, "lora_alpha": 16, "rl": "dpo"})
+    assert [each.key for each in problem.problems] == ["adapter, lora_r, lora_alpha", "rl"]
+    assert str(problem.problems[0]).endswith("\n  are not supported (LoRA adapters)\n  remove it to train every weight")
+
+
 @pytest.mark.parametrize("plugin", sorted(compat.NO_EFFECT_PLUGINS))
 def test_plugins_whose_work_changes_nothing_pass(plugin):
     _, (note,) = make_config({**MINIMAL, "plugins": [plugin]})
@@ -85,24 +92,20 @@ def test_plugins_whose_work_changes_nothing_pass(plugin):
     assert (problem.value, problem.reason) == ("axolotl.integrations.kd.KDPlugin", "this plugin is not supported")
 
 
-TWO_VALUES = {
-    str: ("./x", "./y"),
-    int: (3, 4),
-    float: (3.0, 4.0),
-    bool: (True, 3),
-    "optimizer": ("adamw_torch", "adamw_torch_fused"),
-    "lr_scheduler": ("linear", "constant"),
-    "excess_length_strategy": ("raise", "truncate"),
-    "tokenizer": ("./x", "./y"),
-    "tensor_parallel_size": (2, 4),
-    "base_model": ("./x", "./y"),
-}
+def two_values(annotation: Any) -> list[Any]:
+    """Two values of a key's type."""
+    choices = [choice for choice in get_args(annotation) if isinstance(choice, str)]
+    kinds = {str: ["./x", "./y"], int: [2, 4], float: [3.0, 4.0], bool: [True, 3]}
+    inner = [
+        pair for part in get_args(annotation) if isinstance(part, type) or get_args(part) for pair in two_values(part)
+    ]
+    return choices[:2] or inner[:2] or kinds.get(annotation, [])
 
 
 @pytest.mark.parametrize("theirs", sorted(compat.TOP.ours))
 def test_other_names_are_taken_in_one_line(theirs):
     ours, divisor = compat.TOP.ours[theirs].key, compat.TOP.ours[theirs].divisor
-    value, other = TWO_VALUES.get(ours) or TWO_VALUES[TrainConfig.model_fields[ours].annotation]
+    value, other = two_values(TrainConfig.model_fields[ours].annotation)
     given = {key: each for key, each in MINIMAL.items() if key != ours}
     theirs_value = value if divisor == 1 else value * divisor
     config, notes = make_config({**given, theirs: theirs_value})

@@ -7,6 +7,7 @@ from typing import Any
 from tessera.config import compat, deepspeed, fsdp1
 from tessera.config.schema import SECTIONS, DatasetConfig, TrainConfig
 from tessera.config.sections.section import Section
+from tessera.config.settled import SOURCES
 
 _FSDP1 = {
     "full_shard, FULL_SHARD, auto_wrap": "nothing more: FSDP2 does it",
@@ -65,6 +66,8 @@ def _table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 def _own_rows() -> Iterable[list[str]]:
     tables: dict[str, type[Section]] = {"": TrainConfig, **SECTIONS}
     for key, section in tables.items():
+        if key in SOURCES[1:]:
+            continue  # has the keys of datasets
         prefix = f"{key}[]." if key == "datasets" else f"{key}." if key else ""
         for name, field in section.model_fields.items():
             default = "required" if field.is_required() else f"`{_as_yaml(field.default)}`"

@@ -63,7 +63,7 @@ def make_config(values: Mapping[Any, Any], source: str = "config") -> tuple[Trai
 
 def _made(values: Mapping[Any, Any], source: str) -> tuple[TrainConfig, Settled]:
     settled = settle(values)
-    problems = settled.problems
+    problems = settled.every_problem()
     try:
         config = _validated(settled.values)
     except ValidationError as error:
@@ -105,15 +105,14 @@ def _validated(values: dict[str, Any]) -> TrainConfig:
 def _asking_for_nothing(values: Any, place: KeyPath) -> KeyPath:
     """The key at `place`, or one that holds it, where it may be left out and as good as is; () where there is none."""
     for count, key in enumerate(place, 1):
-        fields = fields_at(place[:count])
-        if isinstance(values, dict) and key in values and not (key in fields and fields[str(key)].is_required()):
-            if compat.asks_for_nothing(values[key]):
+        if isinstance(values, list) and isinstance(key, int):
+            values = values[key]
+        elif isinstance(values, dict) and key in values:
+            values, known = values[key], fields_at(place[:count]).get(str(key))
+            if compat.asks_for_nothing(values) and not (known and known.is_required()):
                 return place[:count]
-        elif not isinstance(values, dict | list):
-            break
-        if isinstance(values, dict) and key not in values:
-            break
-        values = values[key]
+        else:
+            break  # the name of a type that the value may have
     return ()
 
 
@@ -142,8 +141,10 @@ def written_values(config: TrainConfig) -> dict[str, Any]:
 
 def _without_effect(config: TrainConfig) -> list[str]:
     """What is to be said about keys of ours that do nothing here; the resolved config of a run with auto has such."""
+    lines = []
     key, schedule = "tensor_parallel_scratch_gib", config.tensor_parallel_schedule
     limit = getattr(config, key)
-    if schedule == "auto" or limit == TrainConfig.model_fields[key].default:
-        return []
-    return [f"{key}: {limit:g} has no effect: it limits schedule auto, and tensor_parallel_schedule is {schedule}"]
+    if schedule != "auto" and limit != TrainConfig.model_fields[key].default:
+        why = f"it limits schedule auto, and tensor_parallel_schedule is {schedule}"
+        lines.append(f"{key}: {limit:g} has no effect: {why}")
+    return lines

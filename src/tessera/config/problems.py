@@ -10,6 +10,7 @@ from tessera.config import compat
 from tessera.config.reader import nearest
 from tessera.config.schema import SECTIONS, TrainConfig
 from tessera.config.sections.section import Section
+from tessera.config.settled import SOURCES
 from tessera.config.words import shown
 from tessera.core.errors import UserError
 
@@ -132,7 +133,7 @@ def _unknown(place: KeyPath, name: str, value: str) -> UserError:
     keys = fields_at(place)
     section, _, within = key.partition(".")
     within = within.removeprefix("fsdp_") if section == "fsdp_config" else within
-    if len(place) == 1 and section != "datasets" and within in getattr(SECTIONS.get(section), "model_fields", ()):
+    if len(place) == 1 and section not in SOURCES and within in getattr(SECTIONS.get(section), "model_fields", ()):
         return UserError(name, value, f"is a key inside {section}", f"write {section}: {{{within}: {value}}}")
     hint = nearest(key, keys) or (nearest(key, every_key()) if len(place) == 1 else "")
     if not hint and top in SECTIONS and len(keys) <= 10:

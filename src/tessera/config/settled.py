@@ -27,6 +27,18 @@ class Settled:
     notes: list[str] = field(default_factory=list)
     given_as: dict[str, str] = field(default_factory=dict)
     """The keys of ours that another one gave, such as `fsdp_config.offload_params`, with the name of that one."""
+    refused: dict[tuple[str, str], list[tuple[str, object]]] = field(default_factory=dict)
+    """What is not supported and what to do instead, with the keys and values that ask for it."""
+
+    def every_problem(self) -> list[UserError]:
+        """The problems, one for all keys that ask for the same."""
+        found = list(self.problems)
+        for (what, instead), asked in self.refused.items():
+            verb, value = ("is", shown(asked[0][1])) if len(asked) == 1 else ("are", None)
+            found.append(
+                UserError(", ".join(name for name, _ in asked), value, f"{verb} not supported ({what})", instead)
+            )
+        return found
 
     def refuse(self, name: str, value: object, reason: str, hint: str = "") -> None:
         """Add a problem."""
@@ -86,7 +98,7 @@ def judged(given: Mapping[str, Any], verdicts: compat.Verdicts, prefix: str, out
             _judge_plugins(value, out)
         elif isinstance(row, compat.Refused):
             if not row.lets_pass(value):
-                out.refuse(name, value, f"is not supported ({row.what})", row.instead)
+                out.refused.setdefault((row.what, row.instead), []).append((name, value))
         elif isinstance(row, str):
             if not asks_for_nothing(value):
                 out.notes.append(f"{name}: {shown(value)} has no effect: {row}")
