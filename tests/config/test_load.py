@@ -114,7 +114,7 @@ def test_overrides_are_yaml_and_win(tmp_path):
         ({"tensor_parallel_mesh": 4}, "tensor_parallel_mesh", "keys with values\n  Sizes of the tensor axes"),
         ({"tensor_parallel_mesh.row": 2}, "tensor_parallel_mesh.row", "write tensor_parallel_mesh: {row: 2}"),
         ({"fsdp_config": {"forward_prefech": True}}, "fsdp_config.forward_prefech", "nearest: forward_prefetch"),
-        ({"fsdp_config": {"fsdp_auto_wrap_policy": "size"}}, "fsdp_config.auto_wrap_policy", "or 'NO_WRAP'\n  What FSDP2"),
+        ({"fsdp_config": {"fsdp_auto_wrap_policy": "size"}}, "fsdp_config.auto_wrap_policy", "or 'NO_WRAP'\n  What"),
         ({"fsdp_config": {"offload_params": 1}}, "fsdp_config.offload_params", "true or false\n  Keep parameters"),
         ({"fsdp_config": True}, "fsdp_config", "keys with values\n  FSDP2 settings"),
         ({"fsdp_config.forward_prefetch": True}, "fsdp_config.forward_prefetch", "{forward_prefetch: true}"),

@@ -205,6 +205,18 @@ def test_checkpointing_in_either_place_is_no_contradiction():
 def test_fsdp_without_sizes_shards_over_the_processes_that_are_left():
     config, _ = make_config({**MINIMAL, "fsdp": ["full_shard"], "tensor_parallel_size": 2})
     assert config.filled_in(8).mesh_sizes["shard"] == 4
+    for asked in ({"fsdp": ["full_shard"]}, {"deepspeed": "zero3.json"}):
+        said = f"{next(iter(asked))} shards over all processes that the other sizes leave"
+        assert make_config({**MINIMAL, **asked})[1][-1].startswith(said)
+        assert not any(said in note for note in make_config({**MINIMAL, **asked, "dp_shard_size": 2})[1])
+
+
+def test_fsdp_that_has_nothing_to_shard_over_is_told():
+    keys = {"fsdp_config": {"offload_params": True, "forward_prefetch": True}}
+    (line,) = make_config({**MINIMAL, **keys})[0].idle_fsdp_keys()
+    assert line.startswith("fsdp_config.forward_prefetch, fsdp_config.offload_params have no effect: ")
+    assert make_config({**MINIMAL, **keys, "dp_replicate_size": 2})[0].idle_fsdp_keys() == []
+    assert make_config(MINIMAL)[0].idle_fsdp_keys() == []
 
 
 # ---- DeepSpeed
@@ -245,7 +257,8 @@ def test_a_deepspeed_config_is_ours(deepspeed, ours, tmp_path):
 
 def test_a_stage_says_what_it_is_here():
     for stage, said in ((3, "is FSDP2 here"), (2, "parameters and gradients are stored cut too")):
-        _, (note,) = make_config({**MINIMAL, "deepspeed": {"zero_optimization": {"stage": stage}}})
+        given = {**MINIMAL, "dp_shard_size": 2, "deepspeed": {"zero_optimization": {"stage": stage}}}
+        _, (note,) = make_config(given)
         assert note.startswith("deepspeed.zero_optimization.stage") and said in note
 
 

@@ -147,6 +147,8 @@ def _take_offload(by: str, value: object, out: Settled) -> None:
     device = value.get("device", "none") if isinstance(value, dict) else value
     if device == "cpu":
         out.take("fsdp_config.offload_params", True, by, value)
+        if by.endswith("optimizer"):
+            out.notes.append(f"{by}: parameters and gradients are kept in host memory too (fsdp_config.offload_params)")
     elif not asks_for_nothing(device) and device != "none":
         out.refuse(by, value, f"offload to {shown(device)} is not supported", "write device: cpu there, or none")
 

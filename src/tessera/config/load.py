@@ -83,8 +83,11 @@ def settle(given: Mapping[Any, Any]) -> Settled:
     for key in SOURCES:
         if key in out.values:
             out.values[key] = judged_sources(out.values[key], key, out)
+    asked = next((key for key in ("fsdp", "deepspeed") if not compat.asks_for_nothing(out.values.get(key))), None)
     settle_fsdp(out)
     settle_deepspeed(out)
+    if asked and compat.asks_for_nothing(out.values.get("dp_shard_size")):
+        out.notes.append(f"{asked} shards over all processes that the other sizes leave; --num-processes says how many")
     return out
 
 

@@ -30,6 +30,8 @@ def choices(name: str) -> str:
 
 
 def _literals(annotation: Any) -> list[str]:
+    if annotation is bool:
+        return ["true", "false"]
     if get_origin(annotation) is Literal:
         return [shown(choice) for choice in get_args(annotation)]
     return [choice for inner in get_args(annotation) for choice in _literals(inner)]

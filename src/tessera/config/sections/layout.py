@@ -204,6 +204,16 @@ class LayoutKeys(Section):
             raise UserError(key, processes, reason, f"use {' or '.join(map(str, nearest))} processes")
         return self.model_copy(update={"dp_shard_size": processes // others})
 
+    def idle_fsdp_keys(self) -> list[str]:
+        """One line on the keys of fsdp_config that were given, where there is nothing over which FSDP2 could shard."""
+        if max(self.data_sizes.values()) > 1:
+            return []
+        given = [
+            f"fsdp_config.{key}" for key, value in self.fsdp_config if value != FsdpConfig.model_fields[key].default
+        ]
+        why = "there is one data-parallel process; give dp_shard_size, or --num-processes"
+        return [f"{', '.join(given)} {'has' if len(given) == 1 else 'have'} no effect: {why}"] if given else []
+
     @property
     def axes(self) -> dict[str, int]:
         """The sizes of inner, depth, row and col. Raises UserError when mode, size and mesh do not agree."""
