@@ -54,12 +54,21 @@ def load(folder: Path, model: Decoder, optimizer: torch.optim.Optimizer) -> RunS
     reader, tensors = Reader(folder), model_tensors(model)
     if reader.state.optimizer:
         tensors |= optimizer_tensors(model, optimizer)
+    _read(reader, tensors, model)
+    return reader.state
+
+
+def load_model(folder: Path, model: Decoder) -> None:
+    """Read the weights of a checkpoint alone; otherwise like `load`."""
+    _read(Reader(folder), model_tensors(model), model, MODEL)
+
+
+def _read(reader: Reader, tensors: dict[str, Tensor], model: Decoder, only: str = "") -> None:
     of_ranks = gathered({name: tuple(tensor.shape) for name, tensor in tensors.items()}, model.parallel.mesh.world)
-    check_model(reader, {name: shape for shapes in of_ranks for name, shape in shapes.items()})
-    verify(folder)
+    check_model(reader, {name: shape for shapes in of_ranks for name, shape in shapes.items()}, only)
+    verify(reader.folder)
     with alone_is_fine():
         read_into(reader, tensors)
-    return reader.state
 
 
 def check_model(reader: Reader, shapes: Mapping[str, Sequence[int]], only: str = "") -> None:

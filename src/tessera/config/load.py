@@ -140,11 +140,17 @@ def _settle_other_tools(
 
 def _without_effect(config: TrainConfig) -> list[str]:
     """What is to be said about keys of ours that do nothing here; the resolved config of a run with auto has such."""
+    lines = []
     key, schedule = "tensor_parallel_scratch_gib", config.tensor_parallel_schedule
     limit = getattr(config, key)
-    if schedule == "auto" or limit == TrainConfig.model_fields[key].default:
-        return []
-    return [f"{key}: {limit:g} has no effect: it limits schedule auto, and tensor_parallel_schedule is {schedule}"]
+    if schedule != "auto" and limit != TrainConfig.model_fields[key].default:
+        why = f"it limits schedule auto, and tensor_parallel_schedule is {schedule}"
+        lines.append(f"{key}: {limit:g} has no effect: {why}")
+    for key in ("evals_per_epoch", "eval_strategy"):
+        value = getattr(config, key)
+        if value and value != "no" and not config.evaluates:
+            lines.append(f"{key}: {value} has no effect: no rows are held out for evaluation (val_set_size)")
+    return lines
 
 
 _WANTED = {

@@ -1,14 +1,11 @@
-"""The optimizer and the learning-rate schedules, equal step by step to transformers.get_scheduler's."""
+"""The optimizers: torch's AdamW on the shards themselves, and the others that a name asks for."""
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tessera.nn.parameter import to_local
-
-SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
 
 
 class AdamW(torch.optim.AdamW):
@@ -35,22 +32,3 @@ def build_optimizer(
     return AdamW(
         model.parameters(), lr=0.0, betas=betas, eps=epsilon, weight_decay=weight_decay, fused=fused, foreach=not fused
     )
-
-
-def learning_rate(step: int, peak: float, schedule: str, warmup: int, total: int) -> float:
-    """The rate of optimizer step `step` (from 0): linear warm-up over `warmup` steps, then the schedule up to `total`.
-
-    `constant` has no warm-up, as in transformers.
-    """
-    if schedule not in SCHEDULES:
-        raise ValueError(f"unknown schedule {schedule!r}; there are {', '.join(SCHEDULES)}")
-    if schedule == "constant":
-        return peak
-    if step < warmup:
-        return peak * step / max(1, warmup)
-    if schedule == "constant_with_warmup":
-        return peak
-    progress = (step - warmup) / max(1, total - warmup)
-    if schedule == "linear":
-        return peak * max(0.0, 1 - progress)
-    return peak * max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))

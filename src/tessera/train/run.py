@@ -23,7 +23,7 @@ from tessera.models.config import ModelConfig
 from tessera.models.hub import check_weights, read_model_config, resolve_model_folder
 from tessera.sizes.bounds import RANKS_HERE, at_most
 from tessera.train.output import check_output
-from tessera.train.settings import check_layout
+from tessera.train.settings import check_layout, rates
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ def resolve(config: TrainConfig) -> Run:
     if folder.resolve() == output.resolve():
         reason = "is base_model too, whose weights would be overwritten"
         raise UserError("output_dir", config.output_dir, reason, "give the run a folder of its own")
+    rates(config, 1, config.max_steps or 10_000)  # refuses options that the schedule does not take
     read_generation_config(folder)  # it goes beside the trained weights: what is wrong with it is said before
     return Run(config, folder, fitting_model(config, folder), output / "prepared", checkpoint_to_resume(config))
 

@@ -1,13 +1,15 @@
 """What a config asks of the rooms below `train`, in their own values: none of them sees the config."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
 
 from tessera.config.schema import TrainConfig
 from tessera.core.device import has_bf16
+from tessera.core.errors import UserError
 from tessera.core.mesh import Mesh
+from tessera.engine.rates import learning_rates, options_of
 from tessera.layout import resolve
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import Fsdp, StepShape, padded_length
@@ -63,6 +65,20 @@ def step_shape(
     rows = batch or asked.batch
     padded = padded_length(length or asked.sequence, rows, parallel.residual, parallel.mesh)
     return replace(asked, batch=rows, sequence=padded, micro_batches=micro_batches or asked.micro_batches)
+
+
+def rates(config: TrainConfig, warmup: int, total: int) -> Callable[[int], float]:
+    """The learning rate of each step of a run of `total` steps. UserError: the schedule does not take its options."""
+    options = config.lr_scheduler_kwargs or {}
+    lowest, constant = config.cosine_min_lr_ratio or 0.0, config.cosine_constant_lr_ratio or 1.0
+    try:
+        return learning_rates(
+            config.learning_rate, config.lr_scheduler, warmup, total, options, lowest=lowest, constant=constant
+        )
+    except ValueError as error:
+        names = options_of(config.lr_scheduler)
+        hint = f"options of {config.lr_scheduler}: {', '.join(names)}" if names else "leave lr_scheduler_kwargs out"
+        raise UserError("lr_scheduler_kwargs", options or None, str(error), hint) from error
 
 
 def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
