@@ -57,8 +57,9 @@ class RunState:
     """The state of a run after `step` optimizer steps.
 
     `tokens` are the targets trained on, `samples` those taken from the stream, `skipped` the steps that changed no
-    weight. `best` is the best evaluation, where evaluations are compared. `course` is what follows from the settings, `config` the settings themselves; both are empty where no run
-    has made the checkpoint, and `optimizer` is false where it has model tensors alone.
+    weight. `best` is the best evaluation, where they are compared. `course` is what follows from the settings,
+    `config` the settings themselves; both are empty where no run has made the checkpoint, and `optimizer` is false
+    where it has model tensors alone.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)

@@ -80,4 +80,5 @@ def options_of(schedule: str) -> list[str]:
     from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
     given = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
-    return [name for name in inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[schedule]).parameters if name not in given]
+    made: Any = TYPE_TO_SCHEDULER_FUNCTION.get(schedule)  # type: ignore[call-overload]
+    return [name for name in inspect.signature(made).parameters if name not in given]

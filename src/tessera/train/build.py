@@ -28,6 +28,7 @@ from tessera.engine.step import Step
 from tessera.layout.shape import length_multiple
 from tessera.models.decoder import Decoder
 from tessera.models.hub import load_weights
+from tessera.models.trained import trained_parameters
 from tessera.plan.tune import tune
 from tessera.train.links import run_mesh
 from tessera.train.run import Run
@@ -107,12 +108,13 @@ def build(run: Run, device: torch.device) -> Built:
         limit = config.tensor_parallel_scratch_gib
         tuning = tune(config.tensor_parallel, row_shape(config), run.model, mesh, compute, limit, tf32=config.tf32)
     parallel = parallel_for(config, mesh, tuning.schedule if tuning else None, compute=compute)
-    recompute = config.gradient_checkpointing
-    model = build_decoder(run.model, parallel, fsdp_of(config), gradient_checkpointing=recompute)
+    recompute, chosen = config.gradient_checkpointing, config.unfrozen_parameters
+    trained = trained_parameters(run.model, chosen) if chosen else None
+    model = build_decoder(run.model, parallel, fsdp_of(config), gradient_checkpointing=recompute, trained=trained)
     betas = (config.adam_beta1, config.adam_beta2)
     step = Step(
         model,
-        build_optimizer(model, config.optimizer, betas, config.adam_epsilon, config.weight_decay),
+        build_optimizer(model, config.optimizer, betas, config.adam_epsilon, config.weight_decay, config.optim_args),
         max_grad_norm=config.max_grad_norm,
         label_smoothing=config.label_smoothing_factor,
         seed=config.seed,

@@ -28,11 +28,13 @@ class Records:
         """What the run says of itself before its first step."""
         run, parallel, loader = self.built.run, self.built.model.parallel, self.built.loader
         parameters = sum(p.numel() for p in self.built.model.parameters())
+        trained = sum(p.numel() for p in self.built.model.parameters() if p.requires_grad)
         computing = devices.dtype_name(parallel.compute)
         begun = f"from {run.resume}" if run.resume else "from the start"
         return [
             *self.built.said,
             f"{run.model.family}, {parameters:,} parameters, schedule {parallel.schedule}, computing in {computing}",
+            *([f"{trained:,} of them are trained (unfrozen_parameters)"] if trained < parameters else []),
             *mesh_lines(run.config, run.model, parallel),
             f"{self.built.total_steps} steps of {loader.samples_per_step} rows, {begun}; "
             f"{self.built.warmup} steps of warm-up, {run.config.lr_scheduler}",

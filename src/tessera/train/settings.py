@@ -9,6 +9,7 @@ from tessera.config.schema import TrainConfig
 from tessera.core.device import has_bf16
 from tessera.core.errors import UserError
 from tessera.core.mesh import Mesh
+from tessera.engine.optimizer import OPTIONS, check_options, missing_package
 from tessera.engine.rates import learning_rates, options_of
 from tessera.layout import resolve
 from tessera.layout.parallel import Parallel
@@ -79,6 +80,21 @@ def rates(config: TrainConfig, warmup: int, total: int) -> Callable[[int], float
         names = options_of(config.lr_scheduler)
         hint = f"options of {config.lr_scheduler}: {', '.join(names)}" if names else "leave lr_scheduler_kwargs out"
         raise UserError("lr_scheduler_kwargs", options or None, str(error), hint) from error
+
+
+def check_optimizer(config: TrainConfig) -> None:
+    """Raise UserError where the optimizer needs a package that is not there, or does not take its options."""
+    name, options = config.optimizer, config.optim_args or {}
+    if package := missing_package(name):
+        hint = f"pip install {package}, or write optimizer: adamw_torch_fused"
+        raise UserError("optimizer", name, f"needs the package {package}, which is not installed", hint)
+    try:
+        check_options(name, options)
+    except ValueError as error:
+        known = ", ".join(OPTIONS.get(name, {}))
+        raise UserError(
+            "optim_args", options, str(error), f"options of {name}: {known}" if known else "leave optim_args out"
+        ) from error
 
 
 def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
