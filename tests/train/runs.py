@@ -139,7 +139,7 @@ class Workshop:
             "datasets": [{"path": str(self.rows)}],
             "output_dir": str(output),
         }
-        if changes.keys().isdisjoint(("save_steps", "save_strategy")):
+        if changes.keys().isdisjoint(("save_steps", "saves_per_epoch", "save_strategy")):
             own["save_strategy"] = "no"  # the last checkpoint costs what a step does
         return SETTINGS | own | changes
 

@@ -1,15 +1,11 @@
 """unfrozen_parameters: what is not named gets no gradient, no optimizer state, and nothing of it travels."""
 
-import json
 from typing import Any
 
 import pytest
 import torch
 import transformers
 
-from tessera.core.errors import UserError
-from tessera.models.hub import read_model_config
-from tessera.models.trained import trained_parameters
 from train.runs import Optimizers, Workshop, adamw, exported, plain_loop, run
 from train.test_parity import SAME, SAME_WEIGHTS, worst_difference, worst_weight
 

@@ -6,9 +6,10 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 FORMAT = 3
-"""Raised with every key that comes or goes, which readers of the format before refuse. 1 was without SHA256SUMS."""
-READABLE = (2, 3)
-"""2 lacks only keys that have a default."""
+"""Raised with every key that comes or goes, which readers of the format before refuse. 1 was without SHA256SUMS, 2
+without `best`."""
+READ = (2, 3)
+"""The formats that are read."""
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 
 

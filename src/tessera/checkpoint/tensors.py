@@ -55,7 +55,8 @@ def load(folder: Path, model: Decoder, optimizer: torch.optim.Optimizer) -> RunS
     moments = {}
     if reader.state.optimizer:
         moments = optimizer_tensors(model, optimizer)
-        _check_optimizer(reader, moments)
+        if tensors.keys() == {name for name in reader.metadata.state_dict_metadata if name.startswith(MODEL)}:
+            _check_optimizer(reader, moments)
     _read(reader, tensors | moments, model)
     if moments and isinstance(optimizer, OnShards):  # it keeps them in a form of its own
         for name, parameter, _ in named_specs(model):

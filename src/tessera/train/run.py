@@ -99,7 +99,7 @@ def model_of(config: TrainConfig, folder: Path | None = None) -> ModelConfig:
     if model.rope is None and config.sequence_len > model.max_positions:
         reason = f"the model has {model.max_positions} positions"
         raise UserError("sequence_len", config.sequence_len, reason, f"at most {model.max_positions}")
-    return model
+    return replace(model, eager_attention=config.eager)
 
 
 def checkpoint_to_resume(config: TrainConfig) -> Path | None:

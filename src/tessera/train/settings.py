@@ -26,10 +26,14 @@ def parallel_for(
     config: TrainConfig,
     mesh: Mesh,
     schedule: Schedule | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     compute: torch.dtype | None = None,
 ) -> Parallel:
-    """The layouts that `config` asks for, on `mesh`; the rest as `layout.resolve.parallel_of`."""
+    """The layouts that `config` asks for, on `mesh`; the rest as `layout.resolve.parallel_of`.
+
+    Parameters are held in `dtype`, unless given as the config says.
+    """
+    dtype = dtype or (torch.bfloat16 if config.full_bf16 else torch.float32)
     return resolve.parallel_of(config.tensor_parallel, mesh, config.micro_batch_size, schedule, dtype, compute)
 
 
@@ -98,7 +102,9 @@ def check_optimizer(config: TrainConfig) -> None:
 
 
 def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """What the config computes in on `device`, over parameters in float32."""
+    """What the config computes in on `device`; parameters are float32, or bfloat16 where all is."""
+    if config.full_bf16:
+        return torch.bfloat16
     policy = config.fsdp_config.mixed_precision_policy
     bf16 = config.bf16 if policy is None else policy == "bf16"
     return torch.bfloat16 if (has_bf16(device) if bf16 == "auto" else bf16) else torch.float32

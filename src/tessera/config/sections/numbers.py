@@ -18,6 +18,15 @@ class NumbersKeys(Section):
     )
     bfloat16: bool = Field(False, description="The same as bf16: full, as axolotl spells it.")
     tf32: bool = Field(False, description="Let float32 products on CUDA use the TF32 tensor cores.")
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"] | None = Field(
+        None,
+        description="eager: attention step by step, with scores of sequence_len² for each head. The others, and unset: "
+        "the fastest kernel of torch's scaled_dot_product_attention, flash attention where it fits. The run's first "
+        "lines name the kernel.",
+    )
+    flash_attention: bool | None = Field(None, description="The same as attn_implementation: flash_attention_2.")
+    sdp_attention: bool | None = Field(None, description="The same as attn_implementation: sdpa.")
+    eager_attention: bool | None = Field(None, description="The same as attn_implementation: eager.")
     gradient_checkpointing: bool = Field(
         False, description="Recompute each block in the backward instead of keeping its activations."
     )
@@ -26,6 +35,22 @@ class NumbersKeys(Section):
     def full_bf16(self) -> bool:
         """Whether parameters, gradients and optimizer state are bfloat16."""
         return self.bfloat16 or self.bf16 == "full"
+
+    @property
+    def eager(self) -> bool:
+        """Whether attention is computed step by step."""
+        return bool(self.eager_attention) or self.attn_implementation == "eager"
+
+    @model_validator(mode="after")
+    def _attention_is_asked_for_once(self) -> Self:
+        fused = [key for key in ("flash_attention", "sdp_attention") if getattr(self, key)]
+        if self.attn_implementation not in (None, "eager"):
+            fused.append("attn_implementation")
+        if self.eager and fused:
+            key = "eager_attention" if self.eager_attention else "attn_implementation"
+            reason = f"{fused[0]} is {str(getattr(self, fused[0])).lower()}"
+            raise UserError(key, str(getattr(self, key)).lower(), reason, "leave one of the two out")
+        return self
 
     @model_validator(mode="after")
     def _bfloat16_is_asked_for_once(self) -> Self:
