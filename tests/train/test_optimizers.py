@@ -107,12 +107,10 @@ def test_one_process_equals_the_plain_loop_with_the_librarys_own(low_bit_run, na
     settings, found, _ = low_bit_run(name, 1)
     plain = plain_loop(settings, low_bits(name))
     difference, _ = worst_weight(settings, plain)
-    print("XXX", name, worst_difference(found, plain), difference, worst_weight(settings, plain_loop(settings, adamw)))
-    # a last bit of a gradient may decide the code of a moment
     assert worst_difference(found, plain) <= SAME
-    assert difference <= 1e-4
+    assert difference <= SAME_WEIGHTS
     if "32" not in name:
-        assert worst_weight(settings, plain_loop(settings, adamw))[0] > 2 * difference, "this was AdamW in 32 bits"
+        assert worst_weight(settings, plain_loop(settings, adamw))[0] > 10 * SAME_WEIGHTS, "this was AdamW in 32 bits"
 
 
 @pytest.mark.parametrize("name", NAMES)
