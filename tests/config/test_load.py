@@ -276,4 +276,4 @@ def test_the_json_schema_knows_what_the_loader_lets_through():
     assert set(schema["required"]) == {"base_model", "datasets"}
     assert schema["properties"]["micro_batch_size"]["minimum"] == 1
     assert schema["properties"]["context_parallel_size"]["enum"] == [None, 1]
-    assert "kernel" in schema["properties"]["flash_attention"]["description"]
+    assert "kernel" in schema["properties"]["xformers_attention"]["description"]
