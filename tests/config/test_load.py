@@ -128,7 +128,7 @@ def test_overrides_are_yaml_and_win(tmp_path):
         ({"adam_beta2": 1.0}, "adam_beta2", "below 1"),
         ({"val_set_size": 1.5}, "val_set_size", "for rows, write 2"),
         ({"val_set_size": -1}, "val_set_size", "at least 0"),
-        ({"bf16": "maybe"}, "bf16", "one of 'auto', True or False"),
+        ({"bf16": "maybe"}, "bf16", "one of 'auto', 'full', True or False"),
         ({"lr_scheduler": "cosin"}, "lr_scheduler", "nearest: cosine"),
         ({"excess_length_strategy": "cut"}, "excess_length_strategy", "'drop', 'truncate' or 'raise'"),
         ({"datasets": []}, "datasets", "at least 1"),
@@ -148,6 +148,7 @@ def test_overrides_are_yaml_and_win(tmp_path):
         ({"lr_scheduler": "constant", "warmup_steps": 3}, "lr_scheduler", "constant_with_warmup"),
         ({"save_strategy": "no", "save_steps": 3}, "save_steps", "save_strategy is no"),
         ({"save_strategy": "epoch", "save_steps": 3}, "save_steps", "save_strategy is epoch"),
+        ({"save_strategy": "best"}, "save_strategy", "no rows are held out"),
         ({"eval_steps": 3}, "eval_steps", "val_set_size"),
     ],
 )  # fmt: skip

@@ -150,4 +150,8 @@ def _without_effect(config: TrainConfig) -> list[str]:
     if schedule != "auto" and limit != TrainConfig.model_fields[key].default:
         why = f"it limits schedule auto, and tensor_parallel_schedule is {schedule}"
         lines.append(f"{key}: {limit:g} has no effect: {why}")
+    for key in ("evals_per_epoch", "eval_strategy"):
+        value = getattr(config, key)
+        if value and value != "no" and not config.evaluates:
+            lines.append(f"{key}: {value} has no effect: no rows are held out for evaluation (val_set_size)")
     return lines

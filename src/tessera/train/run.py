@@ -21,9 +21,10 @@ from tessera.data.prepare import prepare
 from tessera.models.beside import read_generation_config
 from tessera.models.config import ModelConfig
 from tessera.models.hub import check_weights, read_model_config, resolve_model_folder
+from tessera.models.trained import trained_parameters
 from tessera.sizes.bounds import RANKS_HERE, at_most
 from tessera.train.output import check_output
-from tessera.train.settings import check_layout
+from tessera.train.settings import check_layout, check_optimizer, rates
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,13 @@ def resolve(config: TrainConfig) -> Run:
     if folder.resolve() == output.resolve():
         reason = "is base_model too, whose weights would be overwritten"
         raise UserError("output_dir", config.output_dir, reason, "give the run a folder of its own")
+    check_optimizer(config)
+    rates(config, 1, config.max_steps or 10_000)  # refuses options that the schedule does not take
     read_generation_config(folder)  # it goes beside the trained weights: what is wrong with it is said before
-    return Run(config, folder, fitting_model(config, folder), output / "prepared", checkpoint_to_resume(config))
+    model = fitting_model(config, folder)
+    if config.unfrozen_parameters:
+        trained_parameters(model, config.unfrozen_parameters)  # refuses names that there are not
+    return Run(config, folder, model, output / "prepared", checkpoint_to_resume(config))
 
 
 def fitting_model(config: TrainConfig, folder: Path | None = None) -> ModelConfig:
@@ -93,7 +99,7 @@ def model_of(config: TrainConfig, folder: Path | None = None) -> ModelConfig:
     if model.rope is None and config.sequence_len > model.max_positions:
         reason = f"the model has {model.max_positions} positions"
         raise UserError("sequence_len", config.sequence_len, reason, f"at most {model.max_positions}")
-    return model
+    return replace(model, eager_attention=config.eager)
 
 
 def checkpoint_to_resume(config: TrainConfig) -> Path | None:
