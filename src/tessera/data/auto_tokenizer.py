@@ -109,7 +109,7 @@ def _in_plain_words(error: BaseException) -> tuple[str, str]:
     if "trust_remote_code" in told:
         return "the tokenizer needs code that comes with it, which is never run", "name another with `tokenizer:`"
     if isinstance(error, ImportError):
-        return f"the tokenizer needs a package that is not installed: {told}", "pip install sentencepiece protobuf"
+        return f"the tokenizer needs a package that is not installed: {told}", "pip install it beside tessera"
     return f"cannot be read as a tokenizer by transformers: {told}", ""
 
 
