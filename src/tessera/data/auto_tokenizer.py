@@ -41,7 +41,7 @@ def has_tokenizer(path: Path) -> bool:
 
 def folder_of(path: Path) -> Path:
     """The folder that is meant by its path, or by that of its tokenizer.json."""
-    return path.parent if path.is_file() else path
+    return path.parent if os.path.isfile(path) else path
 
 
 def read_auto(path: Path, key: str) -> Any:
