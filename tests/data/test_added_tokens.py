@@ -7,7 +7,7 @@ import pytest
 from tests.data.tokenizers_made import AWKWARD, MADE
 
 from tessera.config.sections.model import SpecialTokensConfig
-from tessera.data.added_tokens import AddedTokens
+from tessera.data.added_tokens import MARKS, AddedTokens
 from tessera.data.tokenizer import load_tokenizer, save_tokenizer, train_bpe, with_tokens
 
 TEXTS = [*AWKWARD, "a hello b", "<|im_end|>", "the <x>sea<|im_end|>north hello<|turn|>"]
@@ -90,6 +90,14 @@ def test_a_token_with_flags_keeps_them_when_it_is_named(tmp_path):
     ours = load_tokenizer(tmp_path, "tokenizer", added(pad_token="<|turn|>", additional_special_tokens=["<|turn|>"]))
     assert ours.auto.pad_token == "<|turn|>"
     assert [row.tolist() for row in ours.encode(TEXTS)] == [row.tolist() for row in plain.encode(TEXTS)]
+
+
+@pytest.mark.parametrize("mark", MARKS)
+def test_every_mark_is_set(tmp_path, mark):
+    MADE["plain"](tmp_path)
+    ours = load_tokenizer(tmp_path, "tokenizer", added(**{mark: "<mark>"}))
+    assert getattr(ours.auto, mark) == "<mark>" and ours.vocab_size == 331
+    assert json.loads(ours.files["tokenizer_config.json"])[mark] == "<mark>"
 
 
 def test_a_begin_that_is_set_by_a_switch_is_the_new_one(tmp_path):

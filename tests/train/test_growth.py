@@ -129,10 +129,8 @@ def test_a_run_equals_the_plain_loop_on_the_resized_model(grown, tmp_path, case,
 
     size = 544 if multiple else 513
     left = tmp_path / "run"
-    model, tokenizer = (
-        transformers.AutoModelForCausalLM.from_pretrained(left),
-        transformers.AutoTokenizer.from_pretrained(left),
-    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(left)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(left)
     assert read(left / "config.json")["vocab_size"] == size == model.get_output_embeddings().weight.shape[0]
     ids = torch.tensor([own.tokenizer(TEXTS[3])["input_ids"]])
     assert (logits(model, ids) - logits(plain.model, ids)).abs().max() <= SAME * logits(plain.model, ids).abs().max()
