@@ -8,9 +8,10 @@ from typing import Protocol
 import numpy as np
 
 from tessera.core.errors import UserError
+from tessera.data.added_tokens import TokenizerKeys
 from tessera.data.samples import IGNORED, Ids, Origin, Sample
 from tessera.data.sources import DatasetSettings, Document, SourceFile, read_token_samples
-from tessera.data.tokenizer import TextTokenizer, TokenizerKeys
+from tessera.data.tokenizer import TextTokenizer
 
 
 class DataSettings(TokenizerKeys, Protocol):
