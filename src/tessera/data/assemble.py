@@ -3,33 +3,22 @@
 from collections import Counter
 from collections.abc import Sequence, Set
 from itertools import groupby
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from tessera.core.errors import UserError
+from tessera.data.added_tokens import TokenizerKeys
 from tessera.data.samples import IGNORED, Ids, Origin, Sample
 from tessera.data.sources import DatasetSettings, Document, SourceFile, read_token_samples
 from tessera.data.tokenizer import TextTokenizer
 
 
-class TokenizerSettings(Protocol):
-    """`tokenizer: {train: bpe, vocab_size: N}`."""
-
-    @property
-    def vocab_size(self) -> int: ...
-
-
-class DataSettings(Protocol):
+class DataSettings(TokenizerKeys, Protocol):
     """The keys of the config that this room reads."""
 
     @property
-    def base_model(self) -> str: ...
-    @property
     def datasets(self) -> Sequence[DatasetSettings]: ...
-    @property
-    def tokenizer(self) -> str | Path | TokenizerSettings | None: ...
     @property
     def sequence_len(self) -> int: ...
     @property

@@ -20,17 +20,19 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from tessera.core.errors import UserError
 from tessera.core.files import in_words, read_bytes, read_json, remove
 from tessera.core.writing import system_error, why
+from tessera.data.added_tokens import AddedTokens
 from tessera.data.assemble import DataSettings, assemble_samples, end_tokens
+from tessera.data.auto_tokenizer import has_tokenizer, read_auto
 from tessera.data.columns import Written, sum_of
 from tessera.data.samples import HELD_OUT, Sample, Split, open_samples, shuffled, write_samples
 from tessera.data.sources import SourceFile, read_documents, read_files
 from tessera.data.tokenizer import (
     TextTokenizer,
     load_tokenizer,
-    read_backend,
     save_tokenizer,
     special_ids,
     train_bpe,
+    with_tokens,
 )
 
 FORMAT = 2
@@ -129,7 +131,8 @@ def prepare(config: DataSettings, vocab_size: int | None, folder: Path | None = 
     folder = folder or Path(config.output_dir) / "prepared"
     there, because = _read_manifest(folder)
     files = read_files(config.datasets, config.output_dir)
-    tokenizer = _given_tokenizer(config) if any(file.kind != "tokenized" for file in files) else None
+    added = AddedTokens.of(config)  # the exported tokenizer has them, whatever the rows are made from
+    tokenizer = _given_tokenizer(config) if added or any(file.kind != "tokenized" for file in files) else None
     key = _cache_key(config, files, tokenizer)
     if there and there.key == key:
         because = _damage(folder, there, WHOLE)
@@ -139,7 +142,8 @@ def prepare(config: DataSettings, vocab_size: int | None, folder: Path | None = 
 
     members = [(file, [] if file.kind == "tokenized" else read_documents(file)) for file in files]
     if isinstance(tokenizer, int):
-        tokenizer = train_bpe((d.prompt + d.text for _, found in members for d in found), tokenizer)
+        trained = train_bpe((d.prompt + d.text for _, found in members for d in found), tokenizer)
+        tokenizer = with_tokens(trained, added) if added else trained
     counts: Counter[str] = Counter()
     closing: Counter[int] = Counter()
     rows = assemble_samples(config, members, tokenizer, counts, closing)
@@ -165,10 +169,10 @@ def open_prepared(folder: Path) -> Prepared:
 
 def _given_tokenizer(config: DataSettings) -> TextTokenizer | int:
     """The tokenizer to load, or the vocabulary size of the one to train."""
-    given = config.tokenizer
+    given, added = config.tokenizer, AddedTokens.of(config)
     if given is None:
-        return load_tokenizer(Path(config.base_model), "base_model")
-    return load_tokenizer(Path(given), "tokenizer") if isinstance(given, str | Path) else given.vocab_size
+        return load_tokenizer(Path(config.base_model), "base_model", added)
+    return load_tokenizer(Path(given), "tokenizer", added) if isinstance(given, str | Path) else given.vocab_size
 
 
 def _special_ids(config: DataSettings, tokenizer: TextTokenizer | None) -> set[int]:
@@ -176,12 +180,13 @@ def _special_ids(config: DataSettings, tokenizer: TextTokenizer | None) -> set[i
     if tokenizer is not None:
         return special_ids(tokenizer.backend)
     folder = Path(config.tokenizer if isinstance(config.tokenizer, str | Path) else config.base_model)
-    return special_ids(read_backend(folder, "tokenizer")) if (folder / "tokenizer.json").is_file() else set()
+    return special_ids(read_auto(folder, "tokenizer").backend_tokenizer) if has_tokenizer(folder) else set()
 
 
 def _cache_key(config: DataSettings, files: list[SourceFile], tokenizer: TextTokenizer | int | None) -> str:
     """Equal for equal rows: contents and settings, not paths. An int is the size of a tokenizer to train."""
-    trained = f"bpe {tokenizer} {tokenizers.__version__}" if isinstance(tokenizer, int) else None
+    more = f" {AddedTokens.of(config)}" if AddedTokens.of(config) else ""
+    trained = f"bpe {tokenizer} {tokenizers.__version__}{more}" if isinstance(tokenizer, int) else None
     settings = {
         "format": FORMAT,
         "files": [(f.kind, f.field, f.digest) for f in files],
