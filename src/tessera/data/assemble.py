@@ -60,8 +60,8 @@ def assemble_samples(
     """The rows of all files in their order; neighbouring text files are one stream, cut into windows.
 
     `counts` gets the numbers of rows dropped, truncated, left out and masked inside, under the names of the
-    manifest, `closing` how often each token is the last to be learnt, in tokenized rows. `tokenizer` may be None when
-    every file is tokenized. UserError: no row is left.
+    manifest, `closing` how often each token is the last to be learnt, in rows that bring their own end. `tokenizer` may
+    be None when every file is tokenized. UserError: no row is left.
     """
     rows: list[Sample] = []
     for is_text, group in groupby(members, key=lambda member: member[0].kind == "text"):
@@ -76,7 +76,11 @@ def assemble_samples(
                     closing.update(_closing(row))
                 rows += kept
             else:
-                rows += _fit(config, _document_samples(documents, tokenizer, config.sequence_len), counts)
+                kept = _fit(config, _document_samples(documents, tokenizer, config.sequence_len), counts)
+                if documents and not documents[0].ended:  # they end as a chat template writes it
+                    for row in kept:
+                        closing.update(_closing(row))
+                rows += kept
     if not rows:
         long, dull = counts["dropped_rows"], counts["dull_rows"]
         reason = f"no row is left: {long:,} are longer than sequence_len {config.sequence_len}, {dull:,} too short"
