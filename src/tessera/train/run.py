@@ -19,7 +19,7 @@ from tessera.core.device import gpus_missing
 from tessera.core.errors import UserError
 from tessera.data.prepare import prepare
 from tessera.models.beside import read_generation_config
-from tessera.models.config import ModelConfig
+from tessera.models.config import LayerKind, ModelConfig
 from tessera.models.hub import check_weights, read_model_config, resolve_model_folder
 from tessera.sizes.bounds import RANKS_HERE, at_most
 from tessera.train.output import check_output
@@ -88,12 +88,18 @@ def fitting_model(config: TrainConfig, folder: Path | None = None) -> ModelConfi
 
 
 def model_of(config: TrainConfig, folder: Path | None = None) -> ModelConfig:
-    """The same, whatever the layout; UserError when its positions are fewer than `sequence_len`."""
+    """The same, whatever the layout; UserError when its positions, or those in its window, are below `sequence_len`."""
     model = read_model_config(folder or resolve_model_folder(config.base_model, weights=False))
     if model.rope is None and config.sequence_len > model.max_positions:
         reason = f"the model has {model.max_positions} positions"
         raise UserError("sequence_len", config.sequence_len, reason, f"at most {model.max_positions}")
-    return model
+    window = min((kind.window for kind in model.layer_kinds if kind.window is not None), default=None)
+    if window is None:
+        return model
+    if config.sequence_len > window:
+        reason = f"the model's queries see {window} tokens (sliding_window in its config.json); windows are not built"
+        raise UserError("sequence_len", config.sequence_len, reason, f"at most {window}")
+    return replace(model, layer_kinds=(LayerKind(),))  # a window as long as the row hides nothing
 
 
 def checkpoint_to_resume(config: TrainConfig) -> Path | None:
