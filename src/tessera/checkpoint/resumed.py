@@ -11,6 +11,13 @@ QUIET = {
     "eval_steps",
     "save_*",
     "check_replicas_steps",
+    "device_peak_tflops",
+    "logging_dir",
+    "report_to",
+    "use_tensorboard",
+    "*wandb*",
+    "*mlflow*",
+    "*trackio*",
     "resume_from_checkpoint",
     "auto_resume_from_checkpoints",
     # the layout: any reads any

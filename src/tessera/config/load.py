@@ -140,11 +140,15 @@ def _settle_other_tools(
 
 def _without_effect(config: TrainConfig) -> list[str]:
     """What is to be said about keys of ours that do nothing here; the resolved config of a run with auto has such."""
+    notes = [f"{key} has no effect: {name} is not asked for" for key, name in config.idle_tracker_keys().items()]
     key, schedule = "tensor_parallel_scratch_gib", config.tensor_parallel_schedule
     limit = getattr(config, key)
     if schedule == "auto" or limit == TrainConfig.model_fields[key].default:
-        return []
-    return [f"{key}: {limit:g} has no effect: it limits schedule auto, and tensor_parallel_schedule is {schedule}"]
+        return notes
+    return [
+        *notes,
+        f"{key}: {limit:g} has no effect: it limits schedule auto, and tensor_parallel_schedule is {schedule}",
+    ]
 
 
 _WANTED = {

@@ -20,10 +20,11 @@ from tessera.core.errors import UserError
 from tessera.data.prepare import prepare
 from tessera.models.beside import read_generation_config
 from tessera.models.config import LayerKind, ModelConfig
-from tessera.models.hub import check_weights, read_model_config, resolve_model_folder
+from tessera.models.hub import check_weights, dtype_of_folder, read_model_config, resolve_model_folder
 from tessera.sizes.bounds import RANKS_HERE, at_most
 from tessera.train.output import check_output
 from tessera.train.settings import check_layout
+from tessera.train.trackers.all import check_trackers
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,9 @@ class Run:
     """A run that has been checked, its data prepared.
 
     `config` has every size filled in; `folder` is that of the base model and `model` what its config.json says;
-    `prepared` holds the rows; `resume` is the checkpoint to go on from, or None to begin anew; `lock` is the id under
-    which the run has locked output_dir (checkpoint/lock.py), empty where it has not.
+    `prepared` holds the rows; `resume` is the checkpoint to go on from, or None to begin anew; `save_dtype` is that of
+    the final model; `lock` is the id under which the run has locked output_dir (checkpoint/lock.py), empty where it has
+    not.
     """
 
     config: TrainConfig
@@ -40,6 +42,7 @@ class Run:
     model: ModelConfig
     prepared: Path
     resume: Path | None
+    save_dtype: str = "float32"
     lock: str = ""
 
     def to_json(self) -> str:
@@ -72,12 +75,14 @@ def resolve(config: TrainConfig) -> Run:
     """Read what the config names and check that the sizes fit; writes nothing, starts nothing. Raises UserError."""
     output = Path(config.output_dir)
     check_output(output)
+    check_trackers(config)
     folder = resolve_model_folder(config.base_model)
     if folder.resolve() == output.resolve():
         reason = "is base_model too, whose weights would be overwritten"
         raise UserError("output_dir", config.output_dir, reason, "give the run a folder of its own")
     read_generation_config(folder)  # it goes beside the trained weights: what is wrong with it is said before
-    return Run(config, folder, fitting_model(config, folder), output / "prepared", checkpoint_to_resume(config))
+    model, own = fitting_model(config, folder), "float32" if config.random_init else dtype_of_folder(folder)
+    return Run(config, folder, model, output / "prepared", checkpoint_to_resume(config), config.save_dtype or own)
 
 
 def fitting_model(config: TrainConfig, folder: Path | None = None) -> ModelConfig:

@@ -26,6 +26,7 @@ from tessera.train.notes import Notes
 from tessera.train.records import Records
 from tessera.train.run import Run
 from tessera.train.stop import StopRequest
+from tessera.train.trackers.all import Trackers
 from tessera.train.where import Where
 
 
@@ -83,10 +84,15 @@ class Trainer:
             self.records.write_config()
             for line in self.records.first_lines():
                 self.log.say(line)
+            if self.built.first:
+                self.log.trackers = Trackers(self.config, self.output, self.progress.step, self.log.say)
             if self.progress.step == self.built.total_steps:
                 self.log.say("this run is finished: no step is left, the model is written again")
             done, ending = self._steps(), Ending(self.built, self.notes, self.saver, self.log.say, self._save)
-            ending.fail(self._finish(ending) if done else ending.leave())
+            failed = self._finish(ending) if done else ending.leave()
+            if not done:
+                self.records.write_plot()
+            ending.fail(failed)
         finally:
             self.saver.close()
             self.log.close()
@@ -106,7 +112,7 @@ class Trainer:
             self.share.check()
             self.progress.step += 1
             self.progress.tokens += result.tokens if result.finite else 0
-            record = self.records.step(result, rate, watch.lap(), recorder)
+            record = self.records.step(result, rate, watch.lap(), recorder, batches)
             step, done = self.progress.step, self.progress.step == total
             stopping = result.stop and not done
             saving = self._saves_after(step)
@@ -115,7 +121,7 @@ class Trainer:
                 self.where.enter("evaluation")
                 record["eval_loss"] = evaluate(self.built)
                 if not math.isfinite(record["eval_loss"]):
-                    raise self.health.diverged(step, f"held-out loss {record['eval_loss']}")
+                    raise self.health.diverged(step, f"eval_loss {record['eval_loss']}")
             self.log.step(record)
             if stopping:
                 return False
@@ -145,4 +151,4 @@ class Trainer:
         self.share.check()
         self.saver.wait()  # one that is in flight, or about to fail, holds disk space that the model may need
         self.where.enter("export")
-        return ending.finish(self.records.write_summary)
+        return ending.finish(self.records.write_rest)
