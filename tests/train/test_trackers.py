@@ -54,6 +54,7 @@ def tracked(tmp_path: Path, first_step: int = 0, steps: list[dict[str, Any]] = S
     [
         ({}, {}),
         ({"report_to": "none", "use_wandb": False, "wandb_project": None}, {}),
+        ({"report_to": False, "wandb_project": "", "wandb_mode": "", "trackio_project_name": False}, {}),
         ({"report_to": "tensorboard"}, {"tensorboard": "report_to"}),
         ({"report_to": ["wandb", "mlflow"]}, {"wandb": "report_to", "mlflow": "report_to"}),
         ({"use_tensorboard": True, "use_mlflow": True}, {"tensorboard": "use_tensorboard", "mlflow": "use_mlflow"}),

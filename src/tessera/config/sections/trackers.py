@@ -11,8 +11,15 @@ Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 def _as_list(value: object) -> object:
     """One name as a list of one; `none`, null and nothing as an empty list."""
-    names = [] if value is None else value if isinstance(value, list) else [value]
-    return [name for name in names if name not in ("none", "")]
+    names = value if isinstance(value, list) else [value]
+    return [name for name in names if name and name != "none"]
+
+
+def _nothing_is_null(value: object) -> object:
+    return None if value is False or value == "" else value
+
+
+Text = Annotated[str | None, BeforeValidator(_nothing_is_null)]
 
 
 class TrackerKeys(Section):
@@ -27,29 +34,29 @@ class TrackerKeys(Section):
         None, description="The folder of TensorBoard's event files. Unset: output_dir/runs."
     )
     use_wandb: bool | None = Field(None, description="Log to Weights & Biases. Unset: when wandb_project is given.")
-    wandb_project: str | None = Field(None, description="The project in Weights & Biases.")
-    wandb_entity: str | None = Field(None, description="The user or team in Weights & Biases that owns the project.")
-    wandb_name: str | None = Field(None, description="The name of the run in Weights & Biases. Unset: wandb_run_id.")
-    wandb_run_id: str | None = Field(
+    wandb_project: Text = Field(None, description="The project in Weights & Biases.")
+    wandb_entity: Text = Field(None, description="The user or team in Weights & Biases that owns the project.")
+    wandb_name: Text = Field(None, description="The name of the run in Weights & Biases. Unset: wandb_run_id.")
+    wandb_run_id: Text = Field(
         None, description="The id of the run in Weights & Biases; a run of this id is gone on with."
     )
-    wandb_mode: Literal["online", "offline", "disabled"] | None = Field(
+    wandb_mode: Annotated[Literal["online", "offline", "disabled"] | None, BeforeValidator(_nothing_is_null)] = Field(
         None,
         description="offline: keep the run in output_dir/wandb; disabled: do not use it. Unset: WANDB_MODE of the "
         "environment, or online; without an API key on the machine offline.",
     )
     use_mlflow: bool | None = Field(None, description="Log to MLflow.")
-    mlflow_tracking_uri: str | None = Field(
+    mlflow_tracking_uri: Text = Field(
         None,
         description="The server or store of MLflow. Unset: MLFLOW_TRACKING_URI of the environment, or output_dir: "
         "mlflow.db where SQLAlchemy is installed, mlruns where not.",
     )
-    mlflow_experiment_name: str | None = Field(None, description="The experiment in MLflow. Unset: tessera.")
-    mlflow_run_name: str | None = Field(None, description="The name of the run in MLflow.")
+    mlflow_experiment_name: Text = Field(None, description="The experiment in MLflow. Unset: tessera.")
+    mlflow_run_name: Text = Field(None, description="The name of the run in MLflow.")
     use_trackio: bool | None = Field(None, description="Log to trackio. Unset: when trackio_project_name is given.")
-    trackio_project_name: str | None = Field(None, description="The project in trackio.")
-    trackio_run_name: str | None = Field(None, description="The name of the run in trackio.")
-    trackio_space_id: str | None = Field(
+    trackio_project_name: Text = Field(None, description="The project in trackio.")
+    trackio_run_name: Text = Field(None, description="The name of the run in trackio.")
+    trackio_space_id: Text = Field(
         None, description="The Space of the Hugging Face hub that trackio logs to. Unset: this machine."
     )
 

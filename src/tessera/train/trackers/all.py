@@ -28,7 +28,8 @@ TABLE: dict[Name, Callable[[TrainConfig, Path, int], Tracker]] = {
 def check_trackers(config: TrainConfig) -> None:
     """Raise UserError where the package of a tracker that is asked for is not installed."""
     for name, key in config.trackers.items():
-        if find_spec(name) is None:
+        found = find_spec(name)
+        if found is None or found.origin is None:  # the latter is a folder of that name, with an older run's files
             reason = f"needs the package {name}, which is not installed"
             raise UserError(key, getattr(config, key), reason, f"pip install {name}, or remove the key")
 
