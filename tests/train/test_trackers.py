@@ -209,6 +209,7 @@ def test_mlflow_has_every_number_in_a_local_store(tmp_path, monkeypatch):
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     keys = {"use_mlflow": True, "mlflow_experiment_name": "mine", "mlflow_run_name": "a name", "learning_rate": 3e-4}
+    monkeypatch.setattr("tessera.train.trackers.mlflow.find_spec", lambda name: None)
     for place, uri in ((tmp_path / "mlruns", {}), (tmp_path / "b", {"mlflow_tracking_uri": str(tmp_path / "b")})):
         (said,) = tracked(tmp_path, **keys, **uri)
         assert said.startswith("mlflow: experiment mine, run ")

@@ -49,7 +49,7 @@ class TrackerKeys(Section):
     mlflow_tracking_uri: Text = Field(
         None,
         description="The server or store of MLflow. Unset: MLFLOW_TRACKING_URI of the environment, or output_dir: "
-        "mlflow.db where SQLAlchemy is installed, mlruns where not.",
+        "mlflow.db where the whole of MLflow is installed, mlruns with mlflow-skinny.",
     )
     mlflow_experiment_name: Text = Field(None, description="The experiment in MLflow. Unset: tessera.")
     mlflow_run_name: Text = Field(None, description="The name of the run in MLflow.")

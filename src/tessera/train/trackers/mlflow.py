@@ -18,13 +18,13 @@ class Mlflow:
     """A run of MLflow, by its client: nothing that the process has of it otherwise is changed."""
 
     def __init__(self, config: TrainConfig, output: Path, first_step: int) -> None:
-        os.environ.setdefault(
-            "MLFLOW_ALLOW_FILE_STORE", "true"
-        )  # or it refuses folders, the one store of its skinny form
+        # or it refuses folders, the one store of its skinny form
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         from mlflow import MlflowClient  # seconds, and optional
         from mlflow.entities import Param
 
-        local = f"sqlite:///{output.resolve() / 'mlflow.db'}" if find_spec("sqlalchemy") else str(output / "mlruns")
+        database = find_spec("sqlalchemy") and find_spec("alembic")  # what its skinny form lacks
+        local = f"sqlite:///{output.resolve() / 'mlflow.db'}" if database else str(output / "mlruns")
         uri = config.mlflow_tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or local
         self._client = MlflowClient(tracking_uri=uri)
         experiment = config.mlflow_experiment_name or "tessera"
