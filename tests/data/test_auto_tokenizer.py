@@ -120,6 +120,14 @@ def test_what_is_wrong_is_one_message(tmp_path, name):
     assert len(str(error.value)) < 1500 and "it ran" not in str(error.value)
 
 
+def test_a_file_of_another_name_is_refused_and_not_its_neighbour_taken(tmp_path):
+    MADE["plain"](tmp_path)
+    (tmp_path / "other.json").write_bytes((tmp_path / "tokenizer.json").read_bytes())
+    with pytest.raises(errors.UserError, match="other.json\n  is a file"):
+        load_tokenizer(tmp_path / "other.json", "tokenizer")
+    assert load_tokenizer(tmp_path / "tokenizer.json", "tokenizer").folder == tmp_path
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_a_folder_that_may_not_be_read_is_refused(tmp_path):
     tmp_path.chmod(0)
