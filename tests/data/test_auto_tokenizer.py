@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,8 @@ def test_ids_are_those_of_autotokenizer(tmp_path, name):
         assert ids.tolist() == without_ends(expected, opening, ours.eos_id, closes), text
         inner = reference(text, add_special_tokens=False)["input_ids"]
         assert ours.encode([text], special=False)[0].tolist() == without_ends(inner, [], ours.eos_id, False), text
+    handed = pickle.loads(pickle.dumps(ours))  # as to a worker
+    assert [row.tolist() for row in handed.encode(AWKWARD)] == [ids.tolist() for ids in found]
     assert len({tuple(ids.tolist()) for ids in found}) > len(found) / 2, "nothing is told apart"
     assert ours.auto(AWKWARD[4])["input_ids"] == reference(AWKWARD[4])["input_ids"]
 

@@ -54,6 +54,14 @@ class TextTokenizer:
         end = self.backend.id_to_token(self.eos_id)
         return PreTrainedTokenizerFast(tokenizer_object=self.backend, eos_token=end, clean_up_tokenization_spaces=False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process: pickling a backend loses whether it splits special tokens."""
+        return self.__dict__ | {"split": self.backend.encode_special_tokens}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state["backend"].encode_special_tokens = state.pop("split")
+        self.__dict__.update(state)
+
     @property
     def vocab_size(self) -> int:
         """The number of ids, added tokens included."""
