@@ -64,6 +64,15 @@ def test_no_other_file_says_what_tokenizer_json_alone_does_not(tmp_path):
     assert len(other) >= 16
 
 
+def test_what_transformers_is_asked_for_leaves_no_trace(tmp_path):
+    MADE["tokens_in_settings"](tmp_path)
+    ours = load_tokenizer(tmp_path, "tokenizer")
+    found = [ids.tolist() for ids in ours.encode(AWKWARD)]
+    ours.auto(AWKWARD, padding="max_length", max_length=2, truncation=True)
+    assert ours.backend.padding and ours.backend.truncation
+    assert [ids.tolist() for ids in ours.encode(AWKWARD)] == found
+
+
 def spoil(folder: Path, name: str, content: object) -> None:
     (folder / name).unlink(missing_ok=True)
     (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))

@@ -45,7 +45,7 @@ class TextTokenizer:
     def auto(self) -> Any:
         """The same as transformers has it, a `PreTrainedTokenizerFast`: for chat templates.
 
-        It may share `backend`: ask it for no padding and no truncation, which would stay on.
+        It may share `backend`.
         """
         if self.made is not None:
             return self.made
@@ -74,6 +74,8 @@ class TextTokenizer:
         cannot write a text, having neither a token for a part of it nor one for what is unknown.
         """
         ids: list[Ids] = []
+        self.backend.no_padding()  # which a call of `auto` may have left on
+        self.backend.no_truncation()
         try:
             opening, closing = _frame(self.backend) if special else ([], [])
             for start in range(0, len(texts), BATCH):
