@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import model_validator
 
 from tessera.config.sections.batch import BatchKeys
+from tessera.config.sections.chat import ChatKeys
 from tessera.config.sections.checkpoints import CheckpointKeys
 from tessera.config.sections.data import DataKeys, DatasetConfig
 from tessera.config.sections.health import HealthKeys
@@ -23,6 +24,7 @@ from tessera.core.errors import UserError
 
 SECTIONS: dict[str, type[Section]] = {
     "datasets": DatasetConfig,
+    "test_datasets": DatasetConfig,
     "tokenizer": TokenizerConfig,
     "special_tokens": SpecialTokensConfig,
     "tensor_parallel_mesh": MeshConfig,
@@ -39,6 +41,7 @@ class TrainConfig(
     NumbersKeys,
     OptimizerKeys,
     BatchKeys,
+    ChatKeys,
     DataKeys,
     ModelKeys,  # the keys of the last base come first in tables and files
 ):

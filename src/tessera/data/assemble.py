@@ -6,11 +6,13 @@ from itertools import groupby
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tessera.core.errors import UserError
 from tessera.data.added_tokens import TokenizerKeys
+from tessera.data.documents import Document, Segment
 from tessera.data.samples import IGNORED, Ids, Origin, Sample
-from tessera.data.sources import DatasetSettings, Document, SourceFile, read_token_samples
+from tessera.data.sources import DatasetSettings, SourceFile, read_token_samples
 from tessera.data.tokenizer import TextTokenizer
 
 
@@ -47,8 +49,8 @@ def assemble_samples(
     """The rows of all files in their order; neighbouring text files are one stream, cut into windows.
 
     `counts` gets the numbers of rows dropped, truncated, left out and masked inside, under the names of the
-    manifest, `closing` how often each token is the last to be learnt, in tokenized rows. `tokenizer` may be None when
-    every file is tokenized. UserError: no row is left.
+    manifest, `closing` how often each token is the last to be learnt, in rows that bring their own end. `tokenizer` may
+    be None when every file is tokenized. UserError: no row is left.
     """
     rows: list[Sample] = []
     for is_text, group in groupby(members, key=lambda member: member[0].kind == "text"):
@@ -58,13 +60,16 @@ def assemble_samples(
             continue
         for file, documents in group:
             if file.kind == "tokenized":
-                kept = _fit(config, read_token_samples(file), counts, keep_dull=True)
+                kept = _fit(config, list(read_token_samples(file)), counts, keep_dull=True)
                 for row in kept:
                     closing.update(_closing(row))
                 rows += kept
             else:
-                new = _document_samples(documents, tokenizer, config.train_on_inputs)
-                rows += _fit(config, new, counts)
+                kept = _fit(config, _document_samples(documents, tokenizer, config.sequence_len), counts)
+                if documents and not documents[0].ended:  # they end as a chat template writes it
+                    for row in kept:
+                        closing.update(_closing(row))
+                rows += kept
     if not rows:
         long, dull = counts["dropped_rows"], counts["dull_rows"]
         reason = f"no row is left: {long:,} are longer than sequence_len {config.sequence_len}, {dull:,} too short"
@@ -96,32 +101,52 @@ def _windows(documents: list[Document], tokenizer: TextTokenizer | None, length:
     assert tokenizer is not None
     end = np.array([tokenizer.eos_id], np.int32)
     pieces: list[Ids] = []
-    for ids in tokenizer.encode([document.text for document in documents]):
+    for ids in tokenizer.encode([document.segments[0].text for document in documents]):
         pieces += [ids, end]
     stream = np.concatenate(pieces[:-1])
     origin = documents[0].origin if len(documents) == 1 else Origin(documents[0].origin.path.parent)
     return [Sample(stream[start : start + length], origin) for start in range(0, len(stream), length)]
 
 
-def _document_samples(
-    documents: list[Document], tokenizer: TextTokenizer | None, train_on_inputs: bool
-) -> list[Sample]:
-    """A row a document: prompt, text, end of sequence.
+def _document_samples(documents: list[Document], tokenizer: TextTokenizer | None, length: int) -> list[Sample]:
+    """A row a document, or one for each window of `length` tokens that it fills.
 
-    Prompt and text are tokenized apart: the prompt's tokens are then those that generation starts from.
+    Segments are tokenized apart: a prompt's tokens are then those that generation starts from.
     """
     assert tokenizer is not None
-    end = np.array([tokenizer.eos_id], np.int32)
-    if not any(document.prompt for document in documents):
-        texts = tokenizer.encode([document.text for document in documents])
-        return [Sample(np.concatenate([ids, end]), d.origin) for d, ids in zip(documents, texts, strict=True)]
-    prompts = tokenizer.encode([document.prompt for document in documents])
-    texts = tokenizer.encode([document.text for document in documents], special=False)
-    rows = []
-    for document, prompt, text in zip(documents, prompts, texts, strict=True):
-        labels = None if train_on_inputs else np.concatenate([np.full_like(prompt, IGNORED), text, end])
-        rows.append(Sample(np.concatenate([prompt, text, end]), document.origin, labels))
+    rows: list[Sample] = []
+    for document in documents:
+        row = _document_sample(document, tokenizer)
+        rows += row.windows(length) if document.cut else [row]
     return rows
+
+
+def _document_sample(document: Document, tokenizer: TextTokenizer) -> Sample:
+    tokens, labels = [], []
+    for place, segment in enumerate(document.segments):
+        ids, learnt = _encoded(segment, tokenizer, document.opened and place == 0)
+        last = document.ended and place == len(document.segments) - 1
+        if (last or document.opened and place == 0) and len(ids) and ids[-1] == tokenizer.eos_id:
+            ids, learnt = ids[:-1], learnt[:-1]  # the text has it already, or the tokenizer closes texts so
+        if last:
+            ids, learnt = np.append(ids, np.int32(tokenizer.eos_id)), np.append(learnt, segment.learnt is True)
+        tokens.append(ids)
+        labels.append(np.where(learnt, ids, np.int32(IGNORED)))
+    row, row_labels = np.concatenate(tokens), np.concatenate(labels)
+    return Sample(row, document.origin, None if np.array_equal(row, row_labels) else row_labels)
+
+
+def _encoded(segment: Segment, tokenizer: TextTokenizer, opened: bool) -> tuple[Ids, NDArray[np.bool_]]:
+    """The ids of a segment, and which of them are learnt: those of whose characters one lies in a learnt span."""
+    found = tokenizer.backend.encode(segment.text, add_special_tokens=opened)
+    ids, offsets = np.asarray(found.ids, np.int32), found.offsets
+    opening = tokenizer.backend.encode("", add_special_tokens=True).ids[:1] if opened else []
+    if opening and found.ids[:2] == opening * 2:  # a text that begins with the begin-of-text token has it already
+        ids, offsets = ids[1:], offsets[1:]
+    if isinstance(segment.learnt, bool):
+        return ids, np.full(len(ids), segment.learnt)
+    learnt = [any(a < end and start < b for start, end in segment.learnt) for a, b in offsets]
+    return ids, np.array(learnt, bool)
 
 
 def _fit(config: DataSettings, rows: list[Sample], counts: Counter[str], keep_dull: bool = False) -> list[Sample]:

@@ -40,9 +40,9 @@ Scheduler = Literal[
 
 
 def _as_mapping(value: object) -> object:
-    """`a=1,b=true` as transformers writes it, as keys with values; nothing asks for nothing."""
-    if not value or not isinstance(value, str):
-        return value or None
+    """`a=1,b=true` as transformers writes it, as keys with values."""
+    if not isinstance(value, str):
+        return value
     found: dict[str, Any] = {}
     for part in filter(None, value.replace(" ", "").split(",")):
         name, equals, text = part.partition("=")
@@ -53,8 +53,8 @@ def _as_mapping(value: object) -> object:
 
 
 def _as_list(value: object) -> object:
-    """One pattern may stand alone; an empty list asks for nothing."""
-    return [value] if value and isinstance(value, str) else value or None
+    """One pattern may stand alone."""
+    return [value] if isinstance(value, str) else value
 
 
 def _value(text: str) -> object:
@@ -87,7 +87,7 @@ class OptimizerKeys(Section):
         description="How the learning rate changes after warm-up, by the names of transformers (cosine and linear "
         "decay to 0), or rex.",
     )
-    lr_scheduler_kwargs: Annotated[dict[str, Any] | None, BeforeValidator(lambda value: value or None)] = Field(
+    lr_scheduler_kwargs: dict[str, Any] | None = Field(
         None, description="Options of the schedule, as transformers names them, e.g. {min_lr: 1e-6}."
     )
     cosine_min_lr_ratio: float | None = Field(
