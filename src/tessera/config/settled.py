@@ -106,9 +106,9 @@ def judged(given: Mapping[str, Any], verdicts: compat.Verdicts, prefix: str, out
             out.refuse(name, value, "is not supported", choices(key_name(name)))
         else:
             kept[key] = value
-    for key in given.keys() & verdicts.ours.keys() - known.keys():
-        if not asks_for_nothing(given[key]):
-            _take_as_ours(key, given[key], verdicts.ours[key], prefix, kept, out)
+    for key, value in given.items():  # after all of ours
+        if key in verdicts.ours and key not in known and not asks_for_nothing(value):
+            _take_as_ours(key, value, verdicts.ours[key], prefix, kept, out)
     return kept
 
 
