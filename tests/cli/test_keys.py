@@ -20,6 +20,7 @@ CONFIG = "base_model: m\ndatasets: [{path: a.txt}]\nlr: 1e-3\n"
         (["--learning_rate", "1"], ["--set", "learning_rate=1"]),
         (["--datasets.0.path", "x"], ["--set", 'datasets.0.path="x"']),
         (["--fsdp-config.reshard-after-forward", "false"], ["--set", "fsdp_config.reshard_after_forward=false"]),
+        (["--tokenizer", "null"], ["--set", "tokenizer=null"]),
         (["--output-dir", "12"], ["--set", 'output_dir="12"']),
         (["--tensor-parallel-mode", "2d"], ["--set", 'tensor_parallel_mode="2d"']),
         (["--bf16", "auto"], ["--set", "bf16=auto"]),
