@@ -33,6 +33,7 @@ CONFIG = "base_model: m\ndatasets: [{path: a.txt}]\nlr: 1e-3\n"
         (["--num-train-epochs", "3"], ["--set", "num_train_epochs=3"]),
         (["c.yaml", "learning_rate=1e-5"], ["c.yaml", "--set", "learning_rate=1e-5"]),
         (["c=d.yaml"], ["c=d.yaml"]),
+        (["seed=" + "9" * 5000], ["--set", "seed=" + "9" * 5000]),
         (["--config", "c.yaml"], ["c.yaml"]),
         (["--config=c.yaml"], ["c.yaml"]),
         (["--num-processes", "2", "--take-over", "c.yaml"], ["--num-processes", "2", "--take-over", "c.yaml"]),

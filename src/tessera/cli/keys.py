@@ -1,8 +1,8 @@
 """Keys of the YAML file as options of the commands that read it: `--learning-rate 1e-5`, also `learning_rate=1e-5`."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, get_args
 
 from typer.core import TyperCommand
@@ -40,7 +40,7 @@ def with_keys_as_settings(words: Sequence[str], options: Mapping[str, bool]) -> 
             out += [value] if equals else [rest.pop(0) for _ in rest[:1]]
         elif name.startswith("--"):
             out += ["--set", _setting(name, value if equals else None, rest, options)]
-        elif equals and not word.startswith("-") and _find(name) is not None and not Path(word).exists():
+        elif equals and not word.startswith("-") and _find(name) is not None and not os.path.exists(word):
             out += ["--set", word]
         else:
             out.append(word)
