@@ -78,8 +78,15 @@ class _Turn:
         self._settle_content(keys["content"])
         if entry.split_thinking and self.role == "assistant":
             split_thinking(self.message, entry.template_thinking_key)
-        for call in self.message.get("tool_calls") or ():
-            function = call.get("function", call) if isinstance(call, dict) else {}
+        self._settle_calls()
+
+    def _settle_calls(self) -> None:
+        """Templates take the arguments of a call as an object; files often have it as JSON."""
+        calls = self.message.get("tool_calls") or []
+        if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+            raise self._wrong("has tool_calls of another form", "a list of {function: {name: …, arguments: …}}")
+        for call in calls:
+            function = call.get("function", call)
             if isinstance(function, dict) and isinstance(function.get("arguments"), str):
                 function["arguments"] = self._parsed(function["arguments"], "the arguments of a tool call")
 
