@@ -100,7 +100,6 @@ def _is_left_out(key: str, value: object) -> bool:
 
 def _validated(values: dict[str, Any]) -> TrainConfig:
     """The config of `values`, of which those that ask for nothing and do not fit their key are as good as not given."""
-    values = {key: value for key, value in values.items() if not _empty_where_unset(key, value)}
     while True:
         try:
             return TrainConfig.model_validate(values)
@@ -111,12 +110,6 @@ def _validated(values: dict[str, Any]) -> TrainConfig:
                 raise
             for place in empty:
                 values = _without(values, place)
-
-
-def _empty_where_unset(key: str, value: object) -> bool:
-    """Whether an empty text, list or mapping is given for a key that is unset by default, which it then stays."""
-    field, section = TrainConfig.model_fields.get(key), key == "tensor_parallel_mesh"  # of which {} says: all sizes 1
-    return field is not None and field.get_default() is None and not section and value in ("", [], {})
 
 
 def _asking_for_nothing(values: Any, place: KeyPath) -> KeyPath:
