@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from tessera.data.samples import Origin, Sample, Split, open_samples, write_samples
+from tessera.data.samples import Origin, Sample, SampleWriter, Split, open_samples
 
 TEXT = "def add(a, b):\n    return a + b\n\n\ndef sub(a, b):\n    return a - b\n"
 
@@ -29,5 +29,8 @@ def row(tokens, labels=None):
 
 def saved(folder, name, *rows):
     folder.mkdir(exist_ok=True)
-    write_samples(folder / name, rows)
+    writer = SampleWriter(folder / name)
+    for sample in rows:
+        writer.append(sample)
+    writer.close()
     return open_samples(folder, name)
