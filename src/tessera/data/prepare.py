@@ -21,13 +21,13 @@ from tessera.core.errors import UserError
 from tessera.core.files import in_words, read_bytes, read_json, remove
 from tessera.core.writing import system_error, why
 from tessera.data.assemble import DataSettings, assemble_samples, end_tokens
+from tessera.data.auto_tokenizer import has_tokenizer, read_auto
 from tessera.data.columns import Written, sum_of
 from tessera.data.samples import HELD_OUT, Sample, Split, open_samples, shuffled, write_samples
 from tessera.data.sources import SourceFile, read_documents, read_files
 from tessera.data.tokenizer import (
     TextTokenizer,
     load_tokenizer,
-    read_backend,
     save_tokenizer,
     special_ids,
     train_bpe,
@@ -176,7 +176,7 @@ def _special_ids(config: DataSettings, tokenizer: TextTokenizer | None) -> set[i
     if tokenizer is not None:
         return special_ids(tokenizer.backend)
     folder = Path(config.tokenizer if isinstance(config.tokenizer, str | Path) else config.base_model)
-    return special_ids(read_backend(folder, "tokenizer")) if (folder / "tokenizer.json").is_file() else set()
+    return special_ids(read_auto(folder, "tokenizer").backend_tokenizer) if has_tokenizer(folder) else set()
 
 
 def _cache_key(config: DataSettings, files: list[SourceFile], tokenizer: TextTokenizer | int | None) -> str:
