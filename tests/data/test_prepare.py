@@ -17,7 +17,7 @@ from tessera.config.schema import TrainConfig
 from tessera.core.errors import UserError
 from tessera.data import prepare as module
 from tessera.data.prepare import prepare
-from tessera.data.sources import alpaca_prompt
+from tessera.data.sources import read_documents, read_files
 from tessera.data.tokenizer import save_tokenizer
 
 TOKENS = [{"input_ids": [10 + i, 20 + i, 30 + i]} for i in range(10)]
@@ -57,7 +57,8 @@ def test_lines_become_rows_ended(write, settings, tokenizer):
 def test_alpaca_masks_the_prompt(write, settings, tokenizer, train_on_inputs):
     path = write("a.jsonl", [{"instruction": "Add.", "input": "1 2", "output": "3!"}])
     config = settings(entry(path, "alpaca"), sequence_len=1000, train_on_inputs=train_on_inputs)
-    prompt, text = (ids.tolist() for ids in tokenizer.encode([alpaca_prompt("Add.", "1 2"), "3!"]))
+    (document,) = read_documents(read_files(config.datasets)[0])
+    prompt, text = (ids.tolist() for ids in tokenizer.encode([segment.text for segment in document.segments]))
     tokens = [*prompt, *text, tokenizer.eos_id]
     masked = [*[-100] * len(prompt), *text, tokenizer.eos_id]
     prepared = prepare(config, None)

@@ -10,7 +10,13 @@ import pytest
 from tests.data.helpers import entry
 
 from tessera.core.errors import UserError
-from tessera.data.sources import alpaca_prompt, read_documents, read_files, read_token_samples
+from tessera.data.documents import Segment
+from tessera.data.sources import read_documents, read_files, read_token_samples
+
+
+def text_of(document):
+    """All of a document's text."""
+    return "".join(segment.text for segment in document.segments)
 
 
 def test_a_folder_is_read_in_sorted_order_without_hidden_and_empty_files(write):
@@ -24,7 +30,7 @@ def test_a_folder_is_read_in_sorted_order_without_hidden_and_empty_files(write):
     }.items():
         folder = write(f"d/{name}", text).parent
     files = read_files([entry(folder)])
-    assert [document.text for file in files for document in read_documents(file)] == ["AB", "AZ", "B", "C"]
+    assert [text_of(document) for file in files for document in read_documents(file)] == ["AB", "AZ", "B", "C"]
 
 
 def test_a_folder_that_cannot_be_listed_is_refused_and_not_left_out(write, monkeypatch):
@@ -58,32 +64,32 @@ def test_a_file_in_a_folder_that_cannot_be_searched_is_refused_by_name(write, mo
 @pytest.mark.parametrize(
     ("name", "row", "kind"),
     [
-        ("a.JSONL", {"text": "x"}, "lines"),
-        ("a.ndjson", {"text": "x"}, "lines"),
+        ("a.JSONL", {"text": "x"}, "completion"),
+        ("a.ndjson", {"text": "x"}, "completion"),
         ("a.jsonlines", {"input_ids": [1]}, "tokenized"),
         ("a.jsonl", {"input_ids": [1, 2], "text": "x"}, "tokenized"),
-        ("a.jsonl", {"text": "x"}, "lines"),
+        ("a.jsonl", {"text": "x"}, "completion"),
         ("a.jsonl", {"instruction": "x", "output": "y"}, "alpaca"),
     ],
 )
-def test_kind_of_an_untyped_file(write, name, row, kind):
-    assert [file.kind for file in read_files([entry(write(name, [row]))])] == [kind]
+def test_format_of_an_untyped_file(write, name, row, kind):
+    assert [file.format for file in read_files([entry(write(name, [row]))])] == [kind]
 
 
 def test_type_decides_before_the_keys(write):
     row = {"input_ids": [1], "text": "x", "body": "b", "instruction": "i", "output": "o"}
     jsonl, text = write("a.jsonl", [row]), write("a.json", [row])
     files = read_files([entry(jsonl, "completion", "body"), entry(text, "completion"), entry(text, "alpaca")])
-    assert [file.kind for file in files] == ["lines", "text", "alpaca"]
-    assert [d.text for d in read_documents(files[0])] == ["b"]
+    assert [file.format for file in files] == ["completion", "completion", "alpaca"]
+    assert [text_of(d) for d in read_documents(files[0])] == ["b"]
 
 
 def test_text_comes_back_exactly(write):
     text = "a\r\nb\u2028c\ttab \n\n"
     (file,) = read_files([entry(write("a.txt", b"\xef\xbb\xbf" + text.encode()))])
-    assert read_documents(file)[0].text == text
+    assert text_of(next(read_documents(file))) == text
     (file,) = read_files([entry(write("a.jsonl", b"\xef\xbb\xbf\r\n" + json.dumps({"text": text}).encode()))])
-    assert read_documents(file)[0].text == text
+    assert text_of(next(read_documents(file))) == text
 
 
 GOOD = {"text": "fine"}
@@ -94,7 +100,7 @@ GOOD = {"text": "fine"}
     [
         ("a.txt", "", "empty"),
         ("a.txt", b"ab\xff", "not UTF-8 text: byte 2 is 0xff"),
-        ("a.json", "[]", "not text"),
+        ("a.json", "[]", "holds no rows"),
         ("a.jsonl", "\n \n", "empty"),
         ("a.jsonl", '{"text": "a"}\n\n{"text": \n', "line 3\n  not valid JSON"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}', "line 2\n  not valid JSON"),
@@ -127,7 +133,7 @@ def test_bad_files_are_named(write, name, content, says):
     path = write(name, content)
     with pytest.raises(UserError) as error:
         for file in read_files([entry(path)]):
-            read_token_samples(file) if file.kind == "tokenized" else read_documents(file)
+            list((read_token_samples if file.kind == "tokenized" else read_documents)(file))
     assert str(path) in str(error.value)
     assert says in str(error.value)
 
@@ -153,7 +159,7 @@ def test_token_rows_stay_as_they_are(write):
         {"input_ids": [5, 6, 7], "attention_mask": None, "labels": None},
     ]
     (file,) = read_files([entry(write("a.jsonl", rows))])
-    read = read_token_samples(file)
+    read = list(read_token_samples(file))
     assert all(row.tokens.dtype == np.int32 and row.tokens.tolist() == [5, 6, 7] for row in read)
     labels = [row.labels.tolist() if row.labels is not None else None for row in read]
     assert labels == [None, [-100, 6, 9], [5, 6, -100], [-100, -100, 7], None]
@@ -169,31 +175,35 @@ def test_alpaca_prompts(write):
         {"instruction": "Sing.", "output": "la"},
     ]
     (file,) = read_files([entry(write("a.jsonl", rows), "alpaca")])
-    with_input, empty_input, without = read_documents(file)
-    assert with_input.prompt == (
+    with_input, empty_input, without = (document.segments for document in read_documents(file))
+    assert with_input[0] == Segment(
         "Below is an instruction that describes a task, paired with an input that provides further context. "
         "Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n"
+        "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n",
+        learnt=False,
     )
-    assert with_input.text == "3"
-    assert empty_input.prompt == without.prompt == alpaca_prompt("Sing.")
-    assert without.prompt == (
-        "Below is an instruction that describes a task. "
-        "Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\nSing.\n\n### Response:\n"
+    assert with_input[1] == Segment("3")
+    assert (
+        empty_input[0]
+        == without[0]
+        == Segment(
+            "Below is an instruction that describes a task. "
+            "Write a response that appropriately completes the request.\n\n"
+            "### Instruction:\nSing.\n\n### Response:\n",
+            learnt=False,
+        )
     )
 
 
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
-        ("d/train.json", [{"text": "x"}], "is not text"),
         ("d/train.txt", [{"text": "x"}, {"text": "y"}], "holds JSON rows"),
         ("d/rows", '[\n {"text": "x"},\n {"text": "y"}\n]', "is JSON, not text"),
-        ("d/rows.txt.gz", b"\x1f\x8b\x08", "is not text"),
-        ("d/zipped", b"\x1f\x8b\x08\xff", "is not UTF-8 text"),
-        ("d/table", b"PAR1\x00\x01", "NUL"),
-        ("d/train.Parquet", b"PAR1", "is not text"),
+        ("d/rows.txt.gz", b"not gzip", "not compressed that way"),
+        ("d/zipped", b"\x1f\x8b\x08\xff", "holds gz"),
+        ("d/table", b"PAR1\x00\x01", "holds parquet"),
+        ("d/train.Parquet", b"PAR2", "is no parquet file"),
     ],
 )
 def test_what_is_no_text_is_never_trained_on_as_text(write, name, content, told):
@@ -217,8 +227,6 @@ IDS = {"input_ids": [5, 6, 7, 8]}
 @pytest.mark.parametrize(
     ("row", "key"),
     [
-        (IDS | {"position_ids": [0, 1, 0, 1]}, "position_ids"),
-        (IDS | {"position_ids": [1, 2, 3, 4]}, "position_ids"),
         (IDS | {"cu_seqlens": [0, 2, 4]}, "cu_seqlens"),
         (IDS | {"seq_lens": [2, 2]}, "seq_lens"),
         (IDS | {"sequence_id": [0, 0, 1, 1]}, "sequence_id"),
@@ -233,7 +241,7 @@ def test_a_key_that_changes_the_meaning_is_refused_with_its_line(write, row, key
     plain = {name: row[name] for name in row if name != key}
     (file,) = read_files([entry(write("a.jsonl", [plain, row]))])
     with pytest.raises(UserError, match=f"line 2\n  `{key}` would change what the row means"):
-        (read_token_samples if file.kind == "tokenized" else read_documents)(file)
+        list((read_token_samples if file.kind == "tokenized" else read_documents)(file))
 
 
 @pytest.mark.parametrize(
@@ -251,7 +259,7 @@ def test_a_key_that_changes_the_meaning_is_refused_with_its_line(write, row, key
 def test_what_tells_of_tokens_under_any_name_is_refused_with_its_line(write, key, value):
     (file,) = read_files([entry(write("a.jsonl", [IDS, IDS | {key: value}]))])
     with pytest.raises(UserError, match=f"line 2\n  `{key}` has .*, and is not heeded"):
-        read_token_samples(file)
+        list(read_token_samples(file))
 
 
 def test_keys_that_say_nothing_are_ignored(write):
@@ -260,17 +268,17 @@ def test_keys_that_say_nothing_are_ignored(write):
     rows[0] |= {"token_ids": [5, 6, 7, 8], "special_tokens_mask": [1, 0, 0, 0], "length": [4], "scores": [1, 2, 3]}
     rows[0] |= {"tokens": ["a", "b", "c", "d"], "rewards": [0.5, 0.5, 0.5, 0.5]}
     (file,) = read_files([entry(write("a.jsonl", rows))])
-    assert read_token_samples(file)[0].tokens.tolist() == IDS["input_ids"]
+    assert next(read_token_samples(file)).tokens.tolist() == IDS["input_ids"]
     text = {"text": "x", "label": 1, "labels": 2, "system": "s", "id": 1}
     (file,) = read_files([entry(write("b.jsonl", [text]))])
-    assert read_documents(file)[0].text == "x"
+    assert text_of(next(read_documents(file))) == "x"
 
 
 @pytest.mark.parametrize("ids", ["[1, 2147483648]", "[1, -2]", "[1, 1e400]", "[1, 99999999999999999999999]"])
 def test_ids_out_of_range_are_refused_with_their_line(write, ids):
     (file,) = read_files([entry(write("a.jsonl", '{"input_ids": [1]}\n{"input_ids": ' + ids + "}\n"))])
     with pytest.raises(UserError, match="line 2"):
-        read_token_samples(file)
+        list(read_token_samples(file))
 
 
 def test_json_nested_without_end_is_refused(write):

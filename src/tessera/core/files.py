@@ -223,11 +223,11 @@ def parse_json(text: str | bytes) -> Any:
         value = json.loads(text)
     except RecursionError:
         raise ValueError(f"nested deeper than {DEPTH} levels") from None
-    _check(value, halves="\\u" in text or SURROGATE.search(text) is not None)
+    check_json(value, halves="\\u" in text or SURROGATE.search(text) is not None)
     return value
 
 
-def _check(value: Any, halves: bool) -> None:
+def check_json(value: Any, halves: bool) -> None:
     """Raise ValueError for what json admits and nothing after it can take: too many levels, halves of a character."""
     level, depth = [value], 0
     while level := [item for item in level if isinstance(item, dict | list | str)]:

@@ -23,6 +23,7 @@ from tessera.core.writing import system_error, why
 from tessera.data.assemble import DataSettings, assemble_samples, end_tokens
 from tessera.data.auto_tokenizer import has_tokenizer, read_auto
 from tessera.data.columns import Written, sum_of
+from tessera.data.formats.entry import Reading
 from tessera.data.samples import HELD_OUT, Sample, Split, open_samples, shuffled, write_samples
 from tessera.data.sources import SourceFile, read_documents, read_files
 from tessera.data.tokenizer import (
@@ -91,12 +92,16 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Rows ready to train on, in `folder`; `reused` when they were there already, `because` why those were not."""
+    """Rows ready to train on, in `folder`; `reused` when they were there already, `because` why those were not.
+
+    `notes` are lines about the sources that the user should read.
+    """
 
     folder: Path
     manifest: Manifest
     reused: bool
     because: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def tokenizer_folder(self) -> Path | None:
@@ -105,7 +110,7 @@ class Prepared:
         return self.folder if name == TRAINED else Path(name) if name else None
 
     def summary(self) -> str:
-        """One line for the log."""
+        """One line for the log, behind one for each note."""
         m = self.manifest
         told = [
             (m.train_rows, f", {m.train_tokens:,} tokens to train on"),
@@ -117,7 +122,10 @@ class Prepared:
         ]
         parts = [f"{count:,} row{'s' * (count > 1)}{what}" for count, what in told if count]
         again = f" (prepared again: {self.because})" if self.because else ""
-        return "data: " + "; ".join(parts) + (f" (reused from {self.folder})" if self.reused else again)
+        told_of_sources = "".join(f"data: {note}\n" for note in self.notes)
+        return (
+            told_of_sources + "data: " + "; ".join(parts) + (f" (reused from {self.folder})" if self.reused else again)
+        )
 
 
 def prepare(config: DataSettings, vocab_size: int | None, folder: Path | None = None) -> Prepared:
@@ -128,18 +136,19 @@ def prepare(config: DataSettings, vocab_size: int | None, folder: Path | None = 
     """
     folder = folder or Path(config.output_dir) / "prepared"
     there, because = _read_manifest(folder)
-    files = read_files(config.datasets, config.output_dir)
+    notes: list[str] = []
+    files = read_files(config.datasets, config.output_dir, Reading.of(config), notes)
     tokenizer = _given_tokenizer(config) if any(file.kind != "tokenized" for file in files) else None
     key = _cache_key(config, files, tokenizer)
     if there and there.key == key:
         because = _damage(folder, there, WHOLE)
         if not because:
             _check_vocabulary(there, vocab_size)
-            return Prepared(folder, there, reused=True)
+            return Prepared(folder, there, reused=True, notes=tuple(notes))
 
-    members = [(file, [] if file.kind == "tokenized" else read_documents(file)) for file in files]
+    members = [(file, [] if file.kind == "tokenized" else list(read_documents(file))) for file in files]
     if isinstance(tokenizer, int):
-        tokenizer = train_bpe((d.prompt + d.text for _, found in members for d in found), tokenizer)
+        tokenizer = train_bpe((s.text for _, found in members for d in found for s in d.segments), tokenizer)
     counts: Counter[str] = Counter()
     closing: Counter[int] = Counter()
     rows = assemble_samples(config, members, tokenizer, counts, closing)
@@ -148,7 +157,7 @@ def prepare(config: DataSettings, vocab_size: int | None, folder: Path | None = 
     manifest = _manifest(config, key, splits, tokenizer, ends, counts)
     _check_vocabulary(manifest, vocab_size)
     manifest = _write(folder, splits, manifest, tokenizer)
-    return Prepared(folder, manifest, reused=False, because=because)
+    return Prepared(folder, manifest, reused=False, because=because, notes=tuple(notes))
 
 
 def open_prepared(folder: Path) -> Prepared:
@@ -184,7 +193,7 @@ def _cache_key(config: DataSettings, files: list[SourceFile], tokenizer: TextTok
     trained = f"bpe {tokenizer} {tokenizers.__version__}" if isinstance(tokenizer, int) else None
     settings = {
         "format": FORMAT,
-        "files": [(f.kind, f.field, f.digest) for f in files],
+        "files": [file.key for file in files],
         "tokenizer": tokenizer.digest() if isinstance(tokenizer, TextTokenizer) else trained,
         "fit": (config.sequence_len, config.excess_length_strategy, config.train_on_inputs),
         "split": (repr(config.val_set_size), config.seed) if config.val_set_size else None,

@@ -6,7 +6,7 @@ from typing import Any
 from tessera.core.errors import UserError
 from tessera.data.samples import Origin
 
-PACKED = "rows that hold several documents are not done yet: give each document a row of its own"
+PACKED = "`position_ids` that begin at 0 again with each document say it; or give each document a row of its own"
 WEIGHED = "weights and masks of the loss are not done: write -100 into `labels` where nothing is to be learnt"
 MEANING = {
     **dict.fromkeys(("position_ids", "cu_seqlens", "cu_seq_lens", "cu_seq_lens_q", "cu_seq_lens_k"), PACKED),

@@ -29,13 +29,14 @@ Split = Literal["train", "eval"]
 
 
 class Origin(NamedTuple):
-    """Where a row comes from, for messages: a file, and the line in it (None: the whole file)."""
+    """Where a row comes from, for messages: a file, and the line or row in it (None: the whole file)."""
 
     path: Path
     line: int | None = None
+    unit: str = "line"
 
     def __str__(self) -> str:
-        return f"{self.path}" if self.line is None else f"{self.path}, line {self.line}"
+        return f"{self.path}" if self.line is None else f"{self.path}, {self.unit} {self.line}"
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,14 @@ class Sample:
         """The row without what lies beyond `length` tokens."""
         labels, positions = (None if x is None else x[:length] for x in (self.labels, self.positions))
         return replace(self, tokens=self.tokens[:length], labels=labels, positions=positions)
+
+    def windows(self, length: int) -> list["Sample"]:
+        """The row in pieces of at most `length` tokens, one behind the other; of one document alone."""
+        found = []
+        for start in range(0, len(self.tokens), length):
+            labels = None if self.labels is None else self.labels[start : start + length]
+            found.append(replace(self, tokens=self.tokens[start : start + length], labels=labels))
+        return found
 
 
 class Samples:

@@ -1,0 +1,219 @@
+"""Containers: which files hold rows, which hold text, and how either is opened; told by the name and by the content.
+
+| ending                     | holds                                                   |
+|----------------------------|---------------------------------------------------------|
+| .jsonl .ndjson .jsonlines  | a JSON object a line                                    |
+| .json                      | an array of objects, {"data": [...]}, or lines as above |
+| .csv .tsv                  | a row a record, under a first one with the names        |
+| .parquet .arrow            | columns                                                 |
+| any other, where not known | text                                                    |
+
+Any but .parquet and .arrow may be compressed: .gz .bz2 .xz .zst. A name and a content that disagree are refused.
+"""
+
+import bz2
+import codecs
+import gzip
+import io
+import lzma
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, NamedTuple, cast
+
+from tessera.core.errors import UserError
+from tessera.core.files import SMALL, in_words, open_file, parse_json
+from tessera.data.formats.json_rows import json_lines, json_rows
+from tessera.data.formats.tables import arrow_rows, csv_rows, parquet_rows
+from tessera.data.samples import Origin
+
+Kind = Literal["text", "lines", "json", "csv", "tsv", "parquet", "arrow", "foreign"]
+Rows = Iterator[tuple[Origin, dict[str, Any]]]
+
+ENDINGS: dict[str, Kind] = {
+    ".jsonl": "lines",
+    ".ndjson": "lines",
+    ".jsonlines": "lines",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+COMPRESSED = {".gz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\0", ".zst": b"\x28\xb5\x2f\xfd"}
+"""Endings of compressed files, and what those begin with."""
+FOREIGN = frozenset(
+    ending
+    for endings in (
+        ".zip .7z .tar .tgz .tbz2 .txz .rar .z .lz .lz4 .lzma .br .sz .jar .whl",
+        ".pdf .doc .docx .odt .rtf .epub .xls .xlsx .ods .ppt .pptx",
+        ".png .jpg .jpeg .gif .bmp .webp .tif .tiff .svg .ico .mp3 .mp4 .wav .flac .ogg .avi .mov .mkv",
+        ".npy .npz .bin .pkl .pickle .joblib .pt .pth .ckpt .safetensors .gguf .onnx .h5 .hdf5 .mat .idx .so .exe .pyc",
+        ".feather .orc .avro .msgpack .tfrecord .warc .db .sqlite .sqlite3 .duckdb .mdb .lance .class",
+    )
+    for ending in endings.split()
+)
+"""Endings of what is neither text nor one of the containers."""
+PLAIN = (".txt", ".text")
+"""Endings that promise text to train on; beside rows they are a second format, not something to pass over."""
+_MAGIC = {b"PAR1": ".parquet", b"ARROW1": ".arrow", b"PK\x03\x04": ".zip", b"\x89PNG": ".png", b"%PDF": ".pdf"}
+_MAGIC |= {magic: ending for ending, magic in COMPRESSED.items()}
+DS_TYPES: dict[str, tuple[Kind, ...]] = {
+    "json": ("json", "lines"),
+    "jsonl": ("lines",),
+    "csv": ("csv",),
+    "tsv": ("tsv",),
+    "parquet": ("parquet",),
+    "arrow": ("arrow",),
+    "text": ("text",),
+}
+"""Values of `ds_type`, and the containers that each names."""
+KNOWN = ".jsonl, .json, .csv, .tsv, .parquet, .arrow, text; compressed as .gz, .bz2, .xz or .zst"
+BLOCK = 1 << 20
+
+
+class Container(NamedTuple):
+    """What a file is: the kind of container, and the ending of its compression ("" for none)."""
+
+    kind: Kind
+    packed: str = ""
+
+
+def named(path: Path) -> Container:
+    """What the name of a file says that it is."""
+    ending, packed = path.suffix.lower(), ""
+    if ending in COMPRESSED:
+        ending, packed = Path(path.stem).suffix.lower(), ending
+    kind = ENDINGS.get(ending, "foreign" if ending in FOREIGN or packed and ending not in PLAIN else "text")
+    return Container(kind, packed)
+
+
+def identify(path: Path, ds_type: str | None = None) -> Container:
+    """What a file is, by `ds_type` or else its name. UserError where its content says something else."""
+    kind, packed = named(path)
+    start = _start(path, "")
+    magic = next((ending for magic, ending in _MAGIC.items() if start.startswith(magic)), "")
+    if packed and magic != packed:
+        raise UserError("datasets", path, f"its name ends in {packed}, but its content is not compressed that way")
+    if ds_type is not None and kind not in DS_TYPES[ds_type]:
+        kind = DS_TYPES[ds_type][0]
+    if kind == "foreign":
+        what = "".join(path.suffixes[-2:] if packed else path.suffixes[-1:])
+        raise UserError("datasets", path, f"is not text, and {what} is not a format that is read", f"read are {KNOWN}")
+    if packed and kind in ("parquet", "arrow"):
+        raise UserError("datasets", path, f"a {kind} file inside {packed}", "unpack it: its columns are compressed")
+    inner = _start(path, packed) if packed else start
+    expected = {"parquet": ".parquet", "arrow": ".arrow"}.get(kind, packed)
+    # a stream of Arrow begins with a length instead
+    if magic != expected and not (kind == "arrow" and start.startswith(b"\xff\xff\xff\xff")):
+        if magic:
+            raise UserError("datasets", path, f"holds {magic[1:]}, which its name does not say", f"name it …{magic}")
+        raise UserError("datasets", path, f"is no {expected[1:]} file, though its name says so")
+    problem = _not_text(inner) or _rows_inside(path, inner, packed) if kind == "text" else ""
+    if problem:
+        raise UserError("datasets", path, problem, f"read are {KNOWN}")
+    return Container(kind, packed)
+
+
+def is_text(path: Path) -> bool:
+    """Whether a file of any name may be text: UTF-8 without NUL, as far as its beginning tells."""
+    return not _not_text(_start(path, ""))
+
+
+def rows_of(path: Path, container: Container) -> Rows:
+    """The rows of a file in their order, read as they are asked for. UserError, naming the row, where one is none."""
+    with opened(path, container.packed) as file:
+        if container.kind == "lines":
+            yield from json_lines(file, path)
+        elif container.kind == "json":
+            yield from json_rows(file, path)
+        elif container.kind in ("csv", "tsv"):
+            yield from csv_rows(file, path, "," if container.kind == "csv" else "\t")
+        else:
+            yield from (parquet_rows if container.kind == "parquet" else arrow_rows)(file, path)
+
+
+@contextmanager
+def opened(path: Path, packed: str = "") -> Iterator[BinaryIO]:
+    """The content of a file, unpacked, behind its byte order mark if it has one; buffered, so that it can be peeked."""
+    with open_file(path, "datasets") as raw:
+        try:
+            file = _unpacked(raw, packed, path)
+            if file.peek(3)[:3] == codecs.BOM_UTF8:
+                file.read(3)
+            yield cast(BinaryIO, file)
+        except UserError:
+            raise
+        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+            what = f"cannot be unpacked: {error}" if packed else f"cannot be read: {in_words(cast(OSError, error))}"
+            raise UserError("datasets", path, what) from error
+
+
+def _unpacked(raw: BinaryIO, packed: str, path: Path) -> io.BufferedReader:
+    if packed == ".zst":
+        try:
+            import zstandard  # few need it
+        except ImportError as error:
+            raise UserError("datasets", path, "needs the package zstandard", "pip install zstandard") from error
+        return io.BufferedReader(
+            cast(Any, _Zstd(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)))
+        )
+    opening: Any = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(packed)
+    return io.BufferedReader(opening(raw)) if opening else cast(io.BufferedReader, raw)
+
+
+class _Zstd(io.RawIOBase):
+    """A zstandard stream whose errors are OSErrors, as those of the other formats are."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            content = self._stream.read(len(buffer))
+        except Exception as error:  # zstandard.ZstdError, which is no OSError
+            raise OSError(str(error)) from error
+        buffer[: len(content)] = content
+        return len(content)
+
+
+def _start(path: Path, packed: str) -> bytes:
+    with opened(path, packed) as file:
+        return file.read(BLOCK)
+
+
+def _not_text(start: bytes) -> str:
+    """Why content that begins so is no text; "" where it may be."""
+    if b"\0" in start:
+        return "is not text: it holds NUL bytes"
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(start)
+    except UnicodeDecodeError as error:
+        return f"is not UTF-8 text: byte {error.start} is 0x{start[error.start]:02x}"
+    return ""
+
+
+def _rows_inside(path: Path, start: bytes, packed: str) -> str:
+    """Why a file that is named as text is rows; "" where it is not."""
+    lead = start.lstrip()
+    if not lead.startswith((b"{", b"[")):
+        return ""
+    if _is_json(lead.split(b"\n", 1)[0]):
+        return "holds JSON rows, though its name does not end in .jsonl"
+    if len(start) == BLOCK:
+        with opened(path, packed) as file:
+            lead = file.read(SMALL).lstrip()
+    return "is JSON, not text: name it .json" if _is_json(lead) else ""
+
+
+def _is_json(content: bytes) -> bool:
+    """Whether `content` is a JSON object, or a list of them."""
+    try:
+        value = parse_json(content)
+    except ValueError:
+        return False
+    return isinstance(value, dict) or isinstance(value, list) and any(isinstance(item, dict) for item in value)

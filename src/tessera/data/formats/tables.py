@@ -1,0 +1,94 @@
+"""Rows of tables: CSV and TSV by the standard library, Parquet and Arrow by pyarrow, a batch of rows at a time."""
+
+import csv
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tessera.core.errors import UserError
+from tessera.core.files import SMALL
+from tessera.data.samples import Origin
+
+BATCH = 256
+"""Rows of a Parquet file that are held at a time, and those of its row group still encoded."""
+
+
+def csv_rows(file: BinaryIO, path: Path, delimiter: str) -> Iterator[tuple[Origin, dict[str, Any]]]:
+    """Every record as a row, under the names of the first record; all values are text."""
+    csv.field_size_limit(SMALL)
+    text = io.TextIOWrapper(file, "utf-8", newline="")
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    names: list[str] = []
+    line = 1
+    try:
+        for record in reader:
+            origin = Origin(path, line)
+            line = reader.line_num + 1
+            if not record:
+                continue
+            if not names:
+                names = _names(record, path)
+                continue
+            if len(record) != len(names):
+                reason = f"{len(record)} fields, the first line has {len(names)} names"
+                raise UserError("datasets", origin, reason, 'a text with commas or line ends stands in "…"')
+            yield origin, dict(zip(names, record, strict=True))
+    except csv.Error as error:
+        raise UserError("datasets", Origin(path, line), f"not valid CSV: {error}") from error
+    except UnicodeDecodeError as error:
+        reason = f"is not UTF-8 text: {error.reason}"
+        raise UserError("datasets", Origin(path, line), reason) from error
+    finally:
+        text.detach()  # the file is closed by who opened it
+
+
+def _names(record: list[str], path: Path) -> list[str]:
+    names = [name.strip() for name in record]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(
+            "datasets", Origin(path, 1), f"names the column {twice!r} twice", "the first line names columns"
+        )
+    return names
+
+
+def parquet_rows(file: BinaryIO, path: Path) -> Iterator[tuple[Origin, dict[str, Any]]]:
+    """Every row of a Parquet file, row group by row group."""
+    try:
+        from pyarrow import ArrowException, parquet  # on demand: it takes a third of a second
+    except ImportError as error:
+        raise _missing(path) from error
+    try:
+        yield from _rows(parquet.ParquetFile(file).iter_batches(batch_size=BATCH, use_threads=False), path)
+    except (ArrowException, OSError) as error:
+        raise UserError("datasets", path, f"cannot be read as Parquet: {error}") from error
+
+
+def arrow_rows(file: BinaryIO, path: Path) -> Iterator[tuple[Origin, dict[str, Any]]]:
+    """Every row of an Arrow file, in either of its forms."""
+    try:
+        from pyarrow import ArrowException, ipc  # on demand, as above
+    except ImportError as error:
+        raise _missing(path) from error
+    try:
+        if file.peek(6)[:6] == b"ARROW1":  # type: ignore[attr-defined]
+            table = ipc.open_file(file)
+            yield from _rows((table.get_batch(index) for index in range(table.num_record_batches)), path)
+        else:
+            yield from _rows(ipc.open_stream(file), path)
+    except (ArrowException, OSError) as error:
+        raise UserError("datasets", path, f"cannot be read as Arrow: {error}") from error
+
+
+def _missing(path: Path) -> UserError:
+    return UserError("datasets", path, "needs the package pyarrow, which is not installed", "pip install pyarrow")
+
+
+def _rows(batches: Any, path: Path) -> Iterator[tuple[Origin, dict[str, Any]]]:
+    number = 0
+    for batch in batches:
+        for start in range(0, batch.num_rows, BATCH):
+            for row in batch.slice(start, BATCH).to_pylist():
+                number += 1
+                yield Origin(path, number, "row"), row
