@@ -12,7 +12,8 @@ CL100K = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 O200K = (
@@ -22,10 +23,11 @@ O200K = (
 )
 
 FRAGMENTS = [
-    *"aZeß今日本語한국ب1290 \n\t.,;:!?'\"_-/\\()<>{}|&", " ", " ", "  ", "    ", "\n\n", "\r\n", " \n ", "\u00a0", "\u3000", "\u200b",
-    "the", "The", "don't", "I'LL", " new york", "New York", "word", "words", "wor", "naïve", "e\u0301", "\u0301", "ﬁne", "①", "½", "🙂", "👩\u200d👩",
-    "3.14", "1,000,000", "x = y+1", "def f(a):\n    return a\n", "<mask>", " <mask> ", "<r>", "<r>   ", "<|end|>", "</s>", "<s>", "▁", "▁a",
-    "<0x0A>", "。", "、", "，", "！\n", "...", "--", "http://a.b/c?d=e", "\x00", "ABC", "ǅ", "Ġ", "é,", "a,b,c", "end.\n", "end.\n\nNext",
+    *"aZeß今日本語한국ب1290 \n\t.,;:!?'\"_-/\\()<>{}|&", " ", " ", "  ", "    ", "\n\n", "\r\n", " \n ", "\u00a0",
+    "\u3000", "\u200b", "the", "The", "don't", "I'LL", " new york", "New York", "word", "words", "wor", "naïve",
+    "e\u0301", "\u0301", "ﬁne", "①", "½", "🙂", "👩\u200d👩", "3.14", "1,000,000", "x = y+1", "def f(a):\n    return\n",
+    "<mask>", " <mask> ", "<r>", "<r>   ", "<|end|>", "</s>", "<s>", "▁", "▁a", "<0x0A>", "。", "、", "，", "！\n",
+    "...", "--", "http://a.b/c?d=e", "\x00", "ABC", "ǅ", "Ġ", "é,", "a,b,c", "end.\n", "end.\n\nNext",
 ]  # fmt: skip
 
 
@@ -155,7 +157,12 @@ def _gemma() -> Tokenizer:
 def unigram(pre_tokenizer) -> Tokenizer:
     backend = Tokenizer(models.Unigram())
     backend.normalizer = normalizers.Sequence(
-        [normalizers.Nmt(), normalizers.NFKC(), normalizers.Strip(False, True), normalizers.Replace(Regex(" {2,}"), " ")]
+        [
+            normalizers.Nmt(),
+            normalizers.NFKC(),
+            normalizers.Strip(False, True),
+            normalizers.Replace(Regex(" {2,}"), " "),
+        ]
     )
     if pre_tokenizer is not None:
         backend.pre_tokenizer = pre_tokenizer

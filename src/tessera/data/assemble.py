@@ -81,7 +81,7 @@ def assemble_samples(
     kept = 0
     for kind, group in groupby(files, key=lambda file: file.kind):
         if kind == "tokenized":
-            rows = (row for file in group for row in read_token_samples(file))
+            rows: Iterator[Sample] = (row for file in group for row in read_token_samples(file))
         else:
             assert tokenizer is not None
             encoder = Encoder(tokenizer, config.dataset_processes, tally.whole)

@@ -15,12 +15,13 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Tokenizer, models
 
 from tessera.core.errors import UserError
 from tessera.data.documents import Document
 from tessera.data.pieces import SIZE, Cutter, Piece
 from tessera.data.samples import Ids
-from tessera.data.tokenizer import TextTokenizer
+from tessera.data.tokenizer import TextTokenizer, byte_level, frame
 
 BATCH = 1 << 17
 """Characters that a thread tokenizes at a time; the library's records of them take a hundred times as many bytes."""
@@ -61,8 +62,11 @@ class Encoder:
         self._tokenizer, self._backend = tokenizer, tokenizer.backend
         self._threads = threads or len(os.sched_getaffinity(0))
         self._whole = whole if whole is not None else []
-        self._opening, self._closing = _around(tokenizer)
-        self._length_of = lru_cache(maxsize=4096)(lambda text: len(self._backend.encode(text, add_special_tokens=False)))
+        opening, closing = frame(self._backend)
+        if closing[-1:] == [tokenizer.eos_id]:
+            closing = closing[:-1]
+        self._opening, self._closing = np.array(opening, np.int32), np.array(closing, np.int32)
+        self._length_of = lru_cache(maxsize=4096)(self._count)
 
     def encode(self, texts: Iterable[Text]) -> Iterator[Encoded]:
         """The tokens of every document, part after part.
@@ -104,9 +108,16 @@ class Encoder:
     def _cutter(self) -> Cutter:
         return Cutter(self._backend)
 
+    def _count(self, text: str) -> int:
+        return len(self._backend.encode(text, add_special_tokens=False).ids)
+
     def _encode(self, parts: Sequence[_Part]) -> list[Encoded]:
         plain = [part.piece.before + part.piece.text for part in parts]
-        found = self._backend.encode_batch_fast(plain, add_special_tokens=False)
+        try:
+            found = self._backend.encode_batch_fast(plain, add_special_tokens=False)
+        except Exception as error:  # the library raises nothing narrower
+            folder = self._tokenizer.folder
+            raise UserError("tokenizer", folder, f"cannot tokenize the data: {error}") from error
         encoded = []
         for part, encoding in zip(parts, found, strict=True):
             document, place, piece, last = part
@@ -138,23 +149,12 @@ def _batches(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
         yield batch
 
 
-def _around(tokenizer: TextTokenizer) -> tuple[Ids, Ids]:
-    """What the tokenizer puts before and behind a text. UserError: it does something else to one."""
-    alone, whole = (tokenizer.backend.encode("a", add_special_tokens=special).ids for special in (False, True))
-    for start in range(len(whole) - len(alone) + 1):
-        if whole[start : start + len(alone)] == alone:
-            return np.array(whole[:start], np.int32), np.array(whole[start + len(alone) :], np.int32)
-    raise UserError("tokenizer", tokenizer.folder, "its post_processor does more than put tokens around a text")
-
-
 def _begins_with(ids: Ids, opening: Ids) -> bool:
     """Whether a text has the one token that opens it already (True too where none does)."""
     return not len(opening) or len(opening) == 1 and ids[:1] == opening
 
 
-def _joined(
-    more: Ids, ids: Ids, learnt: NDArray[np.bool_] | None, front: bool
-) -> tuple[Ids, NDArray[np.bool_] | None]:
+def _joined(more: Ids, ids: Ids, learnt: NDArray[np.bool_] | None, front: bool) -> tuple[Ids, NDArray[np.bool_] | None]:
     """`ids` with `more` before or behind, which are not learnt where that is said token by token."""
     masks = None if learnt is None else (np.zeros(len(more), bool), learnt)
     pair = (more, ids)
@@ -188,8 +188,11 @@ def _one_thread_each() -> Iterator[None]:
             os.environ[key] = before
 
 
-def in_pieces(cutter: Cutter, texts: Iterable[Text]) -> Iterator[str]:
-    """The same texts for a tokenizer to be trained on, cut where `cutter` ends words."""
+def in_pieces(texts: Iterable[Text]) -> Iterator[str]:
+    """The same texts for a byte-level tokenizer to be trained on, long ones cut where a word of it ends."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = byte_level()
+    cutter = Cutter(backend)
     for document, blocks in texts:
         for segment in document.segments:
             if blocks is None and len(segment.text) <= 2 * SIZE:

@@ -25,9 +25,11 @@ SIZE = 1 << 14
 """Characters after which a place to cut is looked for: many words, and few beside a batch for all threads."""
 
 _LETTERS, _DIGITS, _CLOSING = "abdelmrstvzASTZéßʰǅ今ж한ب", "0123456789", ".,;:!?)]}\"'>。！？」）"
-_AFTER = " \n,。、，"
-_CONTEXTS = ("", "a", "Z", "é", "今", "1", "42", " ", "  ", "\n", " \n", "\t", "\r\n", ".", "'", "'s", "_", "--", "</")
-_CONTEXTS += ("🙂", "\u0301", "\u00a0", "\u3000", "ﬁ", "▁", "Ġ")
+_AFTER = " \n,。，"
+_CONTEXTS: tuple[str, ...] = (
+    *("", "a", "Z", "é", "今", "1", "42", " ", "  ", "\n", " \n", "\t", "\r\n", ".", "'", "'s", "_", "--", "</"),
+    *("🙂", "\u0301", "\u00a0", "\u3000", "ﬁ", "▁", "Ġ"),
+)
 _FOLLOWING = (*_CONTEXTS, " a", "\na", "\n\n", "  a", ". a", "'s a", "12 ", "\n 1")
 _NEAR = 64
 """Characters on each side of a cut on which the pre-tokenizer is tried once more."""

@@ -191,9 +191,7 @@ def read_rows(folder: Path) -> Iterator[Sample]:
             (end,) = np.frombuffer(content, np.int64)
             row = {name: np.frombuffer(file.read(4 * int(end - start)), np.int32) for name, file in files.items()}
             start = end
-            yield Sample(
-                row["tokens.npy"], Origin(folder), row.get("labels.npy"), positions=row.get("positions.npy")
-            )
+            yield Sample(row["tokens.npy"], Origin(folder), row.get("labels.npy"), positions=row.get("positions.npy"))
 
 
 def open_samples(folder: Path, split: Split) -> Samples:

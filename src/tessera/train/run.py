@@ -77,7 +77,8 @@ def resolve(config: TrainConfig) -> Run:
         reason = "is base_model too, whose weights would be overwritten"
         raise UserError("output_dir", config.output_dir, reason, "give the run a folder of its own")
     read_generation_config(folder)  # it goes beside the trained weights: what is wrong with it is said before
-    return Run(config, folder, fitting_model(config, folder), output / "prepared", checkpoint_to_resume(config))
+    prepared = Path(config.dataset_prepared_path or output / "prepared")  # a folder in it, once the data are read
+    return Run(config, folder, fitting_model(config, folder), prepared, checkpoint_to_resume(config))
 
 
 def fitting_model(config: TrainConfig, folder: Path | None = None) -> ModelConfig:
@@ -144,5 +145,6 @@ def prepared_run(config: TrainConfig, processes: int, lock: RunLock | None = Non
         terminal.say(*sweep(Path(config.output_dir)))
         run = replace(run, resume=checkpoint_to_resume(config), lock=lock.id)  # of a run that has ended since, maybe
     source = config.model_copy(update={"base_model": str(run.folder)})
-    terminal.say(prepare(source, run.model.vocab_size, run.prepared).summary())
-    return run
+    prepared = prepare(source, run.model.vocab_size)
+    terminal.say(prepared.summary())
+    return replace(run, prepared=prepared.folder)
