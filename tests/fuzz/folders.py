@@ -217,6 +217,13 @@ def tokens(case: Case) -> None:
     if seen.code == 3:
         case.wrong(f"other ids than AutoTokenizer: {seen.err.strip()[-300:]}")
     if case.dice.random() < 0.4:
+        mark, text = case.pick("eos_token", "pad_token", "bos_token"), case.pick("<new>", "a", "<|endoftext|>")
+        given = {
+            "special_tokens": {mark: text},
+            "tokens": case.pick([], ["<new>", "stone"], ["\u00e9"]),
+            "resize_token_embeddings_to_32x": case.pick(True, False),
+        }
+        write_yaml(case.here / "run.yaml", SETTINGS | case.pick({}, given, given))
         case.tessera("train", "run.yaml")
 
 

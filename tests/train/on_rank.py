@@ -1,4 +1,4 @@
-"""What runs on the ranks of a pool: a module of its own, so that no worker imports transformers."""
+"""What runs on the ranks of a pool: a module of its own, so that workers do not import transformers."""
 
 import io
 import os

@@ -29,6 +29,7 @@ from tessera.models.hub import (
     read_model_config,
     write_model,
 )
+from tessera.sizes.bounds import VOCABULARY
 
 
 def convert(
@@ -103,6 +104,9 @@ def _to_hugging_face(
         reason = "no tokenizer there, where the run that saved this checkpoint had it"
         raise UserError("--config", tokenizer, reason, "give a folder with config.json and the tokenizer's files")
     model = read_model_config(folder)
+    size = state.course.get("vocab_size")  # of a run whose vocabulary grew
+    if type(size) is int and size <= VOCABULARY:
+        model = model.grown_to(size)
     shapes = parameter_shapes(model)
     check_model(reader, {MODEL + name: shape for name, shape in shapes.items()}, MODEL)
     verify(source)

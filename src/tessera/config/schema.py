@@ -15,7 +15,7 @@ from tessera.config.sections.data import DataKeys, DatasetConfig
 from tessera.config.sections.health import HealthKeys
 from tessera.config.sections.layout import FsdpConfig, LayoutKeys, MeshConfig
 from tessera.config.sections.log import LogKeys
-from tessera.config.sections.model import ModelKeys, TokenizerConfig
+from tessera.config.sections.model import ModelKeys, SpecialTokensConfig, TokenizerConfig
 from tessera.config.sections.numbers import NumbersKeys
 from tessera.config.sections.optimizer import OptimizerKeys
 from tessera.config.sections.preparation import PreparationKeys
@@ -25,6 +25,7 @@ from tessera.core.errors import UserError
 SECTIONS: dict[str, type[Section]] = {
     "datasets": DatasetConfig,
     "tokenizer": TokenizerConfig,
+    "special_tokens": SpecialTokensConfig,
     "tensor_parallel_mesh": MeshConfig,
     "fsdp_config": FsdpConfig,
 }

@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import groupby
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -14,25 +13,14 @@ from tessera.data.documents import Document, Segment
 from tessera.data.encode import Encoded, Encoder, Text
 from tessera.data.samples import IGNORED, Ids, Origin, Sample
 from tessera.data.sources import DatasetSettings, SourceFile, read_documents, read_text, read_token_samples
-from tessera.data.tokenizer import TextTokenizer
+from tessera.data.tokenizer import TextTokenizer, TokenizerKeys
 
 
-class TokenizerSettings(Protocol):
-    """`tokenizer: {train: bpe, vocab_size: N}`."""
-
-    @property
-    def vocab_size(self) -> int: ...
-
-
-class DataSettings(Protocol):
+class DataSettings(TokenizerKeys, Protocol):
     """The keys of the config that this room reads."""
 
     @property
-    def base_model(self) -> str: ...
-    @property
     def datasets(self) -> Sequence[DatasetSettings]: ...
-    @property
-    def tokenizer(self) -> str | Path | TokenizerSettings | None: ...
     @property
     def sequence_len(self) -> int: ...
     @property

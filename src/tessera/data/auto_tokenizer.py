@@ -41,7 +41,7 @@ def has_tokenizer(path: Path) -> bool:
 
 def folder_of(path: Path) -> Path:
     """The folder that is meant by its path, or by that of its tokenizer.json."""
-    return path.parent if path.is_file() else path
+    return path.parent if os.path.isfile(path) else path
 
 
 def read_auto(path: Path, key: str) -> Any:
@@ -109,7 +109,7 @@ def _in_plain_words(error: BaseException) -> tuple[str, str]:
     if "trust_remote_code" in told:
         return "the tokenizer needs code that comes with it, which is never run", "name another with `tokenizer:`"
     if isinstance(error, ImportError):
-        return f"the tokenizer needs a package that is not installed: {told}", "pip install sentencepiece protobuf"
+        return f"the tokenizer needs a package that is not installed: {told}", "pip install it beside tessera"
     return f"cannot be read as a tokenizer by transformers: {told}", ""
 
 

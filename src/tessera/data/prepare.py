@@ -20,6 +20,7 @@ from tessera.core import terminal
 from tessera.core.errors import UserError
 from tessera.core.files import remove
 from tessera.core.writing import system_error, why
+from tessera.data.added_tokens import AddedTokens
 from tessera.data.alone import alone, put_in_place
 from tessera.data.assemble import DataSettings, Tally, assemble_samples, end_tokens, texts_of
 from tessera.data.auto_tokenizer import has_tokenizer, read_auto
@@ -30,7 +31,14 @@ from tessera.data.manifest import MANIFEST, SPLITS, TRAINED, WHOLE, Manifest, da
 from tessera.data.order import Permutation
 from tessera.data.samples import HELD_OUT, Sample, SampleWriter, read_rows
 from tessera.data.sources import SourceFile, read_files
-from tessera.data.tokenizer import TextTokenizer, load_tokenizer, save_tokenizer, special_ids, train_bpe
+from tessera.data.tokenizer import (
+    TextTokenizer,
+    load_tokenizer,
+    save_tokenizer,
+    special_ids,
+    train_bpe,
+    with_tokens,
+)
 
 FORMAT = 3
 """Part of the cache key: raise it when the same files and settings come to give other rows."""
@@ -99,7 +107,8 @@ def prepare(config: DataSettings, vocab_size: int | None, folder: Path | None = 
     """
     notes: list[str] = []
     files = read_files(config.datasets, config.output_dir, Reading.of(config), notes)
-    tokenizer = _given_tokenizer(config) if any(file.kind != "tokenized" for file in files) else None
+    added = AddedTokens.of(config)  # the exported tokenizer has them, whatever the rows are made from
+    tokenizer = _given_tokenizer(config) if added or any(file.kind != "tokenized" for file in files) else None
     key = _cache_key(config, files, tokenizer)
     folder = folder or prepared_folder(config, key)
     named = "output_dir" if config.dataset_prepared_path is None else "dataset_prepared_path"
@@ -145,10 +154,10 @@ def open_prepared(folder: Path) -> Prepared:
 
 def _given_tokenizer(config: DataSettings) -> TextTokenizer | int:
     """The tokenizer to load, or the vocabulary size of the one to train."""
-    given = config.tokenizer
+    given, added = config.tokenizer, AddedTokens.of(config)
     if given is None:
-        return load_tokenizer(Path(config.base_model), "base_model")
-    return load_tokenizer(Path(given), "tokenizer") if isinstance(given, str | Path) else given.vocab_size
+        return load_tokenizer(Path(config.base_model), "base_model", added)
+    return load_tokenizer(Path(given), "tokenizer", added) if isinstance(given, str | Path) else given.vocab_size
 
 
 def _special_ids(config: DataSettings, tokenizer: TextTokenizer | None) -> set[int]:
@@ -161,7 +170,8 @@ def _special_ids(config: DataSettings, tokenizer: TextTokenizer | None) -> set[i
 
 def _cache_key(config: DataSettings, files: list[SourceFile], tokenizer: TextTokenizer | int | None) -> str:
     """Equal for equal rows: contents and settings, not paths. An int is the size of a tokenizer to train."""
-    trained = f"bpe {tokenizer} {tokenizers.__version__}" if isinstance(tokenizer, int) else None
+    more = f" {AddedTokens.of(config)}" if AddedTokens.of(config) else ""
+    trained = f"bpe {tokenizer} {tokenizers.__version__}{more}" if isinstance(tokenizer, int) else None
     settings = {
         "format": FORMAT,
         "files": [file.key for file in files],
@@ -200,7 +210,7 @@ def _make(
 ) -> Manifest:
     """Write the folder, whole, under a name beside its place; `notes` gets what is found on the way."""
     if isinstance(tokenizer, int):
-        tokenizer = _trained(files, tokenizer, vocab_size)
+        tokenizer = _trained(files, tokenizer, vocab_size, AddedTokens.of(config))
     folder.mkdir()
     tally = Tally()
     with _progress("tokenizing", files) as passed:
@@ -247,10 +257,11 @@ def _make(
     return manifest
 
 
-def _trained(files: list[SourceFile], size: int, vocab_size: int | None) -> TextTokenizer:
-    """A tokenizer of `size` ids, trained on what is not tokenized. UserError: more than the model's vocabulary has."""
+def _trained(files: list[SourceFile], size: int, vocab_size: int | None, added: AddedTokens) -> TextTokenizer:
+    """A tokenizer of `size` ids and the `added` ones, trained on what is not tokenized. UserError: more than the model's vocabulary has."""
     with _progress("training the tokenizer", files) as passed:
         tokenizer = train_bpe(in_pieces(texts_of((f for f in files if f.kind != "tokenized"), passed)), size)
+    tokenizer = with_tokens(tokenizer, added) if added else tokenizer
     if vocab_size is not None:
         _check_trained(tokenizer.vocab_size, vocab_size)
     return tokenizer

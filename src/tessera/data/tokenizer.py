@@ -1,19 +1,22 @@
 """Text to token ids: with the tokenizer of a folder, as transformers has it, or one trained on the data."""
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tessera.core.errors import UserError
 from tessera.core.files import read_json
-from tessera.data.auto_tokenizer import folder_of, read_auto
+from tessera.data.added_tokens import AddedTokens, TokenKeys, written
+from tessera.data.auto_tokenizer import folder_of, has_tokenizer, read_auto
 from tessera.data.samples import Ids
 
 END_OF_TEXT = "<|endoftext|>"
@@ -24,17 +27,35 @@ BATCH = 1024
 """Texts tokenized at a time: enough for every thread, while the library's own records stay few."""
 
 
+class TokenizerSettings(Protocol):
+    """`tokenizer: {train: bpe, vocab_size: N}`."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+
+class TokenizerKeys(TokenKeys, Protocol):
+    """The keys of the config that say which tokenizer a run has."""
+
+    @property
+    def base_model(self) -> str: ...
+    @property
+    def tokenizer(self) -> str | Path | TokenizerSettings | None: ...
+
+
 @dataclass(frozen=True)
 class TextTokenizer:
     """A tokenizer, the id of its end-of-sequence token, its folder (None: it is saved nowhere yet).
 
-    `backend` is the part that tokenizes, `made` the tokenizer of transformers around it, where that was loaded.
+    `backend` is the part that tokenizes, `made` the tokenizer of transformers around it, where that was loaded. `files`
+    are those of a tokenizer to which tokens were added, by their names.
     """
 
     backend: Tokenizer
     eos_id: int
     folder: Path | None = None
     made: Any = field(default=None, compare=False, repr=False)
+    files: Mapping[str, bytes] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
     def auto(self) -> Any:
@@ -84,25 +105,47 @@ class TextTokenizer:
         """Changes whenever the tokenizer gives other ids, or lies elsewhere."""
         split = "split" if self.backend.encode_special_tokens else ""  # which to_str leaves out
         told = f"{self.folder} {self.eos_id} {self.backend.to_str()}{split}"
-        return blake2b(told.encode(), digest_size=16).hexdigest()
+        files = [name.encode() + self.files[name] for name in sorted(self.files)]
+        return blake2b(b"".join([told.encode(), *files]), digest_size=16).hexdigest()
 
 
-def load_tokenizer(path: Path, key: str) -> TextTokenizer:
+def load_tokenizer(path: Path, key: str, added: AddedTokens | None = None) -> TextTokenizer:
     """The tokenizer of a folder, or of the one that a tokenizer.json lies in; `key` is the config key that named it.
 
+    Where `added` tokens change it, it is what transformers makes of it once it is saved, and has no folder.
     The end-of-sequence token is that of transformers' tokenizer, or the first of config.json's eos_token_id where
     that has none. UserError: as `read_auto`, or there is no end-of-sequence token.
     """
-    auto = read_auto(path, key)
-    folder = folder_of(path)
-    eos_id = auto.eos_token_id
+    auto, folder = read_auto(path, key), folder_of(path)
+    if added and added.give_to(auto):
+        return _saved_and_read(auto, folder, key)
+    eos_id = _end_of(auto, folder, key)
+    return TextTokenizer(auto.backend_tokenizer, eos_id, folder.resolve(), auto)
+
+
+def _saved_and_read(auto: Any, folder: Path, key: str) -> TextTokenizer:
+    """A tokenizer of `folder` that was changed, as it is when its files have been written and read."""
+    _end_of(auto, folder, key)  # written into the files, where config.json alone has it
+    files = written(auto, _read_object(folder / "tokenizer_config.json"))
+    with TemporaryDirectory() as name:
+        for file, content in files.items():
+            (Path(name) / file).write_bytes(content)
+        if (folder / "config.json").is_file():  # it says which class reads them
+            shutil.copyfile(folder / "config.json", Path(name) / "config.json")
+        again = read_auto(Path(name), key)
+        return TextTokenizer(again.backend_tokenizer, _end_of(again, folder, key), None, again, files)
+
+
+def _end_of(auto: Any, folder: Path, key: str) -> int:
+    """The id of the end of sequence, which `auto` names from now on."""
+    eos_id: int | None = auto.eos_token_id
     if eos_id is None:
         eos_id = next(iter(token_ids(_read_object(folder / "config.json").get("eos_token_id"))), None)
         if eos_id is None:
             hint = "give `eos_token` in tokenizer_config.json, or `eos_token_id` in config.json"
             raise UserError(key, folder, "the tokenizer has no end-of-sequence token", hint)
         auto.eos_token = auto.backend_tokenizer.id_to_token(eos_id)
-    return TextTokenizer(auto.backend_tokenizer, eos_id, folder.resolve(), auto)
+    return eos_id
 
 
 def special_ids(backend: Tokenizer) -> set[int]:
@@ -162,8 +205,36 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
     return TextTokenizer(backend, end)
 
 
+def with_tokens(tokenizer: TextTokenizer, added: AddedTokens) -> TextTokenizer:
+    """A tokenizer that was trained here, with `added` tokens."""
+    auto = replace(tokenizer).auto  # one of its own, which may change
+    if not added.give_to(auto):
+        return tokenizer
+    return TextTokenizer(auto.backend_tokenizer, auto.eos_token_id, None, auto, written(auto, {}))
+
+
+def tokens_needed(config: TokenizerKeys) -> int:
+    """The rows of a vocabulary that holds every id of the config's tokenizer; 0 where it has none. Raises UserError.
+
+    Of one that is still to be trained, which must fit the model by itself, those of the tokens that are added to it.
+    """
+    added, given = AddedTokens.of(config), config.tokenizer
+    if given is not None and not isinstance(given, str | Path):
+        return given.vocab_size + len(added.texts) if added else 0
+    path, key = (Path(config.base_model), "base_model") if given is None else (Path(given), "tokenizer")
+    if not added and not has_tokenizer(path):  # rows may come tokenized
+        return 0
+    auto = read_auto(path, key)
+    added.give_to(auto)
+    return max(len(auto), 1 + max(auto.get_vocab().values()))
+
+
 def save_tokenizer(tokenizer: TextTokenizer, folder: Path) -> None:
     """Write tokenizer.json and tokenizer_config.json into `folder`, for transformers' `AutoTokenizer`."""
+    for name, content in tokenizer.files.items():
+        (folder / name).write_bytes(content)
+    if tokenizer.files:
+        return
     tokenizer.backend.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",

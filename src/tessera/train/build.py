@@ -88,6 +88,7 @@ class Built:
             "steps": self.total_steps,
             "warmup_steps": self.warmup,
             "computing_in": devices.dtype_name(self.model.parallel.compute),
+            **({"vocab_size": self.run.model.vocab_size} if self.run.model.new_tokens else {}),
         }
 
 

@@ -18,10 +18,11 @@ from tessera.core import terminal
 from tessera.core.device import gpus_missing
 from tessera.core.errors import UserError
 from tessera.data.prepare import prepare
+from tessera.data.tokenizer import tokens_needed
 from tessera.models.beside import read_generation_config
 from tessera.models.config import ModelConfig
 from tessera.models.hub import check_weights, read_model_config, resolve_model_folder
-from tessera.sizes.bounds import RANKS_HERE, at_most
+from tessera.sizes.bounds import RANKS_HERE, VOCABULARY, at_most
 from tessera.train.output import check_output
 from tessera.train.settings import check_layout
 
@@ -90,11 +91,21 @@ def fitting_model(config: TrainConfig, folder: Path | None = None) -> ModelConfi
 
 def model_of(config: TrainConfig, folder: Path | None = None) -> ModelConfig:
     """The same, whatever the layout; UserError when its positions are fewer than `sequence_len`."""
-    model = read_model_config(folder or resolve_model_folder(config.base_model, weights=False))
+    folder = folder or resolve_model_folder(config.base_model, weights=False)
+    model = _with_room(config, read_model_config(folder), folder)
     if model.rope is None and config.sequence_len > model.max_positions:
         reason = f"the model has {model.max_positions} positions"
         raise UserError("sequence_len", config.sequence_len, reason, f"at most {model.max_positions}")
     return model
+
+
+def _with_room(config: TrainConfig, model: ModelConfig, folder: Path) -> ModelConfig:
+    """With a vocabulary for every id of the run's tokenizer, and never a smaller one than that of the base model."""
+    needed = tokens_needed(config.model_copy(update={"base_model": str(folder)}))
+    if config.resize_token_embeddings_to_32x:
+        needed = -(-needed // 32) * 32
+    at_most("tokenizer", needed, VOCABULARY, "is the number of its tokens")
+    return model.grown_to(needed)
 
 
 def checkpoint_to_resume(config: TrainConfig) -> Path | None:
@@ -144,6 +155,9 @@ def prepared_run(config: TrainConfig, processes: int, lock: RunLock | None = Non
         lock.take(Path(config.output_dir))
         terminal.say(*sweep(Path(config.output_dir)))
         run = replace(run, resume=checkpoint_to_resume(config), lock=lock.id)  # of a run that has ended since, maybe
+    if run.model.new_tokens:
+        before, now = run.model.base.vocab_size, run.model.vocab_size
+        terminal.say(f"vocabulary: grows from {before:,} to {now:,} tokens, as the tokenizer's ids need")
     source = config.model_copy(update={"base_model": str(run.folder)})
     prepared = prepare(source, run.model.vocab_size)
     terminal.say(prepared.summary())
