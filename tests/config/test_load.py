@@ -230,11 +230,37 @@ def test_values_not_done_say_so(key, value):
     assert "known, but not done yet" in str(problem)
 
 
-def test_keys_and_values_not_done_inside_datasets():
-    problem = problem_of(datasets=[{"path": "a", "type": "chat_template", "shards": 2}])
+@pytest.mark.parametrize("sources", ["datasets", "test_datasets"])
+def test_keys_not_done_inside_datasets(sources):
+    problem = problem_of(**{sources: [{"path": "a", "conversation": "x", "temperature": 2.0}]})
     assert isinstance(problem, ConfigError)
-    assert {p.key for p in problem.problems} == {"datasets[0].type", "datasets[0].shards"}
-    assert "completion, alpaca" in str(problem)
+    assert {p.key for p in problem.problems} == {f"{sources}[0].conversation", f"{sources}[0].temperature"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("type", {"formt": "x"}, "has the key formt; known: system_prompt"),
+        ("type", {"format": 3}, "format must be text"),
+        ("type", 3, "must be text, or keys with values"),
+        ("data_files", ["a", 1], "must be text, or a list of texts"),
+        ("shards", 0, "must be at least 1"),
+        ("train_on_eos", "none", "must be one of 'all', 'turn' or 'last'"),
+    ],
+)
+def test_values_inside_datasets_that_do_not_fit_are_named(key, value, told):
+    problem = problem_of(datasets=[{"path": "a", key: value}])
+    assert problem.key == f"datasets[0].{key}" and told in problem.reason
+
+
+def test_a_prompt_of_the_users_own_is_read():
+    config = config_of(datasets=[{"path": "a", "type": {"format": "Q {instruction}", "field_output": "answer"}}])
+    assert (config.datasets[0].type.format, config.datasets[0].type.field_output) == ("Q {instruction}", "answer")
+
+
+def test_rows_to_evaluate_on_are_given_once():
+    assert problem_of(test_datasets=[{"path": "b"}], val_set_size=0.1).key == "val_set_size"
+    assert config_of(test_datasets=[{"path": "b"}], eval_steps=3).test_datasets[0].path == "b"
 
 
 @pytest.mark.parametrize("key", sorted(compat.NO_EFFECT.keys() - {"plugins"}))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tests.data.helpers import all_rows
 
+from tessera.core.errors import RunFailed, UserError
 from tessera.data import columns
 from tessera.data import prepare as module
 from tessera.data.columns import BLOCK, SUM, sums_of

@@ -142,7 +142,7 @@ def test_missing_paths_and_unknown_types_are_named(tmp_path, write):
     with pytest.raises(UserError, match="no such file or folder") as error:
         read_files([entry(tmp_path / "nowhere.txt")])
     assert "nowhere.txt" in str(error.value)
-    with pytest.raises(UserError, match="holds no text"):
+    with pytest.raises(UserError, match="holds no data"):
         read_files([entry(write("d/empty.txt", "").parent)])
     with pytest.raises(UserError, match="no data set is given"):
         read_files([])

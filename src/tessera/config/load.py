@@ -59,13 +59,14 @@ def make_config(values: Mapping[Any, Any], source: str = "config") -> tuple[Trai
     problems: list[UserError] = []
     notes: list[str] = []
     kept = _settle_other_tools(values, compat.NOT_DONE, "", problems, notes)
-    if isinstance(kept.get("datasets"), list):
-        kept["datasets"] = [
-            _settle_other_tools(row, compat.NOT_DONE_IN_DATASETS, f"datasets[{i}].", problems, notes)
-            if isinstance(row, dict)
-            else row
-            for i, row in enumerate(kept["datasets"])
-        ]
+    for key in ("datasets", "test_datasets"):
+        if isinstance(kept.get(key), list):
+            kept[key] = [
+                _settle_other_tools(row, compat.NOT_DONE_IN_DATASETS, f"{key}[{i}].", problems, notes)
+                if isinstance(row, dict)
+                else row
+                for i, row in enumerate(kept[key])
+            ]
     if isinstance(kept.get("fsdp_config"), dict):
         given = {str(key).removeprefix("fsdp_"): value for key, value in kept["fsdp_config"].items()}
         kept["fsdp_config"] = _settle_other_tools(given, compat.NOT_DONE_IN_FSDP, "fsdp_config.", problems, notes)
@@ -191,7 +192,11 @@ def _problem(place: _KeyPath, details: list[Any]) -> UserError:
     if first["type"] == "extra_forbidden":
         section, _, within = key.partition(".")
         within = within.removeprefix("fsdp_") if section == "fsdp_config" else within
-        if not inside and section != "datasets" and within in getattr(SECTIONS.get(section), "model_fields", ()):
+        if (
+            not inside
+            and section not in ("datasets", "test_datasets")
+            and within in getattr(SECTIONS.get(section), "model_fields", ())
+        ):
             return UserError(name, shown, f"is a key inside {section}", f"write {section}: {{{within}: {shown}}}")
         others = [] if inside else [*compat.NO_EFFECT, *compat.NOT_DONE]
         hint = nearest(key, keys) or nearest(key, others) or f"known: {', '.join(keys)}"

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import model_validator
 
 from tessera.config.sections.batch import BatchKeys
+from tessera.config.sections.chat import ChatKeys
 from tessera.config.sections.checkpoints import CheckpointKeys
 from tessera.config.sections.data import DataKeys, DatasetConfig
 from tessera.config.sections.health import HealthKeys
@@ -24,6 +25,7 @@ from tessera.core.errors import UserError
 
 SECTIONS: dict[str, type[Section]] = {
     "datasets": DatasetConfig,
+    "test_datasets": DatasetConfig,
     "tokenizer": TokenizerConfig,
     "special_tokens": SpecialTokensConfig,
     "tensor_parallel_mesh": MeshConfig,
@@ -41,6 +43,7 @@ class TrainConfig(
     OptimizerKeys,
     BatchKeys,
     PreparationKeys,
+    ChatKeys,
     DataKeys,
     ModelKeys,  # the keys of the last base come first in tables and files
 ):
@@ -52,9 +55,11 @@ class TrainConfig(
         if policy is not None and self.bf16 != "auto" and self.bf16 != (policy == "bf16"):
             key, reason = "fsdp_config.mixed_precision_policy", f"bf16 is {str(self.bf16).lower()}"
             raise UserError(key, policy, reason, "leave one of the two out")
-        if self.eval_steps is not None and not self.val_set_size:
+        if self.eval_steps is not None and not (self.val_set_size or self.test_datasets):
             reason = "no rows are held out for evaluation"
-            raise UserError("eval_steps", self.eval_steps, reason, "set val_set_size, for example 0.05")
+            raise UserError(
+                "eval_steps", self.eval_steps, reason, "set val_set_size, for example 0.05, or test_datasets"
+            )
         return self
 
 
@@ -69,6 +74,8 @@ def keys_table() -> str:
     lines = ["| key | default | meaning |", "|---|---|---|"]
     tables: dict[str, type[Section]] = {"": TrainConfig, **SECTIONS}
     for key, section in tables.items():
+        if key == "test_datasets":  # has the keys of datasets
+            continue
         prefix = f"{key}[]." if key == "datasets" else f"{key}." if key else ""
         for name, field in section.model_fields.items():
             default = "required" if field.is_required() else f"`{_as_yaml(field.default)}`"

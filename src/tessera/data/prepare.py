@@ -258,7 +258,7 @@ def _make(
 
 
 def _trained(files: list[SourceFile], size: int, vocab_size: int | None, added: AddedTokens) -> TextTokenizer:
-    """A tokenizer of `size` ids and the `added` ones, trained on what is not tokenized. UserError: more than the model's vocabulary has."""
+    """A tokenizer of `size` ids and the `added` ones, trained on the texts. UserError: too many for the model."""
     with _progress("training the tokenizer", files) as passed:
         tokenizer = train_bpe(in_pieces(texts_of((f for f in files if f.kind != "tokenized"), passed)), size)
     tokenizer = with_tokens(tokenizer, added) if added else tokenizer

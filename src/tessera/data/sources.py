@@ -6,20 +6,21 @@ and the one value that says how a file is read. Every mistake is a UserError tha
 
 import codecs
 import json
-import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Protocol
+from typing import Literal, Protocol
 
 from tessera.core.errors import UserError
-from tessera.core.files import in_words
 from tessera.data.documents import Document, Segment
 from tessera.data.formats.container import Container, identify, opened, rows_of
 from tessera.data.formats.entry import Entry, Reading
-from tessera.data.formats.known import TOKENIZED, format_of, reader_of
+from tessera.data.formats.known import CHATS, TOKENIZED, format_of, reader_of
+from tessera.data.formats.template import Template, template_of
 from tessera.data.formats.tokenized import token_sample
+from tessera.data.found import find_files
+from tessera.data.parts import Part, parts_of, slice_of
 from tessera.data.samples import Origin, Sample
 
 FileKind = Literal["text", "documents", "tokenized"]
@@ -48,6 +49,8 @@ class SourceFile:
     format: str
     entry: Entry
     reading: Reading
+    template: Template | None = None
+    part: Part = Part()
 
     @property
     def kind(self) -> FileKind:
@@ -58,10 +61,11 @@ class SourceFile:
     def key(self) -> str:
         """Equal for files that give equal rows: content and settings, not the path."""
         entry = asdict(self.entry)
-        for name in ("path", "data_files", "ds_type", "name", "split", "revision"):  # which file, not how
-            del entry[name]
-        reading = asdict(self.reading) | {"tokenizer": None}  # its content is part of the tokenizer's own digest
-        return json.dumps([self.digest, self.container, self.format, entry, reading], default=str)
+        for name in ("path", "data_files", "ds_type", "name", "split", "revision", "shards", "shards_idx"):
+            del entry[name]  # they say which rows; digest and part have those
+        template = None if self.template is None else asdict(self.template)
+        how = [self.container, self.format, self.part, entry, self.reading.train_on_inputs, template]
+        return json.dumps([self.digest, *how], default=str)
 
 
 def read_files(
@@ -79,17 +83,33 @@ def read_files(
     if not datasets:
         raise UserError("datasets", [], "no data set is given", "datasets: [{path: ...}] names one")
     files = []
+    notes = [] if notes is None else notes
     for settings in datasets:
-        entry = Entry.of(settings)
-        found = [
-            _source(path, digest, entry, reading or Reading())
-            for path in _without_own(_find(Path(entry.path)), entry.path, output_dir)
-            if (digest := _digest(path))
-        ]
-        if not found:
-            raise UserError("datasets", entry.path, "holds no text: the file or folder is empty")
-        files += found
+        files += _of_entry(Entry.of(settings), reading or Reading(), output_dir, notes)
     return files
+
+
+def _of_entry(entry: Entry, reading: Reading, output_dir: str | Path | None, notes: list[str]) -> list[SourceFile]:
+    slice_of(entry)
+    found, templates = [], {}
+    for path in find_files(entry, output_dir, notes):
+        if digest := _digest(path):
+            container, name = _recognised(path, entry, notes)
+            if name in CHATS and not templates:
+                templates = dict.fromkeys(CHATS, template_of(entry, reading, notes))
+            found.append(SourceFile(path, digest, container, name, entry, reading, templates.get(name)))
+    if not found:
+        raise UserError("datasets", entry.path, "holds no text: the file or folder is empty")
+    if slice_of(entry) is None and entry.shards is None:
+        return found
+    text = next((file for file in found if file.kind == "text"), None)
+    if text:
+        raise UserError("datasets.split", entry.split or "unset", f"{text.path} is text: it has no rows to choose from")
+    parts = parts_of(entry, [sum(1 for _ in rows_of(file.path, file.container)) for file in found])
+    chosen = [replace(file, part=part) for file, part in zip(found, parts, strict=True) if part is not None]
+    if not chosen:
+        raise UserError("datasets.split", entry.split or "unset", f"leaves no row of {entry.path}")
+    return chosen
 
 
 def read_documents(file: SourceFile) -> Iterator[Document]:
@@ -100,8 +120,8 @@ def read_documents(file: SourceFile) -> Iterator[Document]:
     if file.kind == "text":
         yield Document(Origin(file.path), (Segment("".join(read_text(file))),), cut=True)
         return
-    read = reader_of(file.entry, file.format)
-    for origin, row in rows_of(file.path, file.container):
+    read = reader_of(file.entry, file.format, file.template)
+    for origin, row in file.part.of(rows_of(file.path, file.container)):
         yield read(row, origin, file.entry, file.reading)
 
 
@@ -125,56 +145,21 @@ def read_text(file: SourceFile) -> Iterator[str]:
 def read_token_samples(file: SourceFile) -> Iterator[Sample]:
     """The rows of a tokenized file as they are: `input_ids`, optional `labels` (unshifted), `attention_mask`,
     `position_ids`. Masked positions become ignored labels."""
-    return (token_sample(row, origin) for origin, row in rows_of(file.path, file.container))
+    return (token_sample(row, origin) for origin, row in file.part.of(rows_of(file.path, file.container)))
 
 
-def _source(path: Path, digest: str, entry: Entry, reading: Reading) -> SourceFile:
+def _recognised(path: Path, entry: Entry, notes: list[str]) -> tuple[Container, str]:
+    """What a file is, and the name of what its rows are."""
     container = identify(path, entry.ds_type)
     if container.kind == "text":
-        return SourceFile(path, digest, container, "text", entry, reading)
-    first: Any = None
-    if entry.type is None:
-        first = next(rows_of(path, container), (None, None))[1]
-        if first is None:
-            raise UserError("datasets", path, "holds no rows")
-    return SourceFile(path, digest, container, format_of(entry, path, first), entry, reading)
-
-
-def _find(path: Path) -> list[Path]:
-    try:
-        if path.is_file():
-            return [path]
-        if path.is_dir():
-            return sorted(file for file in _inside(path) if file.is_file())
-    except OSError as error:
-        raise UserError("datasets", error.filename or path, f"cannot be read: {in_words(error)}") from error
-    hint = "give the path of a local text file, a folder of them, or a .jsonl file"
-    raise UserError("datasets", path, "no such file or folder", hint)
-
-
-def _inside(folder: Path) -> Iterator[Path]:
-    """What a folder holds at any depth but for folders and what is hidden. OSError for one that cannot be listed."""
-
-    def stop(error: OSError) -> NoReturn:
-        raise error
-
-    for place, folders, files in os.walk(folder, onerror=stop):
-        # a disk's lost+found is root's alone
-        folders[:] = [name for name in folders if not name.startswith(".") and name != "lost+found"]
-        yield from (Path(place, name) for name in files if not name.startswith("."))
-
-
-def _without_own(found: list[Path], given: str, output_dir: str | Path | None) -> list[Path]:
-    """The files of a data folder but for those that the run itself writes: at its next start they would be data."""
-    if output_dir is None:
-        return found
-    own, folder = Path(os.path.realpath(output_dir)), Path(os.path.realpath(given))
-    if own == folder:
-        reason = f"is the data folder {given} too: the run would read what it writes"
-        raise UserError("output_dir", output_dir, reason, f"a folder of its own, such as {Path(output_dir) / 'run'}")
-    if not own.is_relative_to(folder):
-        return found
-    return [path for path in found if not Path(os.path.realpath(path)).is_relative_to(own)]
+        if entry.type not in (None, "completion", "pretrain"):
+            reason = f"is text, and has no rows of type {entry.type if isinstance(entry.type, str) else 'user-written'}"
+            raise UserError("datasets", path, reason, "leave the type out; rows are read from .jsonl, .json, .csv, …")
+        return container, "text"
+    first = next(rows_of(path, container), None)
+    if first is None:
+        raise UserError("datasets", path, "holds no rows")
+    return container, format_of(entry, path, first[1], notes)
 
 
 def _digest(path: Path) -> str:

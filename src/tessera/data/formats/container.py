@@ -108,7 +108,7 @@ def identify(path: Path, ds_type: str | None = None) -> Container:
     # a stream of Arrow begins with a length instead
     if magic != expected and not (kind == "arrow" and start.startswith(b"\xff\xff\xff\xff")):
         if magic:
-            raise UserError("datasets", path, f"holds {magic[1:]}, which its name does not say", f"name it …{magic}")
+            raise _misnamed(path, magic)
         raise UserError("datasets", path, f"is no {expected[1:]} file, though its name says so")
     problem = _not_text(inner) or _rows_inside(path, inner, packed) if kind == "text" else ""
     if problem:
@@ -119,6 +119,18 @@ def identify(path: Path, ds_type: str | None = None) -> Container:
 def is_text(path: Path) -> bool:
     """Whether a file of any name may be text: UTF-8 without NUL, as far as its beginning tells."""
     return not _not_text(_start(path, ""))
+
+
+def refuse_rows(path: Path) -> None:
+    """Raise UserError for a file that is Parquet, Arrow or compressed under a name that does not say so."""
+    start = _start(path, "")
+    magic = next((ending for magic, ending in _MAGIC.items() if start.startswith(magic)), "")
+    if magic in ENDINGS or magic in COMPRESSED:
+        raise _misnamed(path, magic)
+
+
+def _misnamed(path: Path, ending: str) -> UserError:
+    return UserError("datasets", path, f"holds {ending[1:]}, which its name does not say", f"name it …{ending}")
 
 
 def rows_of(path: Path, container: Container) -> Rows:

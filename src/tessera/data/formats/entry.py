@@ -53,6 +53,11 @@ class Entry:
     train_on_eot: str | None = None
     drop_system_message: bool = False
 
+    @property
+    def split_name(self) -> str:
+        """`train` of `train[:10%]`; train where nothing is said."""
+        return (self.split or "train").partition("[")[0]
+
     @classmethod
     def of(cls, settings: Any) -> Self:
         """The entry that the config object `settings` says; keys that it lacks, or leaves open, have the defaults."""

@@ -1,26 +1,32 @@
 """The formats of rows by name, and how the format of rows is told from the keys of the first."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from tessera.core.errors import UserError
 from tessera.data.documents import Document
+from tessera.data.formats.chat import COLUMNS, chat, chat_pair
 from tessera.data.formats.entry import Entry, Reading, UserPrompt
 from tessera.data.formats.pairs import input_output, prompt_completion
 from tessera.data.formats.prompts import PROMPTED, STYLED, STYLES, prompted, written
+from tessera.data.formats.template import Template
 from tessera.data.formats.text import completion
 from tessera.data.samples import Origin
 
 Reader = Callable[[dict[str, Any], Origin, Entry, Reading], Document]
 
 USER_WRITTEN, TOKENIZED = "user-written", "tokenized"
+_CHATS = {"chat_template": chat, "chat_pair": chat_pair}
+CHATS = tuple(_CHATS)
+"""The formats that need a chat template."""
 _NAMED: dict[str, Reader] = {
     "completion": completion,
     "pretrain": completion,
     "input_output": input_output,
     "prompt_completion": prompt_completion,
 }
-KNOWN = (*_NAMED, *PROMPTED)
+KNOWN = ("chat_template", "sharegpt", *_NAMED, *PROMPTED)
 _OTHERS = {
     "reflection": "its answer has three parts: join them, and use alpaca",
     "context_qa": "its question has two parts: join them, and use alpaca_chat.load_qa",
@@ -37,7 +43,7 @@ _OTHERS = {
 """Formats of axolotl that are not read, and what to do instead."""
 
 
-def format_of(entry: Entry, path: Any, row: dict[str, Any] | None) -> str:
+def format_of(entry: Entry, path: Any, row: dict[str, Any], notes: list[str]) -> str:
     """The name of the format of rows that `entry` says, or else the keys of the first `row` of `path`.
 
     UserError: an unknown name, or keys of no format.
@@ -47,7 +53,15 @@ def format_of(entry: Entry, path: Any, row: dict[str, Any] | None) -> str:
         written(kind)
         return USER_WRITTEN
     if kind is None:
-        return _recognised(row or {}, path, entry)
+        return _recognised(row, path, entry)
+    if kind == "prompt_completion":
+        return _pair(row)
+    if kind == "sharegpt":
+        notes.append(
+            "type sharegpt is read as chat_template: the tokenizer's template, not a fixed one, writes the turns"
+        )
+    if kind in ("sharegpt", "chat_template"):
+        return "chat_template"
     if kind in _NAMED or prompted(kind):
         return kind
     base = kind.replace(":", ".").split(".")[0]
@@ -57,26 +71,40 @@ def format_of(entry: Entry, path: Any, row: dict[str, Any] | None) -> str:
     raise UserError("datasets.type", kind, "unknown", f"known: {', '.join(KNOWN)}; {styles}; or no type at all")
 
 
-def reader_of(entry: Entry, name: str) -> Reader:
-    """What makes a document of a row in the format that `format_of` named."""
+def reader_of(entry: Entry, name: str, template: Template | None) -> Reader:
+    """What makes a document of a row in the format that `format_of` named; CHATS need the `template`."""
     if isinstance(entry.type, UserPrompt):
         return written(entry.type)
-    return _NAMED.get(name) or PROMPTED.get(name) or prompted(name) or completion
+    if name in _CHATS:
+        assert template is not None
+        return partial(_CHATS[name], template=template)
+    return _NAMED.get(name) or prompted(name) or completion
+
+
+def _pair(row: dict[str, Any]) -> str:
+    texts = isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str)
+    return "prompt_completion" if texts or "prompt" not in row else "chat_pair"
 
 
 def _recognised(row: dict[str, Any], path: Any, entry: Entry) -> str:
+    if entry.field != Entry.field and entry.field in row:
+        return "completion"
+    if "input_ids" in row:
+        return TOKENIZED
+    if any(isinstance(row.get(name), list) for name in ((entry.field_messages,) if entry.field_messages else COLUMNS)):
+        return "chat_template"
+    if "prompt" in row and "completion" in row:
+        return _pair(row)
     for name, keys in (
-        (TOKENIZED, ("input_ids",)),
-        ("completion", (entry.field,)),
         ("alpaca", ("instruction", "output")),
-        ("prompt_completion", ("prompt", "completion")),
         ("input_output", ("segments",)),
+        ("completion", ("text",)),
     ):
         if all(key in row for key in keys):
             return name
-    keys_found = ", ".join(map(str, row)) or "none"
+    found = ", ".join(map(str, row)) or "none"
     hint = (
-        f"a row has `input_ids`, `{entry.field}` (see `field`), `instruction` and `output`, `prompt` and `completion`, "
-        "or `segments`; or say the `type`"
+        f"a row has `input_ids`, `messages` or `conversations`, `instruction` and `output`, `prompt` and `completion`, "
+        f"`segments`, or `{entry.field}` (see `field`); or say the `type`"
     )
-    raise UserError("datasets", path, f"no known kind of row: the keys of the first are {keys_found}", hint)
+    raise UserError("datasets", path, f"no known kind of row: the keys of the first are {found}", hint)
