@@ -47,6 +47,7 @@ def settings(tmp_path: Path, tokenizer: TextTokenizer) -> Callable[..., SimpleNa
             "output_dir": str(tmp_path / "out"),
             "dataset_prepared_path": None,
             "dataset_processes": 2,
+            "test_datasets": None,
         }
         return SimpleNamespace(**given | changes)
 

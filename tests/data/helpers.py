@@ -29,8 +29,7 @@ def row(tokens, labels=None):
 
 def saved(folder, name, *rows):
     folder.mkdir(exist_ok=True)
-    writer = SampleWriter(folder / name)
-    for sample in rows:
-        writer.append(sample)
-    writer.close()
+    with SampleWriter(folder / name) as writer:
+        for sample in rows:
+            writer.append(sample)
     return open_samples(folder, name)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -130,6 +130,7 @@ class SampleWriter:
         self.folder = folder
         self.rows = self.tokens = self.targets = 0
         self.largest, self.largest_place = 0, ""
+        self.files: dict[str, Written] = {}
         folder.mkdir()
         self._columns = {"tokens.npy": self._column("tokens.npy"), "offsets.npy": self._column("offsets.npy", np.int64)}
         self._columns["offsets.npy"].append(np.zeros(1, np.int64))
@@ -153,14 +154,17 @@ class SampleWriter:
         if (largest := row.largest()) > self.largest or not self.largest_place:
             self.largest, self.largest_place = largest, str(row.origin)
 
-    def close(self) -> dict[str, Written]:
-        """Finish the files, which are returned as they were written, by name."""
-        return {name: column.close() for name, column in self._columns.items()}
+    def __enter__(self) -> Self:
+        return self
 
-    def abandon(self) -> None:
-        """Close the files as they are."""
-        for column in self._columns.values():
-            column.abandon()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Finish the files, which `files` then has by name; or leave them as they are, after an error."""
+        try:
+            if kind is None:
+                self.files = {name: column.close() for name, column in self._columns.items()}
+        finally:
+            for column in self._columns.values():
+                column.abandon()
 
     def _column(self, name: str, dtype: type[np.generic] = np.int32) -> ColumnWriter:
         return ColumnWriter(self.folder / name, dtype)
