@@ -151,7 +151,7 @@ def _batches(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
 
 def _begins_with(ids: Ids, opening: Ids) -> bool:
     """Whether a text has the one token that opens it already (True too where none does)."""
-    return not len(opening) or len(opening) == 1 and ids[:1] == opening
+    return not len(opening) or len(opening) == 1 and ids[:1].tolist() == opening.tolist()
 
 
 def _joined(more: Ids, ids: Ids, learnt: NDArray[np.bool_] | None, front: bool) -> tuple[Ids, NDArray[np.bool_] | None]:

@@ -112,8 +112,12 @@ def prepare(config: DataSettings, vocab_size: int | None, folder: Path | None = 
             manifest, _ = there()  # another process may have made it meanwhile
             reused = manifest is not None
             if manifest is None:
-                manifest = make(config, sources, key, vocab_size, beside, notes)
+                made = make(config, sources, key, vocab_size, beside, notes)
+                manifest, _ = there()  # on a disk without locks
+                reused = manifest is not None
+            if manifest is None:
                 put_in_place(beside, folder)
+                manifest = made
     check_vocabulary(manifest, vocab_size)
     return Prepared(folder, manifest, reused, because, tuple(notes))
 
