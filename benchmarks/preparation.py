@@ -3,7 +3,8 @@
 Text is the source of Python's standard library, again and again with other names in it, so that no cache of words
 knows all of it. Each side runs in a process of its own: Tessera reads the files, tokenizes, cuts windows, writes and
 sums them; `tokenizers` gets the same texts, read already, by encode_batch, 1,000 at a time, and nothing is done with
-what it returns. Several rounds in turn; the best of each counts, for noise only ever adds. CPU seconds are of all threads.
+what it returns. Several rounds in turn; the best of each counts, for noise only ever adds. CPU seconds are of all
+threads.
 """
 
 import argparse

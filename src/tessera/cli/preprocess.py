@@ -48,7 +48,8 @@ def show(found: Prepared, examples: int, folder: Path) -> None:
     terminal.say("", f"text({IGNORED}, id): read only; text(id, id): learnt")
     for index in range(min(examples, len(rows))):
         tokens, labels = (array.tolist() for array in rows[index])
-        line = Text(f"row {index} of {len(rows):,}, {len(tokens):,} tokens: ", "bold", end="\n\n")
+        line = Text(end="\n\n")
+        line.append(f"row {index} of {len(rows):,}, {len(tokens):,} tokens: ", "bold")
         for token, label in zip(tokens, labels, strict=True):
             text = backend.decode([token], skip_special_tokens=False) if backend else ""
             shown = cut_short(text).replace("\n", "\\n")
