@@ -1,17 +1,18 @@
 """What the tests of data share."""
 
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
+from tessera.config.sections.data import DatasetConfig
 from tessera.data.samples import Origin, Sample, SampleWriter, Split, open_samples
 
 TEXT = "def add(a, b):\n    return a + b\n\n\ndef sub(a, b):\n    return a - b\n"
 
 
-def entry(path: Path, type: str | None = None, field: str = "text") -> SimpleNamespace:
-    return SimpleNamespace(path=str(path), type=type, field=field)
+def entry(path: Path, type: Any = None, field: str = "text", **keys: Any) -> DatasetConfig:
+    return DatasetConfig(path=str(path), type=type, field=field, **keys)
 
 
 def all_rows(folder: Path, split: Split = "train") -> list[tuple[list[int], list[int]]]:

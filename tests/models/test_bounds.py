@@ -10,6 +10,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
+from tessera.core import network
 from tessera.core.errors import UserError
 from tessera.models import download
 from tessera.models.families.table import model_config
@@ -75,7 +76,7 @@ def test_names_in_an_index_that_no_file_beside_it_has(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["./x", "/x", "~x", "~/x", "a\0b", "a" * 300 + "/" + "b" * 300, "/" + "x/" * 3000])
 def test_no_path_asks_a_hub(name, monkeypatch):
-    monkeypatch.setattr(download, "_reachable", None)
+    monkeypatch.setattr(download, "reachable", None)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
     with pytest.raises(UserError) as caught:
         resolve_model_folder(name)
@@ -85,8 +86,8 @@ def test_no_path_asks_a_hub(name, monkeypatch):
 def test_a_hub_that_answers_nothing_is_given_up_soon(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(download, "PATIENCE", 0.2)
-    monkeypatch.setattr(download.socket, "create_connection", lambda *_: time.sleep(5) or download.socket.socket())
+    monkeypatch.setattr(network, "PATIENCE", 0.2)
+    monkeypatch.setattr(network.socket, "create_connection", lambda *_: time.sleep(5) or network.socket.socket())
     begun = time.monotonic()
     with pytest.raises(UserError, match="huggingface.co cannot be reached, its cache has no copy"):
         resolve_model_folder("nobody/no-such-model")

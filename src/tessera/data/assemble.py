@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -45,7 +45,7 @@ class DataSettings(TokenizerKeys, Protocol):
 class Tally:
     """What is counted on the way, under the names of the manifest, and what is found for messages.
 
-    `closing`: how often each token is the last to be learnt in tokenized rows. `whole`: a line for each text that was
+    `closing`: how often each token is the last to be learnt, in rows that bring their own end. `whole`: a line for each text that was
     too long and could not be cut.
     """
 
@@ -71,17 +71,17 @@ def assemble_samples(
     kept = 0
     for kind, group in groupby(files, key=lambda file: file.kind):
         if kind == "tokenized":
-            rows: Iterator[Sample] = (row for file in group for row in read_token_samples(file))
+            rows: Iterator[_Row] = (_Row(row, True) for file in group for row in read_token_samples(file))
         else:
             assert tokenizer is not None
             encoder = Encoder(tokenizer, config.dataset_processes, tally.whole)
             encoded = encoder.encode(texts_of(group, passed))
             rows = _rows(encoded, tokenizer.eos_id, config.sequence_len, joined=kind == "text")
-        for row in rows:
+        for row, ends_itself in rows:
             fitted = _fit(config, row, tally, keep_dull=kind == "tokenized")
             if fitted is not None:
                 kept += 1
-                if kind == "tokenized":
+                if ends_itself:
                     tally.closing.update(_closing(fitted))
                 yield fitted
     too_long, dull = tally.counts["dropped_rows"], tally.counts["dull_rows"]
@@ -132,6 +132,13 @@ def _closing(row: Sample) -> list[int]:
     return found
 
 
+class _Row(NamedTuple):
+    """A row, and whether it brings its own end: one that came tokenized, or as a chat template writes it."""
+
+    sample: Sample
+    ends_itself: bool
+
+
 class _Windows:
     """Tokens as they come, in rows of `length`."""
 
@@ -140,7 +147,7 @@ class _Windows:
         self._parts: list[tuple[Ids, Ids]] = []  # tokens and labels
         self._origin: Origin | None = None  # of the first
 
-    def add(self, tokens: Ids, labels: Ids, origin: Origin) -> Iterator[Sample]:
+    def add(self, tokens: Ids, labels: Ids, origin: Origin) -> Iterator[_Row]:
         """The windows that are full now."""
         while self._held + len(tokens) >= self._length:
             room = self._length - self._held
@@ -149,11 +156,12 @@ class _Windows:
             tokens, labels = tokens[room:], labels[room:]
         self._append(tokens, labels, origin)
 
-    def rest(self) -> Iterator[Sample]:
+    def rest(self) -> Iterator[_Row]:
         """The last window, which may be short."""
         if self._held:
             assert self._origin is not None
-            yield _sample([part for part, _ in self._parts], [part for _, part in self._parts], self._origin)
+            tokens, labels = zip(*self._parts, strict=True)
+            yield _Row(_sample(tokens, labels, self._origin), False)
         self._parts, self._held = [], 0
 
     def _append(self, tokens: Ids, labels: Ids, origin: Origin) -> None:
@@ -164,7 +172,7 @@ class _Windows:
             self._held += len(tokens)
 
 
-def _rows(encoded: Iterable[Encoded], eos_id: int, length: int, joined: bool) -> Iterator[Sample]:
+def _rows(encoded: Iterable[Encoded], eos_id: int, length: int, joined: bool) -> Iterator[_Row]:
     """A row a document, or as many windows of `length` as it fills: prompt and answer, then the end of sequence.
 
     `joined`: documents are one stream, cut into windows, with end-of-sequence tokens between them.
@@ -190,12 +198,12 @@ def _rows(encoded: Iterable[Encoded], eos_id: int, length: int, joined: bool) ->
         tokens.append(ids)
         labels.append(marked)
         if last:
-            yield _sample(tokens, labels, document.origin)
+            yield _Row(_sample(tokens, labels, document.origin), not document.ended)
             tokens, labels = [], []
     yield from windows.rest()
 
 
-def _sample(tokens: list[Ids], labels: list[Ids], origin: Origin) -> Sample:
+def _sample(tokens: Sequence[Ids], labels: Sequence[Ids], origin: Origin) -> Sample:
     whole = tokens[0] if len(tokens) == 1 else np.concatenate(tokens)
     if all(one is other for one, other in zip(tokens, labels, strict=True)):
         return Sample(whole, origin)

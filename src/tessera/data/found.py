@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from tessera.core.errors import UserError
 from tessera.core.files import in_words, read_json
@@ -204,7 +204,7 @@ def _saved(folder: Path, entry: Entry) -> list[Path]:
     return [folder / str(name) for name in names]
 
 
-def _object(path: Path) -> dict[str, object]:
+def _object(path: Path) -> dict[str, Any]:
     content = read_json(path, "datasets")
     return content if isinstance(content, dict) else {}
 

@@ -91,7 +91,8 @@ def read_files(
 
 def _of_entry(entry: Entry, reading: Reading, output_dir: str | Path | None, notes: list[str]) -> list[SourceFile]:
     slice_of(entry)
-    found, templates = [], {}
+    found: list[SourceFile] = []
+    templates: dict[str, Template] = {}
     for path in find_files(entry, output_dir, notes):
         if digest := _digest(path):
             container, name = _recognised(path, entry, notes)

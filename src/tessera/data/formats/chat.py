@@ -18,6 +18,7 @@ ROLES = {"human": "user", "gpt": "assistant"}
 STANDARD = ("system", "user", "assistant", "tool", "developer")
 COLUMNS = ("messages", "conversations")
 """Columns that hold messages, unless `field_messages` names one."""
+_DETAIL = ("begin_offset", "end_offset", "train")
 Message = dict[str, Any]
 
 
@@ -95,7 +96,7 @@ class _Turn:
     def _settle_content(self, key: str) -> None:
         content = self.message.get("content")
         if isinstance(content, list):
-            texts = [part.get("text") if isinstance(part, dict) else part for part in content]
+            texts: list[Any] = [part.get("text") if isinstance(part, dict) else part for part in content]
             if not all(isinstance(text, str) for text in texts):
                 raise self._wrong("has a content that is not text", "chats with images or sound are not done")
             content = "".join(texts)
@@ -120,11 +121,11 @@ class _Turn:
         hint = "a list of {begin_offset: …, end_offset: …, train: true}, in characters of the content"
         spans = []
         for part in detail if isinstance(detail, list) else [None]:
-            places = [part.get(key) for key in ("begin_offset", "end_offset")] if isinstance(part, dict) else [None]
-            if not all(type(place) is int and place >= 0 for place in places) or part.get("train") not in (True, False):
+            first, last, learnt = (part.get(key) if isinstance(part, dict) else None for key in _DETAIL)
+            if type(first) is not int or type(last) is not int or first < 0 or learnt not in (True, False):
                 raise self._wrong("has training details of another form", hint)
-            if part["train"]:
-                spans.append((places[0], places[1] + 1))
+            if learnt:
+                spans.append((first, last + 1))
         return spans
 
     def _parsed(self, text: str, what: str) -> Any:

@@ -168,29 +168,39 @@ def _unpacked(raw: BinaryIO, packed: str, path: Path) -> io.BufferedReader:
             import zstandard  # few need it
         except ImportError as error:
             raise UserError("datasets", path, "needs the package zstandard", "pip install zstandard") from error
-        return io.BufferedReader(
-            cast(Any, _Zstd(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)))
-        )
+        return io.BufferedReader(cast(Any, _Zstd(raw, zstandard.ZstdDecompressor())))
     opening: Any = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(packed)
     return io.BufferedReader(opening(raw)) if opening else cast(io.BufferedReader, raw)
 
 
 class _Zstd(io.RawIOBase):
-    """A zstandard stream whose errors are OSErrors, as those of the other formats are."""
+    """What a zstandard file holds, frame behind frame. OSError where it is damaged, EOFError where it is cut."""
 
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
+    def __init__(self, raw: BinaryIO, decompressor: Any) -> None:
+        self._raw, self._new = raw, decompressor.decompressobj
+        self._frame: Any = None
+        self._packed = self._content = b""
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        try:
-            content = self._stream.read(len(buffer))
-        except Exception as error:  # zstandard.ZstdError, which is no OSError
-            raise OSError(str(error)) from error
-        buffer[: len(content)] = content
-        return len(content)
+        while not self._content:
+            self._packed = self._packed or self._raw.read(4096)  # little: it may become thousands of times as much
+            if not self._packed:
+                if self._frame is not None:
+                    raise EOFError("the file ends in the middle")
+                return 0
+            self._frame = self._frame or self._new()
+            try:
+                self._content = self._frame.decompress(self._packed)
+            except Exception as error:  # zstandard.ZstdError, which is no OSError
+                raise OSError(str(error)) from error
+            self._packed = self._frame.unused_data if self._frame.eof else b""
+            self._frame = None if self._frame.eof else self._frame
+        size = min(len(buffer), len(self._content))
+        buffer[:size], self._content = self._content[:size], self._content[size:]
+        return size
 
 
 def _start(path: Path, packed: str) -> bytes:

@@ -63,6 +63,8 @@ class Entry:
         """The entry that the config object `settings` says; keys that it lacks, or leaves open, have the defaults."""
         kind = getattr(settings, "type", None)
         given = _given(cls, settings)
+        if isinstance(given.get("data_files"), str):
+            given["data_files"] = (given["data_files"],)
         if kind is not None and not isinstance(kind, str):
             given["type"] = UserPrompt(**_given(UserPrompt, kind))
         return cls(**given)

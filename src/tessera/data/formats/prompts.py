@@ -6,7 +6,7 @@ The prompts are those of axolotl's `prompters.py` and `prompt_strategies`, to th
 
 import string as strings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from tessera.core.errors import UserError
@@ -51,6 +51,7 @@ SUMMARY = Style(
     "USER: Summarize the following article as a TL;DR.\n{instruction}\nASSISTANT:",
     "{system}",
 )
+_PLAIN_CHAT = CHAT._replace(system="{system}")
 STYLES = {"instruct": INSTRUCT, "chat": CHAT, "chatml": CHATML, "phi": PHI}
 """What may follow a colon: `type: alpaca:chat`."""
 
@@ -70,7 +71,8 @@ _CHOOSE = "Choose the answer that best answers the question."
 class Prompted:
     """Which columns a row has, and what stands around them.
 
-    `task`: the system prompt of rows with an input, and of those without; `system`: the column that has it instead.
+    `task`: the system prompt of rows with an input, and of those without; `system`: the column that has it instead;
+    `or_output`: the column of the answer in rows without `output`.
     """
 
     style: Style = INSTRUCT
@@ -80,13 +82,15 @@ class Prompted:
     output: str = "output"
     system: str = ""
     before_answer: str = ""
+    or_output: str = ""
 
     def __call__(self, row: dict[str, Any], origin: Origin, entry: Entry, reading: Reading) -> Document:
         """The prompt and the answer of a row."""
         columns = [name for name in (self.instruction, self.input, self.output, self.system) if name]
         check_keys(row, origin, columns, prompted=True)
         instruction, given = string(row, self.instruction, origin), self._input(row, origin)
-        answer = self.before_answer + string(row, self.output, origin)
+        output = self.output if self.output in row or not self.or_output else self.or_output
+        answer = self.before_answer + string(row, output, origin)
         told = string(row, self.system, origin) if row.get(self.system) is not None else self.task[0 if given else 1]
         turn = self.style.turn if given else self.style.no_input
         prompt = self.style.system.format(system=told) if told else ""
@@ -102,7 +106,8 @@ class Prompted:
 
 _SYSTEM = Prompted(CHAT, ("", ""), system="system")
 _ORCA = Prompted(ORCA, ("", ""), "question", "", "response", "system_prompt")
-_CHOICE = ("question", "choices", "solution")
+_EXPLAIN = Prompted(INSTRUCT, (f"{_CHOOSE} Explain your reasoning.\n",) * 2, "question", "choices", "solution")
+_BRIEFLY = (f"{_CHOOSE} Be concise in your response.\n\n",) * 2
 PROMPTED: dict[str, Prompted] = {
     "alpaca": Prompted(),
     "alpaca_instruct": Prompted(),
@@ -120,10 +125,8 @@ PROMPTED: dict[str, Prompted] = {
     "gpteacher": Prompted(output="response"),
     "oasst": Prompted(instruction="INSTRUCTION", input="", output="RESPONSE"),
     "jeopardy": Prompted(instruction="question", input="category", output="answer", before_answer="what is "),
-    "explainchoice": Prompted(INSTRUCT, (f"{_CHOOSE} Explain your reasoning.\n",) * 2, *_CHOICE),
-    "concisechoice": Prompted(
-        CHAT._replace(system="{system}"), (f"{_CHOOSE} Be concise in your response.\n\n",) * 2, *_CHOICE
-    ),
+    "explainchoice": replace(_EXPLAIN, or_output="explanation"),
+    "concisechoice": replace(_EXPLAIN, style=_PLAIN_CHAT, task=_BRIEFLY, or_output="explanation"),
     "summarizetldr": Prompted(SUMMARY, ("", ""), "article", "", "summary"),
 }
 """Values of `datasets[].type`, as axolotl has them."""
@@ -138,8 +141,7 @@ def prompted(kind: str) -> Prompted | None:
         return PROMPTED.get(name)
     if name not in STYLED or style not in STYLES:
         return None
-    plain = PROMPTED[name]
-    return Prompted(STYLES[style], *(getattr(plain, field) for field in list(Prompted.__dataclass_fields__)[1:]))
+    return replace(PROMPTED[name], style=STYLES[style])
 
 
 def written(prompt: UserPrompt) -> Callable[[dict[str, Any], Origin, Entry, Reading], Document]:

@@ -6,7 +6,7 @@ rendering the chat once more with another text in its place: what differs is the
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,15 @@ def template_names() -> list[str]:
 class Template:
     """A template's text, what is handed to it beside the chat, and the tokens that end a turn.
 
-    `end` is the tokenizer's end-of-sequence token, `turn_ends` are the others that close a turn.
+    `end` is the tokenizer's end-of-sequence token, `turn_ends` are the others that close a turn, `special` all special
+    tokens.
     """
 
     text: str
     values: tuple[tuple[str, Any], ...]
     end: str
     turn_ends: tuple[str, ...]
+    special: tuple[str, ...] = ()
 
     @property
     def marks_answers(self) -> bool:
@@ -53,7 +55,7 @@ class Template:
         from transformers.utils.chat_template_utils import render_jinja_template  # takes a second
 
         try:
-            texts, spans = render_jinja_template(
+            both: Any = render_jinja_template(
                 [list(turns)],
                 tools=tools,
                 chat_template=self.text,
@@ -62,6 +64,7 @@ class Template:
             )
         except Exception as error:  # a template may raise whatever it likes
             raise UserError("datasets", origin, f"the chat template refuses this chat: {error}") from error
+        texts, spans = both
         return texts[0], [(start, end) for start, end in spans[0]] if self.marks_answers else []
 
     def find_turn(self, turns: Turns, index: int, shown: str, tools: Any, origin: Origin) -> Span | None:
@@ -83,16 +86,22 @@ class Template:
         return start, end
 
     def ends_after(self, shown: str, place: int) -> list[tuple[str, Span]]:
-        """The tokens that close a turn which ends at `place`, each with its span; space may stand before each."""
+        """The tokens that close a turn which ends at `place`, each with its span.
+
+        Before each may stand space, and special tokens that close no turn.
+        """
         found: list[tuple[str, Span]] = []
+        ends = {self.end, *self.turn_ends} - {""}
+        tokens = sorted({*ends, *self.special}, key=len, reverse=True)
         while True:
             start = len(shown) - len(shown[place:].lstrip())
-            ends = sorted({self.end, *self.turn_ends} - {""} - {end for end, _ in found}, key=len, reverse=True)
-            token = next((end for end in ends if shown.startswith(end, start)), None)
+            token = next((token for token in tokens if shown.startswith(token, start)), None)
             if token is None:
                 return found
             place = start + len(token)
-            found.append((token, (start, place)))
+            if token in ends:
+                found.append((token, (start, place)))
+                ends.remove(token)
 
 
 _MARK_IT = "put {% generation %} … {% endgeneration %} around the answers in the template (chat_template: jinja)"
@@ -137,21 +146,21 @@ def template_of(entry: Entry, reading: Reading, notes: list[str]) -> Template:
         if len(tokenizer.encode(token, add_special_tokens=False)) != 1:
             hint = "give it in `tokens`, or leave it out"
             raise UserError("eot_tokens", token, f"is not one token of the tokenizer in {reading.tokenizer}", hint)
-    plain = Template(text, tuple(values.items()), end, reading.eot_tokens)
+    special = tuple(sorted(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special))
+    plain = Template(text, tuple(values.items()), end, reading.eot_tokens, special)
     if reading.eot_tokens or not end or end in text or "eos_token" in text:
         return plain
-    found = _end_of_turn(plain, tokenizer)
+    found = _end_of_turn(plain)
     if not plain.marks_answers:  # or else it says itself where an answer ends
         told = f"turns end with {found}, as the chat template writes them; eot_tokens names another token"
         notes.append(told if found else f"the chat template never writes {end}: eot_tokens names what ends a turn")
-    return Template(text, plain.values, end, (found,) if found else ())
+    return replace(plain, turn_ends=(found,) if found else ())
 
 
-def _end_of_turn(template: Template, tokenizer: Any) -> str:
+def _end_of_turn(template: Template) -> str:
     """The special token that a template without end-of-sequence token writes behind an answer; "" for none."""
-    special = tuple(token for token in tokenizer.added_tokens_decoder.values() if token.special)
     place = Origin(Path("chat_template"))
-    probe = Template(template.text, template.values, "", tuple(str(token) for token in special))
+    probe = replace(template, end="", turn_ends=template.special)
     try:
         shown, _ = probe.render(_PROBE, None, place)
         span = probe.find_turn(_PROBE, 1, shown, None, place)
