@@ -26,6 +26,22 @@ class TokenKeys(Protocol):
     def tokens(self) -> Sequence[str]: ...
 
 
+class TokenizerSettings(Protocol):
+    """`tokenizer: {train: bpe, vocab_size: N}`."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+
+class TokenizerKeys(TokenKeys, Protocol):
+    """The keys of the config that say which tokenizer a run has."""
+
+    @property
+    def base_model(self) -> str: ...
+    @property
+    def tokenizer(self) -> str | Path | TokenizerSettings | None: ...
+
+
 @dataclass(frozen=True)
 class AddedTokens:
     """The tokens that a config names: (mark, text) pairs, ordinary tokens, and further special ones."""

@@ -45,8 +45,8 @@ class DataSettings(TokenizerKeys, Protocol):
 class Tally:
     """What is counted on the way, under the names of the manifest, and what is found for messages.
 
-    `closing`: how often each token is the last to be learnt, in rows that bring their own end. `whole`: a line for each text that was
-    too long and could not be cut.
+    `closing`: how often each token is the last to be learnt, in rows that bring their own end. `whole`: a line for each
+    text that was too long and could not be cut.
     """
 
     counts: Counter[str] = field(default_factory=Counter)

@@ -8,14 +8,14 @@ from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tessera.core.errors import UserError
 from tessera.core.files import read_json
-from tessera.data.added_tokens import AddedTokens, TokenKeys, written
+from tessera.data.added_tokens import AddedTokens, TokenizerKeys, written
 from tessera.data.auto_tokenizer import folder_of, has_tokenizer, read_auto
 from tessera.data.samples import Ids
 
@@ -25,22 +25,6 @@ SMALLEST_BPE = 257
 
 BATCH = 1024
 """Texts tokenized at a time: enough for every thread, while the library's own records stay few."""
-
-
-class TokenizerSettings(Protocol):
-    """`tokenizer: {train: bpe, vocab_size: N}`."""
-
-    @property
-    def vocab_size(self) -> int: ...
-
-
-class TokenizerKeys(TokenKeys, Protocol):
-    """The keys of the config that say which tokenizer a run has."""
-
-    @property
-    def base_model(self) -> str: ...
-    @property
-    def tokenizer(self) -> str | Path | TokenizerSettings | None: ...
 
 
 @dataclass(frozen=True)
