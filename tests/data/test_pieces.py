@@ -23,7 +23,7 @@ def in_blocks(text: str, size: int) -> list[str]:
 def test_pieces_give_the_tokens_of_the_whole(name):
     backend = zoo(name)
     cutter, cut, naive = Cutter(backend), 0, 0
-    for seed in range(30):
+    for seed in range(12):
         text = awkward(seed)
         whole = tokens(backend, [Piece("", text)])
         for blocks in ([text], in_blocks(text, 50)):
@@ -32,7 +32,7 @@ def test_pieces_give_the_tokens_of_the_whole(name):
             assert tokens(backend, pieces) == whole, (seed, pieces)
             cut += len(pieces) - 1
         naive += tokens(backend, [Piece("", part) for part in in_blocks(text, 4)]) != whole
-    assert cut > 300 and naive == 30  # it does cut, and not every cut would do
+    assert cut > 100 and naive == 12  # it does cut, and not every cut would do
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 SIZE = 1 << 14
 """Characters after which a place to cut is looked for: many words, and few beside a batch for all threads."""
 
-_LETTERS, _DIGITS, _CLOSING = "abdelmrstvzASTZéßʰǅ今ж한ب", "0123456789", ".,;:!?)]}\"'>。！？」）"
+_LETTERS, _DIGITS, _CLOSING = "adlmrstvzSTéʰǅ今ب", "0123456789", ".,;:!?)]}\"'>。！？」）"
 _AFTER = " \n,。，"
 _CONTEXTS: tuple[str, ...] = (
     *("", "a", "Z", "é", "今", "1", "42", " ", "  ", "\n", " \n", "\t", "\r\n", ".", "'", "'s", "_", "--", "</"),
@@ -104,15 +104,15 @@ class Cutter:
         no, splits, whole = (False, None), True, True
         rests: dict[str, list[str]] = {}  # by what follows: the words from `after` on, whatever is before
         for character in characters:
-            around = chain(product(_CONTEXTS, ("b",)), product(("", "b "), _FOLLOWING))
-            for left, right in around:
-                words, both = self._words(left + character), self._words(left + character + after + right)
+            alone = {left: self._words(left + character) for left in _CONTEXTS}
+            for left, right in chain(product(_CONTEXTS, ("b",)), product(("",), _FOLLOWING)):
+                words, both = alone[left], self._words(left + character + after + right)
                 one, joined = "".join(words), "".join(both)
                 splits = splits and both[: len(words)] == words
                 whole = whole and len(both) == len(words) == 1
                 if not (splits or whole) or not joined.startswith(one):
                     return no
-                if whole and one[-1:] != self._words(character)[0][-1:]:
+                if whole and one[-1:] != alone[""][0][-1:]:
                     return no
                 rest = both[len(words) :] if splits else [joined[len(one) :]]
                 if rests.setdefault(right, rest) != rest:
