@@ -157,14 +157,12 @@ def other_tools(case: Case) -> None:
     from tessera.config import compat
 
     case.kind = 17
-    tables = [compat.NOT_DONE, compat.SPELLED_HERE, compat.NO_EFFECT]
+    tables = [compat.TOP.refused, compat.TOP.ours, compat.TOP.no_effect]
     settings = SETTINGS | {case.pick(*case.pick(*tables)): hostile.value(case.dice) for _ in range(3)}
     if case.dice.random() < 0.3:
-        settings["fsdp_config"] = {case.pick(*compat.NO_EFFECT_IN_FSDP): hostile.value(case.dice)}
+        settings["fsdp_config"] = {case.pick(*compat.FSDP.others): hostile.value(case.dice)}
     if case.dice.random() < 0.3:
-        settings["datasets"] = [
-            {"path": "./book.txt", case.pick(*compat.NOT_DONE_IN_DATASETS): hostile.value(case.dice)}
-        ]
+        settings["datasets"] = [{"path": "./book.txt", case.pick(*compat.DATASETS.others): hostile.value(case.dice)}]
     settings["output_dir"] = "./new"
     case.what = ", ".join(f"{key}={value!r:.30}" for key, value in settings.items() if key not in SETTINGS)
     write_yaml(case.here / "run.yaml", settings)
@@ -286,7 +284,11 @@ def words(case: Case) -> None:
             "-x",
             "--",
             "=",
-            "config-keys",
+            "config",
+            "keys",
+            "show",
+            "--learning-rate",
+            "seed=1",
         ],
     )
     chosen = case.dice.sample(pieces, case.dice.randrange(1, 5))
@@ -308,7 +310,8 @@ def written(case: Case) -> None:
         ["convert", "out/checkpoint-2", target],
         ["inspect", "run.yaml", "--json", "--set", "tensor_parallel_size=2", "--activation", "q"],
         ["count", "--ranks", "2", "--model", "model", "--batch", "2", "--sequence", "4"],
-        ["config-schema"],
+        ["config", "schema"],
+        ["config", "show", "run.yaml", "--datasets.0.path", "book.txt"],
     ]
     line = case.cycle(*lines)
     case.what = " ".join(line)[:100]

@@ -19,7 +19,7 @@ from tessera.checkpoint.saver import HostCopies, Writer
 from tessera.config.schema import TrainConfig
 from tessera.core.errors import RunFailed, UserError
 from tessera.core.mesh import Mesh
-from tessera.engine.optimizer import learning_rate
+from tessera.train.build import Built, rates_of
 from tessera.train.links import run_mesh
 from tessera.train.run import Run, model_of, prepared_run
 from tessera.train.trainer import train
@@ -151,12 +151,17 @@ def slow_save_on_rank(settings: dict[str, Any], step: int, until: int) -> str:
 def stopping(step: int | None) -> Iterator[None]:
     """A request to stop during this step, on rank 0 alone."""
 
-    def stop(index: int, *args: Any) -> float:
-        if index + 1 == step and own_rank() == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return learning_rate(index, *args)
+    def stop(built: Built) -> Callable[[int], float]:
+        rates = rates_of(built)
 
-    with patch("tessera.train.trainer.learning_rate", stop):
+        def rate(index: int) -> float:
+            if index + 1 == step and own_rank() == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return rates(index)
+
+        return rate
+
+    with patch("tessera.train.trainer.rates_of", stop):
         yield
 
 

@@ -5,8 +5,11 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-FORMAT = 2
-"""Raised with every key that comes or goes, which readers of the format before refuse. 1 was without SHA256SUMS."""
+FORMAT = 3
+"""Raised with every key that comes or goes, which readers of the format before refuse. 1 was without SHA256SUMS, 2
+without `best`."""
+READ = (2, 3)
+"""The formats that are read."""
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 
 
@@ -36,12 +39,28 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Best:
+    """The best of a run's evaluations: its loss and step, and how many since then in a row were not better.
+
+    `checkpoint` is the step of the best checkpoint, which may be earlier: not each evaluation is followed by a save.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    eval_loss: float
+    step: Count
+    checkpoint: Count | None = None
+    worse: Count = 0
+
+
+@dataclass(frozen=True)
 class RunState:
     """The state of a run after `step` optimizer steps.
 
     `tokens` are the targets trained on, `samples` those taken from the stream, `skipped` the steps that changed no
-    weight. `course` is what follows from the settings, `config` the settings themselves; both are empty where no run
-    has made the checkpoint, and `optimizer` is false where it has model tensors alone.
+    weight. `best` is the best evaluation, where they are compared. `course` is what follows from the settings,
+    `config` the settings themselves; both are empty where no run has made the checkpoint, and `optimizer` is false
+    where it has model tensors alone.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
@@ -54,6 +73,7 @@ class RunState:
     course: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     optimizer: bool = True
+    best: Best | None = None
     seed: Annotated[int, Field(ge=0)] | None = None
     format: int = FORMAT
 

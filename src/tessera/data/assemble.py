@@ -9,11 +9,12 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from tessera.core.errors import UserError
+from tessera.data.added_tokens import TokenizerKeys
 from tessera.data.documents import Document, Segment
 from tessera.data.encode import Encoded, Encoder, Text
 from tessera.data.samples import IGNORED, Ids, Origin, Sample
 from tessera.data.sources import DatasetSettings, SourceFile, read_documents, read_text, read_token_samples
-from tessera.data.tokenizer import TextTokenizer, TokenizerKeys
+from tessera.data.tokenizer import TextTokenizer
 
 
 class DataSettings(TokenizerKeys, Protocol):

@@ -46,6 +46,7 @@ class ModelConfig:
     attention_dropout: float = 0.0
     residual_dropout: float = 0.0
     initializer_range: float = 0.02
+    eager_attention: bool = False
     layer_kinds: tuple[LayerKind, ...] = (LayerKind(),)
     new_tokens: int = 0
 

@@ -19,17 +19,18 @@ def attend(
     keep: Tensor | None = None,
     p: float = 0.0,
     with_lse: bool = False,
+    eager: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """softmax(z) v over the keys that `mask` shows, where z = scale · q kᵀ, and the log-sum-exp of z if `with_lse`.
 
     k and v may have fewer heads than q, each read by an equal run of query heads. `scale` is 1/√D unless given;
     `softcap` c makes z = c · tanh(z / c); probabilities are dropped where `keep` [B, H, S, S] is False, which happens
     with probability `p`. The log-sum-exp [B, H, S] is in promote_types(dtype, float32), without dropout, and has no
-    gradient.
+    gradient. `eager` takes the kernel that goes step by step.
     """
     banded = mask.window is not None and mask.window < k_BHSD.shape[2]
     elsewhere = with_lse and not q_BHSD.is_cpu  # where no other kernel gives it
-    if banded or elsewhere or mask.documents is not None or softcap is not None or keep is not None:
+    if eager or banded or elsewhere or mask.documents is not None or softcap is not None or keep is not None:
         return explicit(q_BHSD, k_BHSD, v_BHSD, mask, scale, softcap, keep, p, with_lse)
     if with_lse:
         return flash_cpu(q_BHSD, k_BHSD, v_BHSD, causal=mask.causal, scale=scale)

@@ -1,6 +1,7 @@
 """One rank of a run, built: mesh, model, optimizer, data, and where it goes on from. Every rank calls it."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +11,8 @@ import torch
 
 from tessera.checkpoint import tensors as checkpoint
 from tessera.checkpoint.resumed import differences
-from tessera.checkpoint.state import RunState
+from tessera.checkpoint.state import Best, RunState
+from tessera.config.sections.steps import in_steps
 from tessera.core import device as devices
 from tessera.core import terminal
 from tessera.core.axes import DATA_AXES
@@ -26,23 +28,26 @@ from tessera.engine.step import Step
 from tessera.layout.shape import length_multiple
 from tessera.models.decoder import Decoder
 from tessera.models.hub import load_weights
+from tessera.models.trained import trained_parameters
 from tessera.plan.tune import tune
 from tessera.train.links import run_mesh
 from tessera.train.run import Run
-from tessera.train.settings import compute_dtype, fsdp_of, parallel_for, row_shape
+from tessera.train.settings import compute_dtype, fsdp_of, parallel_for, rates, row_shape
 
 
 @dataclass
 class Progress:
     """What a checkpoint remembers beside tensors: optimizer steps done, targets trained on, and steps without update.
 
-    `skipped` steps had a loss or gradient that was not finite, the last `in_a_row` of them one after another.
+    `skipped` steps had a loss or gradient that was not finite, the last `in_a_row` of them one after another. `best`
+    is the best evaluation, where evaluations are compared.
     """
 
     step: int = 0
     tokens: int = 0
     skipped: int = 0
     in_a_row: int = 0
+    best: Best | None = None
 
 
 @dataclass
@@ -104,12 +109,13 @@ def build(run: Run, device: torch.device) -> Built:
         limit = config.tensor_parallel_scratch_gib
         tuning = tune(config.tensor_parallel, row_shape(config), run.model, mesh, compute, limit, tf32=config.tf32)
     parallel = parallel_for(config, mesh, tuning.schedule if tuning else None, compute=compute)
-    recompute = config.gradient_checkpointing
-    model = build_decoder(run.model, parallel, fsdp_of(config), gradient_checkpointing=recompute)
+    recompute, chosen = config.gradient_checkpointing, config.unfrozen_parameters
+    trained = trained_parameters(run.model, chosen) if chosen else None
+    model = build_decoder(run.model, parallel, fsdp_of(config), gradient_checkpointing=recompute, trained=trained)
     betas = (config.adam_beta1, config.adam_beta2)
     step = Step(
         model,
-        build_optimizer(model, config.optimizer, betas, config.adam_epsilon, config.weight_decay),
+        build_optimizer(model, config.optimizer, betas, config.adam_epsilon, config.weight_decay, config.optim_args),
         max_grad_norm=config.max_grad_norm,
         label_smoothing=config.label_smoothing_factor,
         seed=config.seed,
@@ -171,7 +177,7 @@ def _fill(built: Built) -> RunState | None:
     if not state.optimizer and built.first:
         terminal.say(f"{run.resume} has no optimizer state, which starts from zero")
     built.loader.start_at(state.step, state.samples)
-    built.progress = Progress(state.step, state.tokens, state.skipped)
+    built.progress = Progress(state.step, state.tokens, state.skipped, best=state.best)
     return state
 
 
@@ -183,7 +189,12 @@ def _set_course(built: Built) -> None:
         loader.last_sample = loader.samples_for(config.num_epochs)
     ratio = 0.0 if config.lr_scheduler == "constant" else config.warmup_ratio
     own = config.warmup_steps
-    built.warmup = math.ceil(ratio * built.total_steps) if own is None else own
+    built.warmup = math.ceil(ratio * built.total_steps) if own is None else in_steps(own, built.total_steps)
+
+
+def rates_of(built: Built) -> Callable[[int], float]:
+    """The learning rate of each step of the run."""
+    return rates(built.run.config, built.warmup, built.total_steps)
 
 
 def _check_resumed(built: Built, state: RunState) -> None:

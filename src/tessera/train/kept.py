@@ -22,6 +22,8 @@ def run_state(built: Built) -> RunState:
         _source(built),
         built.course(),
         config.model_dump(mode="json"),
+        optimizer=not config.save_only_model,
+        best=progress.best,
         seed=config.seed,
     )
 

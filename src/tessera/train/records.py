@@ -13,6 +13,7 @@ from tessera.engine.step import StepResult
 from tessera.nn.parameter import parameter_elements
 from tessera.train.announce import mesh_lines
 from tessera.train.build import Built
+from tessera.train.kernel import attention_line
 from tessera.train.notes import RESOLVED, SUMMARY, Notes
 
 
@@ -28,11 +29,14 @@ class Records:
         """What the run says of itself before its first step."""
         run, parallel, loader = self.built.run, self.built.model.parallel, self.built.loader
         parameters = sum(p.numel() for p in self.built.model.parameters())
+        trained = sum(p.numel() for p in self.built.model.parameters() if p.requires_grad)
         computing = devices.dtype_name(parallel.compute)
         begun = f"from {run.resume}" if run.resume else "from the start"
         return [
             *self.built.said,
             f"{run.model.family}, {parameters:,} parameters, schedule {parallel.schedule}, computing in {computing}",
+            *([f"{trained:,} of them are trained (unfrozen_parameters)"] if trained < parameters else []),
+            attention_line(run.model, parallel, run.config.sequence_len),
             *mesh_lines(run.config, run.model, parallel),
             f"{self.built.total_steps} steps of {loader.samples_per_step} rows, {begun}; "
             f"{self.built.warmup} steps of warm-up, {run.config.lr_scheduler}",
@@ -65,7 +69,7 @@ class Records:
             return
         parallel = self.built.model.parallel
         held = {
-            "bf16": parallel.compute is torch.bfloat16,
+            "bf16": "full" if parallel.dtype is torch.bfloat16 else parallel.compute is torch.bfloat16,
             "warmup_steps": self.built.warmup,
             "tensor_parallel_schedule": parallel.schedule.name,
             "tensor_parallel_slices": parallel.schedule.slices,

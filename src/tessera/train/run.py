@@ -22,9 +22,10 @@ from tessera.data.tokenizer import tokens_needed
 from tessera.models.beside import read_generation_config
 from tessera.models.config import ModelConfig
 from tessera.models.hub import check_weights, read_model_config, resolve_model_folder
+from tessera.models.trained import trained_parameters
 from tessera.sizes.bounds import RANKS_HERE, VOCABULARY, at_most
 from tessera.train.output import check_output
-from tessera.train.settings import check_layout
+from tessera.train.settings import check_layout, check_optimizer, rates
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,14 @@ def resolve(config: TrainConfig) -> Run:
     if folder.resolve() == output.resolve():
         reason = "is base_model too, whose weights would be overwritten"
         raise UserError("output_dir", config.output_dir, reason, "give the run a folder of its own")
+    check_optimizer(config)
+    rates(config, 1, config.max_steps or 10_000)  # refuses options that the schedule does not take
     read_generation_config(folder)  # it goes beside the trained weights: what is wrong with it is said before
     prepared = Path(config.dataset_prepared_path or output / "prepared")  # a folder in it, once the data are read
-    return Run(config, folder, fitting_model(config, folder), prepared, checkpoint_to_resume(config))
+    model = fitting_model(config, folder)
+    if config.unfrozen_parameters:
+        trained_parameters(model, config.unfrozen_parameters)  # refuses names that there are not
+    return Run(config, folder, model, prepared, checkpoint_to_resume(config))
 
 
 def fitting_model(config: TrainConfig, folder: Path | None = None) -> ModelConfig:
@@ -96,7 +102,7 @@ def model_of(config: TrainConfig, folder: Path | None = None) -> ModelConfig:
     if model.rope is None and config.sequence_len > model.max_positions:
         reason = f"the model has {model.max_positions} positions"
         raise UserError("sequence_len", config.sequence_len, reason, f"at most {model.max_positions}")
-    return model
+    return replace(model, eager_attention=config.eager)
 
 
 def _with_room(config: TrainConfig, model: ModelConfig, folder: Path) -> ModelConfig:
