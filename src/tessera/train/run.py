@@ -17,7 +17,7 @@ from tessera.config.schema import TrainConfig
 from tessera.core import terminal
 from tessera.core.device import gpus_missing
 from tessera.core.errors import UserError
-from tessera.data.prepare import prepare
+from tessera.data.prepare import Prepared, prepare
 from tessera.data.tokenizer import tokens_needed
 from tessera.models.beside import read_generation_config
 from tessera.models.config import LayerKind, ModelConfig
@@ -85,11 +85,12 @@ def resolve(config: TrainConfig) -> Run:
     check_optimizer(config)
     rates(config, 1, config.max_steps or 10_000)  # refuses options that the schedule does not take
     read_generation_config(folder)  # it goes beside the trained weights: what is wrong with it is said before
+    prepared = Path(config.dataset_prepared_path or output / "prepared")  # a folder in it, once the data are read
     model = fitting_model(config, folder)
     if config.unfrozen_parameters:
         trained_parameters(model, config.unfrozen_parameters)  # refuses names that there are not
     own = "float32" if config.random_init else dtype_of_folder(folder)
-    return Run(config, folder, model, output / "prepared", checkpoint_to_resume(config), config.save_dtype or own)
+    return Run(config, folder, model, prepared, checkpoint_to_resume(config), config.save_dtype or own)
 
 
 def fitting_model(config: TrainConfig, folder: Path | None = None) -> ModelConfig:
@@ -172,9 +173,14 @@ def prepared_run(config: TrainConfig, processes: int, lock: RunLock | None = Non
         lock.take(Path(config.output_dir))
         terminal.say(*sweep(Path(config.output_dir)))
         run = replace(run, resume=checkpoint_to_resume(config), lock=lock.id)  # of a run that has ended since, maybe
-    if run.model.new_tokens:
-        before, now = run.model.base.vocab_size, run.model.vocab_size
+    return replace(run, prepared=prepared(run.config, run.folder, run.model).folder)
+
+
+def prepared(config: TrainConfig, folder: Path, model: ModelConfig) -> Prepared:
+    """The rows of `config`, for `model` in `folder`; prepared where they are not, and told of. Raises UserError."""
+    if model.new_tokens:
+        before, now = model.base.vocab_size, model.vocab_size
         terminal.say(f"vocabulary: grows from {before:,} to {now:,} tokens, as the tokenizer's ids need")
-    source = config.model_copy(update={"base_model": str(run.folder)})
-    terminal.say(prepare(source, run.model.vocab_size, run.prepared).summary())
-    return run
+    found = prepare(config.model_copy(update={"base_model": str(folder)}), model.vocab_size)
+    terminal.say(found.summary())
+    return found
