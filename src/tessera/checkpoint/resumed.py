@@ -24,6 +24,9 @@ QUIET = {
     "dp_*",
     "fsdp*",
     "group_timeout_minutes",
+    # the kernel of attention
+    "attn_implementation",
+    "*_attention",
     # of no effect once weights come from a checkpoint, or on memory alone
     "random_init",
     "gradient_checkpointing",

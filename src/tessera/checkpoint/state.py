@@ -81,6 +81,9 @@ class RunState:
         """Raise ValueError for counts that no run comes to."""
         if self.skipped > self.step:
             raise ValueError(f"{self.skipped} steps skipped, of {self.step}")
+        best = self.best
+        if best is not None and not max(best.step + best.worse, best.checkpoint or 0) <= self.step:
+            raise ValueError(f"a best evaluation of step {best.step}, after {self.step} steps")
         whole = bool(self.step) == bool(self.samples) and self.samples <= self.step * 2**31
         if not whole or self.tokens > self.samples * 2**31:
             raise ValueError(f"{self.samples} samples and {self.tokens} tokens after {self.step} steps")

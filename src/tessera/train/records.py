@@ -16,6 +16,8 @@ from tessera.train.build import Built
 from tessera.train.kernel import attention_line
 from tessera.train.notes import RESOLVED, SUMMARY, Notes
 
+LESS = "the traffic given below is that of training all"
+
 
 class Records:
     """The records of one run; every rank makes them, the first one has `notes` and writes."""
@@ -35,7 +37,7 @@ class Records:
         return [
             *self.built.said,
             f"{run.model.family}, {parameters:,} parameters, schedule {parallel.schedule}, computing in {computing}",
-            *([f"{trained:,} of them are trained (unfrozen_parameters)"] if trained < parameters else []),
+            *([f"{trained:,} of them are trained (unfrozen_parameters); {LESS}"] if trained < parameters else []),
             attention_line(run.model, parallel, run.config.sequence_len),
             *mesh_lines(run.config, run.model, parallel),
             f"{self.built.total_steps} steps of {loader.samples_per_step} rows, {begun}; "
