@@ -97,6 +97,7 @@ def test_evaluations_of_a_run_of_seven_steps(keys, steps):
         ({"save_strategy": "epoch"}, [3, 5, 7]),
         ({"save_strategy": "no"}, []),
         ({"save_strategy": "best"}, [2, 6, 7]),
+        ({"save_first_step": True, "save_steps": 5}, [1, 5, 7]),
     ],
     ids=str,
 )
