@@ -78,21 +78,3 @@ def defaults_taken(config: TrainConfig) -> dict[str, Any]:
     """The keys that the user did not give, with the values that hold; of sections none."""
     values = {key: getattr(config, key) for key in type(config).model_fields if key not in config.model_fields_set}
     return {key: value for key, value in values.items() if not isinstance(value, Section)}
-
-
-def keys_table() -> str:
-    """Every key with its default and meaning, as a Markdown table."""
-    lines = ["| key | default | meaning |", "|---|---|---|"]
-    tables: dict[str, type[Section]] = {"": TrainConfig, **SECTIONS}
-    for key, section in tables.items():
-        prefix = f"{key}[]." if key == "datasets" else f"{key}." if key else ""
-        for name, field in section.model_fields.items():
-            default = "required" if field.is_required() else f"`{_as_yaml(field.default)}`"
-            default = "" if isinstance(field.default, Section) else default
-            lines.append(f"| `{prefix}{name}` | {default} | {field.description} |")
-    return "\n".join(lines)
-
-
-def _as_yaml(value: object) -> str:
-    words = {None: "unset", True: "true", False: "false"}
-    return words[value] if value is None or isinstance(value, bool) else str(value)

@@ -53,6 +53,8 @@ def launch(
     config = _load(config_path, overrides, say=options.machine in (None, 0))
     place = options.place()
     config = _filled_in(config, *options.asked_for(num_processes))
+    if options.machine in (None, 0):
+        terminal.say(*config.idle_fsdp_keys())
     world = config.world_size
     here = options.processes_here(world)
     settings = [word for override in overrides for word in ("--set", override)]

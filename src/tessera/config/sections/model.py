@@ -30,11 +30,9 @@ class ModelKeys(Section):
     """The model that is trained, and its tokenizer."""
 
     base_model: LocalPath = Field(
-        description="A local folder with config.json and safetensors, or a model on the hub, which is downloaded."
+        description="A local folder with config.json and safetensors, or a model of the Hugging Face hub (owner/name)."
     )
-    random_init: bool = Field(
-        False, description="Start from config.json alone with random weights instead of loading safetensors."
-    )
+    random_init: bool = Field(False, description="Start from random weights; of base_model config.json alone is read.")
     tokenizer: TokenizerChoice | None = Field(
         None,
         description="A folder with a tokenizer, or {train: bpe, vocab_size: N} to train one on the data. "
