@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from support.compare import error
+from tessera.core.live_memory import PeakMemory
 from tessera.nn import attend as door
 from tessera.nn.attend import attend
 from tessera.nn.documents import Documents
@@ -152,6 +153,22 @@ def test_each_kernel_of_documents_equals_the_formula(name, heads):
     found = errors(lambda *x: documents_cpu(*x, mask.documents, **options), inputs, mask=mask)
     found += errors(lambda *x: (each_document(*x, mask.documents, **options), None), inputs, mask=mask)
     assert len(found) == 9 and max(found) <= TOLERANCE
+
+
+def test_memory_grows_with_the_row_and_not_with_its_square():
+    """Bytes of live tensors at their peak, forward and backward: twice the row is twice the bytes."""
+    growth = []
+    for window in (None, 1000):  # which nobody sees, but no tile knows it
+        peaks = []
+        for length in (1024, 2048):
+            documents = Documents.of((torch.arange(length) // 100).unsqueeze(0))
+            q, k, v = (torch.randn(1, heads, length, D, requires_grad=True) for heads in (4, 2, 2))
+            with PeakMemory() as memory:
+                out, _ = attend(q, k, v, Mask(True, window, documents))
+                out.sum().backward()
+            peaks.append(memory.peak)
+        growth.append(peaks[1] / peaks[0])
+    assert growth[0] < 2.05 and growth[1] > 3.5
 
 
 def test_documents_are_found_in_their_rows():

@@ -20,7 +20,7 @@ class _EachDocument(torch.autograd.Function):
     ):
         B, H, S, D = q_BHSD.shape
         operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-        out = q_BHSD.new_empty(B, S, H, D).transpose(1, 2)  # as the operator lays its own, and the next product reads it
+        out = q_BHSD.new_empty(B, S, H, D).transpose(1, 2)  # as the next product reads it
         lse = q_BHSD.new_empty(B, H, S, dtype=torch.promote_types(q_BHSD.dtype, torch.float32))
         for row, first, end in documents:
             own = (x[row : row + 1, :, first:end] for x in (q_BHSD, k_BHSD, v_BHSD))
