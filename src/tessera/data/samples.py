@@ -108,6 +108,10 @@ class Samples:
         first, end = self._offsets[index : index + 2]
         return int(end - first)
 
+    def lengths(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The number of tokens in each of these rows."""
+        return np.asarray(self._offsets.take(indices + 1) - self._offsets.take(indices))
+
 
 def write_samples(folder: Path, rows: Sequence[Sample]) -> dict[str, Written]:
     """Write one split (at least one row) into the new folder `folder`; its files as they were written, by name."""
