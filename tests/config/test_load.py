@@ -237,6 +237,12 @@ def test_keys_and_values_not_done_inside_datasets():
     assert "completion, alpaca" in str(problem)
 
 
+@pytest.mark.parametrize("packs, padded, told", [(True, False, 1), (True, None, 0), (True, True, 0), (False, False, 0)])
+def test_rows_of_packed_samples_that_are_not_to_be_padded_are_told_of(packs, padded, told):
+    _, notes = make_config(MINIMAL | {"sample_packing": packs, "pad_to_sequence_len": padded})
+    assert len(notes) == told and all(note.startswith("pad_to_sequence_len: false has no effect: ") for note in notes)
+
+
 @pytest.mark.parametrize("key", sorted(compat.NO_EFFECT.keys() - {"plugins"}))
 def test_keys_without_effect_are_explained(key):
     config, notes = make_config({**MINIMAL, key: "x"})

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
 
 from tessera.checkpoint.metadata import metadata_of
-from tessera.checkpoint.state import FORMAT, RunState
+from tessera.checkpoint.state import READ, RunState
 from tessera.core.collectives import gathered
 from tessera.core.errors import UserError
 from tessera.core.files import free_name, in_words, open_file, parse_json, read_bytes, remove
@@ -151,7 +151,7 @@ def read_checkpoint(folder: Path) -> tuple[RunState, Metadata]:
     sums = read_sums(folder)
     text, metadata = _unaltered(folder, STATE, sums), _read_metadata(folder, sums)
     found = _format(folder, text)
-    if found != FORMAT:
+    if type(found) is not int or found not in READ:
         raise _other_format(folder, found)
     try:
         state = RunState.from_json(text)
@@ -201,12 +201,12 @@ def _format(folder: Path, text: bytes) -> object:
 def _without_sums(folder: Path) -> UserError:
     """A checkpoint of format 1 has no sums; of any other their file has been lost."""
     found = _format(folder, _content(folder, STATE))
-    return not_whole(folder, f"{SUMS} is missing") if found == FORMAT else _other_format(folder, found)
+    return not_whole(folder, f"{SUMS} is missing") if found in READ else _other_format(folder, found)
 
 
 def _other_format(folder: Path, found: object) -> UserError:
     hint = f"format 1 had no {SUMS}: finish that run with the version that began it" if found == 1 else ""
-    reason = f"has format {str(found)[:20]}, this version reads {FORMAT}"
+    reason = f"has format {str(found)[:20]}, this version reads {' and '.join(map(str, READ))}"
     return UserError("resume_from_checkpoint", folder, reason, hint)
 
 

@@ -1,12 +1,15 @@
 """RunState: what a checkpoint remembers of its run beside tensors, as state.json holds it."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-FORMAT = 2
-"""Raised with every key that comes or goes, which readers of the format before refuse. 1 was without SHA256SUMS."""
+FORMAT = 3
+"""Raised with every key that comes or goes, which readers of the format before refuse. 1 was without SHA256SUMS, 2
+without `order` and `unit`."""
+READ = (2, 3)
+"""The formats that are read."""
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 
 
@@ -40,8 +43,9 @@ class RunState:
     """The state of a run after `step` optimizer steps.
 
     `tokens` are the targets trained on, `samples` those taken from the stream, `skipped` the steps that changed no
-    weight. `course` is what follows from the settings, `config` the settings themselves; both are empty where no run
-    has made the checkpoint, and `optimizer` is false where it has model tensors alone.
+    weight. `order` is the version of the stream's order (data/epochs.py), and `unit` what `samples` counts: samples, or
+    rows of packed ones. `course` is what follows from the settings, `config` the settings themselves; both are empty
+    where no run has made the checkpoint, and `optimizer` is false where it has model tensors alone.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
@@ -55,12 +59,16 @@ class RunState:
     config: dict[str, Any] = field(default_factory=dict)
     optimizer: bool = True
     seed: Annotated[int, Field(ge=0)] | None = None
+    order: Annotated[int, Field(ge=1, le=2)] = 1
+    unit: Literal["sample", "row"] = "sample"
     format: int = FORMAT
 
     def __post_init__(self) -> None:
         """Raise ValueError for counts that no run comes to."""
         if self.skipped > self.step:
             raise ValueError(f"{self.skipped} steps skipped, of {self.step}")
+        if self.unit == "row" and self.order == 1:
+            raise ValueError("rows of packed samples in order 1, which packs none")
         whole = bool(self.step) == bool(self.samples) and self.samples <= self.step * 2**31
         if not whole or self.tokens > self.samples * 2**31:
             raise ValueError(f"{self.samples} samples and {self.tokens} tokens after {self.step} steps")

@@ -140,11 +140,16 @@ def _settle_other_tools(
 
 def _without_effect(config: TrainConfig) -> list[str]:
     """What is to be said about keys of ours that do nothing here; the resolved config of a run with auto has such."""
+    lines = []
     key, schedule = "tensor_parallel_scratch_gib", config.tensor_parallel_schedule
     limit = getattr(config, key)
-    if schedule == "auto" or limit == TrainConfig.model_fields[key].default:
-        return []
-    return [f"{key}: {limit:g} has no effect: it limits schedule auto, and tensor_parallel_schedule is {schedule}"]
+    if schedule != "auto" and limit != TrainConfig.model_fields[key].default:
+        lines += [
+            f"{key}: {limit:g} has no effect: it limits schedule auto, and tensor_parallel_schedule is {schedule}"
+        ]
+    if config.sample_packing and config.pad_to_sequence_len is False:
+        lines += ["pad_to_sequence_len: false has no effect: rows of packed samples are always padded to sequence_len"]
+    return lines
 
 
 _WANTED = {

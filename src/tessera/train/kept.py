@@ -23,6 +23,8 @@ def run_state(built: Built) -> RunState:
         built.course(),
         config.model_dump(mode="json"),
         seed=config.seed,
+        order=built.loader.epochs.version,
+        unit=built.loader.epochs.unit,
     )
 
 

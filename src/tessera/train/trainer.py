@@ -126,8 +126,8 @@ class Trainer:
 
     def _saves_after(self, step: int) -> bool:
         """Whether a checkpoint is due: after the last step always, unless no checkpoints are wanted."""
-        config, loader = self.config, self.built.loader
-        epochs, before = (loader.samples_before(n) // loader.samples_per_epoch for n in (step, step - 1))
+        config = self.config
+        epochs, before = (int(self.built.loader.epoch(n)) for n in (step, step - 1))
         due = {"no": False, "steps": step % (config.save_steps or step + 1) == 0, "epoch": epochs > before}
         return due[config.save_strategy] or step == self.built.total_steps and config.save_strategy != "no"
 
