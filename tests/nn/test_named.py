@@ -47,6 +47,12 @@ def test_the_kernel_that_is_named_runs(monkeypatch, said):
     assert ran == [kernel]
 
 
+def test_packed_rows_are_told():
+    model = ModelConfig("llama", 31, 16, 1, 4, 2, 4, 24, 32, rope=RopeConfig(1e4))
+    parallel = Parallel(Mesh(rank=0), residual_layout(True))
+    assert attention_line(model, parallel, 12, packed=True) == "attention: flash attention, each document by itself"
+
+
 def test_why_it_is_not_flash_on_a_gpu():
     cuda = torch.device("cuda")
     assert named._why(torch.float32, cuda, 64) == "it takes bfloat16, and the run computes in float32"

@@ -18,6 +18,7 @@ from tessera.config.sections.log import LogKeys
 from tessera.config.sections.model import ModelKeys, TokenizerConfig
 from tessera.config.sections.numbers import NumbersKeys
 from tessera.config.sections.optimizer import OptimizerKeys
+from tessera.config.sections.packing import PackingKeys
 from tessera.config.sections.section import Section
 from tessera.core.errors import UserError
 
@@ -38,6 +39,7 @@ class TrainConfig(
     NumbersKeys,
     OptimizerKeys,
     BatchKeys,
+    PackingKeys,
     DataKeys,
     ModelKeys,  # the keys of the last base come first in tables and files
 ):

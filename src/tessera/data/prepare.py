@@ -298,7 +298,7 @@ _JSON = TypeAdapter(Manifest)
 
 def _written_by_us(folder: Path, inside: set[str]) -> bool:
     """Whether a folder without a readable manifest holds nothing but what `prepare` writes, rows among it."""
-    columns = {f"{name}.npy{sums}" for name in ("tokens", "offsets", "labels") for sums in ("", ".sums")}
+    columns = {f"{name}.npy{sums}" for name in ("tokens", "offsets", "labels", "positions") for sums in ("", ".sums")}
     try:
         rows = {entry.name for split in SPLITS if split in inside for entry in os.scandir(folder / split)}
     except OSError:

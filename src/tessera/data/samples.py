@@ -1,8 +1,8 @@
 """Rows of tokens: in memory while they are prepared, memory-mapped while they are trained on.
 
 A split is a folder: `tokens.npy` (int32, all rows behind one another), `offsets.npy` (int64, row i is
-tokens[offsets[i]:offsets[i+1]]) and, only when labels differ from tokens, `labels.npy` (int32, like tokens), each with
-its sums (`columns.py`).
+tokens[offsets[i]:offsets[i+1]]), only when labels differ from tokens `labels.npy`, and only when a row holds several
+documents `positions.npy` (both int32, like tokens), each with its sums (`columns.py`).
 Labels are unshifted: labels[t] is the token at t, or IGNORED where nothing is to be learnt.
 """
 
@@ -41,6 +41,7 @@ class Origin(NamedTuple):
 class Sample:
     """One row in memory. `labels` is None where they equal the tokens.
 
+    `positions` (int32, like the tokens) has each token's place in its document; None: the row is one document.
     `inner_masked`: its attention mask hid a token before one it did not hide, which attention here will see.
     """
 
@@ -48,6 +49,7 @@ class Sample:
     origin: Origin
     labels: Ids | None = None
     inner_masked: bool = False
+    positions: Ids | None = None
 
     def targets(self) -> int:
         """The number of tokens that this row teaches: its labels, the first aside, that are not ignored."""
@@ -61,8 +63,8 @@ class Sample:
 
     def cut(self, length: int) -> "Sample":
         """The row without what lies beyond `length` tokens."""
-        labels = None if self.labels is None else self.labels[:length]
-        return replace(self, tokens=self.tokens[:length], labels=labels)
+        labels, positions = (None if x is None else x[:length] for x in (self.labels, self.positions))
+        return replace(self, tokens=self.tokens[:length], labels=labels, positions=positions)
 
 
 class Samples:
@@ -71,17 +73,18 @@ class Samples:
     UserError, naming the file, where that is not as it was written; what is read is checked before it is returned.
     """
 
-    def __init__(self, tokens: Column, labels: Column | None, offsets: Column) -> None:
-        self._tokens, self._labels, self._offsets = tokens, labels, offsets
+    def __init__(self, tokens: Column, labels: Column | None, offsets: Column, positions: Column | None = None) -> None:
+        self._tokens, self._labels, self._offsets, self._positions = tokens, labels, offsets, positions
         first, last = offsets.at(0), offsets.at(len(offsets) - 1)
-        for column in (tokens, labels):
+        for column in (tokens, labels, positions):
             if column is not None and (first, last) != (0, len(column)):
                 raise column.altered(f"has {len(column)} tokens, offsets.npy is of {last - first}")
 
     @property
     def columns(self) -> list[Column]:
         """The files."""
-        return [column for column in (self._tokens, self._offsets, self._labels) if column is not None]
+        all_columns = (self._tokens, self._offsets, self._labels, self._positions)
+        return [column for column in all_columns if column is not None]
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -93,10 +96,21 @@ class Samples:
         tokens = self._tokens[first:end]
         return tokens, tokens if self._labels is None else self._labels[first:end]
 
+    def positions(self, index: int) -> Ids | None:
+        """The places of row `index`'s tokens in their documents (int32), which begin at 0; None: it is one document."""
+        if self._positions is None:
+            return None
+        first, end = self._offsets[index : index + 2]
+        return self._positions[first:end]
+
     def length(self, index: int) -> int:
         """The number of tokens in row `index`."""
         first, end = self._offsets[index : index + 2]
         return int(end - first)
+
+    def lengths(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The number of tokens in each of these rows."""
+        return np.asarray(self._offsets.take(indices + 1) - self._offsets.take(indices))
 
 
 def write_samples(folder: Path, rows: Sequence[Sample]) -> dict[str, Written]:
@@ -108,14 +122,20 @@ def write_samples(folder: Path, rows: Sequence[Sample]) -> dict[str, Written]:
     columns = {"tokens.npy": tokens, "offsets.npy": offsets}
     if not np.array_equal(labels, tokens):
         columns["labels.npy"] = labels
+    if any(row.positions is not None for row in rows):
+        own = (np.arange(len(row.tokens)) if row.positions is None else row.positions for row in rows)
+        columns["positions.npy"] = np.concatenate(list(own)).astype(np.int32)
     return {name: write_column(folder / name, array) for name, array in columns.items()}
 
 
 def open_samples(folder: Path, split: Split) -> Samples:
     """Map the rows that `prepare` wrote into `folder`. UserError: the split has no rows, or not those that it had."""
-    files = [folder / split / name for name in ("tokens.npy", "labels.npy", "offsets.npy")]
-    labels = Column(files[1], np.int32) if os.path.lexists(files[1]) else None
-    return Samples(Column(files[0], np.int32), labels, Column(files[2], np.int64))
+    place = folder / split
+    labels, positions = (
+        Column(file, np.int32) if os.path.lexists(file) else None
+        for file in (place / "labels.npy", place / "positions.npy")
+    )
+    return Samples(Column(place / "tokens.npy", np.int32), labels, Column(place / "offsets.npy", np.int64), positions)
 
 
 def shuffled(count: int, *seed: int) -> NDArray[np.int64]:

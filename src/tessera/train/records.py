@@ -38,11 +38,21 @@ class Records:
             *self.built.said,
             f"{run.model.family}, {parameters:,} parameters, schedule {parallel.schedule}, computing in {computing}",
             *([f"{trained:,} of them are trained (unfrozen_parameters); {LESS}"] if trained < parameters else []),
-            attention_line(run.model, parallel, run.config.sequence_len),
+            attention_line(run.model, parallel, run.config.sequence_len, packed=run.config.sample_packing),
             *mesh_lines(run.config, run.model, parallel),
+            *self._packing(),
             f"{self.built.total_steps} steps of {loader.samples_per_step} rows, {begun}; "
             f"{self.built.warmup} steps of warm-up, {run.config.lr_scheduler}",
         ]
+
+    def _packing(self) -> list[str]:
+        """How full the rows of packed samples are, of the first epoch."""
+        loader, manifest = self.built.loader, self.built.prepared.manifest
+        if not loader.packed:
+            return []
+        rows, length = loader.samples_per_epoch, self.built.run.config.sequence_len
+        full = manifest.train_tokens / (rows * length)
+        return [f"packing: {manifest.train_rows:,} samples in {rows:,} rows of {length}, {full:.1%} full"]
 
     def step(self, result: StepResult, rate: float, seconds: float, recorder: Recorder) -> dict[str, Any]:
         """The line of metrics.jsonl. Memory is a maximum over ranks, taken on logging steps only."""
@@ -57,7 +67,7 @@ class Records:
             "grad_norm": result.grad_norm if result.finite else None,
             "skipped_steps": progress.skipped,
             "learning_rate": rate,
-            "epoch": round(loader.samples_before(progress.step) / loader.samples_per_epoch, 6),
+            "epoch": round(loader.epoch(progress.step), 6),
             "tokens": progress.tokens,
             "tokens_per_second": result.tokens / seconds,
             "step_seconds": seconds,
