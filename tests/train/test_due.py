@@ -113,6 +113,21 @@ def test_checkpoints_of_a_run_of_seven_steps(keys, steps):
     assert found == steps
 
 
+@pytest.mark.parametrize(
+    ("keys", "key"),
+    [
+        ({}, ""),
+        ({"save_strategy": "best"}, "save_strategy"),
+        ({"load_best_model_at_end": True}, "load_best_model_at_end"),
+        ({"early_stopping_patience": 3}, "early_stopping_patience"),
+        ({"early_stopping_patience": 0}, ""),
+        ({"metric_for_best_model": "loss"}, "metric_for_best_model"),
+    ],
+)
+def test_what_compares_evaluations(keys, key):
+    assert TrainConfig.model_validate(MINIMAL | keys).compares_evaluations == key
+
+
 # ---- Runs
 
 
