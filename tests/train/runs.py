@@ -61,6 +61,9 @@ MODELS = {
     "llama 96": transformers.LlamaConfig(**LLAMA_96),
     "llama 96 tied": transformers.LlamaConfig(**LLAMA_96, tie_word_embeddings=True),
     "qwen3 64": transformers.Qwen3Config(**LLAMA_64, head_dim=8),
+    "qwen2 64": transformers.Qwen2Config(**LLAMA_64),
+    "qwen2 64 tied": transformers.Qwen2Config(**LLAMA_64, tie_word_embeddings=True),
+    "mistral 64": transformers.MistralConfig(**LLAMA_64, sliding_window=16),  # as long as a row
     "gpt2 64": transformers.GPT2Config(**GPT2_64, **NO_DROPOUT),
     "gpt2 96": transformers.GPT2Config(**GPT2_96, **NO_DROPOUT),
     "gpt2 64 dropout": transformers.GPT2Config(**GPT2_64),

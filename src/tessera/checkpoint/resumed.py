@@ -16,6 +16,13 @@ QUIET = {
     "load_best_model_at_end",
     "early_stopping_patience",
     "check_replicas_steps",
+    "device_peak_tflops",
+    "logging_dir",
+    "report_to",
+    "use_tensorboard",
+    "*wandb*",
+    "*mlflow*",
+    "*trackio*",
     "resume_from_checkpoint",
     "auto_resume_from_checkpoints",
     # the layout: any reads any

@@ -144,7 +144,7 @@ def written_values(config: TrainConfig) -> dict[str, Any]:
 
 def _without_effect(config: TrainConfig) -> list[str]:
     """What is to be said about keys of ours that do nothing here; the resolved config of a run with auto has such."""
-    lines = []
+    lines = [f"{key} has no effect: {name} is not asked for" for key, name in config.idle_tracker_keys().items()]
     key, schedule = "tensor_parallel_scratch_gib", config.tensor_parallel_schedule
     limit = getattr(config, key)
     if schedule != "auto" and limit != TrainConfig.model_fields[key].default:

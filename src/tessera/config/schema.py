@@ -18,8 +18,10 @@ from tessera.config.sections.log import LogKeys
 from tessera.config.sections.model import ModelKeys, TokenizerConfig
 from tessera.config.sections.numbers import NumbersKeys
 from tessera.config.sections.optimizer import OptimizerKeys
+from tessera.config.sections.output import OutputKeys
 from tessera.config.sections.packing import PackingKeys
 from tessera.config.sections.section import Section
+from tessera.config.sections.trackers import TrackerKeys
 from tessera.core.errors import UserError
 
 SECTIONS: dict[str, type[Section]] = {
@@ -32,6 +34,8 @@ SECTIONS: dict[str, type[Section]] = {
 
 
 class TrainConfig(
+    TrackerKeys,
+    OutputKeys,
     CheckpointKeys,
     LogKeys,
     HealthKeys,

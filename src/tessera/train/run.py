@@ -19,12 +19,13 @@ from tessera.core.device import gpus_missing
 from tessera.core.errors import UserError
 from tessera.data.prepare import prepare
 from tessera.models.beside import read_generation_config
-from tessera.models.config import ModelConfig
-from tessera.models.hub import check_weights, read_model_config, resolve_model_folder
+from tessera.models.config import LayerKind, ModelConfig
+from tessera.models.hub import check_weights, dtype_of_folder, read_model_config, resolve_model_folder
 from tessera.models.trained import trained_parameters
 from tessera.sizes.bounds import RANKS_HERE, at_most
 from tessera.train.output import check_output
 from tessera.train.settings import check_layout, check_optimizer, rates
+from tessera.train.trackers.all import check_trackers
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,9 @@ class Run:
     """A run that has been checked, its data prepared.
 
     `config` has every size filled in; `folder` is that of the base model and `model` what its config.json says;
-    `prepared` holds the rows; `resume` is the checkpoint to go on from, or None to begin anew; `lock` is the id under
-    which the run has locked output_dir (checkpoint/lock.py), empty where it has not.
+    `prepared` holds the rows; `resume` is the checkpoint to go on from, or None to begin anew; `save_dtype` is that of
+    the final model; `lock` is the id under which the run has locked output_dir (checkpoint/lock.py), empty where it has
+    not.
     """
 
     config: TrainConfig
@@ -41,6 +43,7 @@ class Run:
     model: ModelConfig
     prepared: Path
     resume: Path | None
+    save_dtype: str = "float32"
     lock: str = ""
 
     def to_json(self) -> str:
@@ -73,6 +76,7 @@ def resolve(config: TrainConfig) -> Run:
     """Read what the config names and check that the sizes fit; writes nothing, starts nothing. Raises UserError."""
     output = Path(config.output_dir)
     check_output(output)
+    check_trackers(config)
     folder = resolve_model_folder(config.base_model)
     if folder.resolve() == output.resolve():
         reason = "is base_model too, whose weights would be overwritten"
@@ -80,10 +84,10 @@ def resolve(config: TrainConfig) -> Run:
     check_optimizer(config)
     rates(config, 1, config.max_steps or 10_000)  # refuses options that the schedule does not take
     read_generation_config(folder)  # it goes beside the trained weights: what is wrong with it is said before
-    model = fitting_model(config, folder)
+    model, own = fitting_model(config, folder), "float32" if config.random_init else dtype_of_folder(folder)
     if config.unfrozen_parameters:
         trained_parameters(model, config.unfrozen_parameters)  # refuses names that there are not
-    return Run(config, folder, model, output / "prepared", checkpoint_to_resume(config))
+    return Run(config, folder, model, output / "prepared", checkpoint_to_resume(config), config.save_dtype or own)
 
 
 def fitting_model(config: TrainConfig, folder: Path | None = None) -> ModelConfig:
@@ -94,12 +98,19 @@ def fitting_model(config: TrainConfig, folder: Path | None = None) -> ModelConfi
 
 
 def model_of(config: TrainConfig, folder: Path | None = None) -> ModelConfig:
-    """The same, whatever the layout; UserError when its positions are fewer than `sequence_len`."""
+    """The same, whatever the layout; UserError when its positions, or those in its window, are below `sequence_len`."""
     model = read_model_config(folder or resolve_model_folder(config.base_model, weights=False))
     if model.rope is None and config.sequence_len > model.max_positions:
         reason = f"the model has {model.max_positions} positions"
         raise UserError("sequence_len", config.sequence_len, reason, f"at most {model.max_positions}")
-    return replace(model, eager_attention=config.eager)
+    model = replace(model, eager_attention=config.eager)
+    window = min((kind.window for kind in model.layer_kinds if kind.window is not None), default=None)
+    if window is None:
+        return model
+    if config.sequence_len > window:
+        reason = f"the model's queries see {window} tokens (sliding_window in its config.json); windows are not built"
+        raise UserError("sequence_len", config.sequence_len, reason, f"at most {window}")
+    return replace(model, layer_kinds=(LayerKind(),))  # a window as long as the row hides nothing
 
 
 def checkpoint_to_resume(config: TrainConfig) -> Path | None:
