@@ -121,10 +121,10 @@ def test_fsdp_keys_of_a_run_of_one_process_are_told_to_do_nothing(tmp_path, call
 
 
 def test_one_process_is_checked_and_trains_here(tmp_path, called, capsys):
-    launch(write_config(tmp_path), ["seed=7", "flash_attention=true"])
+    launch(write_config(tmp_path), ["seed=7", "xformers_attention=true"])
     assert called == [("prepared", 1), ("train", 7)]
     out = capsys.readouterr().out
-    assert "flash_attention: true has no effect" in out
+    assert "xformers_attention: true has no effect" in out
     assert re.search(r"^defaults: \d+ keys, listed in .*/resolved_config.yaml$", out, re.MULTILINE)
     assert max(map(len, out.splitlines())) < 150
 

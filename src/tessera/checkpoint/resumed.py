@@ -31,6 +31,12 @@ QUIET = {
     "dp_*",
     "fsdp*",
     "group_timeout_minutes",
+    # the kernel of attention
+    "attn_implementation",
+    "*_attention",
+    # how much padding there is, and how rows held out are joined
+    "pad_to_sequence_len",
+    "eval_sample_packing",
     # of no effect once weights come from a checkpoint, or on memory alone
     "random_init",
     "gradient_checkpointing",

@@ -20,6 +20,7 @@ from tessera.config.sections.model import ModelKeys, SpecialTokensConfig, Tokeni
 from tessera.config.sections.numbers import NumbersKeys
 from tessera.config.sections.optimizer import OptimizerKeys
 from tessera.config.sections.output import OutputKeys
+from tessera.config.sections.packing import PackingKeys
 from tessera.config.sections.preparation import PreparationKeys
 from tessera.config.sections.section import Section
 from tessera.config.sections.trackers import TrackerKeys
@@ -48,6 +49,7 @@ class TrainConfig(
     BatchKeys,
     PreparationKeys,
     ChatKeys,
+    PackingKeys,
     DataKeys,
     ModelKeys,  # the keys of the last base come first in tables and files
 ):

@@ -29,6 +29,8 @@ def run_state(built: Built) -> RunState:
         optimizer=not config.save_only_model,
         best=progress.best,
         seed=config.seed,
+        order=built.loader.epochs.version,
+        unit=built.loader.epochs.unit,
     )
 
 

@@ -23,6 +23,8 @@ from tessera.train.kernel import attention_line
 from tessera.train.notes import CARD, PLOT, RESOLVED, SUMMARY, Notes
 from tessera.train.plots import plot_loss, read_metrics
 
+LESS = "the traffic given below is that of training all"
+
 
 class Records:
     """The records of one run; every rank makes them, the first one has `notes` and writes."""
@@ -45,9 +47,10 @@ class Records:
         lines = [
             *self.built.said,
             f"{model}, schedule {parallel.schedule}, computing in {computing}",
-            *([f"{trained:,} of them are trained (unfrozen_parameters)"] if trained < parameters else []),
-            attention_line(run.model, parallel, run.config.sequence_len),
+            *([f"{trained:,} of them are trained (unfrozen_parameters); {LESS}"] if trained < parameters else []),
+            attention_line(run.model, parallel, run.config.sequence_len, packed=run.config.sample_packing),
             *mesh_lines(run.config, run.model, parallel),
+            *self._packing(),
             f"run: {counted(self.built.total_steps, 'step')} of {counted(loader.samples_per_step, 'row')}, {begun}; "
             f"{counted(self.built.warmup, 'step')} of warm-up, {run.config.lr_scheduler}",
         ]
@@ -55,6 +58,15 @@ class Records:
             device = devices.describe(parallel.mesh.device)
             lines.append(f"no MFU: the peak of {device} in {computing} is not known (device_peak_tflops gives it)")
         return lines
+
+    def _packing(self) -> list[str]:
+        """How full the rows of packed samples are, of the first epoch."""
+        loader, manifest = self.built.loader, self.built.prepared.manifest
+        if not loader.packed:
+            return []
+        rows, length = loader.samples_per_epoch, self.built.run.config.sequence_len
+        full = manifest.train_tokens / (rows * length)
+        return [f"packing: {manifest.train_rows:,} samples in {rows:,} rows of {length}, {full:.1%} full"]
 
     def step(
         self, result: StepResult, rate: float, seconds: float, recorder: Recorder, batches: Sequence[MicroBatch]
@@ -74,7 +86,7 @@ class Records:
             "grad_norm": result.grad_norm if result.finite else None,
             "skipped_steps": progress.skipped,
             "learning_rate": rate,
-            "epoch": round(loader.samples_before(progress.step) / loader.samples_per_epoch, 6),
+            "epoch": round(loader.epoch(progress.step), 6),
             "tokens": progress.tokens,
             "tokens_per_second": result.tokens / seconds,
             "step_seconds": seconds,

@@ -141,8 +141,8 @@ class Trainer:
 
     def _epoch_ends(self) -> bool:
         """Whether the step just done was the last one of an epoch."""
-        loader, step = self.built.loader, self.progress.step
-        epochs, before = (loader.samples_before(n) // loader.samples_per_epoch for n in (step, step - 1))
+        step = self.progress.step
+        epochs, before = (int(self.built.loader.epoch(n)) for n in (step, step - 1))
         return epochs > before
 
     def _evaluate(self) -> float:
