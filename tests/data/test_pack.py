@@ -156,6 +156,17 @@ def test_small_sets(lengths, rows):
     assert np.bincount(found, weights=lengths).max() <= 10
 
 
+def test_any_small_set_is_packed_whole():
+    """Every sample in a row, none too full, none empty: of many sets in which rows give samples to one another."""
+    draw = np.random.default_rng(2)
+    for _ in range(500):
+        lengths = draw.integers(1, 101, draw.integers(1, 60)) // draw.choice([1, 5, 20]) + 1
+        found = pack(lengths, 101)
+        tokens = np.bincount(found, weights=lengths)
+        assert len(found) == len(lengths) and tokens.min() > 0 and tokens.max() <= 101
+        assert len(tokens) == best_fit_decreasing(lengths, 101)
+
+
 def test_samples_longer_than_a_row_are_refused():
     with pytest.raises(ValueError, match="samples of 11 tokens do not go into rows of 10"):
         pack(np.array([3, 11]), 10)

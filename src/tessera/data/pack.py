@@ -3,8 +3,7 @@
 Best fit decreasing (Johnson 1974) says how many rows the samples need. Then each sample, the longest first, goes into
 the emptiest of so many rows (LPT, Graham 1969): as many rows, now equally full. Where they do not fit so, because
 almost no room is left, the rows of best fit stay, and small samples move from full ones into the last, which are not;
-or, if that does not fill them, half a per cent more rows give the room. Whole numbers and
-nothing else decide.
+or, if that does not fill them, half a per cent more rows give the room. Whole numbers and nothing else decide.
 """
 
 from bisect import bisect_left, insort
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 
 SPARE = 200
-"""Samples of which some rows would stay far from full get one row more for so many."""
+"""Where some rows would stay far from full, there is one row more for so many."""
 
 
 def pack(lengths: Ints, capacity: int) -> Ints:
@@ -55,7 +54,7 @@ def _best_fit(falling: Sequence[int], capacity: int) -> list[int]:
     rooms: list[int] = []  # in which rows of `held` lie, ascending
     held: dict[int, list[int]] = {}
     rows: list[int] = []
-    opened, at, smallest = 0, 0, falling[-1]
+    opened, smallest = 0, falling[-1]
     sizes, counts = np.unique(np.array(falling), return_counts=True)
     for size, count in zip(sizes[::-1].tolist(), counts[::-1].tolist(), strict=True):
         while count:
@@ -112,7 +111,7 @@ def _evened(falling: Sequence[int], rows: Sequence[int], count: int, capacity: i
             size = falling[smallest[giver]]
             if tokens[row] + size > mean:
                 break
-            if tokens[giver] - size >= mean - capacity // 50:
+            if giver != row and tokens[giver] - size >= mean - capacity // 50:
                 moved[smallest[giver]] = row
                 tokens[row], tokens[giver] = tokens[row] + size, tokens[giver] - size
     return moved, tokens
