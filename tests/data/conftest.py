@@ -45,6 +45,9 @@ def settings(tmp_path: Path, tokenizer: TextTokenizer) -> Callable[..., SimpleNa
             "val_set_size": 0,
             "seed": 42,
             "output_dir": str(tmp_path / "out"),
+            "dataset_prepared_path": None,
+            "dataset_processes": 2,
+            "test_datasets": None,
         }
         return SimpleNamespace(**given | changes)
 

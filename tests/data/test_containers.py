@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import lzma
+import random
 from pathlib import Path
 
 import pyarrow
@@ -54,6 +55,7 @@ CONTENTS = {
     "pretty.json": json.dumps(ROWS, indent=1, ensure_ascii=False).encode(),
     "lines.json": LINES,
     "data.json": json.dumps({"version": "1", "about": {"text": [1]}, "data": ROWS, "end": 1}).encode(),
+    "objects.json": "\n".join(json.dumps(row, indent=1) for row in ROWS).encode(),
     "rows.json": json.dumps({"rows": ROWS}, indent=2).encode(),
     "a.csv": as_csv(","),
     "a.tsv": as_csv("\t"),
@@ -106,7 +108,12 @@ def test_rows_are_read_as_they_are_asked_for(write, monkeypatch):
 
 def test_a_row_longer_than_a_block_is_whole(write):
     long = [{"text": "é" * 300_000}, {"text": "\\u00e9\n" * 200_000}]
-    assert texts(write("a.json", json.dumps(long, ensure_ascii=False).encode())) == [row["text"] for row in long]
+    for name, content in {
+        "a.json": json.dumps(long, ensure_ascii=False),
+        "b.json": "\n".join(map(json.dumps, long)),
+        "c.json": json.dumps({"x" * 100_000: 1, "data": long}),
+    }.items():
+        assert texts(write(name, content.encode())) == [row["text"] for row in long]
 
 
 def test_null_columns_and_numbers_keep_their_types(write):
@@ -128,8 +135,11 @@ def test_null_columns_and_numbers_keep_their_types(write):
         ("a.json", '[{"text": "a"}, {"text": "b"}', "row 2\n  not valid JSON"),
         ("a.json", '[{"text": ' + "[" * 100_000, "row 1\n  not valid JSON: nested deeper"),
         ("a.json", r'[{"text": "\ud800"}]', "row 1\n  not valid JSON: a text holds half"),
-        ("a.json", '{"name": {"text": "x"},\n "more": 1}', "one object with the keys name, more: no rows under data"),
-        ("a.json", '{"name": 1,\n "rows" [1]}', "not valid JSON: a colon"),
+        ("a.json", '{"name": {"text": "x"},\n "more": 1}', "keys of the first are name, more"),
+        ("a.json", '{"text": "x"}, {"text": "y"}', "row 1\n  not valid JSON"),
+        ("a.json", '[{"text": "x"}]\n[{"text": "y"}]', "more follows behind the array"),
+        ("a.json", '{"text": "x"} 7', "row 2\n  not a JSON object"),
+        ("a.json", '{"name": 1,\n "rows" [1]}', "not valid JSON: a key and a colon"),
         ("a.json", "12", "holds no rows"),
         ("a.json", b'[{"text": "\xff"}]', "is not UTF-8 text"),
         ("a.csv", "text,id\na\n", "line 2\n  1 fields, the first line has 2 names"),
@@ -158,6 +168,30 @@ def test_what_is_no_such_file_is_refused(write, name, content, told):
     with pytest.raises(UserError, match=told) as error:
         texts(path)
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_damage_is_one_message_and_no_cut_table_is_taken_for_a_whole_one(write, name):
+    dice = random.Random(name)
+    for kind in range(8):
+        content = bytearray(CONTENTS[name])
+        at = dice.randrange(len(content))
+        if kind % 4 == 0:
+            del content[at:]
+        elif kind % 4 == 1:
+            content[at] = dice.randrange(256)
+        elif kind % 4 == 2:
+            content[at:at] = dice.randbytes(20)
+        else:
+            del content[at : at + dice.randrange(1, 3000)]
+        path = write(name, bytes(content))
+        try:
+            found = texts(path)
+        except UserError as error:
+            assert str(path) in str(error)
+        else:
+            text = name.lower().endswith(("jsonl", "json", "ndjson", "csv", "tsv"))
+            assert kind % 4 or text or len(found) == len(ROWS)
 
 
 def test_ds_type_says_what_a_file_of_another_ending_is(write):

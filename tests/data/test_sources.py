@@ -168,6 +168,33 @@ def test_token_rows_stay_as_they_are(write):
     assert str(read[3].origin) == f"{file.path}, line 4"
 
 
+def test_positions_that_begin_again_begin_a_document(write):
+    rows = [
+        {"input_ids": [5, 6, 7, 8], "position_ids": [0, 1, 0, 1]},
+        {"input_ids": [5, 6, 7, 8], "position_ids": [0, 1, 2, 3]},
+        {"input_ids": [5, 6], "position_ids": [0, 0], "labels": [5, 6]},
+    ]
+    (file,) = read_files([entry(write("a.jsonl", rows))])
+    found = [None if row.positions is None else row.positions.tolist() for row in read_token_samples(file)]
+    assert found == [[0, 1, 0, 1], None, [0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("positions", "told"),
+    [
+        ([1, 2, 3], "`position_ids` holds 1 at place 0"),
+        ([0, 2, 3], "`position_ids` holds 2 at place 1"),
+        ([0, 1, 1], "`position_ids` holds 1 at place 2"),
+        ([0, 1], "`position_ids` has 2 entries, `input_ids` has 3"),
+        ([0.0, 1.0, 2.0], "`position_ids` must be a list of integers"),
+    ],
+)
+def test_positions_that_count_otherwise_are_refused(write, positions, told):
+    (file,) = read_files([entry(write("a.jsonl", [{"input_ids": [1, 2, 3], "position_ids": positions}]))])
+    with pytest.raises(UserError, match=f"line 1\n  {told}"):
+        next(read_token_samples(file))
+
+
 def test_alpaca_prompts(write):
     rows = [
         {"instruction": "Add.", "input": "1 2", "output": "3"},

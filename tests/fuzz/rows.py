@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from fuzz import hostile
 from fuzz.case import Case, group
 from fuzz.folders import put_odd_file
@@ -97,11 +99,14 @@ def names(case: Case) -> None:
     case.what = f"{kind} in {'a folder with ' if inside else ''}{file.name}"
     if _train(case, "./data" if inside else f"./data/{file.name}").code == 0:
         said = _manifest(case.here)
-        as_rows = (
-            said["tokenizer"] is None
-            if kind == "rows"
-            else said["train_rows"] + said["dull_rows"] + said["dropped_rows"] == 8
-        )
+        if kind == "lines":  # cut into windows; read raw, the names of the keys would be tokens too
+            backend = Tokenizer.from_file(str(case.here / "model/tokenizer.json"))
+            texts = [json.loads(line)["text"] for line in (case.here / "lines.jsonl").read_text().splitlines()]
+            as_rows = said["train_tokens"] <= sum(len(backend.encode(text).ids) + 1 for text in texts)
+        elif kind == "alpaca":
+            as_rows = said["train_rows"] + said["dull_rows"] + said["dropped_rows"] == 8
+        else:
+            as_rows = said["tokenizer"] is None
         if not as_rows:
             case.wrong(f"trained on as raw text: {said['train_rows']} rows")
 

@@ -151,6 +151,21 @@ def demo_memory(
 
 
 @app.command(cls=ReadsConfig)
+def preprocess(
+    config: Config,
+    debug: Annotated[bool, typer.Option("--debug", help="Show rows: each token, and whether it is learnt.")] = False,
+    examples: Annotated[
+        int, typer.Option("--debug-num-examples", min=1, max=1000, help="Rows that --debug shows.")
+    ] = 5,
+    overrides: Overrides = None,
+) -> None:
+    """Read, tokenize and store the data of a run without training; a run then starts with what is there."""
+    from tessera.cli.preprocess import preprocess
+
+    preprocess(config, overrides or [], examples if debug else 0)
+
+
+@app.command(cls=ReadsConfig)
 def inspect(
     config: Config,
     overrides: Overrides = None,

@@ -77,7 +77,7 @@ class TextTokenizer:
         self.backend.no_padding()  # which a call of `auto` may have left on
         self.backend.no_truncation()
         try:
-            opening, closing = _frame(self.backend) if special else ([], [])
+            opening, closing = frame(self.backend) if special else ([], [])
             for start in range(0, len(texts), BATCH):
                 batch = self.backend.encode_batch_fast(list(texts[start : start + BATCH]), add_special_tokens=special)
                 ids += [self._bare(encoded.ids, opening[:1], closing) for encoded in batch]
@@ -164,11 +164,16 @@ def _read_object(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _frame(backend: Tokenizer) -> tuple[list[int], list[int]]:
+def frame(backend: Tokenizer) -> tuple[list[int], list[int]]:
     """The ids that the tokenizer puts before a text, and those behind it."""
     found = backend.encode("a", add_special_tokens=True)
     own = [place for place, special in enumerate(found.special_tokens_mask) if not special]
     return (found.ids[: own[0]], found.ids[own[-1] + 1 :]) if own else ([], [])
+
+
+def byte_level() -> Any:
+    """The words of a text for a byte-level BPE, as GPT-2 has them."""
+    return pre_tokenizers.ByteLevel(add_prefix_space=False)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
@@ -180,7 +185,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
         reason = "too small: every byte and the end of text need an id"
         raise UserError("tokenizer.vocab_size", vocab_size, reason, f"at least {SMALLEST_BPE}")
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = byte_level()
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

@@ -1,7 +1,8 @@
-"""Rows of JSON files: an object a line, an array of objects, or an object around such an array; never read whole."""
+"""Rows of JSON files: an object a line, an array of objects, an object around such an array; never read whole."""
 
 import codecs
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -32,28 +33,9 @@ def json_lines(file: BinaryIO, path: Path) -> Iterator[tuple[Origin, dict[str, A
         yield origin, row
 
 
-def json_rows(file: Any, path: Path) -> Iterator[tuple[Origin, dict[str, Any]]]:
-    """Origin and object of every row of a .json file, in whichever of the three forms it has."""
-    while file.peek(1)[:1].isspace():
-        file.read(1)
-    if file.peek(1)[:1] == b"{" and _one_a_line(file.peek(BLOCK)):
-        return json_lines(file, path)
+def json_rows(file: BinaryIO, path: Path) -> Iterator[tuple[Origin, dict[str, Any]]]:
+    """Origin and object of every row of a .json file: an array, an array inside an object, or objects in a row."""
     return _Objects(file, path).rows()
-
-
-def _one_a_line(start: bytes) -> bool:
-    """Whether the first line is a row by itself. Of a line too long to be seen whole: whether it does not begin so
-    that its rows lie inside."""
-    line, _, _ = start.partition(b"\n")
-    try:
-        row = parse_json(line)
-    except ValueError:
-        return False
-    return isinstance(row, dict) and not any(_is_rows(row.get(key)) for key in AROUND)
-
-
-def _is_rows(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
 
 
 class _Objects:
@@ -65,11 +47,24 @@ class _Objects:
         self._text, self._at, self._ended = "", 0, False
 
     def rows(self) -> Iterator[tuple[Origin, dict[str, Any]]]:
-        """Every object of the array that the text is, or that lies in it under a key of AROUND."""
-        if self._next() == "{":
-            self._enter()
+        """Every object of the array that the text is, or that lies in it under a key of AROUND, or of the text."""
+        inside = self._next() == "{"
+        first = self._enter() if inside else None
+        if first is None:
+            yield from self._array()
+            if not inside and self._next():
+                raise self._wrong("not valid JSON: more follows behind the array")
+            return
+        while True:
+            self._number += 1
+            yield self._row(first)
+            if not self._next():
+                return
+            first = self._value()
+
+    def _array(self) -> Iterator[tuple[Origin, dict[str, Any]]]:
         if self._next() != "[":
-            raise self._wrong(f"holds no rows: {_AN_ARRAY}")
+            raise self._wrong("holds no rows")
         self._at += 1
         while (character := self._next()) != "]":
             if self._number:
@@ -77,28 +72,38 @@ class _Objects:
                     raise self._wrong("not valid JSON: a comma is missing")
                 self._at += 1
             self._number += 1
-            row = self._value()
-            if not isinstance(row, dict):
-                raise self._wrong("not a JSON object")
-            yield Origin(self._path, self._number, "row"), row
-
-    def _enter(self) -> None:
-        """Go to the value of the first key of AROUND whose value is a list."""
-        seen: list[str] = []
+            yield self._row(self._value())
         self._at += 1
-        while self._next() == '"':
-            key = self._value()
-            if self._next() != ":":
-                raise self._wrong("not valid JSON: a colon is missing")
-            self._at += 1
-            if key in AROUND and self._next() == "[":
-                return
-            self._value()
-            seen.append(key)
-            if self._next() == ",":
+
+    def _row(self, value: Any) -> tuple[Origin, dict[str, Any]]:
+        if not isinstance(value, dict):
+            raise self._wrong("not a JSON object")
+        return Origin(self._path, self._number, "row"), value
+
+    def _enter(self) -> dict[str, Any] | None:
+        """Go to the first array of objects under a key of AROUND; where there is none, read the whole object."""
+        found: dict[str, Any] = {}
+        self._at += 1
+        while (character := self._next()) != "}":
+            if found:
+                if character != ",":
+                    raise self._wrong("not valid JSON: a comma is missing")
                 self._at += 1
-        reason = f"one object with the keys {', '.join(seen[:5])}: no rows under {' or '.join(AROUND)}"
-        raise UserError("datasets", self._path, reason, _AN_ARRAY)
+            key = self._value()
+            if not isinstance(key, str) or self._next() != ":":
+                raise self._wrong("not valid JSON: a key and a colon are missing")
+            self._at += 1
+            if key in AROUND and self._next() == "[" and self._begins_with_an_object():
+                return None
+            found[key] = self._value()
+        self._at += 1
+        return found
+
+    def _begins_with_an_object(self) -> bool:
+        """Whether the array that begins here does."""
+        while (found := _FIRST.match(self._text, self._at)) is None and self._more(BLOCK):
+            pass
+        return found is not None and found[1] == "{"
 
     def _next(self) -> str:
         """The next character that is no space, which stays to be read; "" at the end."""
@@ -150,3 +155,4 @@ class _Objects:
 
 
 _DECODER = json.JSONDecoder()
+_FIRST = re.compile(r"\[\s*(\S)")
