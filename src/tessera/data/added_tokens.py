@@ -23,7 +23,7 @@ class TokenKeys(Protocol):
     @property
     def special_tokens(self) -> Any: ...
     @property
-    def tokens(self) -> Sequence[str]: ...
+    def tokens(self) -> Sequence[str] | None: ...
 
 
 class TokenizerSettings(Protocol):
@@ -55,7 +55,7 @@ class AddedTokens:
         special = config.special_tokens
         named = ((mark, getattr(special, mark)) for mark in MARKS)
         marks = tuple((mark, text) for mark, text in named if text is not None)
-        return cls(marks, tuple(config.tokens), tuple(special.additional_special_tokens))
+        return cls(marks, tuple(config.tokens or ()), tuple(special.additional_special_tokens))
 
     def __bool__(self) -> bool:
         return bool(self.marks or self.ordinary or self.further)
