@@ -54,7 +54,7 @@ def find_files(entry: Entry, output_dir: str | Path | None, notes: list[str]) ->
 def _is_of_the_hub(path: str) -> bool:
     """Whether a path that is no file may be the name of a data set: owner/name, or a word without an ending."""
     known = (*ENDINGS, *PLAIN)
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) or path.lower().endswith(known):
+    if not re.fullmatch(r"[\w-][\w.-]{0,95}(/[\w-][\w.-]{0,95})?", path) or path.lower().endswith(known):
         return False
     owner, slash, _ = path.partition("/")
     return not Path(owner).exists() if slash else "." not in path
