@@ -230,7 +230,7 @@ def test_a_tokenizer_that_is_gone_is_said_and_not_left_out(finished, tmp_path):
     state["source"]["tokenizer"] = str(tmp_path / "gone")
     (folder / "state.json").write_text(json.dumps(state))
     reseal(folder)
-    with pytest.raises(UserError, match="--config: .*gone\n  no tokenizer.json there, where the run"):
+    with pytest.raises(UserError, match="--config: .*gone\n  no tokenizer there, where the run"):
         convert(folder, tmp_path / "out")
     convert(folder, tmp_path / "out", config=Path(finished("llama")["base_model"]))
 

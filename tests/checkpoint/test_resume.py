@@ -251,7 +251,7 @@ def test_a_checkpoint_of_another_format_is_refused(stopped):
     file = folder / "state.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 99}))
     reseal(folder)
-    with pytest.raises(UserError, match="has format 99, this version reads 2$"):
+    with pytest.raises(UserError, match="has format 99, this version reads 2 and 3$"):
         resumed_from(stopped)
 
 
@@ -260,7 +260,7 @@ def test_a_checkpoint_of_the_format_without_sums_is_refused(stopped):
     file = folder / "state.json"
     file.write_text(json.dumps({"format": 1, "step": 3, "tokens": 1, "course": {}}))
     (folder / "SHA256SUMS").unlink()
-    with pytest.raises(UserError, match="has format 1, this version reads 2\n  format 1 had no SHA256SUMS"):
+    with pytest.raises(UserError, match="has format 1, this version reads 2 and 3\n  format 1 had no SHA256SUMS"):
         resumed_from(stopped)
 
 

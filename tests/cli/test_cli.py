@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -114,12 +115,18 @@ def test_a_mistake_ends_with_its_message_and_code_2(tmp_path):
     assert result.stdout == ""
 
 
+def test_fsdp_keys_of_a_run_of_one_process_are_told_to_do_nothing(tmp_path, called, capsys):
+    launch(write_config(tmp_path), ["fsdp_config.offload_params=true"])
+    assert "fsdp_config.offload_params has no effect: there is one data-parallel process" in capsys.readouterr().out
+
+
 def test_one_process_is_checked_and_trains_here(tmp_path, called, capsys):
-    launch(write_config(tmp_path), ["seed=7", "flash_attention=true"])
+    launch(write_config(tmp_path), ["seed=7", "xformers_attention=true"])
     assert called == [("prepared", 1), ("train", 7)]
     out = capsys.readouterr().out
-    assert "flash_attention: true has no effect" in out
-    assert "sequence_len 2048" in out and "seed" not in out.partition("defaults:")[2]
+    assert "xformers_attention: true has no effect" in out
+    assert re.search(r"^defaults: \d+ keys, listed in .*/resolved_config.yaml$", out, re.MULTILINE)
+    assert max(map(len, out.splitlines())) < 150
 
 
 @pytest.mark.parametrize(

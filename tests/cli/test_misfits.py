@@ -105,7 +105,7 @@ MISFITS: dict[str, tuple[dict[str, Any], str, list[str]]] = {
     "not a square": (
         {"mode": "2d", "size": 2, "schedule": "summa"},
         "tensor_parallel_schedule: summa",
-        ["row 1 × col 2", "tensor_parallel_schedule: gather", "tensor_parallel_size: 1 fits"],
+        ["row 1 × col 2", "tensor_parallel_schedule: gather"],
     ),
     "slices": ({"size": 2, "slices": 5}, "tensor_parallel_slices: 5", ["tensor_parallel_slices: 4 or 8"]),
     "a wrong axis": (
@@ -208,5 +208,5 @@ def test_a_misfit_in_a_shell(settings, tmp_path):
     before = files(tmp_path)
     done = tessera(*command(settings | {"tensor_parallel_mode": "3d", "tensor_parallel_size": 6})[3:])
     assert done.codes == [2], done.err
-    assert "fits this model and batch" in done.err[0] and "Traceback" not in done.err[0]
+    assert "tensor_parallel_mesh: {" in done.err[0] and "Traceback" not in done.err[0]
     assert files(tmp_path).keys() - before.keys() == {tmp_path / "run.yaml"}

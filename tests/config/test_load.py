@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tessera.config import compat
-from tessera.config.load import ConfigError, dump_config, json_schema, load_config, make_config
+from tessera.config.load import ConfigError, dump_config, load_config, make_config
 from tessera.config.schema import DatasetConfig, FsdpConfig, MeshConfig, TokenizerConfig, TrainConfig
 from tessera.core.errors import UserError
 
@@ -109,15 +108,15 @@ def test_overrides_are_yaml_and_win(tmp_path):
         ({"tokenizer": {"train": "bpe", "vocab_size": 300, "kind": 1}}, "tokenizer.kind", "known: train"),
         ({"tokenizer": {"train": "bpe", "vocab_size": 100}}, "tokenizer.vocab_size", "at least 257"),
         ({"tensor_parallel_mesh": {"rows": 2}}, "tensor_parallel_mesh.rows", "is not a known key\n  nearest: row"),
-        ({"tensor_parallel_mesh": {"row": 0}}, "tensor_parallel_mesh.row", "at least 1\n  Cuts tokens"),
-        ({"tensor_parallel_mesh": {"row": "2"}}, "tensor_parallel_mesh.row", "a whole number\n  Cuts tokens"),
+        ({"tensor_parallel_mesh": {"row": 0}}, "tensor_parallel_mesh.row", "at least 1\n  Devices that split tokens"),
+        ({"tensor_parallel_mesh": {"row": "2"}}, "tensor_parallel_mesh.row", "write 2, without quotes"),
         ({"tensor_parallel_mesh": {1: 2}}, "tensor_parallel_mesh[1]", "a known key"),
-        ({"tensor_parallel_mesh": 4}, "tensor_parallel_mesh", "keys with values\n  The sizes of the axes"),
+        ({"tensor_parallel_mesh": 4}, "tensor_parallel_mesh", "keys with values\n  Sizes of the tensor axes"),
         ({"tensor_parallel_mesh.row": 2}, "tensor_parallel_mesh.row", "write tensor_parallel_mesh: {row: 2}"),
         ({"fsdp_config": {"forward_prefech": True}}, "fsdp_config.forward_prefech", "nearest: forward_prefetch"),
-        ({"fsdp_config": {"fsdp_auto_wrap_policy": "size"}}, "fsdp_config.auto_wrap_policy", "or 'NO_WRAP'\n  What is"),
+        ({"fsdp_config": {"fsdp_auto_wrap_policy": "size"}}, "fsdp_config.auto_wrap_policy", "or 'NO_WRAP'\n  What"),
         ({"fsdp_config": {"offload_params": 1}}, "fsdp_config.offload_params", "true or false\n  Keep parameters"),
-        ({"fsdp_config": True}, "fsdp_config", "keys with values\n  Switches"),
+        ({"fsdp_config": True}, "fsdp_config", "keys with values\n  FSDP2 settings"),
         ({"fsdp_config.forward_prefetch": True}, "fsdp_config.forward_prefetch", "{forward_prefetch: true}"),
         ({"tensor_parallel.size": 2}, "tensor_parallel.size", "nearest: tensor_parallel_size"),
         ({"micro_batch_size": 0}, "micro_batch_size", "at least 1"),
@@ -129,17 +128,27 @@ def test_overrides_are_yaml_and_win(tmp_path):
         ({"adam_beta2": 1.0}, "adam_beta2", "below 1"),
         ({"val_set_size": 1.5}, "val_set_size", "for rows, write 2"),
         ({"val_set_size": -1}, "val_set_size", "at least 0"),
-        ({"bf16": "maybe"}, "bf16", "one of 'auto', True or False"),
+        ({"bf16": "maybe"}, "bf16", "one of 'auto', 'full', True or False"),
         ({"lr_scheduler": "cosin"}, "lr_scheduler", "nearest: cosine"),
         ({"excess_length_strategy": "cut"}, "excess_length_strategy", "'drop', 'truncate' or 'raise'"),
         ({"datasets": []}, "datasets", "at least 1"),
-        ({"datasets": ["a"]}, "datasets[0]", "keys with values"),
+        ({"datasets": [3]}, "datasets[0]", "keys with values"),
+        ({"datasets": 3}, "datasets", "must be a list\n  The sources of"),
+        ({"datasets": 3}, "datasets", "in this order.\n  for example datasets: [{path: ./book.txt}]"),
+        ({"datasets": None}, "datasets", "is required"),
+        ({"tensor_parallel_mode": 2}, "tensor_parallel_mode", "write '2d'"),
+        ({"tensor_parallel_mode": 2.5}, "tensor_parallel_mode", "write '2.5d'"),
+        ({"output_dir": 12}, "output_dir", "write '12', with quotes"),
+        ({"learning_rate": "2e-5"}, "learning_rate", "write 2e-5, without quotes"),
+        ({"shuffle": "true"}, "shuffle", "write true, without quotes"),
+        ({"max_steps": "many"}, "max_steps", "for example max_steps: 100"),
+        ({"zzz": 3}, "zzz", "zzz: 3\n  is not a known key"),
         ({"base_model": ""}, "base_model", "at least 1 character"),
         ({"warmup_steps": 3, "warmup_ratio": 0.1}, "warmup_ratio", "one of the two"),
         ({"lr_scheduler": "constant", "warmup_steps": 3}, "lr_scheduler", "constant_with_warmup"),
         ({"save_strategy": "no", "save_steps": 3}, "save_steps", "save_strategy is no"),
         ({"save_strategy": "epoch", "save_steps": 3}, "save_steps", "save_strategy is epoch"),
-        ({"save_strategy": "best"}, "save_strategy", "not done yet"),
+        ({"save_strategy": "best"}, "save_strategy", "no rows are held out"),
         ({"eval_steps": 3}, "eval_steps", "val_set_size"),
     ],
 )  # fmt: skip
@@ -165,6 +174,59 @@ def test_every_mistake_inside_a_section_is_told():
     problem = problem_of(tensor_parallel_mesh={"rows": 2, "row": 0, "col": 1.5})
     assert isinstance(problem, ConfigError)
     assert {p.key for p in problem.problems} == {f"tensor_parallel_mesh.{axis}" for axis in ("rows", "row", "col")}
+
+
+def test_many_unknown_keys_make_one_short_problem():
+    unknown = {f"word_{i}": i for i in range(30)}
+    problem = problem_of(**unknown, seed="x", learning_rte=3)
+    assert [p.key for p in problem.problems] == ["seed", "word_0, word_1, word_2, word_3, word_4 and 26 more"]
+    assert len(str(problem)) < 400
+    assert "learning_rate for learning_rte" in str(
+        problem_of(learning_rte=3, zzz=1, **dict(list(unknown.items())[:3]), yyy=1)
+    )
+
+
+def test_a_key_of_any_name_that_is_empty_asks_for_nothing():
+    keys = ["torchdistx", "x", "fsdp", "deepspeed", "lora_r", "plugins", "lr", "save_total_limit"]
+    for nothing in (None, False, "", [], {}):
+        assert make_config({**MINIMAL, **dict.fromkeys(keys, nothing)}) == make_config(MINIMAL)
+        for section in ({"datasets": [{"path": "a.jsonl", "x": nothing}]}, {"fsdp_config": {"x": nothing}}):
+            assert config_of(**section) == config_of()
+
+
+@pytest.mark.parametrize("key", sorted({*TrainConfig.model_fields} - {"base_model", "datasets"}))
+def test_a_key_of_ours_that_is_empty_is_unset_unless_that_means_something(key):
+    for nothing in (None, "", [], {}):
+        if key == "check_replicas_steps" and nothing is None:
+            assert config_of(check_replicas_steps=None).check_replicas_steps is None  # never
+        else:
+            assert config_of(**{key: nothing}) == config_of()
+
+
+def test_what_is_required_cannot_be_empty():
+    for keys in ({"base_model": None}, {"base_model": ""}, {"datasets": []}, {"datasets": [{"path": None}]}):
+        assert problem_of(**keys).key in ("base_model", "datasets", "datasets[0].path")
+
+
+@pytest.mark.parametrize("form", ["a.jsonl", ["a.jsonl"], {"path": "a.jsonl"}])
+def test_a_path_alone_is_a_data_set(form):
+    assert config_of(datasets=form) == config_of()
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ('{"architectures": ["LlamaForCausalLM"], "hidden_size": 8}', "a model's config.json"),
+        ('{"zero_optimization": {"stage": 3}}', "a DeepSpeed config"),
+        ("distributed_type: FSDP\ncompute_environment: LOCAL_MACHINE\n", "a config of accelerate"),
+        ('{"tokenizer_class": "x"}', "a file of a tokenizer"),
+        ('{"weight_map": {}}', "a list of a model's weight files"),
+    ],
+)
+def test_files_of_other_kinds_are_named(tmp_path, text, kind):
+    with pytest.raises(UserError, match=f"is {kind}, not the config of a run") as caught:
+        load_config(write(tmp_path, text))
+    assert len(str(caught.value)) < 300
 
 
 def test_a_limit_that_only_auto_has_is_told_elsewhere():
@@ -204,103 +266,7 @@ def test_a_dumped_config_loads_to_the_same(tmp_path, keys):
     assert load_config(write(tmp_path, dump_config(config)))[0] == config
 
 
-# ---- Keys of other tools
-
-
-@pytest.mark.parametrize("key", sorted(compat.NOT_DONE))
-def test_keys_not_done_say_so_unless_they_ask_for_nothing(key):
-    problem = problem_of(**{key: "something else"})
-    assert problem.key == key
-    assert "known, but not done yet" in str(problem)
-    for neutral in compat.NOT_DONE[key].neutral:
-        assert config_of(**{key: neutral}) == config_of()
-
-
-def test_true_is_not_taken_for_the_size_one():
-    assert "not done yet" in str(problem_of(context_parallel_size=True))
-    assert "not done yet" in str(problem_of(cosine_min_lr_ratio=False))
-
-
-@pytest.mark.parametrize(
-    ("key", "value"), [(k, v) for k, values in compat.NOT_DONE_VALUES.items() for v in values if "." not in k]
-)
-def test_values_not_done_say_so(key, value):
-    problem = problem_of(**{key: value})
-    assert problem.key == key
-    assert "known, but not done yet" in str(problem)
-
-
-@pytest.mark.parametrize("sources", ["datasets", "test_datasets"])
-def test_keys_not_done_inside_datasets(sources):
-    problem = problem_of(**{sources: [{"path": "a", "conversation": "x", "temperature": 2.0}]})
-    assert isinstance(problem, ConfigError)
-    assert {p.key for p in problem.problems} == {f"{sources}[0].conversation", f"{sources}[0].temperature"}
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "told"),
-    [
-        ("type", {"formt": "x"}, "has the key formt; known: system_prompt"),
-        ("type", {"format": 3}, "format must be text"),
-        ("type", 3, "must be text, or keys with values"),
-        ("data_files", ["a", 1], "must be text, or a list of texts"),
-        ("shards", 0, "must be at least 1"),
-        ("train_on_eos", "none", "must be one of 'all', 'turn' or 'last'"),
-    ],
-)
-def test_values_inside_datasets_that_do_not_fit_are_named(key, value, told):
-    problem = problem_of(datasets=[{"path": "a", key: value}])
-    assert problem.key == f"datasets[0].{key}" and told in problem.reason
-
-
-def test_a_prompt_of_the_users_own_is_read():
-    config = config_of(datasets=[{"path": "a", "type": {"format": "Q {instruction}", "field_output": "answer"}}])
-    assert (config.datasets[0].type.format, config.datasets[0].type.field_output) == ("Q {instruction}", "answer")
-
-
-def test_rows_to_evaluate_on_are_given_once():
-    assert problem_of(test_datasets=[{"path": "b"}], val_set_size=0.1).key == "val_set_size"
-    assert config_of(test_datasets=[{"path": "b"}], eval_steps=3).test_datasets[0].path == "b"
-
-
-@pytest.mark.parametrize("key", sorted(compat.NO_EFFECT.keys() - {"plugins"}))
-def test_keys_without_effect_are_explained(key):
-    config, notes = make_config({**MINIMAL, key: "x"})
-    assert config == config_of()
-    assert notes == [f"{key}: x has no effect: {compat.NO_EFFECT[key]}"]
-    assert make_config({**MINIMAL, key: None})[1] == []
-
-
-def test_only_the_plugin_whose_work_is_done_passes():
-    known = compat.PLUGINS_WITHOUT_EFFECT[0]
-    _, notes = make_config({**MINIMAL, "plugins": [known]})
-    assert "fused vocabulary-parallel loss" in notes[0]
-    assert "liger" in str(problem_of(plugins=[known, "liger"]))
-
-
-@pytest.mark.parametrize(("theirs", "ours"), sorted(compat.SPELLED_HERE.items()))
-def test_other_spellings_name_ours(theirs, ours):
-    assert ours in TrainConfig.model_fields
-    given = {k: v for k, v in MINIMAL.items() if k != ours}
-    with pytest.raises(UserError, match=f"is called {ours} here"):
-        make_config({**given, theirs: "x"})
-
-
-def test_the_tables_do_not_overlap():
-    tables = [
-        set(TrainConfig.model_fields),
-        set(compat.NOT_DONE),
-        set(compat.NO_EFFECT),
-        set(compat.SPELLED_HERE),
-    ]
-    assert sum(map(len, tables)) == len(set.union(*tables))
-    assert not set(compat.NOT_DONE_IN_DATASETS) & set(DatasetConfig.model_fields)
-
-
-def test_the_json_schema_knows_what_the_loader_lets_through():
-    schema = json_schema()
-    assert schema["additionalProperties"] is False
-    assert set(schema["required"]) == {"base_model", "datasets"}
-    assert schema["properties"]["micro_batch_size"]["minimum"] == 1
-    assert schema["properties"]["context_parallel_size"]["enum"] == [None, 1]
-    assert "kernel" in schema["properties"]["flash_attention"]["description"]
+@pytest.mark.parametrize("packs, padded, told", [(True, False, 1), (True, None, 0), (True, True, 0), (False, False, 0)])
+def test_rows_of_packed_samples_that_are_not_to_be_padded_are_told_of(packs, padded, told):
+    _, notes = make_config(MINIMAL | {"sample_packing": packs, "pad_to_sequence_len": padded})
+    assert len(notes) == told and all(note.startswith("pad_to_sequence_len: false has no effect: ") for note in notes)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from tests.data.helpers import TEXT, entry
 
+from tessera.config.sections.model import SpecialTokensConfig
 from tessera.data.tokenizer import TextTokenizer, save_tokenizer, train_bpe
 
 
@@ -36,12 +37,17 @@ def settings(tmp_path: Path, tokenizer: TextTokenizer) -> Callable[..., SimpleNa
             "base_model": str(tmp_path / "no-model"),
             "datasets": [entry(d) if isinstance(d, Path) else d for d in datasets],
             "tokenizer": str(tokenizer.folder),
+            "special_tokens": SpecialTokensConfig(),
+            "tokens": [],
             "sequence_len": 16,
             "excess_length_strategy": "drop",
             "train_on_inputs": False,
             "val_set_size": 0,
             "seed": 42,
             "output_dir": str(tmp_path / "out"),
+            "dataset_prepared_path": None,
+            "dataset_processes": 2,
+            "test_datasets": None,
         }
         return SimpleNamespace(**given | changes)
 

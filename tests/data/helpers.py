@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from tessera.config.sections.data import DatasetConfig
-from tessera.data.samples import Origin, Sample, Split, open_samples, write_samples
+from tessera.data.samples import Origin, Sample, SampleWriter, Split, open_samples
 
 TEXT = "def add(a, b):\n    return a + b\n\n\ndef sub(a, b):\n    return a - b\n"
 
@@ -30,5 +30,7 @@ def row(tokens, labels=None):
 
 def saved(folder, name, *rows):
     folder.mkdir(exist_ok=True)
-    write_samples(folder / name, rows)
+    with SampleWriter(folder / name) as writer:
+        for sample in rows:
+            writer.append(sample)
     return open_samples(folder, name)

@@ -15,8 +15,8 @@ from tokenizers.processors import TemplateProcessing
 
 from tessera.config.schema import TrainConfig
 from tessera.core.errors import UserError
-from tessera.data import prepare as module
 from tessera.data.prepare import prepare
+from tessera.data.samples import SampleWriter
 from tessera.data.sources import read_documents, read_files
 from tessera.data.tokenizer import save_tokenizer
 
@@ -237,8 +237,8 @@ def test_a_write_that_fails_keeps_what_was_there(tmp_path, write, settings, monk
             raise OSError(28, "No space left on device")
         return rename(folder, target)
 
-    monkeypatch.setattr(*((module, "write_samples") if writing else (Path, "rename")), full)
-    with pytest.raises(UserError, match="no space is left on the disk, 1.* are needed, .* are free"):
+    monkeypatch.setattr(*((SampleWriter, "append") if writing else (Path, "rename")), full)
+    with pytest.raises(UserError, match="no space is left on the disk, .* are free"):
         prepare(settings(write("b.jsonl", TOKENS[1:])), None)
     assert listing(tmp_path / "out") == before
     assert len(all_rows(prepared.folder)) == 10

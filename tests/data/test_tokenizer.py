@@ -1,8 +1,6 @@
 """Tokenizers are trained, saved, loaded; their end-of-sequence token is found."""
 
-import errno
 import json
-from pathlib import Path
 
 import pytest
 from tests.data.helpers import TEXT
@@ -59,8 +57,8 @@ def special(tmp_path, tokenizer, **files):
     ("files", "token"),
     [
         ({"tokenizer_config": {"eos_token": "</s>"}, "special_tokens_map": {"eos_token": "</s>"}}, "</s>"),
-        ({"tokenizer_config": {"eos_token": {"content": "</s>"}}, "config": {"eos_token_id": 3}}, "</s>"),
-        ({"tokenizer_config": {"eos_token": None}, "special_tokens_map": {"eos_token": "</s>"}}, "</s>"),
+        ({"special_tokens_map": {"eos_token": {"content": "</s>"}}, "config": {"eos_token_id": 3}}, "</s>"),
+        ({"tokenizer_config": {"eos_token": "<s>"}, "special_tokens_map": {"eos_token": "</s>"}}, "</s>"),
         ({"config": {"eos_token_id": 65}}, 65),
         ({"config": {"eos_token_id": [66, 67]}}, 66),
     ],
@@ -68,7 +66,8 @@ def special(tmp_path, tokenizer, **files):
 def test_end_of_sequence_is_found(tmp_path, tokenizer, files, token):
     backend = special(tmp_path, tokenizer, **files)
     expected = backend.token_to_id(token) if isinstance(token, str) else token
-    assert load_tokenizer(tmp_path, "base_model").eos_id == expected
+    loaded = load_tokenizer(tmp_path, "base_model")
+    assert loaded.eos_id == loaded.auto.eos_token_id == expected
 
 
 def test_special_tokens_open_a_text_and_never_end_it(tmp_path, tokenizer):
@@ -87,7 +86,7 @@ def test_special_tokens_open_a_text_and_never_end_it(tmp_path, tokenizer):
 
 
 def test_bad_tokenizers_are_named(tmp_path, tokenizer):
-    with pytest.raises(UserError, match="no tokenizer.json") as error:
+    with pytest.raises(UserError, match="no tokenizer there: neither tokenizer.json") as error:
         load_tokenizer(tmp_path, "base_model")
     assert str(error.value).startswith(f"base_model: {tmp_path}")
     (tmp_path / "tokenizer.json").write_text("{")
@@ -101,6 +100,17 @@ def test_bad_tokenizers_are_named(tmp_path, tokenizer):
         load_tokenizer(tmp_path, "base_model")
 
 
+@pytest.mark.parametrize("single", ["<s> $A", "<s> $A </s>"])
+def test_an_end_in_the_text_and_that_of_the_tokenizer_are_left_to_the_row(tmp_path, tokenizer, single):
+    backend = special(tmp_path, tokenizer, tokenizer_config={"bos_token": "<s>", "eos_token": "</s>"})
+    ids = [(text, backend.token_to_id(text)) for text in ("<s>", "</s>")]
+    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=ids)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(tmp_path, "base_model")
+    plain = tokenizer.encode([TEXT])[0].tolist()
+    assert loaded.encode([TEXT + "</s>"])[0].tolist() == [ids[0][1], *plain]
+
+
 def test_a_text_that_begins_with_the_begin_token_has_it_once(tmp_path, tokenizer):
     backend = special(tmp_path, tokenizer, tokenizer_config={"bos_token": "<s>", "eos_token": "</s>"})
     start = backend.token_to_id("<s>")
@@ -110,80 +120,3 @@ def test_a_text_that_begins_with_the_begin_token_has_it_once(tmp_path, tokenizer
     plain = tokenizer.encode([TEXT])[0].tolist()
     for text in (TEXT, "<s>" + TEXT):
         assert loaded.encode([text])[0].tolist() == [start, *plain]
-
-
-@pytest.mark.parametrize(
-    ("files", "named"),
-    [
-        ({"tokenizer_config": {"eos_token": "</s>", "additional_special_tokens": ["<turn>"]}}, "<turn> (tok"),
-        ({"tokenizer_config": {"eos_token": "<gone>"}}, "<gone>"),
-        ({"tokenizer_config": {"eos_token": "</s>", "unk_token": {"content": "def"}}}, "def"),
-        ({"tokenizer_config": {"eos_token": "</s>", "added_tokens_decoder": {"999": {"content": "<s>"}}}}, "<s>"),
-        ({"tokenizer_config": {"eos_token": "</s>", "extra_special_tokens": {"image": "<image>"}}}, "<image>"),
-        ({"special_tokens_map": {"eos_token": "</s>", "pad_token": "<pad>"}}, "<pad> (special"),
-        ({"tokenizer_config": {"eos_token": "</s>"}, "added_tokens": {"<tool>": 300}}, "<tool> (added"),
-        ({"tokenizer_config": {"eos_token": "</s>", "add_prefix_space": True}}, "add_prefix_space is true"),
-        ({"tokenizer_config": {"eos_token": "</s>", "split_special_tokens": True}}, "split_special_tokens"),
-        ({"tokenizer_config": {"eos_token": "</s>", "model_specific_special_tokens": {"image": "<image>"}}}, "<image>"),
-        ({"tokenizer_config": {"eos_token": "</s>"}, "special_tokens_map": {"eos_token": "<s>"}}, "eos_token: is </s>"),
-    ],
-)
-def test_what_other_files_say_and_tokenizer_json_does_not_is_refused_by_name(tmp_path, tokenizer, files, named):
-    special(tmp_path, tokenizer, **files)
-    with pytest.raises(UserError) as error:
-        load_tokenizer(tmp_path, "base_model")
-    assert named in str(error.value)
-
-
-def test_a_token_that_takes_spaces_with_it_in_one_file_alone_is_refused_as_autotokenizer_gives_other_ids(
-    tmp_path, tokenizer
-):
-    from transformers import AutoTokenizer
-
-    number = special(tmp_path, tokenizer).token_to_id("</s>")
-    token = {"content": "</s>", "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    settings = {"eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
-
-    def written(**flags: bool) -> None:
-        listed = settings | {"added_tokens_decoder": {str(number): token | flags}}
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(listed))
-
-    written()
-    ours, text = load_tokenizer(tmp_path, "base_model"), "north </s> wind"
-    assert ours.encode([text])[0].tolist() == AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"]
-    written(lstrip=True)
-    assert ours.encode([text])[0].tolist() != AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"]
-    with pytest.raises(UserError, match="</s>: lstrip is true, in tokenizer.json false"):
-        load_tokenizer(tmp_path, "base_model")
-
-
-def test_a_tokenizer_in_a_folder_that_cannot_be_searched_is_refused(tmp_path, monkeypatch):
-    looked_at = Path.stat
-
-    def stat(path, **how):
-        if path.name == "tokenizer.json":
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return looked_at(path, **how)
-
-    monkeypatch.setattr(Path, "stat", stat)
-    for path in (tmp_path, tmp_path / "tokenizer.json"):
-        with pytest.raises(UserError, match="permission denied"):
-            load_tokenizer(path, "tokenizer")
-
-
-def test_a_folder_written_whole_as_the_refusal_says_has_the_ids_of_autotokenizer(tmp_path, tokenizer):
-    from transformers import AutoTokenizer
-
-    settings = {
-        "eos_token": "<end>",
-        "additional_special_tokens": ["<turn>"],
-        "tokenizer_class": "PreTrainedTokenizerFast",
-    }
-    special(tmp_path, tokenizer, tokenizer_config=settings)
-    with pytest.raises(UserError, match="save_pretrained"):
-        load_tokenizer(tmp_path, "base_model")
-    AutoTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path)
-    ours, theirs = load_tokenizer(tmp_path, "base_model"), AutoTokenizer.from_pretrained(tmp_path)
-    for text in ("north <turn> wind", "<turn>", ODD):
-        assert ours.encode([text])[0].tolist() == theirs(text)["input_ids"]
-    assert ours.eos_id == theirs.eos_token_id

@@ -72,8 +72,8 @@ def config_json(case: Case) -> None:
     if key == "rms_norm_eps":
         odd = case.pick(10**400, 10**18, 1e300, 0, -1, "1e-5")
     if key == "model_type":
-        odd = case.pick("gpt2", "qwen3", "mistral", "", None, 3, "llama")
-    family = case.pick("llama", "llama", "qwen3", "gpt2")
+        odd = case.pick("gpt2", "qwen3", "mixtral", "", None, 3, "llama")
+    family = case.pick("llama", "llama", "qwen3", "gpt2", "qwen2", "mistral")
     change_json(case.here / "model/config.json", lambda content: content.update({"model_type": family, key: odd}))
     case.what = f"{family} {key}: {str(odd)[:40]}"
     settings = SETTINGS | {"random_init": case.dice.random() < 0.6}
@@ -217,6 +217,13 @@ def tokens(case: Case) -> None:
     if seen.code == 3:
         case.wrong(f"other ids than AutoTokenizer: {seen.err.strip()[-300:]}")
     if case.dice.random() < 0.4:
+        mark, text = case.pick("eos_token", "pad_token", "bos_token"), case.pick("<new>", "a", "<|endoftext|>")
+        given = {
+            "special_tokens": {mark: text},
+            "tokens": case.pick([], ["<new>", "stone"], ["\u00e9"]),
+            "resize_token_embeddings_to_32x": case.pick(True, False),
+        }
+        write_yaml(case.here / "run.yaml", SETTINGS | case.pick({}, given, given))
         case.tessera("train", "run.yaml")
 
 

@@ -157,18 +157,57 @@ def other_tools(case: Case) -> None:
     from tessera.config import compat
 
     case.kind = 17
-    tables = [compat.NOT_DONE, compat.SPELLED_HERE, compat.NO_EFFECT]
+    tables = [compat.TOP.refused, compat.TOP.ours, compat.TOP.no_effect]
     settings = SETTINGS | {case.pick(*case.pick(*tables)): hostile.value(case.dice) for _ in range(3)}
     if case.dice.random() < 0.3:
-        settings["fsdp_config"] = {case.pick(*compat.NO_EFFECT_IN_FSDP): hostile.value(case.dice)}
+        settings["fsdp_config"] = {case.pick(*compat.FSDP.others): hostile.value(case.dice)}
     if case.dice.random() < 0.3:
-        settings["datasets"] = [
-            {"path": "./book.txt", case.pick(*compat.NOT_DONE_IN_DATASETS): hostile.value(case.dice)}
-        ]
+        settings["datasets"] = [{"path": "./book.txt", case.pick(*compat.DATASETS.others): hostile.value(case.dice)}]
     settings["output_dir"] = "./new"
     case.what = ", ".join(f"{key}={value!r:.30}" for key, value in settings.items() if key not in SETTINGS)
     write_yaml(case.here / "run.yaml", settings)
     read(case)
+
+
+@group(1)
+def deepspeed(case: Case) -> None:
+    """DeepSpeed configs, in a file and in the YAML, with values of every kind."""
+    from tessera.config import compat
+    from tessera.config.deepspeed import TAKEN, WELL_KNOWN
+
+    case.kind = 17
+    names = [*compat.DEEPSPEED.others, *TAKEN, "bf16", "optimizer", "zero_optimization", "nothing"]
+    zero = {"stage": case.pick(0, 1, 2, 3, 3, hostile.value(case.dice))}
+    config: Any = {"zero_optimization": zero}
+    for _ in range(case.pick(0, 1, 2)):
+        name, value = case.pick(*names), case.pick(hostile.value(case.dice), {"enabled": True}, {"device": "cpu"})
+        (zero if name.startswith("zero.") else config)[name.removeprefix("zero.")] = value
+    form = case.cycle("file", "values", "garbled", "deep", "name")
+    written = json.dumps(config).encode()
+    if form == "garbled":
+        written = hostile.garbled(written, case.dice)
+    elif form == "deep":
+        written = hostile.deep(case.dice, "[", "]").encode()
+    (case.here / "ds.json").write_bytes(written)
+    named = case.pick(*WELL_KNOWN, "no.json", "model", "/dev/zero", hostile.value(case.dice))
+    given = {"values": config, "name": named}.get(form, "ds.json")
+    case.what = f"deepspeed {form}: {given!r:.80} {config!r:.80}"
+    write_yaml(case.here / "run.yaml", SETTINGS | {"deepspeed": given, "output_dir": "./new"})
+    read(case)
+
+
+@group(1)
+def keys_as_options(case: Case) -> None:
+    """Keys of the file as options of the command, nested too, with every kind of text."""
+    case.kind = 17
+    key = case.pick(
+        *keys(), "datasets.0.path", "datasets.9.path", "fsdp-config.offload-params", "tokenizer.train", "a.b.c"
+    )
+    key = "seed" if key == "output_dir" else key.replace("_", case.pick("_", "-"))
+    scalar = hostile.scalar(case.dice)[:10_000].replace("\0", "?")
+    words = case.pick([f"--{key}", scalar], [f"--{key}={scalar}"], [f"{key}={scalar}"], [f"--{key}"], [f"--no-{key}"])
+    case.what = " ".join(words)[:80]
+    read(case, *words)
 
 
 @group(1)
@@ -286,7 +325,11 @@ def words(case: Case) -> None:
             "-x",
             "--",
             "=",
-            "config-keys",
+            "config",
+            "keys",
+            "show",
+            "--learning-rate",
+            "seed=1",
         ],
     )
     chosen = case.dice.sample(pieces, case.dice.randrange(1, 5))
@@ -308,7 +351,8 @@ def written(case: Case) -> None:
         ["convert", "out/checkpoint-2", target],
         ["inspect", "run.yaml", "--json", "--set", "tensor_parallel_size=2", "--activation", "q"],
         ["count", "--ranks", "2", "--model", "model", "--batch", "2", "--sequence", "4"],
-        ["config-schema"],
+        ["config", "schema"],
+        ["config", "show", "run.yaml", "--datasets.0.path", "book.txt"],
     ]
     line = case.cycle(*lines)
     case.what = " ".join(line)[:100]

@@ -7,13 +7,14 @@ from types import CodeType
 from typing import Any
 
 MODULES = (
-    "core.files", "config.load", "config.compat", "config.schema", "config.sections.data",
+    "core.files", "config.load", "config.compat", "config.schema", "config.problems", "config.settled",
+    "config.overrides", "config.deepspeed", "config.fsdp1", "config.sections.data",
     "config.sections.checkpoints", "config.sections.layout", "config.sections.model", "config.sections.optimizer",
     "config.sections.section", "sizes.geometries", "sizes.rules", "sizes.remedies", "models.hub",
     "models.tensor_files", "models.families.table", "models.families.keys", "models.families.llama",
-    "models.families.qwen3", "models.families.gpt2", "data.sources", "data.tokenizer", "data.prepare",
-    "data.samples", "checkpoint.folder", "checkpoint.state", "checkpoint.tensors", "checkpoint.convert", "train.run",
-    "launch.options",
+    "models.families.qwen3", "models.families.gpt2", "data.sources", "data.auto_tokenizer", "data.tokenizer",
+    "data.prepare", "data.samples", "checkpoint.folder", "checkpoint.state", "checkpoint.tensors",
+    "checkpoint.convert", "train.run", "launch.options",
 )  # fmt: skip
 NAMES = re.compile(
     r"(^|_)(read|open|load|find|check|verify|parse|recognise|resolve|latest|whole|problems?|misfits?|asked|place|kind|digest|"

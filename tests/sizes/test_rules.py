@@ -499,12 +499,25 @@ def test_no_size_that_fits_is_nearer_than_those_proposed(mode, schedule):
         error = refusal(asked, dimensions, batch)
         if error is None:
             continue
-        fitting = [n for n in range(1, 80) if first_misfit(Ask(replace(asked, size=n), dimensions, batch)) is None]
+        fitting = [n for n in range(2, 80) if first_misfit(Ask(replace(asked, size=n), dimensions, batch)) is None]
         nearest_two = [n for n in fitting if n < size][-1:] + [n for n in fitting if n > size][:1]
         line = next((line for line in error.hint.split("\n  or ") if line.startswith("tensor_parallel_size")), "")
-        assert [int(n) for n in re.findall(r"\d+", line)] == nearest_two, (size, heads, batch, str(error))
-        tried += bool(nearest_two)
+        told = [int(n) for n in re.findall(r"\d+", line)]
+        alone = told == [1] and error.hint.endswith(line) and not nearest_two  # no tensor parallelism comes last
+        assert told == nearest_two or alone, (size, heads, batch, str(error))
+        tried += 1
     assert tried > 5
+
+
+def test_one_rank_is_proposed_only_where_nothing_else_fits():
+    """A person who asked for several wants several."""
+    for asked, batch in ((TensorParallel("3d", 4), 4), (TensorParallel("2d", mesh={"col": 2}, schedule="cannon"), 2)):
+        error = refusal(asked, MODEL, batch)
+        assert error is not None and not re.search("size: 1|col: 1}", error.hint), error
+    first = refusal(TensorParallel("3d", 4), MODEL, 4).hint.partition("\n")[0]
+    assert first.startswith("tensor_parallel_mesh: ") and first.count("2") == 2, "as many ranks as were asked for"
+    prime = MODEL | {"num_attention_heads": 1, "kv_features": 1, "intermediate_size": 1, "hidden_size": 1}
+    assert refusal(TensorParallel("1d", 2), prime, 1).hint.endswith("tensor_parallel_size: 1 fits this model and batch")
 
 
 # ---- The rules are those of the code: what fits runs on every rank, what does not fails on some

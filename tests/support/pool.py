@@ -43,7 +43,8 @@ def _serve(rank: int, world: int, gloo: bool, store: str, connection: Any) -> No
     from support.mailbox import use_mailbox
     from support.once import share_in
 
-    sys.modules["transformers"] = None  # type: ignore[assignment]  # four seconds a rank: its jobs do without
+    if rank:  # the first reads and writes tokenizers with it; four seconds a rank would be long for the others
+        sys.modules["transformers"] = None  # type: ignore[assignment]
     torch.set_num_threads(1)
     share_in(Path(store).parent)
     _share_one_device()

@@ -1,4 +1,4 @@
-"""What runs on the ranks of a pool: a module of its own, so that no worker imports transformers."""
+"""What runs on the ranks of a pool: a module of its own, so that workers do not import transformers."""
 
 import io
 import os
@@ -19,7 +19,7 @@ from tessera.checkpoint.saver import HostCopies, Writer
 from tessera.config.schema import TrainConfig
 from tessera.core.errors import RunFailed, UserError
 from tessera.core.mesh import Mesh
-from tessera.engine.optimizer import learning_rate
+from tessera.train.build import Built, rates_of
 from tessera.train.links import run_mesh
 from tessera.train.run import Run, model_of, prepared_run
 from tessera.train.trainer import train
@@ -36,7 +36,8 @@ def train_on_rank(settings: dict[str, Any]) -> None:
 
 def run_on_rank(handed: str) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the pool talks over gloo
-    with patch("tessera.train.build.run_mesh", _shared):
+    undrawn = patch("tessera.train.records.plot_loss", lambda records: b"")  # a tenth of a second of each run
+    with patch("tessera.train.build.run_mesh", _shared), undrawn:
         train(Run.from_json(handed))
 
 
@@ -151,12 +152,17 @@ def slow_save_on_rank(settings: dict[str, Any], step: int, until: int) -> str:
 def stopping(step: int | None) -> Iterator[None]:
     """A request to stop during this step, on rank 0 alone."""
 
-    def stop(index: int, *args: Any) -> float:
-        if index + 1 == step and own_rank() == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return learning_rate(index, *args)
+    def stop(built: Built) -> Callable[[int], float]:
+        rates = rates_of(built)
 
-    with patch("tessera.train.trainer.learning_rate", stop):
+        def rate(index: int) -> float:
+            if index + 1 == step and own_rank() == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return rates(index)
+
+        return rate
+
+    with patch("tessera.train.trainer.rates_of", stop):
         yield
 
 

@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,9 @@ MODELS = {
     "llama 96": transformers.LlamaConfig(**LLAMA_96),
     "llama 96 tied": transformers.LlamaConfig(**LLAMA_96, tie_word_embeddings=True),
     "qwen3 64": transformers.Qwen3Config(**LLAMA_64, head_dim=8),
+    "qwen2 64": transformers.Qwen2Config(**LLAMA_64),
+    "qwen2 64 tied": transformers.Qwen2Config(**LLAMA_64, tie_word_embeddings=True),
+    "mistral 64": transformers.MistralConfig(**LLAMA_64, sliding_window=16),  # as long as a row
     "gpt2 64": transformers.GPT2Config(**GPT2_64, **NO_DROPOUT),
     "gpt2 96": transformers.GPT2Config(**GPT2_96, **NO_DROPOUT),
     "gpt2 64 dropout": transformers.GPT2Config(**GPT2_64),
@@ -139,7 +142,7 @@ class Workshop:
             "datasets": [{"path": str(self.rows)}],
             "output_dir": str(output),
         }
-        if changes.keys().isdisjoint(("save_steps", "save_strategy")):
+        if changes.keys().isdisjoint(("save_steps", "saves_per_epoch", "save_strategy")):
             own["save_strategy"] = "no"  # the last checkpoint costs what a step does
         return SETTINGS | own | changes
 
@@ -202,34 +205,59 @@ class Plain:
     model: transformers.PreTrainedModel
 
 
-def plain_loop(settings: dict[str, Any]) -> Plain:
-    """transformers and torch.optim, a row at a time and so without any padding, in the order of the file."""
+Optimizers = list[torch.optim.Optimizer]
+
+
+def adamw(model: transformers.PreTrainedModel, settings: dict[str, Any]) -> Optimizers:
+    return [
+        torch.optim.AdamW(
+            model.parameters(),
+            lr=settings["learning_rate"],
+            betas=(0.9, settings["adam_beta2"]),
+            eps=settings["adam_epsilon"],
+            weight_decay=settings["weight_decay"],
+        )
+    ]
+
+
+def plain_loop(
+    settings: dict[str, Any],
+    make: Callable[[Any, dict[str, Any]], Optimizers] = adamw,
+    *,
+    steps: list[list[int]] | None = None,
+) -> Plain:
+    """transformers and torch.optim, a row at a time and so without any padding, in the order of the file.
+
+    `make` gives the optimizers, whose rates are the same; `steps` are the rows of each step, where they are others.
+    """
     rows = [json.loads(line) for line in Path(settings["datasets"][0]["path"]).read_text().splitlines()]
     model = transformers.AutoModelForCausalLM.from_pretrained(settings["base_model"], dtype=torch.float32).train()
     samples = settings["micro_batch_size"] * settings["gradient_accumulation_steps"]
-    if settings["max_steps"] is None:  # one epoch: the last step has fewer rows
+    if steps is not None:
+        chunks = [[rows[index] for index in step] for step in steps]
+    elif settings["max_steps"] is None:  # one epoch: the last step has fewer rows
         chunks = [rows[first : first + samples] for first in range(0, len(rows), samples)]
     else:
         chunks = [[rows[(s * samples + i) % len(rows)] for i in range(samples)] for s in range(settings["max_steps"])]
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=settings["learning_rate"],
-        betas=(0.9, settings["adam_beta2"]),
-        eps=settings["adam_epsilon"],
-        weight_decay=settings["weight_decay"],
-    )
-    schedule = transformers.get_scheduler("cosine", optimizer, settings["warmup_steps"], len(chunks))
+    optimizers = make(model, settings)
+    timer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=settings["learning_rate"])
+    schedule = transformers.get_scheduler("cosine", timer, settings["warmup_steps"], len(chunks))
     plain = Plain([], [], [], model)
     for own in chunks:
         count = sum(label != -100 for row in own for label in row["labels"][1:])
         losses = [_row_loss(model, row, settings.get("label_smoothing_factor", 0.0)) / count for row in own]
-        optimizer.zero_grad()
+        model.zero_grad()
         for loss in losses:
             loss.backward()
         plain.losses.append(sum(loss.item() for loss in losses))
         plain.norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
         plain.rates.append(schedule.get_last_lr()[0])
-        optimizer.step()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                rate = group["lr"]
+                group["lr"] = rate.fill_(plain.rates[-1]) if isinstance(rate, Tensor) else plain.rates[-1]
+            optimizer.step()
+        timer.step()
         schedule.step()
     return plain
 

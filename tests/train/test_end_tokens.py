@@ -178,12 +178,9 @@ def test_a_resumed_run_exports_the_same(base, tmp_path):
 
 
 def test_an_end_that_only_config_json_names_is_named_by_the_tokenizer(base, tmp_path):
-    """AutoTokenizer would give the class its default end."""
-    (base / "tokenizer_config.json").unlink()
+    write_json(base / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     own = settings(base, "llama", [{"text": TEXT}] * 2, max_steps=1, save_steps=1)
-    end = transformers.PreTrainedTokenizerFast(tokenizer_file=str(base / "tokenizer.json")).convert_tokens_to_ids(
-        "<other>"
-    )
+    end = transformers.AutoTokenizer.from_pretrained(base).convert_tokens_to_ids("<other>")
     write_json(base / "config.json", **read(base / "config.json") | {"eos_token_id": [end, 7]})
     run(own)
     assert read(tmp_path / "run/tokenizer_config.json")["eos_token"] == "<other>"

@@ -20,6 +20,7 @@ from tessera.core.device import dtype_name
 from tessera.core.errors import RunFailed, UserError
 from tessera.core.files import in_words, remove
 from tessera.core.writing import NotWritten
+from tessera.data.auto_tokenizer import has_tokenizer
 from tessera.models.hub import (
     SHARD_BYTES,
     StoredParameters,
@@ -28,6 +29,7 @@ from tessera.models.hub import (
     read_model_config,
     write_model,
 )
+from tessera.sizes.bounds import VOCABULARY
 
 
 def convert(
@@ -98,10 +100,13 @@ def _to_hugging_face(
         hint = "give a folder with config.json (and the tokenizer's files)"
         raise UserError("--config", folder, f"no config.json there{made}", hint)
     tokenizer = Path(beside.tokenizer) if beside.tokenizer and not config else None
-    if tokenizer and not os.path.isfile(tokenizer / "tokenizer.json"):
-        reason = "no tokenizer.json there, where the run that saved this checkpoint had it"
+    if tokenizer and not has_tokenizer(tokenizer):
+        reason = "no tokenizer there, where the run that saved this checkpoint had it"
         raise UserError("--config", tokenizer, reason, "give a folder with config.json and the tokenizer's files")
     model = read_model_config(folder)
+    size = state.course.get("vocab_size")  # of a run whose vocabulary grew
+    if type(size) is int and size <= VOCABULARY:
+        model = model.grown_to(size)
     shapes = parameter_shapes(model)
     check_model(reader, {MODEL + name: shape for name, shape in shapes.items()}, MODEL)
     verify(source)

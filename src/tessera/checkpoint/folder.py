@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
 
 from tessera.checkpoint.metadata import metadata_of
-from tessera.checkpoint.state import FORMAT, RunState
+from tessera.checkpoint.state import READ, RunState
 from tessera.core.collectives import gathered
 from tessera.core.errors import UserError
 from tessera.core.files import free_name, in_words, open_file, parse_json, read_bytes, remove
@@ -91,15 +91,16 @@ def _left_over(path: Path, reason: str) -> str:
     return f"{path} is left over from an earlier save and cannot be removed: {reason}"
 
 
-def rotate(output_dir: Path, last: Path, keep: int | None) -> list[str]:
-    """Remove all but the newest `keep` checkpoints (None: keep all), never `last`; returns what went wrong.
+def rotate(output_dir: Path, last: Path, keep: int | None, best: Path | None = None) -> list[str]:
+    """Remove all but the newest `keep` checkpoints (None: keep all), never `last` or `best`; returns what went wrong.
 
     One that cannot be removed stays, and does not keep the others from going.
     """
-    # `last` always stays, even beside those with higher numbers
-    others = [path for path in whole_checkpoints(output_dir) if path != last]
-    problems = []
-    for old in others[: max(0, len(others) - keep + 1)] if keep else []:
+    # `last` always stays, even beside those with higher numbers; with keep 1 two may stay: it, and the best
+    whole, problems = whole_checkpoints(output_dir), []
+    others = [path for path in whole if path not in (last, best)]
+    staying = max(keep, len(whole) - len(others)) if keep else len(whole)
+    for old in others[: len(whole) - staying]:
         going = free_name(old.with_name(f".{old.name}.removed.part"))  # if killed meanwhile, the next save removes it
         try:
             before = set(os.listdir(old))
@@ -151,7 +152,7 @@ def read_checkpoint(folder: Path) -> tuple[RunState, Metadata]:
     sums = read_sums(folder)
     text, metadata = _unaltered(folder, STATE, sums), _read_metadata(folder, sums)
     found = _format(folder, text)
-    if found != FORMAT:
+    if type(found) is not int or found not in READ:
         raise _other_format(folder, found)
     try:
         state = RunState.from_json(text)
@@ -201,12 +202,12 @@ def _format(folder: Path, text: bytes) -> object:
 def _without_sums(folder: Path) -> UserError:
     """A checkpoint of format 1 has no sums; of any other their file has been lost."""
     found = _format(folder, _content(folder, STATE))
-    return not_whole(folder, f"{SUMS} is missing") if found == FORMAT else _other_format(folder, found)
+    return not_whole(folder, f"{SUMS} is missing") if found in READ else _other_format(folder, found)
 
 
 def _other_format(folder: Path, found: object) -> UserError:
     hint = f"format 1 had no {SUMS}: finish that run with the version that began it" if found == 1 else ""
-    reason = f"has format {str(found)[:20]}, this version reads {FORMAT}"
+    reason = f"has format {str(found)[:20]}, this version reads {' and '.join(map(str, READ))}"
     return UserError("resume_from_checkpoint", folder, reason, hint)
 
 

@@ -89,7 +89,7 @@ class Saver:
         if beside and self._hook is None:
             self._hook = optimizer.register_step_pre_hook(lambda *_: self._copies.wait())
         final = self.output_dir / f"checkpoint-{state.step}"
-        tensors = model_tensors(model) | optimizer_tensors(model, optimizer)
+        tensors = model_tensors(model) | (optimizer_tensors(model, optimizer) if state.optimizer else {})
         writer = Writer(final, state, self.keep, self._copies if beside else None, self.check)
         how: dict[str, Any] = {"storage_writer": writer, "process_group": self._group, "no_dist": not self.together}
         self._settled.clear()
@@ -304,4 +304,6 @@ class Writer(dcp.FileSystemWriter):
         """Make the sealed folder the run's latest checkpoint."""
         self.check()
         self.problems += publish(self.part, self.final)
-        self.problems += rotate(self.final.parent, self.final, self.keep)
+        best = self.state.best.checkpoint if self.state.best else None
+        kept = None if best is None else self.final.with_name(f"checkpoint-{best}")
+        self.problems += rotate(self.final.parent, self.final, self.keep, kept)

@@ -1,12 +1,15 @@
 """RunState: what a checkpoint remembers of its run beside tensors, as state.json holds it."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-FORMAT = 2
-"""Raised with every key that comes or goes, which readers of the format before refuse. 1 was without SHA256SUMS."""
+FORMAT = 3
+"""Raised with every key that comes or goes, which readers of the format before refuse. 1 was without SHA256SUMS, 2
+without `best`, `order` and `unit`."""
+READ = (2, 3)
+"""The formats that are read."""
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 
 
@@ -36,12 +39,29 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Best:
+    """The best of a run's evaluations: its loss and step, and how many since then in a row were not better.
+
+    `checkpoint` is the step of the best checkpoint, which may be earlier: not each evaluation is followed by a save.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    eval_loss: float
+    step: Count
+    checkpoint: Count | None = None
+    worse: Count = 0
+
+
+@dataclass(frozen=True)
 class RunState:
     """The state of a run after `step` optimizer steps.
 
     `tokens` are the targets trained on, `samples` those taken from the stream, `skipped` the steps that changed no
-    weight. `course` is what follows from the settings, `config` the settings themselves; both are empty where no run
-    has made the checkpoint, and `optimizer` is false where it has model tensors alone.
+    weight. `order` is the version of the stream's order (data/epochs.py), and `unit` what `samples` counts: samples, or
+    rows of packed ones. `best` is the best evaluation, where they are compared. `course` is what follows from the
+    settings, `config` the settings themselves; both are empty where no run has made the checkpoint, and `optimizer` is
+    false where it has model tensors alone.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
@@ -54,13 +74,21 @@ class RunState:
     course: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     optimizer: bool = True
+    best: Best | None = None
     seed: Annotated[int, Field(ge=0)] | None = None
+    order: Annotated[int, Field(ge=1, le=2)] = 1
+    unit: Literal["sample", "row"] = "sample"
     format: int = FORMAT
 
     def __post_init__(self) -> None:
         """Raise ValueError for counts that no run comes to."""
         if self.skipped > self.step:
             raise ValueError(f"{self.skipped} steps skipped, of {self.step}")
+        best = self.best
+        if best is not None and not max(best.step + best.worse, best.checkpoint or 0) <= self.step:
+            raise ValueError(f"a best evaluation of step {best.step}, after {self.step} steps")
+        if self.unit == "row" and self.order == 1:
+            raise ValueError("rows of packed samples in order 1, which packs none")
         whole = bool(self.step) == bool(self.samples) and self.samples <= self.step * 2**31
         if not whole or self.tokens > self.samples * 2**31:
             raise ValueError(f"{self.samples} samples and {self.tokens} tokens after {self.step} steps")

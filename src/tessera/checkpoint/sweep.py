@@ -9,7 +9,7 @@ from tessera.checkpoint.lock_file import lives
 from tessera.core.files import remove
 
 _LEFT = re.compile(
-    r"\.prepared\.(?P<pid>\d+)(\.old)?"  # data on its way to prepared/
+    r"\.prepared\.(?P<pid>\d+)(\.old)?|\.prepared\.lock"  # data on its way to prepared/
     r"|\.export"  # the model on its way to output_dir
     r"|\.(?P<replaced>checkpoint-\d+)\.replaced(\.\d+)?\.part"  # what made room for another of its name
     r"|\.(checkpoint-\d+|LATEST|metrics\.jsonl)(\.\w+)*\.part"  # what was being written or removed

@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from tessera import __version__
+from tessera.cli import config as config_commands
+from tessera.cli.keys import ReadsConfig
 from tessera.core import exhausted, terminal
 from tessera.core.errors import RunFailed, UserError
 from tessera.core.writing import why
@@ -15,7 +17,8 @@ from tessera.sizes import bounds
 
 Config = Annotated[Path, typer.Argument(help="The YAML file of the run.", metavar="CONFIG")]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a key of the file (repeatable).")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Replace a key of the file; inner ones with dots."),
 ]
 
 app = typer.Typer(
@@ -42,7 +45,12 @@ def _options(
     pass
 
 
-@app.command()
+app.add_typer(config_commands.app, name="config")
+app.command("config-schema", hidden=True)(config_commands.schema)  # as these two were called before
+app.command("config-keys", hidden=True)(config_commands.keys)
+
+
+@app.command(cls=ReadsConfig)
 def train(
     config: Config,
     num_processes: Annotated[
@@ -51,7 +59,6 @@ def train(
             min=1, max=bounds.RANKS, help="Processes of all machines; without it the product of the sizes in the file."
         ),
     ] = None,
-    max_steps: Annotated[int | None, typer.Option(min=1, max=bounds.STEPS, help="Same as --set max_steps=N.")] = None,
     overrides: Overrides = None,
     per_machine: Annotated[
         int | None,
@@ -76,7 +83,7 @@ def train(
         typer.Option(
             min=0,
             max=bounds.RESTARTS,
-            help="Start all ranks again, from the last checkpoint, so often after a failure.",
+            help="Restart all ranks from the last checkpoint, at most N times.",
         ),
     ] = 0,
     launcher: Annotated[str, typer.Option(help="Who starts the ranks: tessera, torchrun or accelerate.")] = "tessera",
@@ -90,11 +97,10 @@ def train(
 
     by = known_launcher(launcher)
     options = LaunchOptions(per_machine, machines, machine, main_address, main_port, max_restarts, by, take_over)
-    steps = [] if max_steps is None else [f"max_steps={max_steps}"]
-    launch(config, [*(overrides or []), *steps], num_processes, options)
+    launch(config, overrides or [], num_processes, options)
 
 
-@app.command()
+@app.command(cls=ReadsConfig)
 def launch(
     config: Config,
     slurm: Annotated[bool, typer.Option("--slurm", help="Write a batch script for Slurm.")] = False,
@@ -144,7 +150,22 @@ def demo_memory(
     demo_memory(ranks, causal)
 
 
-@app.command()
+@app.command(cls=ReadsConfig)
+def preprocess(
+    config: Config,
+    debug: Annotated[bool, typer.Option("--debug", help="Show rows: each token, and whether it is learnt.")] = False,
+    examples: Annotated[
+        int, typer.Option("--debug-num-examples", min=1, max=1000, help="Rows that --debug shows.")
+    ] = 5,
+    overrides: Overrides = None,
+) -> None:
+    """Read, tokenize and store the data of a run without training; a run then starts with what is there."""
+    from tessera.cli.preprocess import preprocess
+
+    preprocess(config, overrides or [], examples if debug else 0)
+
+
+@app.command(cls=ReadsConfig)
 def inspect(
     config: Config,
     overrides: Overrides = None,
@@ -175,13 +196,13 @@ def count(
     memory: Annotated[float, typer.Option(help="GB of a device, which the best mesh may hold.")] = 80.0,
     output: Annotated[Path | None, typer.Option(help="A folder for scale.md, scale.svg and scale.png.")] = None,
 ) -> None:
-    """Count traffic and memory of one device in every geometry, on up to hundreds of devices that are not there."""
+    """Estimate communication and memory per device for up to hundreds of devices; needs no devices."""
     from tessera.cli.count import count
 
     count(ranks, model, layers, batch, sequence, keep, memory, output)
 
 
-@app.command()
+@app.command(cls=ReadsConfig)
 def verify(
     config: Config,
     full: Annotated[bool, typer.Option("--full", help="At the model's own sizes instead of in miniature.")] = False,
@@ -220,24 +241,6 @@ def convert(
     from tessera.cli.convert import convert
 
     convert(source, target, config, dtype, max_shard_size)
-
-
-@app.command()
-def config_schema() -> None:
-    """Print the JSON Schema of the YAML file, for editors."""
-    import json
-
-    from tessera.config.load import json_schema
-
-    terminal.say(json.dumps(json_schema(), indent=2))
-
-
-@app.command()
-def config_keys() -> None:
-    """Print every key of the YAML file with its default and meaning, as a Markdown table."""
-    from tessera.config.schema import keys_table
-
-    terminal.say(keys_table())
 
 
 def main() -> None:

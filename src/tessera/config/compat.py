@@ -1,41 +1,100 @@
-"""Keys and values that users know from axolotl, Hugging Face's Trainer and accelerate: the tables of other_tools.yaml.
+"""Keys and values that users know from axolotl, Hugging Face's Trainer, accelerate and DeepSpeed: other_tools.yaml.
 
-Each is either not done yet (an error that says so by name, unless the value asks for nothing), spelled
-differently here, or accepted without effect, for the reason given in one line.
+Each has one of three verdicts: Tessera does it (under its own name, or under the one given here), it has no effect, for
+the reason given in one line, or it is refused, with what to do instead.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
+NOTHING: tuple[object, ...] = (None, False, "", [], {})
+"""Values with which a key asks for nothing, whatever its name."""
+
+_T = TypeVar("_T")
+
+
+def is_same(value: object, other: object) -> bool:
+    """Whether two values mean the same: 1 and 1.0 do, 1 and true, which are equal in Python, do not."""
+    return isinstance(value, bool) == isinstance(other, bool) and value == other
+
+
+def is_one_of(value: object, values: Iterable[object]) -> bool:
+    """Whether one of `values` means the same."""
+    return any(is_same(value, one) for one in values)
+
+
+def asks_for_nothing(value: object) -> bool:
+    """Whether a key of any name asks for nothing with this value."""
+    return is_one_of(value, NOTHING)
+
 
 @dataclass(frozen=True)
-class NotDone:
-    """A key of another tool that is not done yet: its meaning, and the values that ask for nothing."""
+class Refused:
+    """A key that is refused: what it asks for, further values that ask for nothing, and what to do instead."""
 
-    meaning: str
-    neutral: tuple[object, ...] = (None, False, "", [], {})
+    what: str
+    neutral: tuple[object, ...] = ()
+    instead: str = "remove it"
 
-
-_TABLES: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("other_tools.yaml").read_text("utf-8"))
-
-
-def _not_done(table: str) -> dict[str, NotDone]:
-    return {key: NotDone(meaning, *map(tuple, neutral)) for key, (meaning, *neutral) in _TABLES[table].items()}
-
-
-NOT_DONE = _not_done("not_done")
-NOT_DONE_IN_DATASETS, NOT_DONE_IN_FSDP = _not_done("not_done_in_datasets"), _not_done("not_done_in_fsdp")
-NOT_DONE_VALUES: dict[str, list[str]] = _TABLES["not_done_values"]
-SPELLED_HERE: dict[str, str] = _TABLES["spelled_here"]
-NO_EFFECT: dict[str, str] = _TABLES["no_effect"]
-NO_EFFECT_IN_FSDP: dict[str, str] = _TABLES["no_effect_in_fsdp"]
-PLUGINS_WITHOUT_EFFECT: list[str] = _TABLES["plugins_without_effect"]
+    def lets_pass(self, value: object) -> bool:
+        """Whether `value` asks for nothing. False does ask where true does not: the switch is on by default."""
+        if value is False and is_one_of(True, self.neutral):
+            return False
+        return asks_for_nothing(value) or is_one_of(value, self.neutral)
 
 
-def asks_for_nothing(value: object, key: NotDone) -> bool:
-    """Whether with `value` a key that is not done yet changes nothing."""
-    # the types are compared too: True == 1, and False == 0
-    return any(type(value) is type(neutral) and value == neutral for neutral in key.neutral)
+@dataclass(frozen=True)
+class OurName:
+    """The key of ours that means the same as one of another tool, and by what the value of that one is divided."""
+
+    key: str
+    divisor: int = 1
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """What becomes of the keys of other tools in one place of the file."""
+
+    refused: Mapping[str, Refused]
+    no_effect: Mapping[str, str]
+    ours: Mapping[str, OurName]
+
+    @property
+    def others(self) -> dict[str, str | Refused]:
+        """The keys that are no keys of ours under any name."""
+        return {**self.no_effect, **self.refused}
+
+
+def find(table: Mapping[str, _T], key: str) -> _T | None:
+    """The row of `key`: its own, or the first whose name has a * and matches."""
+    if key in table:
+        return table[key]
+    return next((row for name, row in table.items() if "*" in name and fnmatchcase(key, name)), None)
+
+
+def _refused(row: str | list[Any]) -> Refused:
+    what, *more = [row] if isinstance(row, str) else row
+    given: dict[str, Any] = {"neutral" if isinstance(part, list) else "instead": part for part in more}
+    return Refused(what, tuple(given.get("neutral", ())), given.get("instead", "remove it"))
+
+
+def _verdicts(place: str) -> Verdicts:
+    refused, no_effect, ours = (_TABLES.get(table + place) or {} for table in ("refused", "no_effect", "spelled_here"))
+    return Verdicts(
+        {key: _refused(row) for key, row in refused.items()},
+        no_effect,
+        {key: OurName(name) if isinstance(name, str) else OurName(*name) for key, name in ours.items()},
+    )
+
+
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the first, which not every PyYAML has, is ten times as fast
+_TABLES: dict[str, Any] = yaml.load(Path(__file__).with_name("other_tools.yaml").read_text("utf-8"), Loader=_LOADER)
+
+TOP, DATASETS, FSDP, DEEPSPEED = map(_verdicts, ("", "_in_datasets", "_in_fsdp", "_in_deepspeed"))
+REFUSED_VALUES: dict[str, list[str]] = _TABLES["refused_values"]
+NO_EFFECT_PLUGINS: dict[str, str] = _TABLES["no_effect_plugins"]

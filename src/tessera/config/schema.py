@@ -16,16 +16,21 @@ from tessera.config.sections.data import DataKeys, DatasetConfig
 from tessera.config.sections.health import HealthKeys
 from tessera.config.sections.layout import FsdpConfig, LayoutKeys, MeshConfig
 from tessera.config.sections.log import LogKeys
-from tessera.config.sections.model import ModelKeys, TokenizerConfig
+from tessera.config.sections.model import ModelKeys, SpecialTokensConfig, TokenizerConfig
 from tessera.config.sections.numbers import NumbersKeys
 from tessera.config.sections.optimizer import OptimizerKeys
+from tessera.config.sections.output import OutputKeys
+from tessera.config.sections.packing import PackingKeys
+from tessera.config.sections.preparation import PreparationKeys
 from tessera.config.sections.section import Section
+from tessera.config.sections.trackers import TrackerKeys
 from tessera.core.errors import UserError
 
 SECTIONS: dict[str, type[Section]] = {
     "datasets": DatasetConfig,
     "test_datasets": DatasetConfig,
     "tokenizer": TokenizerConfig,
+    "special_tokens": SpecialTokensConfig,
     "tensor_parallel_mesh": MeshConfig,
     "fsdp_config": FsdpConfig,
 }
@@ -33,6 +38,8 @@ SECTIONS: dict[str, type[Section]] = {
 
 
 class TrainConfig(
+    TrackerKeys,
+    OutputKeys,
     CheckpointKeys,
     LogKeys,
     HealthKeys,
@@ -40,7 +47,9 @@ class TrainConfig(
     NumbersKeys,
     OptimizerKeys,
     BatchKeys,
+    PreparationKeys,
     ChatKeys,
+    PackingKeys,
     DataKeys,
     ModelKeys,  # the keys of the last base come first in tables and files
 ):
@@ -49,38 +58,35 @@ class TrainConfig(
     @model_validator(mode="after")
     def _keys_of_several_sections_agree(self) -> "TrainConfig":
         policy = self.fsdp_config.mixed_precision_policy
-        if policy is not None and self.bf16 != "auto" and self.bf16 != (policy == "bf16"):
+        if policy is not None and self.bf16 != "auto" and bool(self.bf16) != (policy == "bf16"):
             key, reason = "fsdp_config.mixed_precision_policy", f"bf16 is {str(self.bf16).lower()}"
             raise UserError(key, policy, reason, "leave one of the two out")
-        if self.eval_steps is not None and not (self.val_set_size or self.test_datasets):
-            reason = "no rows are held out for evaluation"
-            raise UserError(
-                "eval_steps", self.eval_steps, reason, "set val_set_size, for example 0.05, or test_datasets"
-            )
+        if policy == "fp32" and self.full_bf16:
+            reason = "parameters are bfloat16 (bf16: full)"
+            raise UserError("fsdp_config.mixed_precision_policy", policy, reason, "leave one of the two out")
+        _check_evaluation(self)
         return self
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there are rows to evaluate on."""
+        return bool(self.val_set_size or getattr(self, "test_datasets", None))
+
+
+def _check_evaluation(config: TrainConfig) -> None:
+    """Raise UserError where keys need evaluations that the others do not give."""
+    if config.eval_steps is not None and not config.evaluates:
+        reason = "no rows are held out for evaluation"
+        raise UserError("eval_steps", config.eval_steps, reason, "set val_set_size, for example 0.05")
+    key = config.compares_evaluations
+    if not key or not (config.eval_strategy == "no" or not config.evaluates):
+        return
+    reason = "eval_strategy is no" if config.eval_strategy == "no" else "no rows are held out for evaluation"
+    hint = "set eval_strategy: steps" if config.eval_strategy == "no" else "set val_set_size, for example 0.05"
+    raise UserError(key, getattr(config, key), f"compares evaluations, but {reason}", hint)
 
 
 def defaults_taken(config: TrainConfig) -> dict[str, Any]:
     """The keys that the user did not give, with the values that hold; of sections none."""
     values = {key: getattr(config, key) for key in type(config).model_fields if key not in config.model_fields_set}
     return {key: value for key, value in values.items() if not isinstance(value, Section)}
-
-
-def keys_table() -> str:
-    """Every key with its default and meaning, as a Markdown table."""
-    lines = ["| key | default | meaning |", "|---|---|---|"]
-    tables: dict[str, type[Section]] = {"": TrainConfig, **SECTIONS}
-    for key, section in tables.items():
-        if key == "test_datasets":  # has the keys of datasets
-            continue
-        prefix = f"{key}[]." if key == "datasets" else f"{key}." if key else ""
-        for name, field in section.model_fields.items():
-            default = "required" if field.is_required() else f"`{_as_yaml(field.default)}`"
-            default = "" if isinstance(field.default, Section) else default
-            lines.append(f"| `{prefix}{name}` | {default} | {field.description} |")
-    return "\n".join(lines)
-
-
-def _as_yaml(value: object) -> str:
-    words = {None: "unset", True: "true", False: "false"}
-    return words[value] if value is None or isinstance(value, bool) else str(value)

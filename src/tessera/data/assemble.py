@@ -1,37 +1,27 @@
-"""Documents into the rows that are trained on: cut into windows, or ended and fitted one by one."""
+"""Documents into the rows that are trained on, one after another: cut into windows, or ended and fitted one by one."""
 
 from collections import Counter
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from dataclasses import dataclass, field
 from itertools import groupby
-from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tessera.core.errors import UserError
+from tessera.data.added_tokens import TokenizerKeys
 from tessera.data.documents import Document, Segment
+from tessera.data.encode import Encoded, Encoder, Text
 from tessera.data.samples import IGNORED, Ids, Origin, Sample
-from tessera.data.sources import DatasetSettings, SourceFile, read_token_samples
+from tessera.data.sources import DatasetSettings, SourceFile, read_documents, read_text, read_token_samples
 from tessera.data.tokenizer import TextTokenizer
 
 
-class TokenizerSettings(Protocol):
-    """`tokenizer: {train: bpe, vocab_size: N}`."""
-
-    @property
-    def vocab_size(self) -> int: ...
-
-
-class DataSettings(Protocol):
+class DataSettings(TokenizerKeys, Protocol):
     """The keys of the config that this room reads."""
 
     @property
-    def base_model(self) -> str: ...
-    @property
     def datasets(self) -> Sequence[DatasetSettings]: ...
-    @property
-    def tokenizer(self) -> str | Path | TokenizerSettings | None: ...
     @property
     def sequence_len(self) -> int: ...
     @property
@@ -44,49 +34,85 @@ class DataSettings(Protocol):
     def seed(self) -> int: ...
     @property
     def output_dir(self) -> str: ...
+    @property
+    def test_datasets(self) -> Sequence[DatasetSettings] | None: ...
+    @property
+    def dataset_prepared_path(self) -> str | None: ...
+    @property
+    def dataset_processes(self) -> int | None: ...
 
 
-Member = tuple[SourceFile, list[Document]]
-"""A file with its documents (none: it is tokenized, and read as rows)."""
+@dataclass
+class Tally:
+    """What is counted on the way, under the names of the manifest, and what is found for messages.
+
+    `closing`: how often each token is the last to be learnt, in rows that bring their own end. `whole`: a line for each
+    text that was too long and could not be cut.
+    """
+
+    counts: Counter[str] = field(default_factory=Counter)
+    closing: Counter[int] = field(default_factory=Counter)
+    longest: int = 0
+    first_too_long: Origin | None = None
+    whole: list[str] = field(default_factory=list)
 
 
 def assemble_samples(
     config: DataSettings,
-    members: Sequence[Member],
+    files: Sequence[SourceFile],
     tokenizer: TextTokenizer | None,
-    counts: Counter[str],
-    closing: Counter[int],
-) -> list[Sample]:
+    tally: Tally,
+    passed: Callable[[SourceFile, int], None] = lambda file, characters: None,
+) -> Iterator[Sample]:
     """The rows of all files in their order; neighbouring text files are one stream, cut into windows.
 
-    `counts` gets the numbers of rows dropped, truncated, left out and masked inside, under the names of the
-    manifest, `closing` how often each token is the last to be learnt, in rows that bring their own end. `tokenizer` may
-    be None when every file is tokenized. UserError: no row is left.
+    `tokenizer` may be None when every file is tokenized. `passed` is told of the characters that were read of a file.
+    UserError: no row is left; or rows are too long, where that is refused.
     """
-    rows: list[Sample] = []
-    for is_text, group in groupby(members, key=lambda member: member[0].kind == "text"):
-        if is_text:
-            documents = [document for _, found in group for document in found]
-            rows += _fit(config, _windows(documents, tokenizer, config.sequence_len), counts)
-            continue
-        for file, documents in group:
-            if file.kind == "tokenized":
-                kept = _fit(config, list(read_token_samples(file)), counts, keep_dull=True)
-                for row in kept:
-                    closing.update(_closing(row))
-                rows += kept
-            else:
-                kept = _fit(config, _document_samples(documents, tokenizer, config.sequence_len), counts)
-                if documents and not documents[0].ended:  # they end as a chat template writes it
-                    for row in kept:
-                        closing.update(_closing(row))
-                rows += kept
-    if not rows:
-        long, dull = counts["dropped_rows"], counts["dull_rows"]
-        reason = f"no row is left: {long:,} are longer than sequence_len {config.sequence_len}, {dull:,} too short"
+    kept = 0
+    for kind, group in groupby(files, key=lambda file: file.kind):
+        if kind == "tokenized":
+            rows: Iterator[_Row] = (_Row(row, True) for file in group for row in read_token_samples(file))
+        else:
+            assert tokenizer is not None
+            encoder = Encoder(tokenizer, config.dataset_processes, tally.whole)
+            encoded = encoder.encode(texts_of(group, passed))
+            rows = _rows(encoded, tokenizer.eos_id, config.sequence_len, joined=kind == "text")
+        for row, ends_itself in rows:
+            fitted = _fit(config, row, tally, keep_dull=kind == "tokenized")
+            if fitted is not None:
+                kept += 1
+                if ends_itself:
+                    tally.closing.update(_closing(fitted))
+                yield fitted
+    too_long, dull = tally.counts["dropped_rows"], tally.counts["dull_rows"]
+    if too_long and config.excess_length_strategy == "raise":
+        reason = f"{too_long:,} rows exceed sequence_len {config.sequence_len}; the first: {tally.first_too_long}"
+        hint = f"sequence_len: {tally.longest} holds the longest; or excess_length_strategy: drop, or truncate"
+        raise UserError("excess_length_strategy", "raise", reason, hint)
+    if not kept:
+        reason = f"no row is left: {too_long:,} are longer than sequence_len {config.sequence_len}, {dull:,} too short"
         hint = "a larger sequence_len, or excess_length_strategy: truncate; a row needs two tokens"
-        raise UserError("datasets", ", ".join(str(file.path) for file, _ in members[:3]), reason, hint)
-    return rows
+        raise UserError("datasets", ", ".join(str(file.path) for file in files[:3]), reason, hint)
+
+
+def texts_of(
+    files: Iterable[SourceFile], passed: Callable[[SourceFile, int], None] = lambda file, characters: None
+) -> Iterator[Text]:
+    """Every document of files that are not tokenized; a text file comes in blocks."""
+    for file in files:
+        if file.kind == "text":
+            yield Document(Origin(file.path), (Segment(""),), cut=True), _told(read_text(file), file, passed)
+            continue
+        for document in read_documents(file):
+            yield document, None
+            passed(file, sum(len(segment.text) for segment in document.segments))
+
+
+def _told(blocks: Iterable[str], file: SourceFile, passed: Callable[[SourceFile, int], None]) -> Iterator[str]:
+    for block in blocks:
+        yield block
+        passed(file, len(block))
 
 
 def end_tokens(tokenizer: TextTokenizer | None, special: Set[int], closing: Counter[int]) -> list[int]:
@@ -107,80 +133,101 @@ def _closing(row: Sample) -> list[int]:
     return found
 
 
-def _windows(documents: list[Document], tokenizer: TextTokenizer | None, length: int) -> list[Sample]:
-    """The documents behind one another, end-of-sequence tokens between them, in rows of `length` tokens."""
-    assert tokenizer is not None
-    end = np.array([tokenizer.eos_id], np.int32)
-    pieces: list[Ids] = []
-    for ids in tokenizer.encode([document.segments[0].text for document in documents]):
-        pieces += [ids, end]
-    stream = np.concatenate(pieces[:-1])
-    origin = documents[0].origin if len(documents) == 1 else Origin(documents[0].origin.path.parent)
-    return [Sample(stream[start : start + length], origin) for start in range(0, len(stream), length)]
+class _Row(NamedTuple):
+    """A row, and whether it brings its own end: one that came tokenized, or as a chat template writes it."""
+
+    sample: Sample
+    ends_itself: bool
 
 
-def _document_samples(documents: list[Document], tokenizer: TextTokenizer | None, length: int) -> list[Sample]:
-    """A row a document, or one for each window of `length` tokens that it fills.
+class _Windows:
+    """Tokens as they come, in rows of `length`."""
 
-    Segments are tokenized apart: a prompt's tokens are then those that generation starts from.
+    def __init__(self, length: int) -> None:
+        self._length, self._held = length, 0
+        self._parts: list[tuple[Ids, Ids]] = []  # tokens and labels
+        self._origin: Origin | None = None  # of the first
+
+    def add(self, tokens: Ids, labels: Ids, origin: Origin) -> Iterator[_Row]:
+        """The windows that are full now."""
+        while self._held + len(tokens) >= self._length:
+            room = self._length - self._held
+            self._append(tokens[:room], labels[:room], origin)
+            yield from self.rest()
+            tokens, labels = tokens[room:], labels[room:]
+        self._append(tokens, labels, origin)
+
+    def rest(self) -> Iterator[_Row]:
+        """The last window, which may be short."""
+        if self._held:
+            assert self._origin is not None
+            tokens, labels = zip(*self._parts, strict=True)
+            yield _Row(_sample(tokens, labels, self._origin), False)
+        self._parts, self._held = [], 0
+
+    def _append(self, tokens: Ids, labels: Ids, origin: Origin) -> None:
+        if len(tokens):
+            if not self._held:
+                self._origin = origin
+            self._parts.append((tokens, labels))
+            self._held += len(tokens)
+
+
+def _rows(encoded: Iterable[Encoded], eos_id: int, length: int, joined: bool) -> Iterator[_Row]:
+    """A row a document, or as many windows of `length` as it fills: prompt and answer, then the end of sequence.
+
+    `joined`: documents are one stream, cut into windows, with end-of-sequence tokens between them.
     """
-    assert tokenizer is not None
-    rows: list[Sample] = []
-    for document in documents:
-        row = _document_sample(document, tokenizer)
-        rows += row.windows(length) if document.cut else [row]
-    return rows
-
-
-def _document_sample(document: Document, tokenizer: TextTokenizer) -> Sample:
-    tokens, labels = [], []
-    for place, segment in enumerate(document.segments):
-        ids, learnt = _encoded(segment, tokenizer, document.opened and place == 0)
-        last = document.ended and place == len(document.segments) - 1
-        if (last or document.opened and place == 0) and len(ids) and ids[-1] == tokenizer.eos_id:
-            ids, learnt = ids[:-1], learnt[:-1]  # the text has it already, or the tokenizer closes texts so
-        if last:
-            ids, learnt = np.append(ids, np.int32(tokenizer.eos_id)), np.append(learnt, segment.learnt is True)
+    windows, between = _Windows(length), False
+    end = np.array([eos_id], np.int32)
+    tokens: list[Ids] = []
+    labels: list[Ids] = []
+    for document, segment, ids, mask, last in encoded:
+        learnt = document.segments[segment].learnt is True
+        if joined and between:  # no end follows the last document
+            yield from windows.add(end, end, document.origin)
+        between = joined and last
+        marked = ids if learnt else np.where(False if mask is None else mask, ids, np.int32(IGNORED))
+        if last and document.ended and not joined:
+            ids = np.concatenate([ids, end])
+            marked = np.concatenate([marked, end if learnt else np.full_like(end, IGNORED)])
+        if document.cut:
+            yield from windows.add(ids, marked, document.origin)
+            if last and not joined:
+                yield from windows.rest()
+            continue
         tokens.append(ids)
-        labels.append(np.where(learnt, ids, np.int32(IGNORED)))
-    row, row_labels = np.concatenate(tokens), np.concatenate(labels)
-    return Sample(row, document.origin, None if np.array_equal(row, row_labels) else row_labels)
+        labels.append(marked)
+        if last:
+            yield _Row(_sample(tokens, labels, document.origin), not document.ended)
+            tokens, labels = [], []
+    yield from windows.rest()
 
 
-def _encoded(segment: Segment, tokenizer: TextTokenizer, opened: bool) -> tuple[Ids, NDArray[np.bool_]]:
-    """The ids of a segment, and which of them are learnt: those of whose characters one lies in a learnt span."""
-    found = tokenizer.backend.encode(segment.text, add_special_tokens=opened)
-    ids, offsets = np.asarray(found.ids, np.int32), found.offsets
-    opening = tokenizer.backend.encode("", add_special_tokens=True).ids[:1] if opened else []
-    if opening and found.ids[:2] == opening * 2:  # a text that begins with the begin-of-text token has it already
-        ids, offsets = ids[1:], offsets[1:]
-    if isinstance(segment.learnt, bool):
-        return ids, np.full(len(ids), segment.learnt)
-    learnt = [any(a < end and start < b for start, end in segment.learnt) for a, b in offsets]
-    return ids, np.array(learnt, bool)
+def _sample(tokens: Sequence[Ids], labels: Sequence[Ids], origin: Origin) -> Sample:
+    whole = tokens[0] if len(tokens) == 1 else np.concatenate(tokens)
+    if all(one is other for one, other in zip(tokens, labels, strict=True)):
+        return Sample(whole, origin)
+    learnt = np.concatenate(labels)
+    return Sample(whole, origin, None if np.array_equal(learnt, whole) else learnt)
 
 
-def _fit(config: DataSettings, rows: list[Sample], counts: Counter[str], keep_dull: bool = False) -> list[Sample]:
-    """Drop, cut or refuse rows longer than `sequence_len`, and leave out dull ones, which have no target.
+def _fit(config: DataSettings, row: Sample, tally: Tally, keep_dull: bool) -> Sample | None:
+    """The row, cut where that is asked for; None where it is longer than `sequence_len` or dull: without any target.
 
     Tokenized rows keep the dull ones: whoever made them may count on their number and order.
     """
-    limit, strategy = config.sequence_len, config.excess_length_strategy
-    too_long = [row for row in rows if len(row.tokens) > limit]
-    if too_long and strategy == "raise":
-        longest = max(len(row.tokens) for row in too_long)
-        reason = f"{len(too_long):,} rows exceed sequence_len {limit}; the first: {too_long[0].origin}"
-        hint = f"sequence_len: {longest} holds the longest; or excess_length_strategy: drop, or truncate"
-        raise UserError("excess_length_strategy", strategy, reason, hint)
-    if strategy == "truncate":
-        kept = [row.cut(limit) for row in rows]
-        counts["truncated_rows"] += len(too_long)
-    else:
-        kept = [row for row in rows if len(row.tokens) <= limit]
-        counts["dropped_rows"] += len(too_long)
-    if not keep_dull:
-        bright = [row for row in kept if row.targets()]
-        counts["dull_rows"] += len(kept) - len(bright)
-        kept = bright
-    counts["inner_masked"] += sum(row.inner_masked for row in kept)
-    return kept
+    length = len(row.tokens)
+    if length > config.sequence_len:
+        tally.longest = max(tally.longest, length)
+        tally.first_too_long = tally.first_too_long or row.origin
+        if config.excess_length_strategy != "truncate":
+            tally.counts["dropped_rows"] += 1
+            return None
+        tally.counts["truncated_rows"] += 1
+        row = row.cut(config.sequence_len)
+    if not keep_dull and not row.targets():
+        tally.counts["dull_rows"] += 1
+        return None
+    tally.counts["inner_masked"] += row.inner_masked
+    return row

@@ -6,6 +6,8 @@ rank checks just what it trains on, when it does, whatever the size of the data:
 
 import io
 import os
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -35,19 +37,66 @@ def sum_of(content: bytes) -> str:
     return blake2b(content, digest_size=16).hexdigest()
 
 
-def write_column(path: Path, array: NDArray[Any]) -> Written:
-    """Write a new .npy file of an array that is not empty, and the sums of its blocks. OSError with its number."""
-    header = io.BytesIO()  # np.save would lose why a write failed
-    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
-    data, first = np.ascontiguousarray(array).view(np.uint8).data, BLOCK - header.tell()
-    sums = bytearray()
-    with path.open("xb") as file:
-        for block in (header.getvalue() + bytes(data[:first]), *range(first, len(data), BLOCK)):
-            content = data[block : block + BLOCK] if isinstance(block, int) else block
-            file.write(content)
-            sums += _digest(content)
-    sums_of(path).write_bytes(sums)
-    return Written(header.tell() + len(data), sum_of(bytes(sums)))
+class ColumnWriter:
+    """Writes a new .npy file of one dimension as its numbers come, and the sums of its blocks. OSError with its number.
+
+    No more than a block is held. The file is whole only after `close`, which writes how many numbers it has.
+    """
+
+    def __init__(self, path: Path, dtype: type[np.generic]) -> None:
+        self.path, self.length = path, 0
+        self._dtype = np.dtype(dtype)
+        self._file = path.open("x+b")
+        self._pending = bytearray(self._header())
+        self._sums = bytearray()
+
+    def append(self, numbers: NDArray[Any]) -> None:
+        """Put `numbers` behind those before."""
+        self._pending += numbers.astype(self._dtype, copy=False).tobytes()
+        self.length += len(numbers)
+        while len(self._pending) >= BLOCK:
+            self._put(BLOCK)
+
+    def so_far(self) -> Iterator[NDArray[Any]]:
+        """The numbers appended up to now, part after part."""
+        skip = len(self._header())
+        self._file.seek(skip if self._sums else 0)
+        while content := self._file.read(BLOCK):
+            yield np.frombuffer(content, self._dtype)
+        yield np.frombuffer(bytes(self._pending[0 if self._sums else skip :]), self._dtype)
+
+    def close(self) -> Written:
+        """Write what is left, the header and the sums."""
+        if self._pending:
+            self._put(len(self._pending))
+        header = self._header()
+        self._file.seek(0)
+        first = header + self._file.read(BLOCK)[len(header) :]
+        self._file.seek(0)
+        self._file.write(first)
+        self._sums[:SUM] = _digest(first)
+        self._file.close()
+        sums_of(self.path).write_bytes(self._sums)
+        return Written(len(header) + self.length * self._dtype.itemsize, sum_of(bytes(self._sums)))
+
+    def abandon(self) -> None:
+        """Close the file as it is, whatever may still be on its way."""
+        with suppress(OSError):
+            self._file.close()
+
+    def _put(self, size: int) -> None:
+        block = bytes(self._pending[:size])
+        del self._pending[:size]
+        self._file.seek(0, os.SEEK_END)
+        self._file.write(block)
+        self._sums += _digest(block)
+
+    def _header(self) -> bytes:
+        """Of the same size for every length: numpy leaves room for its digits."""
+        header = io.BytesIO()  # np.save would lose why a write failed
+        shape = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": (self.length,)}
+        np.lib.format.write_array_header_1_0(header, shape)
+        return header.getvalue()
 
 
 def sums_of(path: Path) -> Path:
@@ -60,7 +109,7 @@ def _digest(block: Any) -> bytes:
 
 
 class Column:
-    """A .npy file of one dimension, as `write_column` left it. UserError, naming the file, as soon as it is not."""
+    """A .npy file of one dimension, as `ColumnWriter` left it. UserError, naming the file, as soon as it is not."""
 
     def __init__(self, path: Path, dtype: type[np.generic]) -> None:
         self.path = path
@@ -92,6 +141,14 @@ class Column:
         width, start = self._array.itemsize, len(self._bytes) - self._array.nbytes
         self._check(start + span.start * width, start + span.stop * width)
         return self._array[span]
+
+    def take(self, indices: NDArray[np.int64]) -> NDArray[Any]:
+        """The numbers at these places."""
+        start = len(self._bytes) - self._array.nbytes  # of which no number lies in two blocks
+        blocks = np.unique((start + indices * self._array.itemsize) // BLOCK)
+        for block in blocks[~self._seen[blocks]].tolist():
+            self._check(block * BLOCK, block * BLOCK + 1)
+        return self._array[indices]
 
     def at(self, index: int) -> int:
         """One number."""

@@ -7,15 +7,16 @@ Labels are unshifted: labels[t] is the token at t, or IGNORED where nothing is t
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tessera.data.columns import Column, Written, write_column
+from tessera.data.columns import Column, ColumnWriter, Written
 
 IGNORED = -100
 """The label that no loss is taken over, as in Hugging Face and torch."""
@@ -117,20 +118,88 @@ class Samples:
         first, end = self._offsets[index : index + 2]
         return int(end - first)
 
+    def lengths(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The number of tokens in each of these rows."""
+        return np.asarray(self._offsets.take(indices + 1) - self._offsets.take(indices))
 
-def write_samples(folder: Path, rows: Sequence[Sample]) -> dict[str, Written]:
-    """Write one split (at least one row) into the new folder `folder`; its files as they were written, by name."""
-    folder.mkdir()
-    offsets = np.cumsum([0, *(len(row.tokens) for row in rows)], dtype=np.int64)
-    tokens = np.concatenate([row.tokens for row in rows])
-    labels = np.concatenate([row.tokens if row.labels is None else row.labels for row in rows])
-    columns = {"tokens.npy": tokens, "offsets.npy": offsets}
-    if not np.array_equal(labels, tokens):
-        columns["labels.npy"] = labels
-    if any(row.positions is not None for row in rows):
-        own = (np.arange(len(row.tokens)) if row.positions is None else row.positions for row in rows)
-        columns["positions.npy"] = np.concatenate(list(own)).astype(np.int32)
-    return {name: write_column(folder / name, array) for name, array in columns.items()}
+
+class SampleWriter:
+    """Writes the rows of one split into the new folder `folder` as they come, and keeps the sums of what they hold.
+
+    `labels.npy` begins with the first row whose labels differ from its tokens, `positions.npy` with the first row of
+    several documents: what the rows before have is filled in. OSError where the disk takes no more.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.rows = self.tokens = self.targets = 0
+        self.largest, self.largest_place = 0, ""
+        self.files: dict[str, Written] = {}
+        folder.mkdir()
+        self._columns = {"tokens.npy": self._column("tokens.npy"), "offsets.npy": self._column("offsets.npy", np.int64)}
+        self._columns["offsets.npy"].append(np.zeros(1, np.int64))
+
+    def append(self, row: Sample) -> None:
+        """Write a row."""
+        columns = self._columns
+        if row.labels is not None and "labels.npy" not in columns and (row.labels != row.tokens).any():
+            self._begin("labels.npy", columns["tokens.npy"].so_far())
+        if row.positions is not None and "positions.npy" not in columns:
+            self._begin("positions.npy", self._positions_so_far())
+        self.rows += 1
+        self.tokens += len(row.tokens)
+        self.targets += row.targets()
+        columns["tokens.npy"].append(row.tokens)
+        columns["offsets.npy"].append(np.array([self.tokens]))
+        if "labels.npy" in columns:
+            columns["labels.npy"].append(row.tokens if row.labels is None else row.labels)
+        if "positions.npy" in columns:
+            columns["positions.npy"].append(np.arange(len(row.tokens)) if row.positions is None else row.positions)
+        if (largest := row.largest()) > self.largest or not self.largest_place:
+            self.largest, self.largest_place = largest, str(row.origin)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Finish the files, which `files` then has by name; or leave them as they are, after an error."""
+        try:
+            if kind is None:
+                self.files = {name: column.close() for name, column in self._columns.items()}
+        finally:
+            for column in self._columns.values():
+                column.abandon()
+
+    def _column(self, name: str, dtype: type[np.generic] = np.int32) -> ColumnWriter:
+        return ColumnWriter(self.folder / name, dtype)
+
+    def _begin(self, name: str, parts: Iterable[NDArray[Any]]) -> None:
+        self._columns[name] = self._column(name)
+        for part in parts:
+            self._columns[name].append(part)
+
+    def _positions_so_far(self) -> Iterator[NDArray[Any]]:
+        end = 0
+        for offsets in self._columns["offsets.npy"].so_far():
+            lengths, end = np.diff(offsets, prepend=end), int(offsets[-1]) if len(offsets) else end
+            yield np.concatenate([np.arange(length) for length in lengths] or [np.arange(0)])
+
+
+def read_rows(folder: Path) -> Iterator[Sample]:
+    """The rows of a split, one after another, read and not mapped: no more than a row is held, whatever the size."""
+    names = [name for name in ("tokens.npy", "labels.npy", "positions.npy") if (folder / name).exists()]
+    with ExitStack() as stack:
+        files = {name: stack.enter_context((folder / name).open("rb")) for name in ("offsets.npy", *names)}
+        for file in files.values():
+            np.lib.format.read_magic(file)
+            np.lib.format.read_array_header_1_0(file)
+        offsets = files.pop("offsets.npy")
+        (start,) = np.frombuffer(offsets.read(8), np.int64)
+        while content := offsets.read(8):
+            (end,) = np.frombuffer(content, np.int64)
+            row = {name: np.frombuffer(file.read(4 * int(end - start)), np.int32) for name, file in files.items()}
+            start = end
+            yield Sample(row["tokens.npy"], Origin(folder), row.get("labels.npy"), positions=row.get("positions.npy"))
 
 
 def open_samples(folder: Path, split: Split) -> Samples:

@@ -4,6 +4,7 @@
 and the one value that says how a file is read. Every mistake is a UserError that names the file, and the row in it.
 """
 
+import codecs
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -115,20 +116,31 @@ def _of_entry(entry: Entry, reading: Reading, output_dir: str | Path | None, not
 def read_documents(file: SourceFile) -> Iterator[Document]:
     """The documents of a file of text or of rows that are no tokens, read as they are asked for.
 
-    A text file is one document, and read whole.
+    A text file is one document, read whole: `read_text` gives it in blocks.
     """
-    if file.kind != "text":
-        read = reader_of(file.entry, file.format, file.template)
-        for origin, row in file.part.of(rows_of(file.path, file.container)):
-            yield read(row, origin, file.entry, file.reading)
+    if file.kind == "text":
+        yield Document(Origin(file.path), (Segment("".join(read_text(file))),), cut=True)
         return
+    read = reader_of(file.entry, file.format, file.template)
+    for origin, row in file.part.of(rows_of(file.path, file.container)):
+        yield read(row, origin, file.entry, file.reading)
+
+
+def read_text(file: SourceFile) -> Iterator[str]:
+    """The text of a text file, in blocks. UserError, with the place, where it is not UTF-8."""
+    decoder, passed = codecs.getincrementaldecoder("utf-8")(), 0
     with opened(file.path, file.container.packed) as text:
-        content = text.read()
-    try:
-        yield Document(Origin(file.path), (Segment(content.decode("utf-8")),), cut=True)
-    except UnicodeDecodeError as error:
-        reason = f"is not UTF-8 text: byte {error.start} is 0x{content[error.start]:02x}"
-        raise UserError("datasets", file.path, reason) from error
+        ended = False
+        while not ended:
+            content, before = text.read(BLOCK), decoder.getstate()[0]
+            ended = not content
+            try:
+                yield decoder.decode(content, final=ended)
+            except UnicodeDecodeError as error:
+                at = passed - len(before) + error.start
+                reason = f"is not UTF-8 text: byte {at} is 0x{(before + content)[error.start]:02x}"
+                raise UserError("datasets", file.path, reason) from error
+            passed += len(content)
 
 
 def read_token_samples(file: SourceFile) -> Iterator[Sample]:

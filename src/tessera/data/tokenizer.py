@@ -1,17 +1,22 @@
-"""Text to token ids, with a tokenizer.json: that of the model, or one trained on the data."""
+"""Text to token ids: with the tokenizer of a folder, as transformers has it, or one trained on the data."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tessera.core.errors import UserError
-from tessera.core.files import in_words, read_json, read_text
+from tessera.core.files import read_json
+from tessera.data.added_tokens import AddedTokens, TokenizerKeys, written
+from tessera.data.auto_tokenizer import folder_of, has_tokenizer, read_auto
 from tessera.data.samples import Ids
 
 END_OF_TEXT = "<|endoftext|>"
@@ -24,11 +29,38 @@ BATCH = 1024
 
 @dataclass(frozen=True)
 class TextTokenizer:
-    """A tokenizer, the id of its end-of-sequence token, its folder (None: trained here, not saved yet)."""
+    """A tokenizer, the id of its end-of-sequence token, its folder (None: it is saved nowhere yet).
+
+    `backend` is the part that tokenizes, `made` the tokenizer of transformers around it, where that was loaded. `files`
+    are those of a tokenizer to which tokens were added, by their names.
+    """
 
     backend: Tokenizer
     eos_id: int
     folder: Path | None = None
+    made: Any = field(default=None, compare=False, repr=False)
+    files: Mapping[str, bytes] = field(default_factory=dict, compare=False, repr=False)
+
+    @cached_property
+    def auto(self) -> Any:
+        """The same as transformers has it, a `PreTrainedTokenizerFast`: for chat templates.
+
+        It may share `backend`.
+        """
+        if self.made is not None:
+            return self.made
+        from transformers import PreTrainedTokenizerFast  # here: it takes a second, and most runs do without
+
+        end = self.backend.id_to_token(self.eos_id)
+        return PreTrainedTokenizerFast(tokenizer_object=self.backend, eos_token=end, clean_up_tokenization_spaces=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process: pickling a backend loses whether it splits special tokens."""
+        return self.__dict__ | {"split": self.backend.encode_special_tokens}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state["backend"].encode_special_tokens = state.pop("split")
+        self.__dict__.update(state)
 
     @property
     def vocab_size(self) -> int:
@@ -38,16 +70,26 @@ class TextTokenizer:
     def encode(self, texts: Sequence[str], special: bool = True) -> list[Ids]:
         """Ids (int32) of each text, without an end-of-sequence token at the end.
 
-        With `special` the tokenizer opens a text as it does for its model (a Llama's begin of text).
+        With `special` the tokenizer opens a text as it does for its model (a Llama's begin of text). UserError: it
+        cannot write a text, having neither a token for a part of it nor one for what is unknown.
         """
         ids: list[Ids] = []
-        opening = self.backend.encode("", add_special_tokens=special).ids[:1]
-        for start in range(0, len(texts), BATCH):
-            batch = self.backend.encode_batch_fast(list(texts[start : start + BATCH]), add_special_tokens=special)
-            # a text that begins with the begin-of-text token has it already
-            found = (e.ids[1:] if opening and e.ids[:2] == opening * 2 else e.ids for e in batch)
-            ids += [np.asarray(row, np.int32) for row in found]
-        return [row[:-1] if row.size and row[-1] == self.eos_id else row for row in ids]
+        self.backend.no_padding()  # which a call of `auto` may have left on
+        self.backend.no_truncation()
+        try:
+            opening, closing = frame(self.backend) if special else ([], [])
+            for start in range(0, len(texts), BATCH):
+                batch = self.backend.encode_batch_fast(list(texts[start : start + BATCH]), add_special_tokens=special)
+                ids += [self._bare(encoded.ids, opening[:1], closing) for encoded in batch]
+        except Exception as error:  # the library raises nothing narrower
+            raise UserError("tokenizer", self.folder, f"cannot tokenize the data: {error}") from error
+        return ids
+
+    def _bare(self, ids: list[int], opening: list[int], closing: list[int]) -> Ids:
+        """As an array, opened once where the text begins with what opens it, and without an end."""
+        first = 1 if opening and ids[:2] == opening * 2 else 0
+        last = len(ids) - (closing == [self.eos_id])  # the text may hold one more of its own
+        return np.asarray(ids[first : last - (last > 0 and ids[last - 1] == self.eos_id)], np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, special tokens left out."""
@@ -55,53 +97,49 @@ class TextTokenizer:
 
     def digest(self) -> str:
         """Changes whenever the tokenizer gives other ids, or lies elsewhere."""
-        return blake2b(f"{self.folder} {self.eos_id} {self.backend.to_str()}".encode(), digest_size=16).hexdigest()
+        split = "split" if self.backend.encode_special_tokens else ""  # which to_str leaves out
+        told = f"{self.folder} {self.eos_id} {self.backend.to_str()}{split}"
+        files = [name.encode() + self.files[name] for name in sorted(self.files)]
+        return blake2b(b"".join([told.encode(), *files]), digest_size=16).hexdigest()
 
 
-def load_tokenizer(path: Path, key: str) -> TextTokenizer:
-    """The tokenizer of a model folder, or of a tokenizer.json; `key` is the config key that named it.
+def load_tokenizer(path: Path, key: str, added: AddedTokens | None = None) -> TextTokenizer:
+    """The tokenizer of a folder, or of the one that a tokenizer.json lies in; `key` is the config key that named it.
 
-    The end-of-sequence token is that of tokenizer_config.json, special_tokens_map.json, or config.json's
-    eos_token_id, the first that has one. UserError: no such file, not a tokenizer, no end-of-sequence token.
+    Where `added` tokens change it, it is what transformers makes of it once it is saved, and has no folder.
+    The end-of-sequence token is that of transformers' tokenizer, or the first of config.json's eos_token_id where
+    that has none. UserError: as `read_auto`, or there is no end-of-sequence token.
     """
-    backend = read_backend(path, key)
-    folder = path.parent if path.is_file() else path
-    _check_complete(backend, folder, key)
-    eos_id = _find_eos(backend, folder)
+    auto, folder = read_auto(path, key), folder_of(path)
+    if added and added.give_to(auto):
+        return _saved_and_read(auto, folder, key)
+    eos_id = _end_of(auto, folder, key)
+    return TextTokenizer(auto.backend_tokenizer, eos_id, folder.resolve(), auto)
+
+
+def _saved_and_read(auto: Any, folder: Path, key: str) -> TextTokenizer:
+    """A tokenizer of `folder` that was changed, as it is when its files have been written and read."""
+    _end_of(auto, folder, key)  # written into the files, where config.json alone has it
+    files = written(auto, _read_object(folder / "tokenizer_config.json"))
+    with TemporaryDirectory() as name:
+        for file, content in files.items():
+            (Path(name) / file).write_bytes(content)
+        if (folder / "config.json").is_file():  # it says which class reads them
+            shutil.copyfile(folder / "config.json", Path(name) / "config.json")
+        again = read_auto(Path(name), key)
+        return TextTokenizer(again.backend_tokenizer, _end_of(again, folder, key), None, again, files)
+
+
+def _end_of(auto: Any, folder: Path, key: str) -> int:
+    """The id of the end of sequence, which `auto` names from now on."""
+    eos_id: int | None = auto.eos_token_id
     if eos_id is None:
-        hint = "give `eos_token` in tokenizer_config.json, or `eos_token_id` in config.json"
-        raise UserError(key, folder, "the tokenizer has no end-of-sequence token", hint)
-    return TextTokenizer(backend, eos_id, folder.resolve())
-
-
-def read_backend(path: Path, key: str) -> Tokenizer:
-    """The tokenizer.json of a folder, or at `path`. UserError: no such file, not a tokenizer."""
-    try:
-        file = path if path.is_file() else path / "tokenizer.json"
-        there = file.is_file()
-    except OSError as error:  # of a folder on the way
-        raise UserError(key, path, in_words(error)) from error
-    if not there:
-        hint = "tokenizer: {train: bpe, vocab_size: N} trains one on the data; `tokenizer: folder` names another"
-        raise UserError(key, path, "no tokenizer.json there", hint)
-    try:
-        backend = Tokenizer.from_str(read_text(file, key))
-    except UserError:
-        raise
-    except Exception as error:  # the library raises nothing narrower
-        raise UserError(key, file, f"cannot be read as a tokenizer: {error}") from error
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
-
-
-def named_token(backend: Tokenizer, folder: Path, name: str) -> int | None:
-    """The id of the token that the tokenizer files of `folder` call `name` (such as "bos_token")."""
-    for file in ("tokenizer_config.json", "special_tokens_map.json"):
-        text = text_of(_read_object(folder / file).get(name))
-        if text is not None and (number := backend.token_to_id(text)) is not None:
-            return number
-    return None
+        eos_id = next(iter(token_ids(_read_object(folder / "config.json").get("eos_token_id"))), None)
+        if eos_id is None:
+            hint = "give `eos_token` in tokenizer_config.json, or `eos_token_id` in config.json"
+            raise UserError(key, folder, "the tokenizer has no end-of-sequence token", hint)
+        auto.eos_token = auto.backend_tokenizer.id_to_token(eos_id)
+    return eos_id
 
 
 def special_ids(backend: Tokenizer) -> set[int]:
@@ -114,98 +152,28 @@ def token_ids(value: Any) -> list[int]:
     return [item for item in (value if isinstance(value, list) else [value]) if type(item) is int and item >= 0]
 
 
-def _check_complete(backend: Tokenizer, folder: Path, key: str) -> None:
-    """Raise UserError where `AutoTokenizer` of transformers gives other ids than tokenizer.json alone.
-
-    That is where other files name tokens that tokenizer.json does not add, or give it settings that it has not.
-    """
-    added = {token.content: number for number, token in backend.get_added_tokens_decoder().items()}
-    settings = _read_object(folder / "tokenizer_config.json")
-    lacking = [
-        f"{text} ({file})"
-        for file, text, number in _named_elsewhere(folder, settings)
-        if text not in added or number not in (None, added[text])
-    ]
-    hint = f'write a whole one: AutoTokenizer.from_pretrained("{folder}").save_pretrained("{folder}")'
-    if lacking:
-        more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
-        names = ", ".join(dict.fromkeys(lacking[:5])) + more
-        raise UserError(key, folder / "tokenizer.json", f"lacks tokens, or has them under other ids: {names}", hint)
-    for name, told in _told_otherwise(backend, folder, settings):
-        raise UserError(key, folder / "tokenizer_config.json", f"{name}: {told}", "make the two the same")
-    normalizer = json.dumps(json.loads(backend.to_str()).get("normalizer"))
-    if str(settings.get("tokenizer_class")).startswith("LlamaTokenizer") and '"Prepend"' in normalizer:
-        reason = "prepends a space by its normalizer; transformers builds a LlamaTokenizer anew without, with other ids"
-        raise UserError(key, folder / "tokenizer.json", reason, hint)
-    if settings.get("split_special_tokens"):
-        raise UserError(key, folder / "tokenizer_config.json", "split_special_tokens is not done", "leave it out")
-    wanted, has = settings.get("add_prefix_space"), _adds_space(json.loads(backend.to_str()).get("pre_tokenizer"))
-    if wanted is None and str(settings.get("tokenizer_class")).startswith(("GPT2", "Qwen2")):
-        wanted = False
-    if None not in (wanted, has) and wanted != has:
-        reason = f"add_prefix_space is {str(wanted).lower()}, in tokenizer.json {str(has).lower()}"
-        raise UserError(key, folder / "tokenizer_config.json", reason, "make the two the same")
-
-
-def _named_elsewhere(folder: Path, settings: dict[str, Any]) -> Iterator[tuple[str, str, int | None]]:
-    """File, text and id (None: not given) of the tokens that files beside tokenizer.json name."""
-    for file, content in (
-        ("tokenizer_config.json", settings),
-        ("special_tokens_map.json", _read_object(folder / "special_tokens_map.json")),
-    ):
-        named = [value for name, value in content.items() if name.endswith("_token")]
-        for name in ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"):
-            more = content.get(name) or []
-            named += more.values() if isinstance(more, dict) else more if isinstance(more, list) else []
-        for token in named:
-            if (text := text_of(token)) is not None:
-                yield file, text, None
-        listed = content.get("added_tokens_decoder")
-        for number, token in (listed if isinstance(listed, dict) else {}).items():
-            if isinstance(token, dict) and isinstance(token.get("content"), str) and str(number).isdecimal():
-                yield file, token["content"], int(number)
-    for text, number in _read_object(folder / "added_tokens.json").items():
-        yield "added_tokens.json", text, number
-
-
-def _told_otherwise(backend: Tokenizer, folder: Path, settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Tokens of which tokenizer_config.json says something else than the other files, and what."""
-    own, listed = backend.get_added_tokens_decoder(), settings.get("added_tokens_decoder")
-    for number, token in (listed if isinstance(listed, dict) else {}).items():
-        ours = own.get(int(number)) if str(number).isdecimal() and isinstance(token, dict) else None
-        for flag in ("lstrip", "rstrip", "single_word", "normalized"):
-            given, has = token.get(flag) if ours else None, getattr(ours, flag, None)
-            if ours and isinstance(given, bool) and given != has:
-                yield ours.content, f"{flag} is {str(given).lower()}, in tokenizer.json {str(has).lower()}"
-    beside = {} if listed else _read_object(folder / "special_tokens_map.json")  # which is not read beside that
-    one, other = (text_of(content.get("eos_token")) for content in (settings, beside))
-    if one and other and one != other:
-        yield "eos_token", f"is {one}, in special_tokens_map.json {other}"
-
-
 def text_of(token: Any) -> str | None:
     """The text of a token as tokenizer files name it: alone, or with its flags. None: they name none."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None
 
 
-def _adds_space(pre_tokenizer: dict[str, Any] | None) -> bool | None:
-    """Whether a byte-level pre-tokenizer of tokenizer.json puts a space before a text; None where there is none."""
-    parts = (pre_tokenizer or {}).get("pretokenizers") or [pre_tokenizer or {}]
-    found = [part["add_prefix_space"] for part in parts if part.get("type") == "ByteLevel"]
-    return bool(found[0]) if found else None
-
-
-def _find_eos(backend: Tokenizer, folder: Path) -> int | None:
-    named = named_token(backend, folder, "eos_token")
-    listed = token_ids(_read_object(folder / "config.json").get("eos_token_id"))
-    return named if named is not None else listed[0] if listed else None
-
-
 def _read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file that may be missing."""
     content = read_json(path, "tokenizer") if path.exists() else {}
     return content if isinstance(content, dict) else {}
+
+
+def frame(backend: Tokenizer) -> tuple[list[int], list[int]]:
+    """The ids that the tokenizer puts before a text, and those behind it."""
+    found = backend.encode("a", add_special_tokens=True)
+    own = [place for place, special in enumerate(found.special_tokens_mask) if not special]
+    return (found.ids[: own[0]], found.ids[own[-1] + 1 :]) if own else ([], [])
+
+
+def byte_level() -> Any:
+    """The words of a text for a byte-level BPE, as GPT-2 has them."""
+    return pre_tokenizers.ByteLevel(add_prefix_space=False)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
@@ -217,7 +185,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
         reason = "too small: every byte and the end of text need an id"
         raise UserError("tokenizer.vocab_size", vocab_size, reason, f"at least {SMALLEST_BPE}")
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = byte_level()
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -231,8 +199,36 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
     return TextTokenizer(backend, end)
 
 
+def with_tokens(tokenizer: TextTokenizer, added: AddedTokens) -> TextTokenizer:
+    """A tokenizer that was trained here, with `added` tokens."""
+    auto = replace(tokenizer).auto  # one of its own, which may change
+    if not added.give_to(auto):
+        return tokenizer
+    return TextTokenizer(auto.backend_tokenizer, auto.eos_token_id, None, auto, written(auto, {}))
+
+
+def tokens_needed(config: TokenizerKeys) -> int:
+    """The rows of a vocabulary that holds every id of the config's tokenizer; 0 where it has none. Raises UserError.
+
+    Of one that is still to be trained, which must fit the model by itself, those of the tokens that are added to it.
+    """
+    added, given = AddedTokens.of(config), config.tokenizer
+    if given is not None and not isinstance(given, str | Path):
+        return given.vocab_size + len(added.texts) if added else 0
+    path, key = (Path(config.base_model), "base_model") if given is None else (Path(given), "tokenizer")
+    if not added and not has_tokenizer(path):  # rows may come tokenized
+        return 0
+    auto = read_auto(path, key)
+    added.give_to(auto)
+    return max(len(auto), 1 + max(auto.get_vocab().values()))
+
+
 def save_tokenizer(tokenizer: TextTokenizer, folder: Path) -> None:
     """Write tokenizer.json and tokenizer_config.json into `folder`, for transformers' `AutoTokenizer`."""
+    for name, content in tokenizer.files.items():
+        (folder / name).write_bytes(content)
+    if tokenizer.files:
+        return
     tokenizer.backend.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",

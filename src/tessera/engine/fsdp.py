@@ -11,6 +11,7 @@ a leg of their own along `row`. Every sum is a sum: nothing is divided, as the l
 """
 
 import itertools
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -24,13 +25,25 @@ from tessera.layout.parallel import Parallel
 from tessera.layout.shape import Fsdp
 from tessera.models.config import ModelConfig
 from tessera.models.decoder import Decoder
+from tessera.nn.parameter import named_specs
 
 
 def build_decoder(
-    model: ModelConfig, parallel: Parallel, fsdp: Fsdp = Fsdp(), *, gradient_checkpointing: bool = False
+    model: ModelConfig,
+    parallel: Parallel,
+    fsdp: Fsdp = Fsdp(),
+    *,
+    gradient_checkpointing: bool = False,
+    trained: Collection[str] | None = None,
 ) -> Decoder:
-    """The model, its parameters in FSDP2's hands where `parallel` says so; they are empty, as in `Decoder`."""
+    """The model, its parameters in FSDP2's hands where `parallel` says so; they are empty, as in `Decoder`.
+
+    Only the parameters `trained` get a gradient; None: all do.
+    """
     decoder = Decoder(model, parallel, gradient_checkpointing=gradient_checkpointing)
+    if trained is not None:
+        for name, parameter, _ in named_specs(decoder):
+            parameter.requires_grad_(name in trained)
     if parallel.fsdp is not None:
         _shard(decoder, fsdp)
     return decoder

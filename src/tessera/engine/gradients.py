@@ -67,7 +67,8 @@ def gradient_norm(model: nn.Module, mesh: Mesh, *riders: Tensor) -> tuple[Tensor
         if parameter.grad is not None and first_copy(mesh, spec.cut_axes):
             # row by row: one float32 sum over millions of elements is off by 1e-4, and differently on each mesh;
             # a vector is one row, as long as the vocabulary when it is the head's bias
-            wide = torch.float64 if len(spec.shape) == 1 else None
+            narrow = torch.promote_types(parameter.dtype, torch.float32)
+            wide = torch.float64 if len(spec.shape) == 1 else narrow
             counted.append(torch.linalg.vector_norm(to_local(parameter.grad), dim=-1, dtype=wide).reshape(-1))
     squares = torch.cat(counted).double().square().sum() if counted else torch.zeros((), dtype=torch.float64)
     squares = squares.to(mesh.device)

@@ -14,7 +14,8 @@ import torch
 
 from tessera.core.device import dtype_name
 from tessera.core.files import read_json
-from tessera.data.tokenizer import named_token, read_backend, special_ids, text_of, token_ids
+from tessera.data.auto_tokenizer import TEMPLATES, has_tokenizer, read_auto
+from tessera.data.tokenizer import special_ids, text_of, token_ids
 from tessera.models.config import ModelConfig
 from tessera.models.families.table import FAMILIES
 
@@ -26,11 +27,17 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+    "vocab.txt",
     "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "sentencepiece.model",
+    "spm.model",
+    "tiktoken.model",
+    "tekken.json",
     "chat_template.jinja",
     "chat_template.json",
 )
-TEMPLATES = "additional_chat_templates"
 
 
 def read_generation_config(source: Path) -> dict[str, Any]:
@@ -48,16 +55,16 @@ def write_beside(
     """
     config, generation = _read_object(source / "config.json"), read_generation_config(source)
     learnt = token_ids(changes.get("eos_token_id"))
-    backend = read_backend(tokenizer, "tokenizer") if learnt and (tokenizer / "tokenizer.json").is_file() else None
+    auto = read_auto(tokenizer, "tokenizer") if learnt and has_tokenizer(tokenizer) else None
     listed = token_ids((generation if "eos_token_id" in generation else config).get("eos_token_id"))
     marks: dict[str, Any] = {}
-    if backend and tokenizer.resolve() != source.resolve():  # the base model's numbers are another tokenizer's
-        special = special_ids(backend)
-        ordinary = set(range(backend.get_vocab_size())) - special
+    if auto and tokenizer.resolve() != source.resolve():  # the base model's numbers are another tokenizer's
+        special = special_ids(auto.backend_tokenizer)
+        ordinary = set(range(len(auto))) - special
         listed = [token for token in listed if token not in ordinary and token < model.vocab_size]
         for mark, otherwise in (("bos", learnt[0]), ("pad", None)):
             old = config.get(f"{mark}_token_id")
-            own = named_token(backend, tokenizer, f"{mark}_token")
+            own = getattr(auto, f"{mark}_token_id")
             marks[f"{mark}_token_id"] = own if own is not None else old if old in special else otherwise
     marks |= changes
     if ends := list(dict.fromkeys(learnt + listed)):
@@ -75,7 +82,7 @@ def write_beside(
             shutil.copyfile(tokenizer / file, aside / file)
     if (tokenizer / TEMPLATES).is_dir():
         shutil.copytree(tokenizer / TEMPLATES, aside / TEMPLATES)
-    if backend and (end := backend.id_to_token(learnt[0])) is not None:
+    if auto and (end := auto.backend_tokenizer.id_to_token(learnt[0])) is not None:
         _name_end(aside, end)
 
 

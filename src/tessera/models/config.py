@@ -1,6 +1,6 @@
 """What one decoder needs to know of a model; families/ reads it from a Hugging Face config.json."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tessera.nn.rope import RopeConfig
 
@@ -18,6 +18,7 @@ class ModelConfig:
 
     Positions are rotary when `rope` is given, else a learned table of `max_positions`. Dropouts are probabilities.
     `layer_kinds` repeat from layer 0 on: (LayerKind(8), LayerKind()) gives every even layer a window of 8 tokens.
+    `new_tokens`: the last rows of the vocabulary, which a run adds to those of the base model.
     """
 
     family: str
@@ -45,7 +46,19 @@ class ModelConfig:
     attention_dropout: float = 0.0
     residual_dropout: float = 0.0
     initializer_range: float = 0.02
+    eager_attention: bool = False
     layer_kinds: tuple[LayerKind, ...] = (LayerKind(),)
+    new_tokens: int = 0
+
+    def grown_to(self, vocab_size: int) -> "ModelConfig":
+        """With a vocabulary of at least `vocab_size` tokens; those beyond the base model's are `new_tokens`."""
+        more = max(0, vocab_size - self.vocab_size)
+        return replace(self, vocab_size=self.vocab_size + more, new_tokens=self.new_tokens + more) if more else self
+
+    @property
+    def base(self) -> "ModelConfig":
+        """With the vocabulary that the weights of the base model have."""
+        return replace(self, vocab_size=self.vocab_size - self.new_tokens, new_tokens=0) if self.new_tokens else self
 
     def kind_of(self, layer: int) -> LayerKind:
         """What layer `layer`, counted from 0, has of its own."""

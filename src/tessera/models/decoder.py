@@ -55,6 +55,7 @@ class DecoderLayer(nn.Module):
             qkv_bias=config.qkv_bias,
             out_bias=config.attention_out_bias,
             dropout=config.attention_dropout,
+            eager=config.eager_attention,
             qk_norm_eps=config.norm_eps if config.qk_norm else None,
             init=init,
             out_init=out_init,

@@ -13,6 +13,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from tessera.core.collectives import gathered, start_broadcast
+from tessera.core.device import dtype_name
 from tessera.core.errors import UserError
 from tessera.core.files import in_words, read_json, remove, usable_path
 from tessera.core.mesh import Mesh
@@ -34,6 +36,7 @@ from tessera.models.download import download
 from tessera.models.families.family import HEAD
 from tessera.models.families.stored import StoredTensor, stored_tensors
 from tessera.models.families.table import FAMILIES, model_config
+from tessera.models.new_rows import mean_of_rows
 from tessera.models.tensor_files import (
     DTYPES,
     INDEX,
@@ -80,6 +83,20 @@ def read_config_json(folder: Path) -> Any:
     return read_json(folder / "config.json", "base_model")
 
 
+def dtype_of_folder(folder: Path) -> str:
+    """The dtype of a model folder: what its config.json says, else that of its first tensor, else float32."""
+    config, written = read_config_json(folder), ("float32", "bfloat16", "float16")
+    for key in ("dtype", "torch_dtype"):
+        if isinstance(config, dict) and config.get(key) in written:
+            return config[key]
+    try:
+        entry = next(iter(find_tensors(folder).values()), None)
+    except UserError:  # the weights come from a checkpoint, and these are not there any more
+        entry = None
+    stored = dtype_name(DTYPES[entry.dtype]) if entry and entry.dtype in DTYPES else ""
+    return stored if stored in written else "float32"
+
+
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The global shape of every parameter, by our names, in the order of declaration."""
     meta = Parallel(Mesh(device="meta", rank=0), residual_layout(True))
@@ -93,8 +110,9 @@ def check_weights(folder: Path, config: ModelConfig) -> None:
     """Raise UserError unless the safetensors of `folder` hold every tensor of the model, of its shape, whole.
 
     Headers are read, not tensors (but for a tied pair stored twice, which must be equal). Warns of tensors
-    that the model has no use for.
+    that the model has no use for. Of a vocabulary that grows only the rows of the base model are there.
     """
+    config = config.base
     entries = find_tensors(folder)
     tensors = stored_tensors(config, parameter_shapes(config))
     for tensor in tensors:
@@ -201,15 +219,23 @@ def load_weights(model: Decoder, folder: Path) -> int:
     """Fill this rank's shard of every parameter from the safetensors of `folder`, checked by `check_weights`.
 
     Reads the rank's slices and no more, casting to the parameters' dtype; a replicated parameter is read
-    whole. Returns the bytes of tensors read.
+    whole. Rows of new tokens are the mean of the rows that are there. Returns the bytes of tensors read.
     """
     parameters = list(named_specs(model))
+    shapes = {name: spec.shape for name, _, spec in parameters}
+    there = parameter_shapes(model.config.base) if model.config.new_tokens else shapes
     bytes_read = 0
-    with StoredParameters(folder, model.config, {name: spec.shape for name, _, spec in parameters}) as stored:
+    with StoredParameters(folder, model.config.base, shapes) as stored:
         for name, parameter, spec in parameters:
-            piece = stored.read(name, spec.stored_slices(model.parallel.mesh))
-            bytes_read += piece.nbytes
-            to_local(parameter).copy_(piece)
+            rows, *others = spec.stored_slices(model.parallel.mesh)
+            shard, last = to_local(parameter), there[name][0]
+            if rows.start < last:
+                piece = stored.read(name, (slice(rows.start, min(rows.stop, last)), *others))
+                bytes_read += piece.nbytes
+                shard[: len(piece)].copy_(piece)
+            if rows.stop > max(last, rows.start):
+                new = shard[max(0, last - rows.start) :]
+                new.copy_(mean_of_rows(partial(stored.read, name), last, tuple(others)).expand_as(new))
     return bytes_read
 
 

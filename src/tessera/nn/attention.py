@@ -39,6 +39,7 @@ class AttentionConfig:
 
     `window` is how many tokens a query sees, itself among them; None: all. `dropout` is the probability with which a
     softmax probability is dropped; `qk_norm_eps` the eps of an RMSNorm of each query and key head, None: there is none.
+    `eager` computes step by step, whatever kernel would fit.
     """
 
     features: int
@@ -53,6 +54,7 @@ class AttentionConfig:
     qk_norm_eps: float | None = None
     init: Init = Init(std=0.02)
     out_init: Init = Init(std=0.02)
+    eager: bool = False
 
 
 class Attention(nn.Module):
@@ -114,7 +116,7 @@ class Attention(nn.Module):
         mask = Mask(self.config.causal, self.config.window, tokens.documents)
         p, key = self.config.dropout, tokens.dropout
         keep = None if not p or key is None else self._keep(tokens, key)
-        out, _ = attend(q, k, v, mask, keep=keep, p=p)
+        out, _ = attend(q, k, v, mask, keep=keep, p=p, eager=self.config.eager)
         return self.out(out.transpose(1, 2).reshape(shape[0] * shape[1], -1))
 
     def _keep(self, tokens: Tokens, key: int) -> Tensor:

@@ -96,8 +96,10 @@ def _site(layers: Sequence[ParallelLinear], parallel: Parallel) -> Site:
         return [to_local(layer._parameters["weight"]).to(parallel.compute) for layer in layers]
 
     def add(gradients: list[Tensor]) -> None:
-        for layer, gradient in zip(layers, gradients, strict=True):
-            add_gradient(layer._parameters["weight"], gradient)
+        weights = [layer._parameters["weight"] for layer in layers]
+        trained = [weight for weight in weights if weight is not None and weight.requires_grad]
+        for weight, gradient in zip(trained, gradients, strict=True):
+            add_gradient(weight, gradient)
 
     return Site(tuple(id(layer) for layer in layers), parallel.overlap, weights, add)
 

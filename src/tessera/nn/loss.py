@@ -35,9 +35,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(X.dtype, torch.float32)
         loss = torch.zeros((), dtype=wide, device=X.device)
         training = grad and any(ctx.needs_input_grad)  # which says nothing of no_grad
-        dX = torch.empty_like(X) if training else None
+        needs_x, needs_w, needs_b = (training and needed for needed in ctx.needs_input_grad[:3])
+        dX = torch.empty_like(X) if needs_x else None
         dW: Tensor | None = None  # the first chunk writes, the others add: most often there is one
-        db = None if bias_V is None else torch.zeros_like(bias_V, dtype=wide)
+        db = torch.zeros_like(bias_V, dtype=wide) if needs_b and bias_V is not None else None
         inner = roles.inputs.size if roles.inputs else 1
         for first in range(0, X.shape[0], head.chunk_tokens * inner):
             part = slice(first, min(first + head.chunk_tokens * inner, X.shape[0]))
@@ -48,19 +49,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 z = z + bias_V
             chunk_loss, dz = _loss_and_logit_gradient(z.to(wide), targets, head)
             loss += chunk_loss
-            if dX is None:
-                continue
             if db is not None:
                 db += dz.sum(0)
-            dz = all_gather(dz.to(X.dtype), 0, roles.inputs)
-            torch.mm(dz, W, out=dX[part])
-            dW = _accumulate(dW, dz, X[part], wide if X.shape[0] > part.stop else X.dtype)
-        if dX is None or dW is None:
+            if needs_x or needs_w:
+                dz = all_gather(dz.to(X.dtype), 0, roles.inputs)
+            if dX is not None:
+                torch.mm(dz, W, out=dX[part])
+            if needs_w:
+                dW = _accumulate(dW, dz, X[part], wide if X.shape[0] > part.stop else X.dtype)
+        if not training:
             return loss
-        reducing = start_reduce(dX, roles.x_dim, roles.outputs)
-        dW = reduce_scatter(dW.to(X.dtype), roles.w_dim, roles.tokens)
+        reducing = None if dX is None else start_reduce(dX, roles.x_dim, roles.outputs)
+        if dW is not None:
+            dW = reduce_scatter(dW.to(X.dtype), roles.w_dim, roles.tokens)
         ctx.handed_out = False  # so that they are scaled in place
-        ctx.save_for_backward(reducing.wait(), dW, *([] if db is None else [db.to(X.dtype)]))
+        ctx.save_for_backward(reducing and reducing.wait(), dW, None if db is None else db.to(X.dtype))
         return loss
 
     @staticmethod
@@ -68,8 +71,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if ctx.handed_out:
             raise RuntimeError("the gradients of this loss were formed once, in its forward, and are handed out once")
         ctx.handed_out = True
-        dX, dW, *db = (gradient.mul_(d_loss) for gradient in ctx.saved_tensors)
-        return dX, dW, db[0] if db else None, None, None, None
+        gradients = (None if saved is None else saved.mul_(d_loss) for saved in ctx.saved_tensors)
+        return *gradients, None, None, None
 
 
 def _accumulate(dW: Tensor | None, dz: Tensor, X: Tensor, dtype: torch.dtype) -> Tensor:

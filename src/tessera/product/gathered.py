@@ -55,7 +55,10 @@ class Together:
 
 @dataclass(frozen=True)
 class Site:
-    """The place of a product in a model: who it is, its weights outside autograd, and where late gradients go."""
+    """The place of a product in a model: who it is, its weights outside autograd, and where late gradients go.
+
+    `add_gradients` gets those of the weights that are trained.
+    """
 
     key: Hashable
     overlap: Overlap
@@ -88,12 +91,16 @@ class DistributedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *dy_TN: Tensor):  # type: ignore[no-untyped-def]
         (x, *weights), roles, schedule, site = ctx.saved_tensors, ctx.roles, ctx.schedule, ctx.site
-        needs_x, needs_w = ctx.needs_input_grad[0], any(ctx.needs_input_grad[4:])
-        join = 1 if roles.y_dim in (0, None) else 0
-        dY = Together(start_unshard, dy_TN, roles.y_dim, join, roles.inputs).wait()
-        gathering_x = Pending(x) if schedule.keep or not needs_w else start_unshard(x, roles.x_dim, roles.outputs)
+        needs_x, needs_w = ctx.needs_input_grad[0], ctx.needs_input_grad[4 : 4 + len(weights)]
+        trained = [i for i, needed in enumerate(needs_w) if needed]  # of the others no gradient is formed, none travels
+        used = range(len(weights)) if needs_x else trained
+        dY: list[Tensor] = []
+        if used:
+            join = 1 if roles.y_dim in (0, None) else 0
+            dY = Together(start_unshard, [dy_TN[i] for i in used], roles.y_dim, join, roles.inputs).wait()
+        gathering_x = Pending(x) if schedule.keep or not trained else start_unshard(x, roles.x_dim, roles.outputs)
         dX = None
-        dW: Sequence[Tensor | None] = [None] * len(weights)
+        dW: list[Tensor | None] = [None] * len(weights)
         if needs_x:
             W = weights if schedule.keep else _start_weights(weights, roles, schedule, site).wait()
             dX = dY[0] @ W[0]
@@ -102,16 +109,17 @@ class DistributedProduct(torch.autograd.Function):
             reducing_x = start_reduce(dX, roles.x_dim, roles.outputs)
             if not schedule.overlap:
                 reducing_x.wait()
-        if needs_w:
+        if trained:
             X = gathering_x.wait()
-            reducing_w = _start_weight_sums(dY, X, roles)
+            reducing_w = _start_weight_sums([dy for i, dy in zip(used, dY, strict=True) if i in trained], X, roles)
         db = [dy.sum(0) if has else None for dy, has in zip(dy_TN, ctx.has_bias, strict=True)]
         if needs_x:
             dX = reducing_x.wait()
-        if needs_w and schedule.defer and site is not None and roles.tokens is not None:
+        if trained and schedule.defer and site is not None and roles.tokens is not None:
             site.overlap.finish_later(reducing_w, site.add_gradients)
-        elif needs_w:
-            dW = reducing_w.wait()
+        elif trained:
+            for i, sum_w in zip(trained, reducing_w.wait(), strict=True):
+                dW[i] = sum_w
         return dX, None, None, None, *dW, *db
 
 

@@ -21,6 +21,7 @@ Panel p + 1 travels while panel p multiplies. The reduction over `inner` closes 
 it comes in and summed when it goes out, as in gathered.py. summa and cannon take R cut over features along `col`.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -200,6 +201,13 @@ class _Panels:
         blocks = [block.split(self.widths(weights)) for block in joined.chunk(self._blocks)]
         return [_cat(pieces, 0) for pieces in zip(*blocks, strict=True)]
 
+    def some(self, joined_TH: Tensor, weights: Sequence[Tensor], chosen: Sequence[int]) -> Tensor:
+        """Of H as `join` orders its features, those of the weights `chosen`."""
+        if len(chosen) == len(weights):
+            return joined_TH
+        parts = joined_TH.unflatten(1, (self._blocks, -1)).split(self.widths(weights), 2)
+        return torch.cat([parts[i] for i in chosen], 2).flatten(1)
+
     def widths(self, weights: Sequence[Tensor]) -> list[int]:
         """How many features of each H this rank gets."""
         return [w.shape[0] // self._blocks for w in weights]
@@ -228,15 +236,27 @@ class _ColumnProduct(torch.autograd.Function):
     def backward(ctx, *dh: Tensor):
         (r, *saved), panels = ctx.saved_tensors, ctx.panels
         weights, kept = saved[: ctx.count], saved[ctx.count :]
+        needs_r, needs_w = ctx.needs_input_grad[0], ctx.needs_input_grad[2:]
+        trained = [i for i, needed in enumerate(needs_w) if needed]  # of the others no gradient is formed, none travels
+        chosen = [weights[i] for i in trained]
         dH, w = start_unshard(_cat(dh, 1), panels.h_dim, panels.inner).wait(), panels.join(weights)
-        dR, dW = panels.r.outgoing(r), panels.w.outgoing(w)
-        coming = zip(kept[::2], kept[1::2], strict=True)
-        if not panels.keep:
-            coming = zip(panels.r.incoming(r), panels.w.incoming(w), strict=True)
-        for r_p, w_p in coming:
-            dR.add(dH @ w_p)
-            dW.add(dH.T @ r_p)
-        return dR.result(), None, *panels.part(dW.result(), weights)
+        dR, dW, grads = None, None, [None] * len(weights)
+        if needs_r:
+            dR = panels.r.outgoing(r)
+        if trained:
+            dW, dH_trained = panels.w.outgoing(panels.join(chosen)), panels.some(dH, weights, trained)
+        none = itertools.repeat(None)
+        r_panels = (kept[::2] if panels.keep else panels.r.incoming(r)) if trained else none
+        w_panels = (kept[1::2] if panels.keep else panels.w.incoming(w)) if needs_r else none
+        for r_p, w_p in zip(r_panels, w_panels, strict=False):
+            if dR is not None:
+                dR.add(dH @ w_p)
+            if dW is not None:
+                dW.add(dH_trained.T @ r_p)
+        if dW is not None:
+            for i, part in zip(trained, panels.part(dW.result(), chosen), strict=True):
+                grads[i] = part
+        return None if dR is None else dR.result(), None, *grads
 
 
 class _RowProduct(torch.autograd.Function):
@@ -255,15 +275,19 @@ class _RowProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dr: Tensor):
         (h, w, *kept), panels = ctx.saved_tensors, ctx.panels
-        gathering = Pending(h) if panels.keep else start_unshard(h, panels.h_dim, panels.inner)
-        dH, dW = None, panels.w.outgoing(w)
+        needs_h, needs_w = ctx.needs_input_grad[:2]
+        gathering = Pending(h) if panels.keep or not needs_w else start_unshard(h, panels.h_dim, panels.inner)
+        dH, dW = None, panels.w.outgoing(w) if needs_w else None
         H = gathering.wait()
-        for r_p, w_p in zip(panels.r.incoming(dr), kept or panels.w.incoming(w), strict=True):
-            dH = r_p @ w_p if dH is None else dH.addmm_(r_p, w_p)
-            dW.add(r_p.T @ H)
-        assert dH is not None
-        reducing = start_reduce(dH, panels.h_dim, panels.inner)
-        return reducing.wait(), dW.result(), None, None
+        w_panels = (kept or panels.w.incoming(w)) if needs_h else itertools.repeat(None)
+        for r_p, w_p in zip(panels.r.incoming(dr), w_panels, strict=False):
+            if needs_h:
+                dH = r_p @ w_p if dH is None else dH.addmm_(r_p, w_p)
+            if dW is not None:
+                dW.add(r_p.T @ H)
+        if dH is not None:
+            dH = start_reduce(dH, panels.h_dim, panels.inner).wait()
+        return dH, None if dW is None else dW.result(), None, None
 
 
 def panel_product(

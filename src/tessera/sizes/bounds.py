@@ -28,6 +28,8 @@ EPOCHS = 10**6
 VOCABULARY = 2**24
 TRAINED_VOCABULARY = 2**21
 """Entries of a tokenizer that is trained on the data, which reserves memory for all of them."""
+ADDED_TOKENS = 2**16
+"""Tokens that a config adds to a tokenizer."""
 WIDTH = 2**20
 """Features of a layer."""
 LAYERS = 4096
@@ -50,6 +52,7 @@ MODEL_SIZES: Mapping[str, int] = {
     "head_dim": WIDTH,
     "max_position_embeddings": POSITIONS,
     "original_max_position_embeddings": POSITIONS,
+    "sliding_window": POSITIONS,
     "n_embd": WIDTH,
     "n_inner": WIDTH,
     "n_layer": LAYERS,

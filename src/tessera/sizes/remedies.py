@@ -76,14 +76,18 @@ def remedies(ask: Ask) -> list[str]:
 
 
 def _remedies(ask: Ask, switches: int, tried: set[tuple[int, str]]) -> list[str]:
-    """The same with so many switches changed first; `tried` holds those that led nowhere, of which there may be few."""
+    """The same with so many switches changed first; `tried` holds those that led nowhere, of which there may be few.
+
+    One rank, which is no tensor parallelism, comes last, and only where no other number fits.
+    """
     attempt = (switches, repr(ask.tensor))
     misfit = first_misfit(ask)
     if misfit is None or attempt in tried or len(tried) == _ATTEMPTS:
         return []
     tried.add(attempt)
     if not switches:
-        return [*_switches(ask, misfit.switches), *_sizes(ask), *_models(ask)]
+        lines = [*_switches(ask, misfit.switches), *_sizes(ask, least=2)]
+        return [*lines, *_models(ask), *([] if lines else _sizes(ask, least=1))]
     for field in (*misfit.switches, *_PLAIN):
         for changed in _alternatives(ask, field)[:1]:
             if rest := _remedies(changed, switches - 1, tried):
@@ -136,20 +140,24 @@ def _setting(tensor: TensorParallel, field: str) -> str:
 # ---------------------------------------------------------------------------------------------- other tensor sizes
 
 
-def _sizes(ask: Ask) -> Iterator[str]:
-    """Tensor sizes, then meshes, that fit this model and batch with the same switches."""
-    tensor, meshes = ask.tensor, _fitting_meshes(ask)
+def _sizes(ask: Ask, least: int) -> Iterator[str]:
+    """Tensor sizes and meshes of at least so many ranks that fit this model and batch with the same switches.
+
+    A mesh of as many ranks as were asked for comes before other numbers of ranks.
+    """
+    tensor, meshes = ask.tensor, [mesh for mesh in _fitting_meshes(ask) if math.prod(mesh.values()) >= least]
     size = tensor.size or math.prod((tensor.mesh or {}).values())
     sizes = []
     if tensor.mesh is None:
         sizes = both_sides(size, (math.prod(mesh.values()) for mesh in meshes if _is_derived(mesh, tensor)))
         meshes = [mesh for mesh in meshes if not _is_derived(mesh, tensor)]
-    if sizes:
-        yield f"tensor_parallel_size: {either(sizes)} fits this model and batch"
+    lines = [f"tensor_parallel_size: {either(sizes)} fits this model and batch"] if sizes else []
     if found := _nearest_meshes(meshes, tensor, size, sizes):
         written = either(replace(tensor, mesh=mesh).written_mesh for mesh in found)
         other = tensor.size is not None and any(math.prod(mesh.values()) != size for mesh in found)
-        yield f"tensor_parallel_mesh: {written}" + (" instead of tensor_parallel_size" if other else "")
+        line = f"tensor_parallel_mesh: {written}" + (" instead of tensor_parallel_size" if other else "")
+        lines.insert(len(lines) if other else 0, line)
+    yield from lines
 
 
 def _fitting_meshes(ask: Ask) -> list[Axes]:

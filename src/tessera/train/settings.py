@@ -1,13 +1,16 @@
 """What a config asks of the rooms below `train`, in their own values: none of them sees the config."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
 
 from tessera.config.schema import TrainConfig
 from tessera.core.device import has_bf16
+from tessera.core.errors import UserError
 from tessera.core.mesh import Mesh
+from tessera.engine.optimizer import OPTIONS, check_options, missing_package
+from tessera.engine.rates import learning_rates, options_of
 from tessera.layout import resolve
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import Fsdp, StepShape, padded_length
@@ -23,10 +26,14 @@ def parallel_for(
     config: TrainConfig,
     mesh: Mesh,
     schedule: Schedule | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     compute: torch.dtype | None = None,
 ) -> Parallel:
-    """The layouts that `config` asks for, on `mesh`; the rest as `layout.resolve.parallel_of`."""
+    """The layouts that `config` asks for, on `mesh`; the rest as `layout.resolve.parallel_of`.
+
+    Parameters are held in `dtype`, unless given as the config says.
+    """
+    dtype = dtype or (torch.bfloat16 if config.full_bf16 else torch.float32)
     return resolve.parallel_of(config.tensor_parallel, mesh, config.micro_batch_size, schedule, dtype, compute)
 
 
@@ -65,8 +72,39 @@ def step_shape(
     return replace(asked, batch=rows, sequence=padded, micro_batches=micro_batches or asked.micro_batches)
 
 
+def rates(config: TrainConfig, warmup: int, total: int) -> Callable[[int], float]:
+    """The learning rate of each step of a run of `total` steps. UserError: the schedule does not take its options."""
+    options = config.lr_scheduler_kwargs or {}
+    lowest, constant = config.cosine_min_lr_ratio or 0.0, config.cosine_constant_lr_ratio or 1.0
+    try:
+        return learning_rates(
+            config.learning_rate, config.lr_scheduler, warmup, total, options, lowest=lowest, constant=constant
+        )
+    except ValueError as error:
+        names = options_of(config.lr_scheduler)
+        hint = f"options of {config.lr_scheduler}: {', '.join(names)}" if names else "leave lr_scheduler_kwargs out"
+        raise UserError("lr_scheduler_kwargs", options or None, str(error), hint) from error
+
+
+def check_optimizer(config: TrainConfig) -> None:
+    """Raise UserError where the optimizer needs a package that is not there, or does not take its options."""
+    name, options = config.optimizer, config.optim_args or {}
+    if package := missing_package(name):
+        hint = f"pip install {package}, or write optimizer: adamw_torch_fused"
+        raise UserError("optimizer", name, f"needs the package {package}, which is not installed", hint)
+    try:
+        check_options(name, options)
+    except ValueError as error:
+        known = ", ".join(OPTIONS.get(name, {}))
+        raise UserError(
+            "optim_args", options, str(error), f"options of {name}: {known}" if known else "leave optim_args out"
+        ) from error
+
+
 def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """What the config computes in on `device`, over parameters in float32."""
+    """What the config computes in on `device`; parameters are float32, or bfloat16 where all is."""
+    if config.full_bf16:
+        return torch.bfloat16
     policy = config.fsdp_config.mixed_precision_policy
     bf16 = config.bf16 if policy is None else policy == "bf16"
     return torch.bfloat16 if (has_bf16(device) if bf16 == "auto" else bf16) else torch.float32

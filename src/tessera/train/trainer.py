@@ -2,6 +2,7 @@
 
 import math
 import os
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ import torch.distributed as dist
 
 from tessera.checkpoint.lock import Share
 from tessera.checkpoint.saver import Saver
+from tessera.checkpoint.tensors import load_model
 from tessera.core import device as devices
 from tessera.core.collectives import Recorder
+from tessera.core.errors import UserError
 from tessera.core.writing import writing
-from tessera.engine.optimizer import learning_rate
-from tessera.train.build import build
+from tessera.train.build import build, rates_of
+from tessera.train.due import Due
 from tessera.train.ended import failing_in_words
 from tessera.train.ending import Ending
 from tessera.train.evaluate import evaluate
@@ -26,6 +29,7 @@ from tessera.train.notes import Notes
 from tessera.train.records import Records
 from tessera.train.run import Run
 from tessera.train.stop import StopRequest
+from tessera.train.trackers.all import Trackers
 from tessera.train.where import Where
 
 
@@ -64,6 +68,7 @@ class Trainer:
         self.built = build(run, device)
         self.built.step.entered = where.enter
         self.progress, self.output = self.built.progress, self.built.output
+        self.due = Due.of(run.config, self.built.total_steps)
         self.notes: Notes | None = None
         config, steps, timeout = run.config, self.built.total_steps, timedelta(minutes=run.config.group_timeout_minutes)
         with writing(self.output):
@@ -83,22 +88,27 @@ class Trainer:
             self.records.write_config()
             for line in self.records.first_lines():
                 self.log.say(line)
-            if self.progress.step == self.built.total_steps:
+            if self.built.first:
+                self.log.trackers = Trackers(self.config, self.output, self.progress.step, self.log.say)
+            if self._done():
                 self.log.say("this run is finished: no step is left, the model is written again")
             done, ending = self._steps(), Ending(self.built, self.notes, self.saver, self.log.say, self._save)
-            ending.fail(self._finish(ending) if done else ending.leave())
+            failed = self._finish(ending) if done else ending.leave()
+            if not done:
+                self.records.write_plot()
+            ending.fail(failed)
         finally:
             self.saver.close()
             self.log.close()
 
     def _steps(self) -> bool:
         """Every remaining step; False when stopped before the last one."""
-        config, total, warmup, watch = self.config, self.built.total_steps, self.built.warmup, Stopwatch()
+        total, watch, rates = self.built.total_steps, Stopwatch(), rates_of(self.built)
         held_out = self.built.held_out if self.built.prepared.manifest.eval_rows else None
-        while self.progress.step < total:
+        while not self._done():
             index = self.progress.step
             self.where.enter("data", index + 1)
-            rate = learning_rate(index, config.learning_rate, config.lr_scheduler, warmup, total)
+            rate = rates(index)
             with Recorder() as recorder:
                 batches = self.built.loader.step_batches(index)
                 result = self.built.step(batches, index, rate, stop=self._asked_to_stop)
@@ -106,30 +116,44 @@ class Trainer:
             self.share.check()
             self.progress.step += 1
             self.progress.tokens += result.tokens if result.finite else 0
-            record = self.records.step(result, rate, watch.lap(), recorder)
-            step, done = self.progress.step, self.progress.step == total
+            record = self.records.step(result, rate, watch.lap(), recorder, batches)
+            step, epoch_ends = self.progress.step, self._epoch_ends()
+            if held_out is not None and self.due.evaluates(step, epoch_ends):
+                record["eval_loss"] = self._evaluate()
+            done = self._done()
             stopping = result.stop and not done
-            saving = self._saves_after(step)
+            saving = self.due.saves(step, epoch_ends, self.progress.best, done)
             self.health.check_replicas(always=done or stopping or saving)
-            if held_out is not None and (done or config.eval_steps and step % config.eval_steps == 0):
-                self.where.enter("evaluation")
-                record["eval_loss"] = evaluate(self.built)
-                if not math.isfinite(record["eval_loss"]):
-                    raise self.health.diverged(step, f"held-out loss {record['eval_loss']}")
             self.log.step(record)
             if stopping:
                 return False
             if saving:
                 self._save(last=done)
             watch.lap()
+        if self.progress.step < total:
+            evaluations = f"{self.due.patience} evaluations in a row were not better than the best"
+            self.log.say(f"ended after step {self.progress.step} of {total}: {evaluations}")
         return True
 
-    def _saves_after(self, step: int) -> bool:
-        """Whether a checkpoint is due: after the last step always, unless no checkpoints are wanted."""
-        config, loader = self.config, self.built.loader
-        epochs, before = (loader.samples_before(n) // loader.samples_per_epoch for n in (step, step - 1))
-        due = {"no": False, "steps": step % (config.save_steps or step + 1) == 0, "epoch": epochs > before}
-        return due[config.save_strategy] or step == self.built.total_steps and config.save_strategy != "no"
+    def _done(self) -> bool:
+        """Whether no step is left."""
+        return self.progress.step == self.built.total_steps or self.due.ends_early(self.progress.best)
+
+    def _epoch_ends(self) -> bool:
+        """Whether the step just done was the last one of an epoch."""
+        step = self.progress.step
+        epochs, before = (int(self.built.loader.epoch(n)) for n in (step, step - 1))
+        return epochs > before
+
+    def _evaluate(self) -> float:
+        """eval_loss now; what it says of the best checkpoint is kept in the progress."""
+        self.where.enter("evaluation")
+        loss, step = evaluate(self.built), self.progress.step
+        if not math.isfinite(loss):
+            raise self.health.diverged(step, f"eval_loss {loss}")
+        if self.config.compares_evaluations:
+            self.progress.best = self.due.judged(self.progress.best, loss, step)
+        return loss
 
     def _asked_to_stop(self) -> bool:
         return self.stop.asked or self.notes is not None and self.notes.lost_folder
@@ -137,6 +161,9 @@ class Trainer:
     def _save(self, *, last: bool = True) -> Path:
         self.where.enter("save")
         self.health.check_weights()
+        best = self.progress.best
+        if best is not None and best.step == self.progress.step:
+            self.progress.best = replace(best, checkpoint=best.step)
         return self.saver.save(self.built.model, self.built.step.optimizer, run_state(self.built), last=last)
 
     def _finish(self, ending: Ending) -> list[str]:
@@ -144,5 +171,23 @@ class Trainer:
         self.health.check_weights()
         self.share.check()
         self.saver.wait()  # one that is in flight, or about to fail, holds disk space that the model may need
+        failed = self._load_best()
         self.where.enter("export")
-        return ending.finish(self.records.write_summary)
+        return [*failed, *ending.finish(self.records.write_rest)]
+
+    def _load_best(self) -> list[str]:
+        """Take the weights of the best checkpoint where they are asked for. Returns what went wrong."""
+        best, run = self.progress.best, self.built.run
+        if not self.config.load_best_model_at_end or best is None or best.checkpoint == self.progress.step:
+            return []
+        name = f"checkpoint-{best.checkpoint}"
+        # a run that goes on from another folder's checkpoint has its best there, until it makes a better one
+        places = [self.output, *([run.resume.parent] if run.resume else [])]
+        try:
+            folder = next(place / name for place in places if (place / name).is_dir())
+            load_model(folder, self.built.model)
+        except (StopIteration, UserError) as error:
+            reason = error.reason if isinstance(error, UserError) else "is not there"
+            return [f"the best checkpoint, {name}, {reason}: the model of the last step is handed out"]
+        self.log.say(f"the model of {folder} is handed out: its eval_loss was the best, {best.eval_loss:.4f}")
+        return []

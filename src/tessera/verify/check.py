@@ -149,7 +149,7 @@ def _transfers(case: Case, parallel: Parallel) -> list[Transfer]:
 def count_collectives(case: Case) -> int:
     """How many collectives of a step can be left out: by formula, for which no rank has to run."""
     meshes = [Mesh(case.config.mesh_sizes, rank=rank) for rank in range(case.config.world_size)]
-    everyone = [_transfers(case, parallel_for(case.config, mesh)) for mesh in meshes]
+    everyone = [_transfers(case, parallel_for(case.config, mesh, dtype=torch.float32)) for mesh in meshes]
     return sum(max(each.times * each.calls for each in of_ranks) for of_ranks in zip(*everyone, strict=True))
 
 

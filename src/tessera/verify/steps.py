@@ -11,7 +11,7 @@ from tessera.core.collectives import Recorder
 from tessera.data.batch import MicroBatch
 from tessera.data.samples import IGNORED
 from tessera.engine.fsdp import build_decoder
-from tessera.engine.optimizer import build_optimizer
+from tessera.engine.optimizer import EXACT, build_optimizer
 from tessera.engine.step import Step
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import length_multiple
@@ -57,7 +57,9 @@ def build(problem: Problem, parallel: Parallel, config: TrainConfig) -> Decoder:
 def stepper(model: Decoder, problem: Problem, config: TrainConfig) -> Step:
     """The trainer's step of `config` over `model`."""
     betas = (config.adam_beta1, config.adam_beta2)
-    optimizer = build_optimizer(model, config.optimizer, betas, config.adam_epsilon, config.weight_decay)
+    # the others round by blocks of a shard, or in bfloat16: no layout has just the numbers of one process
+    name = config.optimizer if config.optimizer in EXACT else "adamw_torch"
+    optimizer = build_optimizer(model, name, betas, config.adam_epsilon, config.weight_decay)
     return Step(
         model, optimizer, max_grad_norm=CLIPPED_TO, label_smoothing=config.label_smoothing_factor, seed=problem.seed
     )

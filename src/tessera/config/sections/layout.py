@@ -16,15 +16,27 @@ from tessera.sizes.schedule import Schedule
 class MeshConfig(Section):
     """The sizes of the tensor axes, given one by one."""
 
-    inner: int = Field(1, ge=1, le=bounds.RANKS, description="Cuts the features of the residual stream (3d).")
+    inner: int = Field(
+        1, ge=1, le=bounds.RANKS, description="Devices that split the features of the residual stream (3d)."
+    )
     depth: int = Field(
-        1, ge=1, le=bounds.RANKS, description="Cuts tokens; weights are repeated along it (2.5d), or stored cut."
+        1,
+        ge=1,
+        le=bounds.RANKS,
+        description="Devices that split tokens; each keeps a copy of the weights, or with "
+        "tensor_parallel_depth_weights: shard a part (2.5d).",
     )
     row: int = Field(
-        1, ge=1, le=bounds.RANKS, description="Cuts tokens; weights are stored cut along it (2d, 2.5d, 3d)."
+        1,
+        ge=1,
+        le=bounds.RANKS,
+        description="Devices that split tokens, and store a part of the weights each (2d, 2.5d, 3d).",
     )
     col: int = Field(
-        1, ge=1, le=bounds.RANKS, description="Cuts heads, feed-forward features and the vocabulary (all geometries)."
+        1,
+        ge=1,
+        le=bounds.RANKS,
+        description="Devices that split heads, feed-forward features and the vocabulary (every mode).",
     )
 
 
@@ -36,19 +48,25 @@ class FsdpConfig(Section):
     """How FSDP2 cuts and moves parameters along the data axes."""
 
     reshard_after_forward: bool = Field(
-        True, description="Drop a layer's gathered weights after its forward, and gather them again for its backward."
+        True, description="Free a layer's gathered weights after its forward, and gather them again in the backward."
     )
-    forward_prefetch: bool = Field(False, description="Gather the next layer's weights before this one's forward.")
+    forward_prefetch: bool = Field(
+        False, description="Gather the next layer's weights before the current layer's forward."
+    )
     offload_params: bool = Field(
-        False, description="Keep parameters, gradients and optimizer in host memory; weights come in for each layer."
+        False,
+        description="Keep parameters, gradients and optimizer state in host memory; a layer's weights are copied to "
+        "the device when they are needed.",
     )
     auto_wrap_policy: Annotated[Literal["TRANSFORMER_BASED_WRAP", "NO_WRAP"], BeforeValidator(_upper)] = Field(
-        "TRANSFORMER_BASED_WRAP", description="What is gathered at once: each decoder layer, or the whole model."
+        "TRANSFORMER_BASED_WRAP",
+        description="What FSDP2 gathers at a time: one decoder layer (TRANSFORMER_BASED_WRAP), or the whole model "
+        "(NO_WRAP).",
     )
     mixed_precision_policy: Literal["bf16", "fp32"] | None = Field(
         None,
-        description="The dtype of gathered weights and of compute; gradients are summed in float32. "
-        "Unset: as bf16 says.",
+        description="Data type of gathered weights and of compute; gradients are summed in float32. Unset: follows "
+        "bf16.",
     )
 
 
@@ -65,69 +83,83 @@ class LayoutKeys(Section):
         None,
         ge=1,
         le=bounds.RANKS,
-        description="Data-parallel devices over which FSDP2 cuts parameters, gradients and optimizer. "
-        "Unset: as many as the processes given leave, or 1.",
+        description="Data-parallel devices that share one copy of parameters, gradients and optimizer state "
+        "(FSDP2). Unset: all processes that the other sizes leave, or 1.",
     )
     dp_replicate_size: int = Field(
-        1, ge=1, le=bounds.RANKS, description="Replicas of all that is cut otherwise (HSDP)."
+        1, ge=1, le=bounds.RANKS, description="Data-parallel replicas, each with a copy of everything (HSDP)."
     )
-    fsdp_config: FsdpConfig = Field(FsdpConfig.model_validate({}), description="Switches of FSDP2.")
-    fsdp_version: Literal[2] = Field(2, description="There is FSDP2 alone.")
+    fsdp_config: FsdpConfig = Field(
+        FsdpConfig.model_validate({}), description="FSDP2 settings; see fsdp_config.* below."
+    )
+    fsdp_version: Literal[2] = Field(2, description="FSDP2 is always used.")
     tensor_parallel_size: int | None = Field(
         None,
         ge=1,
         le=bounds.RANKS,
-        description="Devices over which each layer is cut. Unset: from tensor_parallel_mesh, or 1.",
+        description="Devices that split each layer. Unset: the product of tensor_parallel_mesh, or 1.",
     )
     tensor_parallel_mode: Annotated[str, AfterValidator(_geometry)] = Field(
-        "1d", description="The geometry of that cut: 1d (Megatron), 2d (SUMMA), 2.5d (Tesseract) or 3d."
+        "1d", description="How each layer is split: 1d (Megatron), 2d (SUMMA), 2.5d (Tesseract) or 3d."
     )
     tensor_parallel_depth: int | None = Field(
         None,
         ge=1,
         le=bounds.RANKS,
-        description="Devices along depth in 2.5d. Unset: 2, or as tensor_parallel_mesh says.",
+        description="Size of the depth axis of 2.5d. Unset: 2, or the depth in tensor_parallel_mesh.",
     )
     tensor_parallel_mesh: MeshConfig | None = Field(
-        None, description="The sizes of the axes {inner, depth, row, col}. Unset: derived from mode and size."
+        None,
+        examples=["{row: 2, col: 4}"],
+        description="Sizes of the tensor axes, such as {row: 2, col: 4}. Unset: derived from mode and size.",
     )
     tensor_parallel_depth_weights: Literal["replicate", "shard"] = Field(
-        "replicate", description="shard: store weights cut over depth too and gather them for each product."
+        "replicate",
+        description="2.5d: each rank of depth keeps a copy of the weights (replicate), or a part, gathered for each "
+        "product (shard).",
     )
     tensor_parallel_schedule: Literal["gather", "summa", "cannon", "auto"] = Field(
-        "gather", description="How operands move: in one collective, in one of the loops, or as measured fastest."
+        "gather",
+        description="How matrices move between devices: in one collective (gather), in loops (summa, cannon), or "
+        "whichever is measured to be fastest at the start (auto).",
     )
     tensor_parallel_slices: int = Field(
         1,
         ge=1,
         le=bounds.WIDTH,
-        description="Panels into which a gathered product is cut, each gathered while the last multiplies.",
+        description="Overlap: split each gather into this many pieces, so that a piece is sent while the one before "
+        "is multiplied.",
     )
     tensor_parallel_keep_gathered: bool = Field(
-        False, description="Keep gathered operands for the backward instead of gathering them again."
+        False, description="Keep gathered matrices for the backward instead of gathering them again; takes memory."
     )
-    tensor_parallel_prefetch: bool = Field(True, description="Gather the weights of a product during the one before.")
+    tensor_parallel_prefetch: bool = Field(
+        True, description="Overlap: gather the weights of a product while the product before it runs."
+    )
     tensor_parallel_defer: bool = Field(
-        True, description="Wait for the sum of a weight's gradient only when the next one is on its way."
+        True,
+        description="Overlap: start a weight gradient's reduce-scatter, and wait for it only after the next one has "
+        "started.",
     )
     tensor_parallel_overlap: bool = Field(
-        True, description="Sum the gradient of a product's input during the product that gives its weight's."
+        True,
+        description="Overlap: sum the gradient of a product's input over devices while the gradient of its weight "
+        "is computed.",
     )
     tensor_parallel_scratch_gib: float = Field(
         2.0,
         gt=0,
         le=bounds.GIB,
-        description="Memory that schedule auto may use for gathered operands on a device, in GiB, copies for joining "
-        "and contiguity not counted.",
+        description="Limit in GiB per device for temporary gathered matrices; used by schedule auto only.",
     )
     sequence_parallel: bool = Field(
-        True, description="Cut the residual stream over tokens along col instead of repeating it there."
+        True, description="Split the residual stream over tokens along col, instead of repeating it there."
     )
     group_timeout_minutes: float = Field(
         10,
         gt=0,
         le=bounds.MINUTES,
-        description="Minutes a collective may wait for a rank before the run ends with an error.",
+        description="Minutes that a collective waits for a rank before the run ends with an error.",
     )
 
     @model_validator(mode="after")
@@ -171,6 +203,16 @@ class LayoutKeys(Section):
             reason = f"does not divide by dp_replicate_size × tensor axes = {others}"
             raise UserError(key, processes, reason, f"use {' or '.join(map(str, nearest))} processes")
         return self.model_copy(update={"dp_shard_size": processes // others})
+
+    def idle_fsdp_keys(self) -> list[str]:
+        """One line on the keys of fsdp_config that were given, where there is nothing over which FSDP2 could shard."""
+        if max(self.data_sizes.values()) > 1:
+            return []
+        given = [
+            f"fsdp_config.{key}" for key, value in self.fsdp_config if value != FsdpConfig.model_fields[key].default
+        ]
+        why = "there is one data-parallel process; give dp_shard_size, or --num-processes"
+        return [f"{', '.join(given)} {'has' if len(given) == 1 else 'have'} no effect: {why}"] if given else []
 
     @property
     def axes(self) -> dict[str, int]:

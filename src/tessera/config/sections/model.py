@@ -17,6 +17,26 @@ class TokenizerConfig(Section):
     )
 
 
+TokenText = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+class SpecialTokensConfig(Section):
+    """What the special tokens of the tokenizer are; one that it lacks is added to it."""
+
+    bos_token: TokenText | None = Field(None, description="The token that opens a text.")
+    eos_token: TokenText | None = Field(None, description="The token that ends a text: rows end on it.")
+    pad_token: TokenText | None = Field(
+        None, description="The token that pads; training needs none: it is written into the exported tokenizer."
+    )
+    unk_token: TokenText | None = Field(None, description="The token for what the tokenizer cannot write.")
+    sep_token: TokenText | None = Field(None, description="The token between two parts.")
+    cls_token: TokenText | None = Field(None, description="The token whose output stands for the whole text.")
+    mask_token: TokenText | None = Field(None, description="The token that hides others.")
+    additional_special_tokens: list[TokenText] = Field(
+        [], max_length=bounds.ADDED_TOKENS, description="Further special tokens, such as the marks of a chat."
+    )
+
+
 def _kind_of_tokenizer(value: object) -> str:
     return "path" if isinstance(value, str) else "train"
 
@@ -30,13 +50,21 @@ class ModelKeys(Section):
     """The model that is trained, and its tokenizer."""
 
     base_model: LocalPath = Field(
-        description="A local folder with config.json and safetensors, or a model on the hub, which is downloaded."
+        description="A local folder with config.json and safetensors, or a model of the Hugging Face hub (owner/name)."
     )
-    random_init: bool = Field(
-        False, description="Start from config.json alone with random weights instead of loading safetensors."
-    )
+    random_init: bool = Field(False, description="Start from random weights; of base_model config.json alone is read.")
     tokenizer: TokenizerChoice | None = Field(
         None,
         description="A folder with a tokenizer, or {train: bpe, vocab_size: N} to train one on the data. "
         "Unset: the tokenizer of base_model.",
+    )
+    special_tokens: SpecialTokensConfig = Field(
+        SpecialTokensConfig.model_validate({}),
+        description="Special tokens to set or to add. The vocabulary of the model grows where ids go beyond it.",
+    )
+    tokens: list[TokenText] = Field(
+        [], max_length=bounds.ADDED_TOKENS, description="Ordinary tokens to add to the tokenizer."
+    )
+    resize_token_embeddings_to_32x: bool = Field(
+        False, description="Where the vocabulary grows, grow it to the next multiple of 32."
     )

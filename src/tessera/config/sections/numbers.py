@@ -1,19 +1,59 @@
 """The keys that choose dtypes, and that save memory at the cost of time."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tessera.config.sections.section import Section
+from tessera.core.errors import UserError
 
 
 class NumbersKeys(Section):
     """The dtypes of computation, and what is computed again instead of kept."""
 
-    bf16: Literal["auto", True, False] = Field(
-        "auto", description="Compute in bfloat16 over float32 parameters; auto: where the device has it."
+    bf16: Literal["auto", "full", True, False] = Field(
+        "auto",
+        description="Compute in bfloat16 over float32 parameters; auto: where the device has it. full: parameters, "
+        "gradients and optimizer state are bfloat16 too.",
     )
+    bfloat16: bool = Field(False, description="The same as bf16: full, as axolotl spells it.")
     tf32: bool = Field(False, description="Let float32 products on CUDA use the TF32 tensor cores.")
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"] | None = Field(
+        None,
+        description="eager: attention step by step, with scores of sequence_len² for each head. The others, and unset: "
+        "the fastest kernel of torch's scaled_dot_product_attention, flash attention where it fits. The run's first "
+        "lines name the kernel.",
+    )
+    flash_attention: bool | None = Field(None, description="The same as attn_implementation: flash_attention_2.")
+    sdp_attention: bool | None = Field(None, description="The same as attn_implementation: sdpa.")
+    eager_attention: bool | None = Field(None, description="The same as attn_implementation: eager.")
     gradient_checkpointing: bool = Field(
         False, description="Recompute each block in the backward instead of keeping its activations."
     )
+
+    @property
+    def full_bf16(self) -> bool:
+        """Whether parameters, gradients and optimizer state are bfloat16."""
+        return self.bfloat16 or self.bf16 == "full"
+
+    @property
+    def eager(self) -> bool:
+        """Whether attention is computed step by step."""
+        return bool(self.eager_attention) or self.attn_implementation == "eager"
+
+    @model_validator(mode="after")
+    def _attention_is_asked_for_once(self) -> Self:
+        fused = [key for key in ("flash_attention", "sdp_attention") if getattr(self, key)]
+        if self.attn_implementation not in (None, "eager"):
+            fused.append("attn_implementation")
+        if self.eager and fused:
+            key = "eager_attention" if self.eager_attention else "attn_implementation"
+            reason = f"{fused[0]} is {str(getattr(self, fused[0])).lower()}"
+            raise UserError(key, str(getattr(self, key)).lower(), reason, "leave one of the two out")
+        return self
+
+    @model_validator(mode="after")
+    def _bfloat16_is_asked_for_once(self) -> Self:
+        if self.bfloat16 and self.bf16 is False:
+            raise UserError("bfloat16", True, "bf16 is false", "write bf16: full, or leave one of the two out")
+        return self

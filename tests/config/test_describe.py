@@ -1,0 +1,119 @@
+"""What is written from the definitions of the keys: the page, the first file, the schema."""
+
+import re
+from typing import Any
+
+import pytest
+
+from tessera.config import compat, describe
+from tessera.config.load import load_config, make_config
+from tessera.config.schema import TrainConfig
+from tessera.core.errors import UserError
+
+MINIMAL = {"base_model": "./my-llama", "datasets": [{"path": "a.jsonl"}]}
+
+
+def test_every_key_of_the_page_has_its_verdict():
+    page = describe.keys_page()
+    rows = {line.split(" | ")[0].strip("| `"): line for line in page.splitlines() if line.startswith("| `")}
+    for key in (*TrainConfig.model_fields, *compat.TOP.ours, *compat.TOP.no_effect, *compat.TOP.refused):
+        assert key in rows, key
+    assert all(line.count(" | ") == rows[key].count(" | ") for key, line in rows.items())
+
+
+def test_the_first_file_explains_every_line_and_loads(tmp_path):
+    text = describe.starter()
+    (tmp_path / "run.yaml").write_text(text)
+    config, notes = load_config(tmp_path / "run.yaml")
+    assert notes == [] and config.world_size == 1
+    lines = text.splitlines()
+    for before, line in zip(lines, lines[1:], strict=False):
+        assert not re.match(r" *(- )?\w+:", line) or before.lstrip().startswith("# "), f"{line!r} has no comment"
+
+
+# ---- The schema
+
+
+def fits(value: Any, schema: Any, root: dict[str, Any]) -> bool:
+    """Whether `value` is valid, by the words of JSON Schema that ours uses."""
+    if isinstance(schema, bool):
+        return schema
+    if "$ref" in schema:
+        schema = root["$defs"][schema["$ref"].rpartition("/")[2]] | {k: v for k, v in schema.items() if k != "$ref"}
+    kinds = {
+        "object": dict, "array": list, "string": str, "null": type(None), "boolean": bool, "integer": int,
+        "number": (int, float),
+    }  # fmt: skip
+    names = schema.get("type", [])
+    names = [names] if isinstance(names, str) else names
+    if names and not any(isinstance(value, kinds[n]) and (n == "boolean" or type(value) is not bool) for n in names):
+        return False
+    for word in ("anyOf", "oneOf"):
+        if word in schema and not any(fits(value, part, root) for part in schema[word]):
+            return False
+    if "enum" in schema and not compat.is_one_of(value, schema["enum"]):
+        return False
+    if "const" in schema and value != schema["const"]:
+        return False
+    if isinstance(value, int | float) and not schema.get("minimum", value) <= value <= schema.get("maximum", value):
+        return False
+    if isinstance(value, list):
+        return len(value) >= schema.get("minItems", 0) and all(fits(v, schema.get("items", {}), root) for v in value)
+    if isinstance(value, dict) and ("properties" in schema or "patternProperties" in schema):
+        patterns, known = schema.get("patternProperties", {}), schema.get("properties", {})
+        for key, inner in value.items():
+            part = known.get(key) or next((p for name, p in patterns.items() if re.search(name, key)), None)
+            if not fits(inner, schema.get("additionalProperties", {}) if part is None else part, root):
+                return False
+        return set(schema.get("required", ())) <= value.keys()
+    return True
+
+
+@pytest.mark.parametrize(
+    ("keys", "valid"),
+    [
+        ({}, True),
+        ({"seed": 3, "fsdp_config": None, "torchdistx": None, "debug": False}, True),
+        ({"seed": "x"}, False),
+        ({"micro_batch_size": 0}, False),
+        ({"learning_rte": 1}, False),
+        ({"lr": 1e-3, "num_train_epochs": 2, "optim": "adamw_torch"}, True),
+        ({"lr": "fast"}, False),
+        ({"optimizer": "lion"}, False),
+        ({"adapter": "lora"}, False),
+        ({"adapter": None, "lora_r": None}, True),
+        ({"lora_r": 8}, False),
+        ({"context_parallel_size": 1}, True),
+        ({"context_parallel_size": 2}, False),
+        ({"use_liger_kernel": True, "liger_rope": True, "torch_compile": True}, True),
+        ({"plugins": ["axolotl.integrations.liger.LigerPlugin"]}, True),
+        ({"plugins": ["mine"]}, False),
+        ({"datasets": "./a.txt"}, True),
+        ({"datasets": ["./a.txt", {"path": "b", "type": "alpaca"}]}, True),
+        ({"datasets": [{"path": "b", "typ": "alpaca"}]}, False),
+        ({"fsdp": ["full_shard"], "fsdp_config": {"fsdp_sharding_strategy": "FULL_SHARD"}}, True),
+        ({"fsdp_config": {"limit_all_gathers": True}}, True),
+        ({"fsdp_config": {"activation_checkpointing": True, "version": 2}}, True),
+        ({"fsdp_config": {"offload": True}}, False),
+        ({"deepspeed": "zero3.json"}, True),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, True),
+        ({"tokenizer": {"train": "bpe", "vocab_size": 300}}, True),
+        ({"tensor_parallel_mesh": {"rows": 2}}, False),
+    ],
+)  # fmt: skip
+def test_the_schema_lets_through_what_the_loader_does(keys, valid):
+    schema = describe.json_schema()
+    assert fits({**MINIMAL, **keys}, schema, schema) == valid
+    if valid:
+        make_config({**MINIMAL, **keys})
+    else:
+        with pytest.raises(UserError):
+            make_config({**MINIMAL, **keys})
+
+
+def test_the_schema_explains_every_key():
+    schema = describe.json_schema()
+    assert set(schema["required"]) == {"base_model", "datasets"}
+    assert all(part.get("description") for part in schema["properties"].values())
+    assert "compiled" in schema["properties"]["torch_compile"]["description"]
+    assert not fits({"base_model": "m"}, schema, schema)
