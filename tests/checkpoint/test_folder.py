@@ -273,6 +273,10 @@ def test_sums_of_odd_names_are_refused(output, line):
         ({"format": None}, ""),
         ({"format": {"a": "b" * 1000}}, ""),
         ({"unknown": 1}, "unknown: "),
+        ({"order": 3}, "order: "),
+        ({"order": True}, "order: "),
+        ({"unit": "token"}, "unit: "),
+        ({"unit": "row", "order": 1}, "rows of packed samples in order 1"),
     ],
 )
 def test_a_state_that_no_run_leaves_is_refused(output, change, told):
@@ -280,7 +284,7 @@ def test_a_state_that_no_run_leaves_is_refused(output, change, told):
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     reseal(file.parent)
     with pytest.raises(
-        UserError, match=f"state.json: {told}" if told else "has format .*, this version reads 2"
+        UserError, match=f"state.json: {told}" if told else "has format .*, this version reads 2 and 3"
     ) as error:
         read_state(file.parent)
     assert len(str(error.value)) < 1000

@@ -199,8 +199,6 @@ def test_a_key_of_ours_that_is_empty_is_unset_unless_that_means_something(key):
     for nothing in (None, "", [], {}):
         if key == "check_replicas_steps" and nothing is None:
             assert config_of(check_replicas_steps=None).check_replicas_steps is None  # never
-        elif key == "tensor_parallel_mesh" and nothing == {}:
-            assert config_of(tensor_parallel_mesh={}).world_size == 1
         else:
             assert config_of(**{key: nothing}) == config_of()
 
@@ -266,3 +264,9 @@ def test_home_is_expanded_and_other_paths_are_kept():
 def test_a_dumped_config_loads_to_the_same(tmp_path, keys):
     config = config_of(**keys)
     assert load_config(write(tmp_path, dump_config(config)))[0] == config
+
+
+@pytest.mark.parametrize("packs, padded, told", [(True, False, 1), (True, None, 0), (True, True, 0), (False, False, 0)])
+def test_rows_of_packed_samples_that_are_not_to_be_padded_are_told_of(packs, padded, told):
+    _, notes = make_config(MINIMAL | {"sample_packing": packs, "pad_to_sequence_len": padded})
+    assert len(notes) == told and all(note.startswith("pad_to_sequence_len: false has no effect: ") for note in notes)

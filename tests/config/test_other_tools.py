@@ -7,7 +7,7 @@ import pytest
 
 from tessera.config import compat
 from tessera.config.deepspeed import TAKEN, WELL_KNOWN
-from tessera.config.load import ConfigError, make_config
+from tessera.config.load import ConfigError, load_config, make_config
 from tessera.config.schema import DatasetConfig, FsdpConfig, TrainConfig
 from tessera.core.errors import UserError
 
@@ -116,6 +116,11 @@ def test_other_names_are_taken_in_one_line(theirs):
     assert "keep one of the two" in str(problem)
 
 
+def test_the_same_number_in_two_places_is_no_contradiction():
+    assert make_config({**MINIMAL, "num_train_epochs": 3, "num_epochs": 3.0})[0].num_epochs == 3
+    assert make_config({**MINIMAL, "deepspeed": {"gradient_clipping": 1}, "max_grad_norm": 1.0})[0].max_grad_norm == 1
+
+
 def test_a_mistake_is_told_under_the_name_that_was_given():
     assert problem_of({**MINIMAL, "lr": "fast"}).key == "lr"
 
@@ -123,6 +128,42 @@ def test_a_mistake_is_told_under_the_name_that_was_given():
 def test_a_timeout_in_seconds_becomes_minutes():
     config, notes = make_config({**MINIMAL, "ddp_timeout": 5400})
     assert config.group_timeout_minutes == 90 and notes == ["ddp_timeout is called group_timeout_minutes here: 90"]
+
+
+FULL = """
+base_model: meta-llama/Llama-3.1-70B
+dp_shard_size: 4
+tensor_parallel_size: 2
+fsdp_version: 2
+fsdp_config:
+  reshard_after_forward: true
+  state_dict_type: FULL_STATE_DICT
+  auto_wrap_policy: TRANSFORMER_BASED_WRAP
+  transformer_layer_cls_to_wrap: LlamaDecoderLayer
+  forward_prefetch: true
+datasets:
+  - path: ./alpaca.jsonl
+    type: alpaca
+warmup_ratio: 0.1
+bf16: true
+tf32: true
+gradient_checkpointing: true
+torch_compile: true
+torch_compile_backend: inductor
+plugins:
+  - axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin
+wandb_project:
+strict: false
+"""
+
+
+def test_a_file_as_people_write_it_loads_with_a_line_for_each_key_without_effect(tmp_path):
+    (tmp_path / "run.yaml").write_text(FULL)
+    config, notes = load_config(tmp_path / "run.yaml")
+    assert config.world_size == 8 and config.fsdp_config.forward_prefetch
+    told = [note.partition(":")[0] for note in notes]
+    wrapped = ["fsdp_config.state_dict_type", "fsdp_config.transformer_layer_cls_to_wrap"]
+    assert told == ["torch_compile", "torch_compile_backend", "plugins", *wrapped]
 
 
 # ---- FSDP1

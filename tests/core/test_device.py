@@ -5,6 +5,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from tessera.core.device import peak_flops
 
 STEPS = """
 import resource, sys
@@ -35,3 +38,21 @@ def test_a_step_on_a_cpu_touches_no_fresh_pages():
     assert faults("cpu") < 100
     assert faults() > pages // 2, "the setting is needed"
     assert faults("cuda") > pages // 2, "it is the CPU's"
+
+
+@pytest.mark.parametrize(
+    ("name", "tera"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("NVIDIA T1000", None),
+    ],
+)
+def test_the_peak_of_a_gpu_is_known_by_its_name_and_in_bfloat16_alone(monkeypatch, name, tera):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    gpu = torch.device("cuda", 0)
+    assert peak_flops(gpu) == (tera and tera * 1e12)
+    assert peak_flops(gpu, torch.float32) is None and peak_flops(torch.device("cpu")) is None

@@ -28,7 +28,7 @@ FLOORS = [  # bottom to top; rooms of one floor know nothing of one another
     ["checkpoint"],
     ["train"],
     ["launch"],
-    ["inspect", "verify", "monitor"],
+    ["inspect", "verify"],
     ["demos"],
     ["cli"],
 ]

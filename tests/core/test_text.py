@@ -1,6 +1,6 @@
 """Numbers and tables as a person reads them."""
 
-from tessera.core.text import human, human_range, mib, number_range, table_lines
+from tessera.core.text import counted, duration, human, human_range, mib, number_range, table_lines
 
 
 def test_ranges_of_bytes_name_each_unit_that_differs():
@@ -16,3 +16,12 @@ def test_numbers_keep_three_digits_or_their_thousands():
 
 def test_columns_of_a_table_are_as_wide_as_their_widest_cell():
     assert table_lines([("axis", "ranks"), ("replicate", "2")]) == ["  axis        ranks", "  replicate   2"]
+
+
+def test_one_thing_is_no_several():
+    assert [counted(n, "row") for n in (0, 1, 2, 5000)] == ["0 rows", "1 row", "2 rows", "5,000 rows"]
+
+
+def test_a_time_is_told_in_units_that_fit_it():
+    said = {3.4: "3 s", 99: "99 s", 100: "2 min", 5900: "98 min", 7500: "2 h 5 min", 200_000: "2 days"}
+    assert {seconds: duration(seconds) for seconds in said} == said

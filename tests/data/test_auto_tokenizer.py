@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,8 @@ def test_ids_are_those_of_autotokenizer(tmp_path, name):
         assert ids.tolist() == without_ends(expected, opening, ours.eos_id, closes), text
         inner = reference(text, add_special_tokens=False)["input_ids"]
         assert ours.encode([text], special=False)[0].tolist() == without_ends(inner, [], ours.eos_id, False), text
+    handed = pickle.loads(pickle.dumps(ours))  # as to a worker
+    assert [row.tolist() for row in handed.encode(AWKWARD)] == [ids.tolist() for ids in found]
     assert len({tuple(ids.tolist()) for ids in found}) > len(found) / 2, "nothing is told apart"
     assert ours.auto(AWKWARD[4])["input_ids"] == reference(AWKWARD[4])["input_ids"]
 
@@ -59,6 +62,15 @@ def test_no_other_file_says_what_tokenizer_json_alone_does_not(tmp_path):
         if any(alone.encode(text).ids != ours.auto(text)["input_ids"] for text in AWKWARD):
             other.append(name)
     assert len(other) >= 16
+
+
+def test_what_transformers_is_asked_for_leaves_no_trace(tmp_path):
+    MADE["tokens_in_settings"](tmp_path)
+    ours = load_tokenizer(tmp_path, "tokenizer")
+    found = [ids.tolist() for ids in ours.encode(AWKWARD)]
+    ours.auto(AWKWARD, padding="max_length", max_length=2, truncation=True)
+    assert ours.backend.padding and ours.backend.truncation
+    assert [ids.tolist() for ids in ours.encode(AWKWARD)] == found
 
 
 def spoil(folder: Path, name: str, content: object) -> None:
@@ -118,6 +130,14 @@ def test_what_is_wrong_is_one_message(tmp_path, name):
         load_tokenizer(tmp_path, "base_model")
     assert told in str(error.value) and str(error.value).startswith(f"base_model: {tmp_path}")
     assert len(str(error.value)) < 1500 and "it ran" not in str(error.value)
+
+
+def test_a_file_of_another_name_is_refused_and_not_its_neighbour_taken(tmp_path):
+    MADE["plain"](tmp_path)
+    (tmp_path / "other.json").write_bytes((tmp_path / "tokenizer.json").read_bytes())
+    with pytest.raises(errors.UserError, match="other.json\n  is a file"):
+        load_tokenizer(tmp_path / "other.json", "tokenizer")
+    assert load_tokenizer(tmp_path / "tokenizer.json", "tokenizer").folder == tmp_path
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")

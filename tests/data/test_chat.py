@@ -147,6 +147,17 @@ def test_parts_of_a_turn_are_learnt(chat):
         chat([user("x"), said("y", parts=[{"begin": 0}])], message_field_training_detail="parts")
 
 
+def test_parts_of_a_content_say_themselves_whether_they_are_learnt(chat):
+    parts = [{"type": "text", "text": "one", "train": False}, {"type": "text", "text": " two"}, " three"]
+    given = [user("x"), said(parts), user("y"), said("four")]
+    text, learnt = chat(given)
+    assert "one two three" in text and learnt == [" two", " three", END, "four", END]
+
+
+def test_an_empty_answer_teaches_nothing(chat):
+    assert chat([user("x"), said(""), user("y"), said("two")])[1] == ["two", END]
+
+
 @pytest.mark.parametrize(
     ("row", "keys"),
     [
@@ -284,6 +295,7 @@ def test_a_tokenizer_without_a_template_or_none_at_all(chat, tmp_path):
             {"messages": [user("x"), said("", tool_calls=[{"function": {"arguments": "{"}}])]},
             "turn 2 has no valid JSON",
         ),
+        ({"messages": [user("x"), said("", tool_calls=[{"function": {"name": "f"}}])]}, "writes no tool calls"),
         ({"messages": TALK, "loss_mask": [0, 1, 0, 1]}, "`loss_mask` would change"),
     ],
 )

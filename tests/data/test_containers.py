@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import lzma
+import random
 from pathlib import Path
 
 import pyarrow
@@ -167,6 +168,30 @@ def test_what_is_no_such_file_is_refused(write, name, content, told):
     with pytest.raises(UserError, match=told) as error:
         texts(path)
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_damage_is_one_message_and_no_cut_table_is_taken_for_a_whole_one(write, name):
+    dice = random.Random(name)
+    for kind in range(8):
+        content = bytearray(CONTENTS[name])
+        at = dice.randrange(len(content))
+        if kind % 4 == 0:
+            del content[at:]
+        elif kind % 4 == 1:
+            content[at] = dice.randrange(256)
+        elif kind % 4 == 2:
+            content[at:at] = dice.randbytes(20)
+        else:
+            del content[at : at + dice.randrange(1, 3000)]
+        path = write(name, bytes(content))
+        try:
+            found = texts(path)
+        except UserError as error:
+            assert str(path) in str(error)
+        else:
+            text = name.lower().endswith(("jsonl", "json", "ndjson", "csv", "tsv"))
+            assert kind % 4 or text or len(found) == len(ROWS)
 
 
 def test_ds_type_says_what_a_file_of_another_ending_is(write):

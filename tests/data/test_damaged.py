@@ -15,6 +15,7 @@ from tessera.core.errors import RunFailed, UserError
 from tessera.data import columns
 from tessera.data import prepare as module
 from tessera.data.columns import BLOCK, SUM, sums_of
+from tessera.data.epochs import Singles
 from tessera.data.loader import Loader
 from tessera.data.prepare import open_prepared, prepare
 from tessera.data.samples import open_samples
@@ -129,7 +130,8 @@ def test_a_flipped_bit_of_large_data_is_found_by_the_rank_that_reads_it(write, s
         rows[100]
     assert refused.value.hint == f"remove {folder}, and the next start prepares the data again"
     assert rows[199][0].tolist() == [199, 200, 201]
-    loader = Loader(open_samples(folder, "train"), 10, 1, 0, False, 1)
+    samples = open_samples(folder, "train")
+    loader = Loader(samples, Singles(len(samples), 0, shuffle=False), 10, 1, 1)
     loader.step_batches(0)
     with pytest.raises(RunFailed, match="tokens.npy is not as it was prepared: see its bytes from 1,280"):
         loader.step_batches(10)

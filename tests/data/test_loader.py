@@ -4,6 +4,7 @@ import pytest
 import torch
 from tests.data.helpers import row, saved
 
+from tessera.data.epochs import Singles
 from tessera.data.loader import Loader
 
 
@@ -14,8 +15,9 @@ def rows(tmp_path):
 
 
 def loader(rows, micro=2, accumulation=2, **changes):
-    given = {"seed": 3, "shuffle": True, "length_multiple": 1, "pad_id": 99} | changes
-    return Loader(rows, micro, accumulation, **given)
+    order = {name: changes.pop(name, value) for name, value in {"seed": 3, "shuffle": True, "version": 2}.items()}
+    given = {"length_multiple": 1, "pad_id": 99} | changes
+    return Loader(rows, Singles(len(rows), **order), micro, accumulation, **given)
 
 
 def ids(batches):
@@ -96,7 +98,8 @@ def test_steps_for_epochs_round_up(rows, epochs, steps):
 
 @pytest.mark.parametrize(("micro", "ranks"), [(4, 1), (2, 2), (3, 4)])
 def test_evaluation_sees_every_row_once_in_order(rows, micro, ranks):
-    loaders = [loader(rows, micro, 1, data_rank=r, data_ranks=ranks, length_multiple=4) for r in range(ranks)]
+    options = {"shuffle": False, "data_ranks": ranks, "length_multiple": 4}
+    loaders = [loader(rows, micro, 1, data_rank=r, **options) for r in range(ranks)]
     together = list(zip(*(one.eval_batches() for one in loaders), strict=True))
     assert len(together) == -(-10 // (micro * ranks))
     seen = [index for batches in together for index in ids(batches)]
@@ -114,6 +117,6 @@ def test_bad_arguments(rows):
 
 
 def test_floating_point_adds_no_step(tmp_path):
-    fifty = Loader(saved(tmp_path, "train", *(row([i, i]) for i in range(50))), 5, 1, 3, True, 1)
+    fifty = loader(saved(tmp_path, "train", *(row([i, i]) for i in range(50))), 5, 1)
     assert 2.2 * 50 > 110  # as floats
     assert fifty.samples_for(2.2) == 110 and fifty.steps_for(2.2) == 22

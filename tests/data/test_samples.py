@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from tests.data.helpers import row, saved
 
-from tessera.data.samples import shuffled, unigram_entropy
+from tessera.core.errors import UserError
+from tessera.data import columns
+from tessera.data.samples import open_samples, shuffled, unigram_entropy
 
 
 def test_rows_are_mapped_views_of_int32(tmp_path):
@@ -53,6 +55,20 @@ def test_unigram_entropy_of_even_tokens_is_the_logarithm_of_their_number(tmp_pat
     train = saved(tmp_path, "train", row([0, *range(64)]))
     even = saved(tmp_path, "eval", row([0, *range(64)]))
     assert unigram_entropy(train, even, 64) == pytest.approx(math.log(64), rel=1e-12)
+
+
+def test_lengths_of_many_rows_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(columns, "BLOCK", 256)
+    rows = saved(tmp_path, "train", *(row([0] * (1 + i % 5)) for i in range(200)))
+    chosen = np.array([7, 199, 0, 3])
+    assert rows.lengths(chosen).tolist() == [rows.length(i) for i in chosen] == [3, 5, 1, 4]
+    content = bytearray((tmp_path / "train/offsets.npy").read_bytes())
+    content[1000] ^= 1
+    (tmp_path / "train/offsets.npy").write_bytes(content)
+    damaged = open_samples(tmp_path, "train")
+    assert damaged.lengths(np.array([3, 4])).tolist() == [4, 5]
+    with pytest.raises(UserError, match=r"offsets.npy\n  is not as it was prepared"):
+        damaged.lengths(np.array([3, 110]))
 
 
 def test_places_in_documents_are_kept_where_a_row_has_several(tmp_path):

@@ -23,7 +23,7 @@ def test_the_demo_shows_what_it_promises(small, tmp_path, capsys, monkeypatch):
     output = tmp_path / "demo"
     demo.demo(output, 3)
     shown = capsys.readouterr().out
-    for words in ("held-out loss", "unigram entropy", "memory by rank", "communicated by mesh axis", "def "):
+    for words in ("eval_loss", "unigram entropy", "memory by rank", "communicated by mesh axis", "def "):
         assert words in shown
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (output / "run" / "tokenizer.json").exists() and (output / "run" / "model.safetensors").exists()

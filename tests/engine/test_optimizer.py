@@ -9,7 +9,9 @@ import transformers
 
 from engine.optimizer_cases import beside_torchs_own
 from support.pool import pool
+from tessera.config.schema import TrainConfig
 from tessera.engine.rates import learning_rates
+from tessera.train.settings import rates
 from train.runs import Workshop, run
 
 PEAK = 3e-4
@@ -90,6 +92,25 @@ def test_a_rate_that_is_constant_in_the_end():
 def test_options_that_a_schedule_does_not_take_are_named(schedule, options, reason):
     with pytest.raises(ValueError, match=reason):
         learning_rates(PEAK, schedule, 0, 10, options)
+
+
+@pytest.mark.parametrize(
+    ("keys", "own"),
+    [
+        ({"cosine_min_lr_ratio": 0.1}, {"lowest": 0.1}),
+        ({"cosine_min_lr_ratio": 0.1, "cosine_constant_lr_ratio": 0.8}, {"lowest": 0.1, "constant": 0.8}),
+        ({"lr_scheduler": "rex", "cosine_min_lr_ratio": 0.1}, {"lowest": 0.1}),
+        ({"lr_scheduler": "polynomial", "lr_scheduler_kwargs": {"power": 3.0}}, {"options": {"power": 3.0}}),
+    ],
+    ids=str,
+)
+def test_the_keys_of_a_schedule_reach_it(keys, own):
+    minimal = {"base_model": "m", "datasets": [{"path": "a"}], "learning_rate": PEAK}
+    config = TrainConfig.model_validate(minimal | keys)
+    ours, wanted = rates(config, 3, 50), learning_rates(PEAK, config.lr_scheduler, 3, 50, **own)
+    usual = learning_rates(PEAK, config.lr_scheduler, 3, 50)
+    assert [ours(step) for step in range(50)] == [wanted(step) for step in range(50)]
+    assert [ours(step) for step in range(50)] != [usual(step) for step in range(50)]
 
 
 @pytest.mark.parametrize(("ratio", "warmup"), [(0.0, 0), (0.21, 2), (0.4, 2), (0.41, 3)])

@@ -72,8 +72,8 @@ def config_json(case: Case) -> None:
     if key == "rms_norm_eps":
         odd = case.pick(10**400, 10**18, 1e300, 0, -1, "1e-5")
     if key == "model_type":
-        odd = case.pick("gpt2", "qwen3", "mistral", "", None, 3, "llama")
-    family = case.pick("llama", "llama", "qwen3", "gpt2")
+        odd = case.pick("gpt2", "qwen3", "mixtral", "", None, 3, "llama")
+    family = case.pick("llama", "llama", "qwen3", "gpt2", "qwen2", "mistral")
     change_json(case.here / "model/config.json", lambda content: content.update({"model_type": family, key: odd}))
     case.what = f"{family} {key}: {str(odd)[:40]}"
     settings = SETTINGS | {"random_init": case.dice.random() < 0.6}

@@ -170,6 +170,47 @@ def other_tools(case: Case) -> None:
 
 
 @group(1)
+def deepspeed(case: Case) -> None:
+    """DeepSpeed configs, in a file and in the YAML, with values of every kind."""
+    from tessera.config import compat
+    from tessera.config.deepspeed import TAKEN, WELL_KNOWN
+
+    case.kind = 17
+    names = [*compat.DEEPSPEED.others, *TAKEN, "bf16", "optimizer", "zero_optimization", "nothing"]
+    zero = {"stage": case.pick(0, 1, 2, 3, 3, hostile.value(case.dice))}
+    config: Any = {"zero_optimization": zero}
+    for _ in range(case.pick(0, 1, 2)):
+        name, value = case.pick(*names), case.pick(hostile.value(case.dice), {"enabled": True}, {"device": "cpu"})
+        (zero if name.startswith("zero.") else config)[name.removeprefix("zero.")] = value
+    form = case.cycle("file", "values", "garbled", "deep", "name")
+    written = json.dumps(config).encode()
+    if form == "garbled":
+        written = hostile.garbled(written, case.dice)
+    elif form == "deep":
+        written = hostile.deep(case.dice, "[", "]").encode()
+    (case.here / "ds.json").write_bytes(written)
+    named = case.pick(*WELL_KNOWN, "no.json", "model", "/dev/zero", hostile.value(case.dice))
+    given = {"values": config, "name": named}.get(form, "ds.json")
+    case.what = f"deepspeed {form}: {given!r:.80} {config!r:.80}"
+    write_yaml(case.here / "run.yaml", SETTINGS | {"deepspeed": given, "output_dir": "./new"})
+    read(case)
+
+
+@group(1)
+def keys_as_options(case: Case) -> None:
+    """Keys of the file as options of the command, nested too, with every kind of text."""
+    case.kind = 17
+    key = case.pick(
+        *keys(), "datasets.0.path", "datasets.9.path", "fsdp-config.offload-params", "tokenizer.train", "a.b.c"
+    )
+    key = "seed" if key == "output_dir" else key.replace("_", case.pick("_", "-"))
+    scalar = hostile.scalar(case.dice)[:10_000].replace("\0", "?")
+    words = case.pick([f"--{key}", scalar], [f"--{key}={scalar}"], [f"{key}={scalar}"], [f"--{key}"], [f"--no-{key}"])
+    case.what = " ".join(words)[:80]
+    read(case, *words)
+
+
+@group(1)
 def pipe(case: Case) -> None:
     """A config that can be read but once, and is not there for ranks."""
     case.kind = 13

@@ -7,7 +7,8 @@ from types import CodeType
 from typing import Any
 
 MODULES = (
-    "core.files", "config.load", "config.compat", "config.schema", "config.sections.data",
+    "core.files", "config.load", "config.compat", "config.schema", "config.problems", "config.settled",
+    "config.overrides", "config.deepspeed", "config.fsdp1", "config.sections.data",
     "config.sections.checkpoints", "config.sections.layout", "config.sections.model", "config.sections.optimizer",
     "config.sections.section", "sizes.geometries", "sizes.rules", "sizes.remedies", "models.hub",
     "models.tensor_files", "models.families.table", "models.families.keys", "models.families.llama",

@@ -329,5 +329,5 @@ def test_a_held_out_loss_that_is_not_finite_stops_the_run(workshop: Workshop, tm
     settings = workshop.settings("llama", tmp_path / "run", **own)
     del settings["warmup_steps"]
     (told,) = pool(1).run(refusal_on_rank, settings)
-    assert told.startswith("step 1: held-out loss nan\n") and "learning_rate: 1e+39" in told
+    assert told.startswith("step 1: eval_loss nan\n") and "learning_rate: 1e+39" in told
     assert not (tmp_path / "run" / "model.safetensors").exists()

@@ -49,6 +49,10 @@ MODELS = {
         **LLAMA, attention_bias=True, mlp_bias=True, head_dim=10, rope_parameters=dict(ROPE)
     ),
     "qwen3": transformers.Qwen3Config(**LLAMA, head_dim=10),
+    "qwen2": transformers.Qwen2Config(**LLAMA),
+    "qwen2 tied": transformers.Qwen2Config(**LLAMA, tie_word_embeddings=True),
+    "mistral": transformers.MistralConfig(**LLAMA, sliding_window=None),
+    "mistral head_dim window": transformers.MistralConfig(**LLAMA, head_dim=10, sliding_window=16),  # of 24 tokens
     "gpt2": transformers.GPT2Config(**GPT2),
     "gpt2 untied n_inner gelu": transformers.GPT2Config(
         **GPT2, tie_word_embeddings=False, n_inner=56, activation_function="gelu"

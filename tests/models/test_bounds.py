@@ -28,8 +28,9 @@ OF_GPT2 = ("layer_norm_epsilon", "embd_pdrop", "attn_pdrop", "resid_pdrop")
 @pytest.mark.parametrize("key", [*MODEL_SIZES, *MODEL_NUMBERS])
 def test_every_number_of_a_config_json_has_its_bounds(key):
     for value in (10**18, 10**400, -1, float("inf"), float("nan"), True, "1", [1], 0 if key in MODEL_SIZES else 1e19):
-        base: dict[str, object] = GPT2 if key.startswith("n_") or key in OF_GPT2 else LLAMA
+        base: dict[str, object] = {**GPT2} if key.startswith("n_") or key in OF_GPT2 else {**LLAMA}
         in_rope = key in ROPE or key == "original_max_position_embeddings"
+        base |= {"model_type": "mistral"} if key == "sliding_window" else {}
         changed = {"rope_scaling": {**ROPE, key: value}} if in_rope else {key: value}
         with pytest.raises(UserError) as caught:
             model_config({**base, **changed}, FILE)

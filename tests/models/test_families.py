@@ -13,7 +13,7 @@ from tessera.core.errors import UserError
 from tessera.core.mesh import Mesh
 from tessera.layout.parallel import Parallel
 from tessera.layout.streams import residual_layout
-from tessera.models.config import ModelConfig
+from tessera.models.config import LayerKind, ModelConfig
 from tessera.models.decoder import Decoder
 from tessera.models.families.stored import stored_tensors
 from tessera.models.families.table import FAMILIES, model_config
@@ -23,6 +23,8 @@ from tessera.nn.rope import RopeConfig, rope_frequencies
 FILE = Path("some/config.json")
 LLAMA = {"model_type": "llama"}
 GPT2 = {"model_type": "gpt2"}
+QWEN2 = {"model_type": "qwen2"}
+MISTRAL = {"model_type": "mistral"}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -60,6 +62,24 @@ def as_llama(theirs: transformers.LlamaConfig) -> ModelConfig:
         attention_dropout=theirs.attention_dropout,
         initializer_range=theirs.initializer_range,
     )
+
+
+def as_qwen2(theirs: transformers.Qwen2Config) -> ModelConfig:
+    """What a Qwen2Config means: Llama with biases on q, k and v, and no width of a head but that of the sizes."""
+    head_dim = theirs.hidden_size // theirs.num_attention_heads
+    return dataclasses.replace(near_llama(theirs, head_dim), family="qwen2", qkv_bias=True)
+
+
+def as_mistral(theirs: transformers.MistralConfig) -> ModelConfig:
+    """What a MistralConfig means: Llama within a window."""
+    kinds = (LayerKind(theirs.sliding_window),)
+    return dataclasses.replace(near_llama(theirs, theirs.head_dim), family="mistral", layer_kinds=kinds)
+
+
+def near_llama(theirs: transformers.PreTrainedConfig, head_dim: int) -> ModelConfig:
+    same = copy.deepcopy(theirs)
+    same.head_dim, same.attention_bias, same.mlp_bias = head_dim, False, False  # whatever they are: nobody reads them
+    return as_llama(same)
 
 
 def as_gpt2(theirs: transformers.GPT2Config) -> ModelConfig:
@@ -129,10 +149,50 @@ def test_missing_keys_take_the_defaults_of_transformers():
     qwen3 = as_llama(transformers.Qwen3Config())
     assert read({"model_type": "qwen3"}) == dataclasses.replace(qwen3, family="qwen3", qk_norm=True)
 
+    assert read(QWEN2) == as_qwen2(transformers.Qwen2Config())
+    assert read(MISTRAL) == as_mistral(transformers.MistralConfig())
 
-def test_attention_within_a_window_is_refused():
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_attention_within_a_window_is_refused(family):
     with pytest.raises(UserError, match="use_sliding_window"):
-        read({"model_type": "qwen3", "use_sliding_window": True})
+        read({"model_type": family, "use_sliding_window": True})
+    kinds = {"num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_attention"]}
+    with pytest.raises(UserError, match="layer_types.*\n.*sliding_attention"):
+        read({"model_type": family} | kinds)
+    assert read({"model_type": family} | kinds | {"layer_types": ["full_attention"] * 2}).num_layers == 2
+
+
+UNLIKE_NEAR_LLAMA = {
+    **{key: value for key, value in UNLIKE_LLAMA_DEFAULTS.items() if not key.endswith("_bias")},
+    "sliding_window": 33,
+}
+
+
+@pytest.mark.parametrize("key", UNLIKE_NEAR_LLAMA)
+def test_every_key_of_a_family_near_llama_arrives(key):
+    given = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 6, key: UNLIKE_NEAR_LLAMA[key]}
+    assert read(MISTRAL | given) == as_mistral(transformers.MistralConfig(**given))
+    assert read(MISTRAL | given) != read(MISTRAL)
+    if key not in ("head_dim", "sliding_window"):
+        assert read(QWEN2 | given) == as_qwen2(transformers.Qwen2Config(**given))
+        assert read(QWEN2 | given) != read(QWEN2)
+
+
+def test_a_window_that_is_null_is_none_and_one_that_is_absent_is_that_of_transformers():
+    assert read(MISTRAL | {"sliding_window": None}).kind_of(0) == LayerKind(None)
+    assert read(MISTRAL).kind_of(0) == LayerKind(transformers.MistralConfig().sliding_window)
+
+
+def test_kv_heads_that_are_null_are_as_many_as_query_heads():
+    given = QWEN2 | {"num_attention_heads": 16, "num_key_value_heads": None}
+    theirs = transformers.AutoConfig.for_model(**given)
+    assert read(given).num_kv_heads == theirs.num_key_value_heads == 16
+
+
+@pytest.mark.parametrize("family", [QWEN2, MISTRAL])
+def test_biases_are_the_family_s_whatever_keys_say(family):
+    assert read(family | {"attention_bias": True, "mlp_bias": True}) == read(family)
 
 
 @pytest.mark.parametrize("key", UNLIKE_LLAMA_DEFAULTS)
@@ -155,6 +215,9 @@ def test_what_transformers_writes_is_read_the_same():
     assert read(llama.to_dict()) == as_llama(llama)
     gpt2 = transformers.GPT2Config(**UNLIKE_GPT2_DEFAULTS)
     assert read(gpt2.to_dict()) == as_gpt2(gpt2)
+    own = {key: value for key, value in UNLIKE_NEAR_LLAMA.items() if key not in ("head_dim", "sliding_window")}
+    qwen2, mistral = transformers.Qwen2Config(**own), transformers.MistralConfig(**UNLIKE_NEAR_LLAMA)
+    assert read(qwen2.to_dict()) == as_qwen2(qwen2) and read(mistral.to_dict()) == as_mistral(mistral)
 
 
 def test_gpt2_keys_by_their_common_names():
@@ -227,6 +290,14 @@ BAD = {
         "rope_parameters.rope_type",
         ["yarn", "default, llama3"],
     ),
+    "rope type of qwen2": (QWEN2 | {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling.type", ["yarn"]),
+    "rope type of mistral": (
+        MISTRAL | {"rope_parameters": {"rope_type": "yarn"}},
+        "rope_parameters.rope_type",
+        ["yarn"],
+    ),
+    "window": (MISTRAL | {"sliding_window": 0}, "sliding_window", ["0", "at least 1"]),
+    "layer kinds": (QWEN2 | {"layer_types": "full_attention"}, "layer_types", ["a list of texts"]),
     "rope factor": (
         LLAMA | {"rope_scaling": {k: v for k, v in LLAMA3.items() if k != "factor"}},
         "rope_scaling.factor",
@@ -274,7 +345,15 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize(("family", "given"), [(LLAMA, UNLIKE_LLAMA_DEFAULTS), (GPT2, UNLIKE_GPT2_DEFAULTS)])
+@pytest.mark.parametrize(
+    ("family", "given"),
+    [
+        (LLAMA, UNLIKE_LLAMA_DEFAULTS),
+        (GPT2, UNLIKE_GPT2_DEFAULTS),
+        (QWEN2, UNLIKE_NEAR_LLAMA | {"hidden_size": 60}),
+        (MISTRAL, UNLIKE_NEAR_LLAMA),
+    ],
+)
 def test_names_and_shapes_are_those_of_transformers(family, given, tied):
     content = family | given | {"tie_word_embeddings": tied}
     theirs = transformers.AutoConfig.for_model(**content)

@@ -9,17 +9,22 @@ import torch
 import torch.nn.functional as F
 
 from support.compare import error
+from tessera.core.live_memory import PeakMemory
 from tessera.nn import attend as door
 from tessera.nn.attend import attend
+from tessera.nn.documents import Documents
+from tessera.nn.kernels.documents_cpu import documents_cpu
+from tessera.nn.kernels.each_document import each_document
 from tessera.nn.kernels.explicit import explicit
 from tessera.nn.kernels.flash_cpu import flash_cpu
 from tessera.nn.kernels.fused import fused
+from tessera.nn.kernels.varlen import varlen
 from tessera.nn.mask import Mask
 
 B, S, D = 2, 11, 16
 HEADS = [(4, 4), (4, 2), (6, 1)]
 TOLERANCE = 1e-12
-DOCUMENTS = torch.tensor([[0] * 4 + [1] * 1 + [2] * 6, [3] * 7 + [4] * 4])
+DOCUMENTS = Documents.of(torch.tensor([[0] * 4 + [1] * 1 + [2] * 6, [3] * 7 + [4] * 4]))
 MASKS = {
     "causal": Mask(True),
     "all to all": Mask(False),
@@ -33,11 +38,12 @@ MASKS = {
     "documents, window 3 both ways": Mask(False, 3, DOCUMENTS),
 }
 PLAIN = {name: MASKS[name] for name in ("causal", "all to all", "window as long as the row")}
+BY_DOCUMENT = {name: MASKS[name] for name in ("documents", "documents, all to all")}
 
 
 def sees(mask, b, i, j):
     """Whether query i of row b sees key j, said once more."""
-    if mask.documents is not None and mask.documents[b, i] != mask.documents[b, j]:
+    if mask.documents is not None and mask.documents.ids[b, i] != mask.documents.ids[b, j]:
         return False
     if mask.causal and j > i:
         return False
@@ -139,6 +145,52 @@ def test_each_kernel_equals_the_formula(name, heads):
         assert max(errors(run, inputs, mask=mask)) <= TOLERANCE, kernel
 
 
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("name", BY_DOCUMENT)
+def test_each_kernel_of_documents_equals_the_formula(name, heads):
+    mask, inputs = BY_DOCUMENT[name], drawn(*heads)
+    options = {"causal": mask.causal, "scale": None}
+    found = errors(lambda *x: documents_cpu(*x, mask.documents, **options), inputs, mask=mask)
+    found += errors(lambda *x: (each_document(*x, mask.documents, **options), None), inputs, mask=mask)
+    assert len(found) == 9 and max(found) <= TOLERANCE
+
+
+def test_memory_grows_with_the_row_and_not_with_its_square():
+    """Bytes of live tensors at their peak, forward and backward: twice the row is twice the bytes."""
+    growth = []
+    for window in (None, 1000):  # which nobody sees, but no tile knows it
+        peaks = []
+        for length in (1024, 2048):
+            documents = Documents.of((torch.arange(length) // 100).unsqueeze(0))
+            q, k, v = (torch.randn(1, heads, length, D, requires_grad=True) for heads in (4, 2, 2))
+            with PeakMemory() as memory:
+                out, _ = attend(q, k, v, Mask(True, window, documents))
+                out.sum().backward()
+            peaks.append(memory.peak)
+        growth.append(peaks[1] / peaks[0])
+    assert growth[0] < 2.05 and growth[1] > 3.5
+
+
+def test_documents_are_found_in_their_rows():
+    assert DOCUMENTS.bounds == (0, 4, 5, 11, 18, 22) and DOCUMENTS.longest == 7
+    assert list(DOCUMENTS) == [(0, 0, 4), (0, 4, 5), (0, 5, 11), (1, 0, 7), (1, 7, 11)]
+    assert DOCUMENTS.lengths() == [[4, 1, 6], [7, 4]]
+    assert DOCUMENTS.offsets.tolist() == list(DOCUMENTS.bounds) and DOCUMENTS.offsets.dtype == torch.int32
+    same = Documents.of(torch.tensor([[5, 5, 5], [5, 5, 5]]))
+    assert same.bounds == (0, 3, 6), "a row ends its last document, whatever the next one is called"
+
+
+def test_the_kernel_of_gpus_gives_shapes_without_one():
+    """On tensors without values: its operators take these arguments, forward and backward."""
+    q, k, v, gradient = (x.to("meta", torch.bfloat16).requires_grad_() for x in drawn(4, 2))
+    documents = Documents(DOCUMENTS.ids.to("meta"), DOCUMENTS.bounds)
+    out, lse = varlen(q, k, v, documents, causal=True, scale=None)
+    assert out.shape == q.shape and out.dtype == q.dtype and out.transpose(1, 2).is_contiguous()
+    assert lse.shape == q.shape[:3] and lse.dtype == torch.float32 and not lse.requires_grad
+    out.backward(gradient)
+    assert (q.grad.shape, k.grad.shape, v.grad.shape) == (q.shape, k.shape, v.shape)
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)], ids=str)
 @pytest.mark.parametrize("name", ["causal", "documents, window 2"])
 def test_lse_is_float32_or_wider_and_has_no_gradient(name, dtype, tolerance):
@@ -167,7 +219,7 @@ def test_without_anything_special_it_is_torchs_own_call(causal):
 def test_who_chooses_makes_no_dense_mask_without_need():
     q, k, v, _ = drawn(4, 4)
     with patch.object(door, "explicit", side_effect=AssertionError), patch.object(Mask, "hidden", side_effect=OSError):
-        for mask in PLAIN.values():
+        for mask in (PLAIN | BY_DOCUMENT).values():
             attend(q, k, v, mask)
             attend(q, k, v, mask, with_lse=True)
         with pytest.raises(AssertionError):

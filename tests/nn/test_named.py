@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tessera.config.load import make_config
+from tessera.config.schema import TrainConfig
 from tessera.core.errors import UserError
 from tessera.core.mesh import Mesh
 from tessera.data.batch import MicroBatch
@@ -13,6 +14,7 @@ from tessera.models.config import LayerKind, ModelConfig, RopeConfig
 from tessera.models.decoder import Decoder
 from tessera.nn.kernels import named
 from tessera.train.kernel import attention_line
+from tessera.train.run import model_of
 
 CASES = {
     "flash attention": ({}, "fused"),
@@ -45,6 +47,12 @@ def test_the_kernel_that_is_named_runs(monkeypatch, said):
     ids = torch.arange(24).view(2, 12) % 31
     decoder(MicroBatch(ids, ids, 24), 24.0, dropout_key=5)
     assert ran == [kernel]
+
+
+def test_packed_rows_are_told():
+    model = ModelConfig("llama", 31, 16, 1, 4, 2, 4, 24, 32, rope=RopeConfig(1e4))
+    parallel = Parallel(Mesh(rank=0), residual_layout(True))
+    assert attention_line(model, parallel, 12, packed=True) == "attention: flash attention, each document by itself"
 
 
 def test_why_it_is_not_flash_on_a_gpu():
@@ -80,3 +88,10 @@ def test_keys_of_attention_that_contradict_one_another():
                 "flash_attention": True,
             }
         )
+
+
+def test_the_key_reaches_the_model_of_a_run(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 1}')
+    settings = {"base_model": str(tmp_path), "datasets": [{"path": "a"}], "sequence_len": 8}
+    for keys in ({}, {"attn_implementation": "eager"}):
+        assert model_of(TrainConfig.model_validate(settings | keys)).eager_attention is bool(keys)

@@ -11,6 +11,7 @@ from tessera.data.batch import MicroBatch
 from tessera.layout.parallel import Parallel
 from tessera.layout.streams import residual_layout
 from tessera.nn.attention import Attention, AttentionConfig
+from tessera.nn.documents import Documents
 from tessera.nn.rope import RopeConfig, rope_table, rotate
 from tessera.nn.tokens import Tokens
 
@@ -61,7 +62,8 @@ def test_vectors_are_the_ranks_part_of_those_of_one_process(sizes, sequence_para
             own = chunk(every, 0, parallel.attention.tokens, parallel.mesh)
             assert torch.equal(getattr(tokens.attention, name), own)
         if batch.documents is not None:
-            assert torch.equal(tokens.documents, chunk(batch.documents, 0, parallel.attention.tokens, parallel.mesh))
+            own = chunk(batch.documents, 0, parallel.attention.tokens, parallel.mesh)
+            assert torch.equal(tokens.documents.ids, own) and tokens.documents.bounds == Documents.of(own).bounds
 
 
 def test_without_vectors_every_row_is_a_document():

@@ -61,6 +61,9 @@ MODELS = {
     "llama 96": transformers.LlamaConfig(**LLAMA_96),
     "llama 96 tied": transformers.LlamaConfig(**LLAMA_96, tie_word_embeddings=True),
     "qwen3 64": transformers.Qwen3Config(**LLAMA_64, head_dim=8),
+    "qwen2 64": transformers.Qwen2Config(**LLAMA_64),
+    "qwen2 64 tied": transformers.Qwen2Config(**LLAMA_64, tie_word_embeddings=True),
+    "mistral 64": transformers.MistralConfig(**LLAMA_64, sliding_window=16),  # as long as a row
     "gpt2 64": transformers.GPT2Config(**GPT2_64, **NO_DROPOUT),
     "gpt2 96": transformers.GPT2Config(**GPT2_96, **NO_DROPOUT),
     "gpt2 64 dropout": transformers.GPT2Config(**GPT2_64),
@@ -217,15 +220,22 @@ def adamw(model: transformers.PreTrainedModel, settings: dict[str, Any]) -> Opti
     ]
 
 
-def plain_loop(settings: dict[str, Any], make: Callable[[Any, dict[str, Any]], Optimizers] = adamw) -> Plain:
+def plain_loop(
+    settings: dict[str, Any],
+    make: Callable[[Any, dict[str, Any]], Optimizers] = adamw,
+    *,
+    steps: list[list[int]] | None = None,
+) -> Plain:
     """transformers and torch.optim, a row at a time and so without any padding, in the order of the file.
 
-    `make` gives the optimizers, whose rates are the same.
+    `make` gives the optimizers, whose rates are the same; `steps` are the rows of each step, where they are others.
     """
     rows = [json.loads(line) for line in Path(settings["datasets"][0]["path"]).read_text().splitlines()]
     model = transformers.AutoModelForCausalLM.from_pretrained(settings["base_model"], dtype=torch.float32).train()
     samples = settings["micro_batch_size"] * settings["gradient_accumulation_steps"]
-    if settings["max_steps"] is None:  # one epoch: the last step has fewer rows
+    if steps is not None:
+        chunks = [[rows[index] for index in step] for step in steps]
+    elif settings["max_steps"] is None:  # one epoch: the last step has fewer rows
         chunks = [rows[first : first + samples] for first in range(0, len(rows), samples)]
     else:
         chunks = [[rows[(s * samples + i) % len(rows)] for i in range(samples)] for s in range(settings["max_steps"])]

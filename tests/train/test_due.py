@@ -97,6 +97,7 @@ def test_evaluations_of_a_run_of_seven_steps(keys, steps):
         ({"save_strategy": "epoch"}, [3, 5, 7]),
         ({"save_strategy": "no"}, []),
         ({"save_strategy": "best"}, [2, 6, 7]),
+        ({"save_first_step": True, "save_steps": 5}, [1, 5, 7]),
     ],
     ids=str,
 )
@@ -110,6 +111,21 @@ def test_checkpoints_of_a_run_of_seven_steps(keys, steps):
         if due.saves(step, step in (3, 5), best, step == 7):
             found.append(step)
     assert found == steps
+
+
+@pytest.mark.parametrize(
+    ("keys", "key"),
+    [
+        ({}, ""),
+        ({"save_strategy": "best"}, "save_strategy"),
+        ({"load_best_model_at_end": True}, "load_best_model_at_end"),
+        ({"early_stopping_patience": 3}, "early_stopping_patience"),
+        ({"early_stopping_patience": 0}, ""),
+        ({"metric_for_best_model": "loss"}, "metric_for_best_model"),
+    ],
+)
+def test_what_compares_evaluations(keys, key):
+    assert TrainConfig.model_validate(MINIMAL | keys).compares_evaluations == key
 
 
 # ---- Runs

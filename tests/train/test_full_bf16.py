@@ -15,7 +15,7 @@ LAYOUTS = [{}, {"tensor_parallel_size": 2, "bfloat16": True}, {"tensor_parallel_
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_all_is_bfloat16_and_goes_on_exactly(workshop: Workshop, tmp_path, layout):
-    own = {"max_steps": 6, "save_steps": 3, "micro_batch_size": 2} | layout
+    own = {"max_steps": 6, "save_steps": 3, "micro_batch_size": 2, "save_dtype": "bfloat16"} | layout
     keys = own if "bfloat16" in own else own | {"bf16": "full"}
     keys = keys if "bf16" in keys else keys | {"bf16": "auto"}
     settings = workshop.settings("llama 64", tmp_path / "whole", **keys)

@@ -126,6 +126,15 @@ def test_a_run_equals_the_plain_loop(workshop: Workshop, plain, tmp_path, layout
     check_schedule(settings, name)
 
 
+@pytest.mark.parametrize(
+    ("layout", "model"),
+    [("3d 2×1×2", "qwen2 64"), ("2d 2×2", "qwen2 64 tied"), ("3d 2×1×2", "mistral 64")],
+)
+def test_a_family_near_llama_equals_the_plain_loop(workshop: Workshop, plain, tmp_path, layout, model):
+    settings = settings_of(workshop, tmp_path / "run", layout, "gather", model)
+    check(settings, run(settings), plain(model, **THREE_STEPS, micro_batch_size=settings["micro_batch_size"]))
+
+
 IN_EVERY_SCHEDULE = ("2d 2×2", "2.5d 2×2×2", "3d 2×2×2")
 GATHERED = ("2d 1×4", "2d 4×1", "2d 2×3", "2.5d 2×2×2 shard", "3d 1×2×4", "3d 2×1×2")
 

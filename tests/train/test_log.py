@@ -1,6 +1,8 @@
 """metrics.jsonl and resolved_config.yaml, and what monitoring costs."""
 
 import json
+import math
+import re
 from pathlib import Path
 
 import pytest
@@ -8,9 +10,12 @@ import pytest
 from support.pool import pool
 from tessera.config.load import load_config
 from tessera.config.schema import TrainConfig
-from tessera.train.log import Log
+from tessera.plan.flops import step_flops
+from tessera.train.log import Log, Pace, perplexity
 from tessera.train.notes import Notes
+from tessera.train.run import model_of
 from train.faults_on_rank import train_and_count
+from train.on_rank import said_on_rank
 from train.runs import Workshop, metrics, run
 
 ALL_REDUCE = "c10d.allreduce_.default"
@@ -23,6 +28,7 @@ KEYS = {
     "tokens",
     "tokens_per_second",
     "step_seconds",
+    "mfu",
     "memory_gib",
     "communicated_bytes",
     "skipped_steps",
@@ -48,7 +54,7 @@ def test_the_resolved_config_gives_the_same_run_again(workshop: Workshop, tmp_pa
     settings = workshop.settings("llama", tmp_path / "run", max_steps=1)
     run(settings)
     config, notes = load_config(tmp_path / "run" / "resolved_config.yaml")
-    assert config == TrainConfig.model_validate(settings) and not notes
+    assert config == TrainConfig.model_validate(settings | {"save_dtype": "float32"}) and not notes
 
 
 def test_a_run_killed_before_its_first_line_keeps_those_of_the_run_it_goes_on_from(tmp_path, monkeypatch):
@@ -83,6 +89,65 @@ def test_monitoring_adds_no_collective_outside_logging_steps(workshop: Workshop,
     assert calls[4] - calls[100] == {ALL_REDUCE: 1} and not calls[100] - calls[4]
     assert calls[100][ALL_REDUCE] >= 5  # one a step for the norm alone
     assert bytes_per_step[1] == bytes_per_step[4] == bytes_per_step[100]
+
+
+# ---- What the terminal shows
+
+
+def test_the_line_of_a_step_shows_its_record_and_how_many_there_are(workshop: Workshop, tmp_path):
+    own = {"val_set_size": 5, "eval_steps": 3, "device_peak_tflops": 0.01, "logging_steps": 2, "warmup_steps": 1}
+    settings = workshop.settings("llama", tmp_path / "run", **own)
+    said = pool(1).run(said_on_rank, settings)[0].splitlines()
+    found = {m["step"]: m for m in metrics(settings)}
+    shown = [line for line in said if line.startswith("step ")]
+    for step, left in ((2, r" · \d+ s left"), (4, r" · \d+ s left")):
+        m = found[step]
+        start = f"step {step} of 5 · loss {m['loss']:.4f} · lr {m['learning_rate']:.2e} · norm {m['grad_norm']:.3f} · "
+        speed = f"{m['tokens_per_second']:,.0f} tokens/s · MFU {m['mfu']:.1%} · {m['memory_gib']:.3g} GiB"
+        (line,) = [line for line in shown if line.startswith(start)]
+        assert re.fullmatch(re.escape(start + speed) + left, line), line
+    evaluated = [f"step {s} of 5 · eval_loss {found[s]['eval_loss']:.4f}" for s in (3, 5)]
+    assert [line.partition(" · eval_ppl")[0] for line in shown if "eval_loss" in line] == evaluated
+    assert len(shown) == 4, "steps 1, 3 and 5 are no logging steps"
+    assert any(line.startswith("run: 5 steps of 6 rows, from the start; 1 step of warm-up") for line in said)
+    assert max(map(len, said)) < 150
+    for step in (3, 5):
+        assert found[step]["eval_ppl"] == pytest.approx(math.exp(found[step]["eval_loss"]), rel=1e-12)
+    assert all("eval_ppl" not in found[step] for step in (1, 2, 4))
+
+
+def test_a_step_and_a_row_are_one(workshop: Workshop, tmp_path):
+    one = {"max_steps": 1, "micro_batch_size": 1, "gradient_accumulation_steps": 1, "warmup_steps": 0}
+    said = pool(1).run(said_on_rank, workshop.settings("llama", tmp_path / "run", **one))[0]
+    assert "run: 1 step of 1 row, from the start; 0 steps of warm-up" in said and " = 1 row\n" in said
+
+
+def test_mfu_is_the_model_s_arithmetic_over_the_peak_that_is_given(workshop: Workshop, tmp_path):
+    own = {"tensor_parallel_size": 2, "dp_shard_size": 2, "device_peak_tflops": 0.5, "max_steps": 2}
+    settings = workshop.settings("llama", tmp_path / "run", **own)
+    found = run(settings)
+    # rows of steps 0 and 1: the longest of a micro-batch of all data ranks, of which every third row has 13 tokens
+    flops = step_flops(model_of(TrainConfig.model_validate(settings)), [(3, 14), (3, 14)]) * 2
+    for m in found:
+        assert m["mfu"] * 4 * 0.5e12 * m["step_seconds"] == pytest.approx(flops, rel=1e-9)
+
+
+def test_without_a_known_peak_there_is_no_mfu_and_it_is_said_why(workshop: Workshop, tmp_path):
+    settings = workshop.settings("llama", tmp_path / "run", max_steps=1)
+    said = pool(1).run(said_on_rank, settings)[0]
+    assert "no MFU: the peak of cpu" in said and "device_peak_tflops" in said and "MFU 0" not in said
+    assert [m["mfu"] for m in metrics(settings)] == [None]
+
+
+def test_the_pace_leaves_the_slow_first_step_out(monkeypatch):
+    clock = iter([100.0, 102.0, 104.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    pace = Pace(10)
+    assert [pace.left(step) for step in (4, 5, 6)] == [[], ["10 s left"], ["8 s left"]]
+
+
+def test_a_perplexity_beyond_all_numbers_is_none():
+    assert perplexity(2.0) == pytest.approx(7.38905609893065) and perplexity(1e4) is None
 
 
 # ---- The file of a run that goes on

@@ -158,6 +158,19 @@ def test_a_run_with_another_optimizer_resumes_bit_for_bit_and_in_another_layout(
     assert "is of another optimizer" in said and "momentum_buffer" in said
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [pytest.param(name, marks=needs(name)) for name in LOW_BITS])
+@pytest.mark.parametrize(
+    ("model", "own"),
+    [("qwen3 64", {"dp_shard_size": 6, "micro_batch_size": 1}), ("llama 64", {"bf16": "full"})],
+    ids=["shards of no element", "bf16"],
+)
+def test_odd_shards_and_dtypes_resume_bit_for_bit_too(workshop: Workshop, tmp_path, name, model, own):
+    settings = workshop.settings(model, tmp_path / "whole", **LOW | own, optimizer=name)
+    whole = run(settings)
+    assert losses(run(copy_of(settings, tmp_path / "run"))) == losses(whole)
+
+
 # ---- Refused before anything starts
 
 

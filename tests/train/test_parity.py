@@ -70,6 +70,13 @@ def test_a_run_equals_the_plain_loop(workshop: Workshop, plain, tmp_path, case, 
     check(settings, run(settings), plain(case))
 
 
+@pytest.mark.parametrize("case", ["qwen2 64", "qwen2 64 tied", "mistral 64"])
+def test_a_family_near_llama_equals_the_plain_loop(workshop: Workshop, plain, tmp_path, case):
+    settings = workshop.settings(case, tmp_path / "run", tensor_parallel_size=2)
+    check(settings, run(settings), plain(case))
+    assert "attention_bias" not in (workshop.model(case) / "config.json").read_text(), "the family says it, no key"
+
+
 def test_the_command_equals_the_plain_loop_and_transformers_loads_its_model(workshop: Workshop, plain, tmp_path):
     settings = workshop.settings("llama", tmp_path / "run", tensor_parallel_size=2)
     done = run_command(settings, "--num-processes", "2")

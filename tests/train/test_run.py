@@ -7,7 +7,7 @@ import pytest
 from support.pool import pool
 from tessera.config.schema import TrainConfig
 from tessera.core.errors import UserError
-from tessera.train.run import Run, prepared_run
+from tessera.train.run import Run, model_of, prepared_run
 from train.on_rank import run_on_rank
 from train.runs import Workshop, metrics, run
 
@@ -45,6 +45,14 @@ def test_ranks_read_neither_the_data_nor_the_weights_again(workshop: Workshop, t
     (model / "model.safetensors").unlink()
     pool(2).run(run_on_rank, handed)
     assert [m["loss"] for m in metrics(settings)] == [m["loss"] for m in expected]
+
+
+def test_a_window_shorter_than_the_row_is_refused_and_one_as_long_hides_nothing(workshop: Workshop, tmp_path):
+    settings = workshop.settings("mistral 64", tmp_path / "run")
+    fits = TrainConfig.model_validate(settings | {"sequence_len": 16})
+    assert model_of(fits).kind_of(0).window is None
+    with pytest.raises(UserError, match="sequence_len: 17\n.*16 tokens.*sliding_window.*\n.*at most 16"):
+        model_of(TrainConfig.model_validate(settings | {"sequence_len": 17}))
 
 
 def test_a_rank_that_does_not_see_the_prepared_data_ends_the_run(workshop: Workshop, tmp_path):

@@ -60,7 +60,9 @@ def test_a_skipped_step_changes_nothing_and_the_next_takes_the_next_rows(worksho
     settings, world = skipping(workshop, tmp_path / "run", layout, save_steps=1), WORLDS[layout]
     said = pool(world).run(spoilt_on_rank, settings, {2}, world - 1, factor)
     found = metrics(settings)
-    assert "step 2 · not finite, skipped (1 so far) · lr 1.00e-03" in said[0] and not any("Failed" in s for s in said)
+    assert "step 2 of 4 · not finite, skipped (1 so far) · lr 1.00e-03" in said[0] and not any(
+        "Failed" in s for s in said
+    )
     assert [(m["step"], m["skipped_steps"]) for m in found] == [(1, 0), (2, 1), (3, 1), (4, 1)]
     assert (found[1]["loss"], found[1]["grad_norm"]) == (None, None)
     assert tensors(settings, 1) == tensors(settings, 2) != tensors(settings, 3)

@@ -16,6 +16,13 @@ QUIET = {
     "load_best_model_at_end",
     "early_stopping_patience",
     "check_replicas_steps",
+    "device_peak_tflops",
+    "logging_dir",
+    "report_to",
+    "use_tensorboard",
+    "*wandb*",
+    "*mlflow*",
+    "*trackio*",
     "resume_from_checkpoint",
     "auto_resume_from_checkpoints",
     # the layout: any reads any
@@ -24,6 +31,12 @@ QUIET = {
     "dp_*",
     "fsdp*",
     "group_timeout_minutes",
+    # the kernel of attention
+    "attn_implementation",
+    "*_attention",
+    # how much padding there is, and how rows held out are joined
+    "pad_to_sequence_len",
+    "eval_sample_packing",
     # of no effect once weights come from a checkpoint, or on memory alone
     "random_init",
     "gradient_checkpointing",

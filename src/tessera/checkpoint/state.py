@@ -1,13 +1,13 @@
 """RunState: what a checkpoint remembers of its run beside tensors, as state.json holds it."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 FORMAT = 3
 """Raised with every key that comes or goes, which readers of the format before refuse. 1 was without SHA256SUMS, 2
-without `best`."""
+without `best`, `order` and `unit`."""
 READ = (2, 3)
 """The formats that are read."""
 Count = Annotated[int, Field(ge=0, lt=2**53)]
@@ -58,9 +58,10 @@ class RunState:
     """The state of a run after `step` optimizer steps.
 
     `tokens` are the targets trained on, `samples` those taken from the stream, `skipped` the steps that changed no
-    weight. `best` is the best evaluation, where they are compared. `course` is what follows from the settings,
-    `config` the settings themselves; both are empty where no run has made the checkpoint, and `optimizer` is false
-    where it has model tensors alone.
+    weight. `order` is the version of the stream's order (data/epochs.py), and `unit` what `samples` counts: samples, or
+    rows of packed ones. `best` is the best evaluation, where they are compared. `course` is what follows from the
+    settings, `config` the settings themselves; both are empty where no run has made the checkpoint, and `optimizer` is
+    false where it has model tensors alone.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
@@ -75,12 +76,19 @@ class RunState:
     optimizer: bool = True
     best: Best | None = None
     seed: Annotated[int, Field(ge=0)] | None = None
+    order: Annotated[int, Field(ge=1, le=2)] = 1
+    unit: Literal["sample", "row"] = "sample"
     format: int = FORMAT
 
     def __post_init__(self) -> None:
         """Raise ValueError for counts that no run comes to."""
         if self.skipped > self.step:
             raise ValueError(f"{self.skipped} steps skipped, of {self.step}")
+        best = self.best
+        if best is not None and not max(best.step + best.worse, best.checkpoint or 0) <= self.step:
+            raise ValueError(f"a best evaluation of step {best.step}, after {self.step} steps")
+        if self.unit == "row" and self.order == 1:
+            raise ValueError("rows of packed samples in order 1, which packs none")
         whole = bool(self.step) == bool(self.samples) and self.samples <= self.step * 2**31
         if not whole or self.tokens > self.samples * 2**31:
             raise ValueError(f"{self.samples} samples and {self.tokens} tokens after {self.step} steps")

@@ -79,7 +79,8 @@ def _made(values: Mapping[Any, Any], source: str) -> tuple[TrainConfig, Settled]
 def settle(given: Mapping[Any, Any]) -> Settled:
     """The keys of ours in `given`; those of other tools are taken as ours, or taken away."""
     out = Settled({})
-    out.values = judged({str(key): value for key, value in given.items()}, compat.TOP, "", out)
+    judged_values = judged({str(key): value for key, value in given.items()}, compat.TOP, "", out)
+    out.values = {key: value for key, value in judged_values.items() if not _is_left_out(key, value)}
     for key in SOURCES:
         if key in out.values:
             out.values[key] = judged_sources(out.values[key], key, out)
@@ -91,9 +92,14 @@ def settle(given: Mapping[Any, Any]) -> Settled:
     return out
 
 
+def _is_left_out(key: str, value: object) -> bool:
+    """Whether a key that may be left out holds an empty text, list or mapping."""
+    known = TrainConfig.model_fields.get(key)
+    return value in ("", [], {}) and not (known and known.is_required())
+
+
 def _validated(values: dict[str, Any]) -> TrainConfig:
     """The config of `values`, of which those that ask for nothing and do not fit their key are as good as not given."""
-    values = {key: value for key, value in values.items() if not _empty_where_unset(key, value)}
     while True:
         try:
             return TrainConfig.model_validate(values)
@@ -104,12 +110,6 @@ def _validated(values: dict[str, Any]) -> TrainConfig:
                 raise
             for place in empty:
                 values = _without(values, place)
-
-
-def _empty_where_unset(key: str, value: object) -> bool:
-    """Whether an empty text, list or mapping is given for a key that is unset by default, which it then stays."""
-    field, section = TrainConfig.model_fields.get(key), key == "tensor_parallel_mesh"  # of which {} says: all sizes 1
-    return field is not None and field.get_default() is None and not section and value in ("", [], {})
 
 
 def _asking_for_nothing(values: Any, place: KeyPath) -> KeyPath:
@@ -151,7 +151,7 @@ def written_values(config: TrainConfig) -> dict[str, Any]:
 
 def _without_effect(config: TrainConfig) -> list[str]:
     """What is to be said about keys of ours that do nothing here; the resolved config of a run with auto has such."""
-    lines = []
+    lines = [f"{key} has no effect: {name} is not asked for" for key, name in config.idle_tracker_keys().items()]
     key, schedule = "tensor_parallel_scratch_gib", config.tensor_parallel_schedule
     limit = getattr(config, key)
     if schedule != "auto" and limit != TrainConfig.model_fields[key].default:
@@ -161,4 +161,6 @@ def _without_effect(config: TrainConfig) -> list[str]:
         value = getattr(config, key)
         if value and value != "no" and not config.evaluates:
             lines.append(f"{key}: {value} has no effect: no rows are held out for evaluation (val_set_size)")
+    if config.sample_packing and config.pad_to_sequence_len is False:
+        lines += ["pad_to_sequence_len: false has no effect: rows of packed samples are always padded to sequence_len"]
     return lines

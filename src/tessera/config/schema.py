@@ -19,8 +19,11 @@ from tessera.config.sections.log import LogKeys
 from tessera.config.sections.model import ModelKeys, SpecialTokensConfig, TokenizerConfig
 from tessera.config.sections.numbers import NumbersKeys
 from tessera.config.sections.optimizer import OptimizerKeys
+from tessera.config.sections.output import OutputKeys
+from tessera.config.sections.packing import PackingKeys
 from tessera.config.sections.preparation import PreparationKeys
 from tessera.config.sections.section import Section
+from tessera.config.sections.trackers import TrackerKeys
 from tessera.core.errors import UserError
 
 SECTIONS: dict[str, type[Section]] = {
@@ -35,6 +38,8 @@ SECTIONS: dict[str, type[Section]] = {
 
 
 class TrainConfig(
+    TrackerKeys,
+    OutputKeys,
     CheckpointKeys,
     LogKeys,
     HealthKeys,
@@ -44,6 +49,7 @@ class TrainConfig(
     BatchKeys,
     PreparationKeys,
     ChatKeys,
+    PackingKeys,
     DataKeys,
     ModelKeys,  # the keys of the last base come first in tables and files
 ):

@@ -58,7 +58,7 @@ class Settled:
         if asks_for_nothing(values.get(key)):
             values[key] = value
             self.given_as[name] = by
-        elif not compat.is_one_of(values[key], [value]):
+        elif not compat.is_same(values[key], value):
             told = (
                 f"means {name}: {shown(value)}, and {self.given_as.get(name, name)}: {shown(values[key])} is given too"
             )
@@ -106,9 +106,9 @@ def judged(given: Mapping[str, Any], verdicts: compat.Verdicts, prefix: str, out
             out.refuse(name, value, "is not supported", choices(key_name(name)))
         else:
             kept[key] = value
-    for key in given.keys() & verdicts.ours.keys() - known.keys():
-        if not asks_for_nothing(given[key]):
-            _take_as_ours(key, given[key], verdicts.ours[key], prefix, kept, out)
+    for key, value in given.items():  # after all of ours
+        if key in verdicts.ours and key not in known and not asks_for_nothing(value):
+            _take_as_ours(key, value, verdicts.ours[key], prefix, kept, out)
     return kept
 
 
@@ -120,7 +120,7 @@ def _take_as_ours(
     if ours.divisor != 1 and isinstance(value, int | float) and not isinstance(value, bool):
         meant = value / ours.divisor
     said = f"is called {prefix + ours.key} here" + (f": {meant:g}" if meant is not value else "")
-    if not asks_for_nothing(kept.get(ours.key)) and not compat.is_one_of(kept[ours.key], [meant]):
+    if not asks_for_nothing(kept.get(ours.key)) and not compat.is_same(kept[ours.key], meant):
         told = f"{said}, and {ours.key}: {shown(kept[ours.key])} is given too"
         out.refuse(prefix + key, value, told, "keep one of the two")
         return

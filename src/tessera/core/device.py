@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tessera.core.text import counted
+
 
 def local_device() -> torch.device:
     """The device of this process: its GPU when there is one for it, the CPU otherwise."""
@@ -86,16 +88,30 @@ def describe(device: torch.device) -> str:
     """A name for logs and result files."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"cpu, {torch.get_num_threads()} threads a rank"
+    return f"cpu, {counted(torch.get_num_threads(), 'thread')} a rank"
 
 
-# Dense bf16 peak of one device in TFLOP/s, from the vendors' data sheets.
-_PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250, "MI300X": 1307, "L40S": 362, "4090": 165}
+# Dense bf16 peak of one device in TFLOP/s, from the vendors' data sheets; the first that a device's name holds counts.
+_PEAK_TFLOPS = {
+    "A100": 312,
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "H200 NVL": 835,
+    "H200": 989,
+    "GB200": 2500,
+    "B200": 2250,
+    "MI300X": 1307,
+    "L40S": 362,
+    "4090": 165,
+}
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 operations a second that `device` is sold with; None for one not in the table."""
+def peak_flops(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> float | None:
+    """Dense operations a second that `device` is sold with; None where the table has no such device or dtype."""
     name = describe(device)
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return None
     return next((tera * 1e12 for known, tera in _PEAK_TFLOPS.items() if known in name), None)
 
 

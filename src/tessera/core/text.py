@@ -30,6 +30,22 @@ def number_range(values: Sequence[int]) -> str:
     return f"{least:,}" if least == most else f"{least:,}–{most:,}"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things, e.g. "1 step", "1,000 steps"."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def duration(seconds: float) -> str:
+    """A time in one or two units, e.g. "12 s", "3 min", "2 h 5 min", "4 days"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours / 24:.0f} days"
+
+
 def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows as lines, indented, each column as wide as its widest cell."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -51,6 +51,9 @@ def read_auto(path: Path, key: str) -> Any:
     fast form, or it needs code of its own.
     """
     try:
+        if os.path.isfile(path) and path.name not in VOCABULARIES:
+            reason = "is a file, of no name that transformers gives to a tokenizer's"
+            raise UserError(key, path, reason, "name the folder that the tokenizer is in")
         folder = folder_of(path).absolute()
         there = set(os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError):

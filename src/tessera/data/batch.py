@@ -1,6 +1,7 @@
 """MicroBatch: what the loader gives to a step, and a step to the model."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ class MicroBatch:
     of other data ranks included: it makes a document's place in the step.
 
     `positions` [B, S] has each token's place in its document; None: 0 … S−1 in every row. `documents` [B, S] has each
-    token's document, numbered within the micro-batch; None: row b is document b.
+    token's document, numbered within the micro-batch or, with `first_document` 0, within the step; None: row b is
+    document b. A document is a run of tokens of one row; what fills up a row is one too, without targets.
     E.g. a row of two documents, of three tokens and two: positions 0 1 2 0 1, documents 0 0 0 1 1.
     """
 
@@ -27,7 +29,22 @@ class MicroBatch:
     positions: Tensor | None = None
     documents: Tensor | None = None
 
+    @cached_property
+    def document_starts(self) -> tuple[int, ...]:
+        """At which of the B · S tokens, row after row, the documents begin: found on the host, before `to` a GPU."""
+        B, S = self.input_ids.shape
+        return tuple(range(0, B * S, S)) if self.documents is None else document_starts(self.documents)
+
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch with its tensors on `device`."""
         moved: dict[str, Any] = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
-        return replace(self, **moved)
+        batch = replace(self, **moved)
+        vars(batch)["document_starts"] = self.document_starts
+        return batch
+
+
+def document_starts(documents: Tensor) -> tuple[int, ...]:
+    """At which tokens of `documents` [B, S], counted row after row, another document begins."""
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    torch.ne(documents[:, 1:], documents[:, :-1], out=begins[:, 1:])
+    return tuple(begins.flatten().nonzero().flatten().tolist())

@@ -142,6 +142,14 @@ class Column:
         self._check(start + span.start * width, start + span.stop * width)
         return self._array[span]
 
+    def take(self, indices: NDArray[np.int64]) -> NDArray[Any]:
+        """The numbers at these places."""
+        start = len(self._bytes) - self._array.nbytes  # of which no number lies in two blocks
+        blocks = np.unique((start + indices * self._array.itemsize) // BLOCK)
+        for block in blocks[~self._seen[blocks]].tolist():
+            self._check(block * BLOCK, block * BLOCK + 1)
+        return self._array[indices]
+
     def at(self, index: int) -> int:
         """One number."""
         return int(self[slice(index, index + 1)][0])

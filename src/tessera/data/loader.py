@@ -1,75 +1,113 @@
 """The micro-batches of an optimizer step, a pure function of the step: no state to save, so resume is exact.
 
-Samples form one endless stream, epoch after epoch, each in an order drawn from (seed, epoch). With M rows in
-a micro-batch, D data ranks and A accumulation steps, a step takes the next G = M·D·A samples: from its first one on,
-micro-batch a of rank r the M samples from (a·D + r)·M on. So D does not change the order, and a run that goes on with
-another G (`start_at`) takes the samples that are left.
+Rows form one endless stream, epoch after epoch (`epochs.py`): each a sample, or packed samples. With M rows in a
+micro-batch, D data ranks and A accumulation steps, a step takes the next G = M·D·A rows. Of single samples
+micro-batch a of rank r takes the M rows from (a·D + r)·M on; packed rows are dealt, so that ranks are equally full.
+So D does not change which rows a step has, and a run that goes on with another G (`start_at`) takes what is left.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from tessera.core.errors import RunFailed, UserError
 from tessera.data.batch import MicroBatch
-from tessera.data.samples import EPOCH_ORDER, IGNORED, Samples, shuffled
+from tessera.data.epochs import Epochs
+from tessera.data.pack import Ints, dealt
+from tessera.data.samples import IGNORED, Samples
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows that run together, by the samples that each holds; from row `end` on they are padding.
+
+    `first` is, for each row, the place of its first sample among all that there are.
+    """
+
+    samples: list[list[int]]
+    end: int
+
+    @property
+    def first(self) -> list[int]:
+        return list(accumulate(map(len, self.samples), initial=0))
+
+    def of(self, row: int) -> list[int]:
+        return self.samples[row] if row < self.end else []
 
 
 class Loader:
-    """Micro-batches of `rows` for data rank `data_rank` of `data_ranks`.
+    """Micro-batches of `samples` for data rank `data_rank` of `data_ranks`, in the rows of `epochs`.
 
-    S is the longest row of a micro-batch over all data ranks, rounded up to a multiple of `length_multiple`:
-    the same on every rank. The stream ends before sample `last_sample` (None: never): from there on come
-    padding rows of `pad_id` without any target, in the shape that the samples there would have had.
+    S is the longest row of a micro-batch over all data ranks, or `row_length` where that is given, rounded up to a
+    multiple of `length_multiple`: the same on every rank. The stream ends before row `last_sample` (None: never): from
+    there on come padding rows of `pad_id` without any target, in the shape that the rows there would have had.
+    What is called sample in the names here is a row of packed samples where `epochs` packs them.
     """
 
     def __init__(
         self,
-        rows: Samples,
+        samples: Samples,
+        epochs: Epochs,
         micro_batch_size: int,
         accumulation: int,
-        seed: int,
-        shuffle: bool,
         length_multiple: int,
+        row_length: int | None = None,
         pad_id: int = 0,
         data_rank: int = 0,
         data_ranks: int = 1,
         last_sample: int | None = None,
     ) -> None:
-        if not len(rows):
+        if not len(samples):
             raise ValueError("there are no rows to load")
         if not 0 <= data_rank < data_ranks:
             raise ValueError(f"data_rank {data_rank} is none of {data_ranks} ranks")
-        self.rows, self.micro_batch_size, self.accumulation = rows, micro_batch_size, accumulation
-        self.length_multiple, self.pad_id, self.last_sample = length_multiple, pad_id, last_sample
+        self.samples, self.epochs = samples, epochs
+        self.micro_batch_size, self.accumulation = micro_batch_size, accumulation
+        self.length_multiple, self.row_length = length_multiple, row_length
+        self.pad_id, self.last_sample = pad_id, last_sample
         self.data_rank, self.data_ranks = data_rank, data_ranks
-        self._seed, self._shuffle = seed, shuffle
         self._first_step, self._first_sample = 0, 0
-        self._order = lru_cache(maxsize=2)(self._draw_order)  # a step touches at most a few epochs
+
+    @property
+    def packed(self) -> bool:
+        """Whether a row holds several samples."""
+        return self.epochs.unit == "row"
 
     @property
     def samples_per_epoch(self) -> int:
-        """The number of rows."""
-        return len(self.rows)
+        """The rows of the first epoch; where they are packed, other epochs may have some more or fewer."""
+        return self.epochs.rows_in(0)
 
     @property
     def samples_per_step(self) -> int:
-        """G: the samples of one optimizer step, over all data ranks."""
+        """G: the rows of one optimizer step, over all data ranks."""
         return self.micro_batch_size * self.accumulation * self.data_ranks
 
     def start_at(self, step: int, sample: int) -> None:
-        """Optimizer step `step` begins with `sample` of the stream: those before have been trained on."""
+        """Optimizer step `step` begins with row `sample` of the stream: those before have been trained on."""
         self._first_step, self._first_sample = step, sample
 
+    @property
+    def first_sample(self) -> int:
+        """The row with which this run, or what is left of it, begins."""
+        return self._first_sample
+
     def samples_before(self, step: int) -> int:
-        """The samples that come before optimizer step `step`, the run's padding rows not among them."""
+        """The rows that come before optimizer step `step`, the run's padding rows not among them."""
         before = self._first_sample + (step - self._first_step) * self.samples_per_step
         return before if self.last_sample is None else min(before, self.last_sample)
+
+    def epoch(self, step: int) -> float:
+        """The passes over the data that come before optimizer step `step`."""
+        if not (before := self.samples_before(step)):
+            return 0.0
+        epoch, place = self.epochs.place(before - 1)  # the last row seen: the next one may be of an epoch not counted
+        return epoch + (place + 1) / self.epochs.rows_in(epoch)
 
     def steps_for(self, num_epochs: float) -> int:
         """The optimizer steps after which all of `num_epochs` epochs is seen; the last one may go beyond them."""
@@ -77,63 +115,87 @@ class Loader:
         return self._first_step + -(-left // self.samples_per_step)
 
     def samples_for(self, num_epochs: float) -> int:
-        """The samples of `num_epochs` epochs, rounded up; what floating point adds does not count."""
-        return math.ceil(round(num_epochs * self.samples_per_epoch, 6))
+        """The rows of `num_epochs` epochs, rounded up; what floating point adds does not count."""
+        whole = int(num_epochs)
+        part = num_epochs - whole and math.ceil(round((num_epochs - whole) * self.epochs.rows_in(whole), 6))
+        return self.epochs.rows_before(whole) + int(part)
 
     def step_batches(self, step: int) -> list[MicroBatch]:
         """The micro-batches of optimizer step `step` (from 0), one for each accumulation step.
 
         RunFailed: a row is not as it was prepared.
         """
-        whole = self.micro_batch_size * self.data_ranks
-        first = self._first_sample + (step - self._first_step) * self.samples_per_step
-        starts = range(0, self.samples_per_step, whole)
+        first, count = self._first_sample + (step - self._first_step) * self.samples_per_step, self.samples_per_step
         with _damage_ends_the_run():
-            return [self._batch(range(first + at, first + at + whole), at) for at in starts]
+            present = count if self.last_sample is None else max(0, min(count, self.last_sample - first))
+            needed = present if self.packed else count  # where S is fixed, rows that are padding do not count for it
+            samples = [self.epochs.samples(first + row) for row in range(needed)]
+            rows = _Rows(samples + [[] for _ in range(count - needed)], present)
+            shares = self._shares(rows)  # [A, D, M]
+            return [self._assemble(rows, share[self.data_rank], self._length(rows, share)) for share in shares]
 
     def eval_batches(self) -> Iterator[MicroBatch]:
-        """Every row once, in file order whatever `shuffle` says; padding rows fill up the last batch.
+        """Every row of the first epoch once, in order; padding rows fill up the last batch.
 
         RunFailed: a row is not as it was prepared.
         """
-        whole = self.micro_batch_size * self.data_ranks
-        for first in range(0, len(self.rows), whole):
-            present = range(first, min(first + whole, len(self.rows)))
-            indices: list[int | None] = [*present, *[None] * (whole - len(present))]
+        whole, total = self.micro_batch_size * self.data_ranks, self.epochs.rows_in(0)
+        for first in range(0, total, whole):
             with _damage_ends_the_run():
-                batch = self._assemble(indices, self._padded_length(present))
+                present = [self.epochs.samples(row) for row in range(first, min(first + whole, total))]
+                rows = _Rows(present + [[] for _ in range(whole - len(present))], len(present))
+                share = np.arange(whole).reshape(self.data_ranks, -1)
+                batch = self._assemble(rows, share[self.data_rank], self._length(rows, share))
             yield batch
 
-    def _batch(self, samples: range, place: int) -> MicroBatch:
-        indices = [self._row_of(sample) for sample in samples]
-        end = samples.stop if self.last_sample is None else self.last_sample
-        present = [index if sample < end else None for sample, index in zip(samples, indices, strict=True)]
-        return self._assemble(present, self._padded_length(indices), place)
+    def _shares(self, rows: _Rows) -> Ints:
+        """The rows of each micro-batch, of each data rank there, by their places in the step: [A, D, M]."""
+        shape = self.accumulation, self.data_ranks, self.micro_batch_size
+        if not self.packed:
+            return np.arange(self.samples_per_step).reshape(shape)
+        tokens = [int(self._lengths(rows.of(row)).sum()) for row in range(self.samples_per_step)]
+        hands = dealt(np.array(tokens), self.data_ranks)  # [D, A·M]
+        return hands.reshape(shape[1], shape[0], shape[2]).swapaxes(0, 1)
 
-    def _row_of(self, sample: int) -> int:
-        epoch, position = divmod(sample, len(self.rows))
-        return int(self._order(epoch)[position]) if self._shuffle else position
+    def _lengths(self, samples: Sequence[int]) -> Ints:
+        return self.samples.lengths(np.array(samples, np.int64))
 
-    def _draw_order(self, epoch: int) -> NDArray[np.int64]:
-        return shuffled(len(self.rows), EPOCH_ORDER, self._seed, epoch)
-
-    def _padded_length(self, indices: Iterable[int]) -> int:
-        longest = max(self.rows.length(index) for index in indices)
+    def _length(self, rows: _Rows, share: Ints) -> int:
+        """S of the micro-batch whose rows, of all data ranks, are `share`."""
+        longest = self.row_length
+        if longest is None:
+            longest = max(int(self._lengths(rows.samples[row]).sum()) for row in share.flat)
         return -(-longest // self.length_multiple) * self.length_multiple
 
-    def _assemble(self, indices: Sequence[int | None], length: int, place: int = 0) -> MicroBatch:
-        """This rank's share of the rows `indices` (None: a padding row), as tensors of `length` tokens."""
-        before = self.data_rank * self.micro_batch_size
-        mine = indices[before:][: self.micro_batch_size]
-        input_ids = np.full((len(mine), length), self.pad_id, np.int64)
-        targets = np.full((len(mine), length), IGNORED, np.int64)
-        for at, index in enumerate(mine):
-            if index is not None:
-                tokens, labels = self.rows[index]
-                input_ids[at, : len(tokens)] = tokens
-                targets[at, : len(labels) - 1] = labels[1:]
+    def _assemble(self, rows: _Rows, mine: Ints, length: int) -> MicroBatch:
+        """The rows `mine` as tensors of `length` tokens."""
+        shape = len(mine), length
+        input_ids, targets = np.full(shape, self.pad_id, np.int64), np.full(shape, IGNORED, np.int64)
+        documents = np.full(shape, -1, np.int64)  # padding is a document of its own
+        positions = np.broadcast_to(np.arange(length), shape).copy()
+        first, several = rows.first, self.packed
+        for at, row in enumerate(mine.tolist()):
+            start = 0
+            for place, sample in enumerate(rows.of(row), first[row]):
+                tokens, labels = self.samples[sample]
+                own = slice(start, start + len(tokens))
+                start = own.stop
+                input_ids[at, own], targets[at, own][:-1] = tokens, labels[1:]
+                documents[at, own], positions[at, own] = place, np.arange(len(tokens))
+                if (within := self.samples.positions(sample)) is not None:
+                    begins = np.flatnonzero(within[1:] == 0) + 1  # the documents after the first
+                    number = np.zeros(len(tokens), np.int64)
+                    number[begins] = 1
+                    # numbers that no other sample's documents have, whatever the rows of a rank
+                    documents[at, own] += number.cumsum() * first[-1]
+                    positions[at, own] = within
+                    targets[at, own][begins - 1] = IGNORED
+                    several |= len(begins) > 0
         valid = int(np.count_nonzero(targets != IGNORED))
-        return MicroBatch(torch.from_numpy(input_ids), torch.from_numpy(targets), valid, place + before)
+        batch = torch.from_numpy(input_ids), torch.from_numpy(targets), valid
+        if several:
+            return MicroBatch(*batch, 0, torch.from_numpy(positions), torch.from_numpy(documents))
+        return MicroBatch(*batch, int(mine[0]))
 
 
 @contextmanager

@@ -45,7 +45,7 @@ class TextTokenizer:
     def auto(self) -> Any:
         """The same as transformers has it, a `PreTrainedTokenizerFast`: for chat templates.
 
-        It may share `backend`: ask it for no padding and no truncation, which would stay on.
+        It may share `backend`.
         """
         if self.made is not None:
             return self.made
@@ -53,6 +53,14 @@ class TextTokenizer:
 
         end = self.backend.id_to_token(self.eos_id)
         return PreTrainedTokenizerFast(tokenizer_object=self.backend, eos_token=end, clean_up_tokenization_spaces=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process: pickling a backend loses whether it splits special tokens."""
+        return self.__dict__ | {"split": self.backend.encode_special_tokens}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state["backend"].encode_special_tokens = state.pop("split")
+        self.__dict__.update(state)
 
     @property
     def vocab_size(self) -> int:
@@ -66,6 +74,8 @@ class TextTokenizer:
         cannot write a text, having neither a token for a part of it nor one for what is unknown.
         """
         ids: list[Ids] = []
+        self.backend.no_padding()  # which a call of `auto` may have left on
+        self.backend.no_truncation()
         try:
             opening, closing = frame(self.backend) if special else ([], [])
             for start in range(0, len(texts), BATCH):

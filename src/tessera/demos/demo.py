@@ -15,7 +15,7 @@ from tessera.core.errors import RunFailed, UserError
 from tessera.data.samples import open_samples, unigram_entropy
 from tessera.data.stdlib import standard_library_files
 from tessera.launch.launch import launch
-from tessera.monitor.plots import plot_loss, read_metrics
+from tessera.train.plots import plot_loss, read_metrics
 
 STEPS, COMPARED, TOLERANCE = 200, 8, 2e-5
 MARK = ".tessera-demo"
@@ -107,7 +107,7 @@ def write_inputs(output: Path, steps: int) -> Path:
 
 
 def report(console: Console, output: Path) -> None:
-    """What the run shows: memory, traffic, the held-out loss, a sample, the plot, and the comparison."""
+    """What the run shows: memory, traffic, the eval_loss, a sample, the plot, and the comparison."""
 
     run = output / "run"
     summary = json.loads((run / "summary.json").read_text())
@@ -117,21 +117,21 @@ def report(console: Console, output: Path) -> None:
     entropy = unigram_level(run)
     held_out = records[-1]["eval_loss"]
     console.rule("what it learnt")
-    console.print(f"held-out loss {held_out:.4f} nats a token; the unigram entropy of the text is {entropy:.4f}")
+    console.print(f"eval_loss {held_out:.4f} nats a token; the unigram entropy of the text is {entropy:.4f}")
     loss, sample = in_transformers(run)
     console.print(f"the same held-out rows through plain transformers, from the exported folder: {loss:.4f}")
     console.print("a sample it generates there:")
     console.print(sample, style="cyan", markup=False)
-    plot_loss(run, output / "loss.png", ("unigram entropy", entropy))
+    (output / "loss.png").write_bytes(plot_loss(records, ("unigram entropy", entropy)))
     console.rule("the numbers of one device")
     worst = compare(console, records, read_metrics(output / "one-process"))
     console.print(f"loss plot: {output / 'loss.png'}\nmodel for transformers: {run}", soft_wrap=True)
     if not abs(loss - held_out) <= TOLERANCE * held_out:
-        raise RunFailed(f"plain transformers find a held-out loss of {loss:.6f}, the run {held_out:.6f}")
+        raise RunFailed(f"plain transformers find an eval_loss of {loss:.6f}, the run {held_out:.6f}")
     if not worst <= TOLERANCE:
         raise RunFailed(f"tensor size 2 and one process differ by {worst:.1e}, more than {TOLERANCE:.0e}")
     if len(records) >= STEPS and not held_out < entropy:
-        raise RunFailed(f"the held-out loss {held_out:.4f} is not below the unigram entropy {entropy:.4f}")
+        raise RunFailed(f"the eval_loss {held_out:.4f} is not below the unigram entropy {entropy:.4f}")
 
 
 def ranks_table(summary: dict[str, Any]) -> Table:
@@ -166,7 +166,7 @@ def unigram_level(run: Path) -> float:
 
 
 def in_transformers(run: Path) -> tuple[float, str]:
-    """The held-out loss and a sample (top-k, seeded) by the exported model as plain transformers loads it."""
+    """The loss of the rows held out and a sample (top-k, seeded), by the model as plain transformers loads it."""
     # the demonstration trains without them
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

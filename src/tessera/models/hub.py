@@ -22,6 +22,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from tessera.core.collectives import gathered, start_broadcast
+from tessera.core.device import dtype_name
 from tessera.core.errors import UserError
 from tessera.core.files import in_words, read_json, remove, usable_path
 from tessera.core.mesh import Mesh
@@ -80,6 +81,20 @@ def read_config_json(folder: Path) -> Any:
     if not os.path.lexists(folder / "config.json"):
         raise UserError("base_model", folder, "no config.json there")
     return read_json(folder / "config.json", "base_model")
+
+
+def dtype_of_folder(folder: Path) -> str:
+    """The dtype of a model folder: what its config.json says, else that of its first tensor, else float32."""
+    config, written = read_config_json(folder), ("float32", "bfloat16", "float16")
+    for key in ("dtype", "torch_dtype"):
+        if isinstance(config, dict) and config.get(key) in written:
+            return config[key]
+    try:
+        entry = next(iter(find_tensors(folder).values()), None)
+    except UserError:  # the weights come from a checkpoint, and these are not there any more
+        entry = None
+    stored = dtype_name(DTYPES[entry.dtype]) if entry and entry.dtype in DTYPES else ""
+    return stored if stored in written else "float32"
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -2,9 +2,12 @@
 
 from torch import Tensor
 
+from tessera.nn.kernels.documents_cpu import documents_cpu
+from tessera.nn.kernels.each_document import each_document
 from tessera.nn.kernels.explicit import explicit
 from tessera.nn.kernels.flash_cpu import flash_cpu
 from tessera.nn.kernels.fused import fused
+from tessera.nn.kernels.varlen import takes_varlen, varlen
 from tessera.nn.mask import Mask
 
 
@@ -27,11 +30,21 @@ def attend(
     `softcap` c makes z = c · tanh(z / c); probabilities are dropped where `keep` [B, H, S, S] is False, which happens
     with probability `p`. The log-sum-exp [B, H, S] is in promote_types(dtype, float32), without dropout, and has no
     gradient. `eager` takes the kernel that goes step by step.
+
+    Scores of S × S exist with `eager`, where a window is shorter than the row, with a soft cap or dropped
+    probabilities, and where a GPU is asked for the log-sum-exp of float32; in all other cases of no more than a tile.
     """
-    banded = mask.window is not None and mask.window < k_BHSD.shape[2]
-    elsewhere = with_lse and not q_BHSD.is_cpu  # where no other kernel gives it
-    if eager or banded or elsewhere or mask.documents is not None or softcap is not None or keep is not None:
+    banded, documents = mask.window is not None and mask.window < k_BHSD.shape[2], mask.documents
+    if eager or banded or softcap is not None or keep is not None:
         return explicit(q_BHSD, k_BHSD, v_BHSD, mask, scale, softcap, keep, p, with_lse)
+    if documents is not None and (q_BHSD.is_cpu or takes_varlen(q_BHSD)):
+        kernel = documents_cpu if q_BHSD.is_cpu else varlen
+        out, lse = kernel(q_BHSD, k_BHSD, v_BHSD, documents, causal=mask.causal, scale=scale)
+        return out, lse if with_lse else None
     if with_lse:
-        return flash_cpu(q_BHSD, k_BHSD, v_BHSD, causal=mask.causal, scale=scale)
+        if q_BHSD.is_cpu:
+            return flash_cpu(q_BHSD, k_BHSD, v_BHSD, causal=mask.causal, scale=scale)
+        return explicit(q_BHSD, k_BHSD, v_BHSD, mask, scale, softcap, keep, p, with_lse)
+    if documents is not None:
+        return each_document(q_BHSD, k_BHSD, v_BHSD, documents, causal=mask.causal, scale=scale), None
     return fused(q_BHSD, k_BHSD, v_BHSD, causal=mask.causal, scale=scale), None

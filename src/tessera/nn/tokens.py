@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from tessera.core.mesh import Mesh
 from tessera.data.batch import MicroBatch
 from tessera.layout.streams import Layout, Streams
+from tessera.nn.documents import Documents
 
 
 @dataclass(frozen=True)
@@ -79,10 +81,15 @@ class Tokens:
             return torch.arange(self.sequence, device=self.batch.input_ids.device)
         return self.attention.positions.view(-1, self.sequence)
 
-    @property
-    def documents(self) -> Tensor | None:
-        """The documents in attention's rows, [B, S]; None where every row is one."""
-        return None if self.batch.documents is None else self.attention.documents.view(-1, self.sequence)
+    @cached_property
+    def documents(self) -> Documents | None:
+        """The documents in attention's rows, made once for all layers; None where every row is one."""
+        if self.batch.documents is None:
+            return None
+        span = self.attention.span  # of whole rows
+        bounds = (start - span.start for start in self.batch.document_starts if span.start <= start < span.stop)
+        ids = self.attention.documents.view(-1, self.sequence)
+        return Documents(ids, (*bounds, span.stop - span.start))
 
 
 def _part(batch: MicroBatch, layout: Layout, mesh: Mesh) -> Part:

@@ -52,6 +52,7 @@ MODEL_SIZES: Mapping[str, int] = {
     "head_dim": WIDTH,
     "max_position_embeddings": POSITIONS,
     "original_max_position_embeddings": POSITIONS,
+    "sliding_window": POSITIONS,
     "n_embd": WIDTH,
     "n_inner": WIDTH,
     "n_layer": LAYERS,

@@ -7,7 +7,7 @@ from tessera.config.schema import TrainConfig
 from tessera.core import device as devices
 from tessera.core.axes import AXES, DATA_AXES
 from tessera.core.mesh import Mesh
-from tessera.core.text import mib, table_lines
+from tessera.core.text import counted, mib, table_lines
 from tessera.layout.parallel import Parallel
 from tessera.models.config import ModelConfig
 from tessera.plan.traffic import step_transfers
@@ -37,7 +37,7 @@ def mesh_lines(config: TrainConfig, model: ModelConfig, parallel: Parallel) -> l
     tensor = mesh.world // data
     lines.append(
         f"effective batch: {micro} (micro) × {times} (accumulation) × {mesh.world} (ranks) / {tensor} (tensor) "
-        f"= {micro * times * data} rows"
+        f"= {counted(micro * times * data, 'row')}"
     )
     return lines
 

@@ -12,6 +12,7 @@ import torch
 from tessera.checkpoint import tensors as checkpoint
 from tessera.checkpoint.resumed import differences
 from tessera.checkpoint.state import Best, RunState
+from tessera.config.schema import TrainConfig
 from tessera.config.sections.steps import in_steps
 from tessera.core import device as devices
 from tessera.core import terminal
@@ -19,9 +20,10 @@ from tessera.core.axes import DATA_AXES
 from tessera.core.collectives import gathered
 from tessera.core.errors import UserError
 from tessera.core.mesh import Mesh
+from tessera.data.epochs import ORDER, Epochs, Packed, Singles
 from tessera.data.loader import Loader
 from tessera.data.prepare import Prepared, open_prepared
-from tessera.data.samples import Split, open_samples
+from tessera.data.samples import Samples, Split, open_samples
 from tessera.engine.fsdp import build_decoder
 from tessera.engine.optimizer import build_optimizer
 from tessera.engine.step import Step
@@ -152,16 +154,28 @@ def _seen_by_all(run: Run, mesh: Mesh) -> Prepared:
 def loader_of(run: Run, prepared: Prepared, model: Decoder, split: Split, *, shuffle: bool) -> Loader:
     """This data rank's micro-batches of a split, padded as the mesh of `model` needs them."""
     config, mesh = run.config, model.parallel.mesh
+    samples, packing = open_samples(prepared.folder, split), _packs(config, split)
     return Loader(
-        open_samples(prepared.folder, split),
+        samples,
+        epochs_of(samples, config, packing=packing, shuffle=shuffle),
         config.micro_batch_size,
         config.gradient_accumulation_steps,
-        config.seed,
-        shuffle,
         length_multiple(config.micro_batch_size, model.residual, mesh),
+        row_length=config.sequence_len if packing or config.pad_to_sequence_len else None,
         data_rank=mesh.index(DATA_AXES),
         data_ranks=mesh.size(DATA_AXES),
     )
+
+
+def _packs(config: TrainConfig, split: Split) -> bool:
+    return config.sample_packing if split == "train" else config.packs_held_out
+
+
+def epochs_of(samples: Samples, config: TrainConfig, *, packing: bool, shuffle: bool, version: int = ORDER) -> Epochs:
+    """The rows that these samples make, epoch after epoch; packed ones are in the newest version of the order."""
+    if packing:
+        return Packed(samples, config.sequence_len, config.seed, shuffle)
+    return Singles(len(samples), config.seed, shuffle, version)
 
 
 def _fill(built: Built) -> RunState | None:
@@ -176,9 +190,33 @@ def _fill(built: Built) -> RunState | None:
     state = checkpoint.load(run.resume, model, built.step.optimizer)
     if not state.optimizer and built.first:
         terminal.say(f"{run.resume} has no optimizer state, which starts from zero")
-    built.loader.start_at(state.step, state.samples)
+    _go_on(built, state)
     built.progress = Progress(state.step, state.tokens, state.skipped, best=state.best)
     return state
+
+
+def _go_on(built: Built, state: RunState) -> None:
+    """Begin with the rows after those of the checkpoint, in its order.
+
+    Where samples are packed now and were not, or the other way round, no row of one is a row of the other: then the
+    next epoch begins.
+    """
+    config, loader = built.run.config, built.loader
+    options: dict[str, Any] = {"shuffle": config.shuffle, "version": state.order}
+    if state.unit == loader.epochs.unit or not state.samples:
+        if state.samples and not loader.packed:
+            loader.epochs = epochs_of(loader.samples, config, packing=False, **options)
+        loader.start_at(state.step, state.samples)
+        return
+    before = epochs_of(loader.samples, config, packing=state.unit == "row", **options)
+    epoch, last = before.place(state.samples - 1)
+    left = before.rows_in(epoch) - last - 1
+    if left and config.max_steps is None and epoch + 1 >= config.num_epochs:
+        reason = "is not what the checkpoint was made with, and changes with the next epoch; this is the last one"
+        raise UserError("sample_packing", config.sample_packing, reason, "raise num_epochs, or leave it as it was")
+    loader.start_at(state.step, loader.epochs.rows_before(epoch + 1))
+    what = f"{left:,} {'rows of packed samples' if state.unit == 'row' else 'samples'}"
+    built.said.append(f"sample_packing has changed: the run goes on with epoch {epoch + 2}, {what} are left out")
 
 
 def _set_course(built: Built) -> None:
@@ -200,7 +238,7 @@ def rates_of(built: Built) -> Callable[[int], float]:
 def _check_resumed(built: Built, state: RunState) -> None:
     """Say, by key, what changes the course of a resumed run or its numbers; UserError when it is past its end."""
     config, last, total = built.run.config, built.loader.last_sample, built.total_steps
-    if state.step > total or last is not None and state.samples > last:
+    if state.step > total or last is not None and built.loader.first_sample > last:
         whole = f"{total} steps" if last is None else f"{last} rows"
         reason = f"the run is {whole} long, the checkpoint was made after {state.step} steps, {state.samples} rows"
         raise UserError("resume_from_checkpoint", built.run.resume, reason, "raise max_steps or num_epochs")

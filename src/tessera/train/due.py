@@ -22,6 +22,7 @@ class Due:
     save_every: int | None = None
     patience: int = 0
     greater_is_better: bool = False
+    saves_first: bool = False
 
     @classmethod
     def of(cls, config: TrainConfig, total: int) -> Self:
@@ -33,7 +34,9 @@ class Due:
             evals = config.logging_steps
         saves = _every(config.save_steps, config.saves_per_epoch, config.num_epochs, total)
         patience, greater = config.early_stopping_patience or 0, bool(config.greater_is_better)
-        return cls(total, strategy, config.save_strategy, evals, saves, patience, greater)
+        return cls(
+            total, strategy, config.save_strategy, evals, saves, patience, greater, saves_first=config.save_first_step
+        )
 
     def evaluates(self, step: int, epoch_ends: bool) -> bool:
         """Whether the rows held out are evaluated after `step`: after the last one always, unless never."""
@@ -50,7 +53,7 @@ class Due:
             "epoch": epoch_ends,
             "best": best is not None and best.step == step,
         }
-        return due[self.save_strategy] or last and self.save_strategy != "no"
+        return due[self.save_strategy] or self.saves_first and step == 1 or last and self.save_strategy != "no"
 
     def judged(self, best: Best | None, eval_loss: float, step: int) -> Best:
         """The best evaluation, now that the one after `step` gave `eval_loss`."""

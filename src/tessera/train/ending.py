@@ -12,7 +12,7 @@ from tessera.core.errors import RunFailed
 from tessera.core.exhausted import RAN_OUT
 from tessera.train.build import Built
 from tessera.train.ended import advice
-from tessera.train.kept import hand_out
+from tessera.train.kept import dtype_out, hand_out
 from tessera.train.notes import Notes
 
 
@@ -34,21 +34,24 @@ class Ending:
             self.say(f"stopped after step {step}; saved {folder}")
             return [*failed, *([f"stopped after step {step}; saved {folder}"] if failed else [])]
         beside = self.built.output / f"model-after-step-{step}"
-        not_handed_out = hand_out(self.built, beside)
+        not_handed_out = hand_out(self.built, dtype_out(self.built), beside)
         kept = f"the weights are lost: {not_handed_out}" if not_handed_out else f"the weights alone are in {beside}"
         return [*failed, f"stopped after step {step}: {self.saver.failure}", kept]
 
-    def finish(self, write_summary: Callable[[], None]) -> list[str]:
-        """After the last step: hand out the model, or else leave a checkpoint. Returns what went wrong."""
-        failed = self._folder_again()
-        not_handed_out = hand_out(self.built)
+    def finish(self, write_rest: Callable[[str | None], None]) -> list[str]:
+        """After the last step: hand out the model, or else leave a checkpoint. Returns what went wrong.
+
+        `write_rest` writes what lies beside the model, and is given the model's dtype, or None where there is none.
+        """
+        failed, dtype = self._folder_again(), dtype_out(self.built)
+        not_handed_out = hand_out(self.built, dtype)
         if not_handed_out:
             failed += [f"the model was not written: {not_handed_out}", *self._keep_a_checkpoint()]
-        write_summary()
+        write_rest(None if not_handed_out else dtype)
         if self.built.mesh.world > 1:
             dist.barrier()  # no rank leaves before the folder is whole
         if not not_handed_out:
-            self.say(f"model written to {self.built.output}")
+            self.say(f"model written to {self.built.output} in {dtype}{self._whose(dtype)}")
         self.saver.wait()
         if self.saver.failure is not None:
             failed += [
@@ -56,6 +59,13 @@ class Ending:
                 *([] if not_handed_out else [f"the model is written to {self.built.output}"]),
             ]
         return failed
+
+    def _whose(self, dtype: str) -> str:
+        """Why the model is in `dtype`, where save_dtype does not say it."""
+        config = self.built.run.config
+        if dtype != self.built.run.save_dtype:
+            return f": its weights are too large for {self.built.run.save_dtype}"
+        return "" if config.save_dtype or config.random_init else ", as base_model (save_dtype says otherwise)"
 
     def _keep_a_checkpoint(self) -> list[str]:
         """Where the model cannot be handed out: a checkpoint of this step, and what it is good for."""

@@ -1,4 +1,4 @@
-"""The mean loss over the held-out rows, the same on every rank."""
+"""eval_loss: the mean loss over the rows held out, the same on every rank."""
 
 import torch
 

@@ -2,12 +2,16 @@
 
 from pathlib import Path
 
+import torch
+
 from tessera.checkpoint import folder as checkpoints
 from tessera.checkpoint.state import RunState, Source
 from tessera.core import terminal
-from tessera.core.collectives import gathered
+from tessera.core.axes import AXES
+from tessera.core.collectives import gathered, largest
 from tessera.core.writing import NotWritten
 from tessera.models.hub import export
+from tessera.nn.parameter import to_local
 from tessera.train.build import Built
 
 
@@ -25,11 +29,13 @@ def run_state(built: Built) -> RunState:
         optimizer=not config.save_only_model,
         best=progress.best,
         seed=config.seed,
+        order=built.loader.epochs.version,
+        unit=built.loader.epochs.unit,
     )
 
 
-def hand_out(built: Built, into: Path | None = None) -> str:
-    """Write the model into a Hugging Face folder (unset: output_dir). Every rank calls it.
+def hand_out(built: Built, dtype: str, into: Path | None = None) -> str:
+    """Write the model in `dtype` into a Hugging Face folder (unset: output_dir). Every rank calls it.
 
     Returns, on each of them, why it could not be written; nothing where it was.
     """
@@ -37,10 +43,27 @@ def hand_out(built: Built, into: Path | None = None) -> str:
     tokenizer = Path(source.tokenizer) if source.tokenizer else None
     folder, into = Path(source.folder), into or built.output
     try:
-        export(built.model, into, folder, tokenizer=tokenizer, config_changes=source.config_changes)
+        export(
+            built.model, into, folder, getattr(torch, dtype), tokenizer=tokenizer, config_changes=source.config_changes
+        )
     except NotWritten as error:
         failed = str(error)
     return next(filter(None, gathered(failed, built.mesh.world)), "")
+
+
+@torch.no_grad()
+def dtype_out(built: Built) -> str:
+    """The dtype that the model is handed out in: save_dtype, but float32 for weights too large for float16.
+
+    Every rank calls it.
+    """
+    asked = built.run.save_dtype
+    if asked != "float16":
+        return asked
+    own = [to_local(p).abs().max().float() for p in built.model.parameters() if to_local(p).numel()]
+    found = torch.stack(own).max() if own else torch.zeros(())
+    most = largest(found.to(built.mesh.device), built.mesh.group(AXES)).item()
+    return asked if most <= torch.finfo(torch.float16).max else "float32"
 
 
 def _source(built: Built) -> Source:

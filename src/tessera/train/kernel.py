@@ -5,8 +5,11 @@ from tessera.models.config import ModelConfig
 from tessera.nn.kernels.named import kernel_name
 
 
-def attention_line(model: ModelConfig, parallel: Parallel, sequence: int) -> str:
-    """The kernel of attention on this rank; of a model with windows that of the layers with the shortest."""
+def attention_line(model: ModelConfig, parallel: Parallel, sequence: int, *, packed: bool = False) -> str:
+    """The kernel of attention on this rank; of a model with windows that of the layers with the shortest.
+
+    `packed`: rows hold several samples.
+    """
     mesh = parallel.mesh
     queries = max(1, model.num_heads // mesh.size(parallel.attention.features))
     keys = max(1, min(queries, model.num_kv_heads // mesh.size(parallel.attention.features)))
@@ -21,5 +24,6 @@ def attention_line(model: ModelConfig, parallel: Parallel, sequence: int) -> str
         dropout=model.attention_dropout,
         window=min(windows, default=None),
         eager=model.eager_attention,
+        documents=packed,
     )
     return f"attention: {name}"

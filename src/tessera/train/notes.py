@@ -12,6 +12,7 @@ from tessera.core import terminal
 from tessera.core.writing import replace_file, why
 
 METRICS, RESOLVED, SUMMARY = "metrics.jsonl", "resolved_config.yaml", "summary.json"
+PLOT, CARD = "loss.png", "README.md"
 
 
 def _on_stderr(text: str) -> None:

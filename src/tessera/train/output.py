@@ -8,9 +8,21 @@ from tessera.core.errors import UserError
 from tessera.core.files import in_words
 from tessera.models.beside import TOKENIZER_FILES
 from tessera.models.tensor_files import INDEX, SINGLE
-from tessera.train.notes import METRICS, RESOLVED, SUMMARY
+from tessera.train.notes import CARD, METRICS, PLOT, RESOLVED, SUMMARY
 
-FILES = (METRICS, RESOLVED, SUMMARY, LATEST, SINGLE, INDEX, "config.json", "generation_config.json", *TOKENIZER_FILES)
+FILES = (
+    METRICS,
+    RESOLVED,
+    SUMMARY,
+    PLOT,
+    CARD,
+    LATEST,
+    SINGLE,
+    INDEX,
+    "config.json",
+    "generation_config.json",
+    *TOKENIZER_FILES,
+)
 """What a run writes into output_dir itself; all else there are folders of its own names."""
 
 

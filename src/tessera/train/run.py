@@ -20,12 +20,13 @@ from tessera.core.errors import UserError
 from tessera.data.prepare import Prepared, prepare
 from tessera.data.tokenizer import tokens_needed
 from tessera.models.beside import read_generation_config
-from tessera.models.config import ModelConfig
-from tessera.models.hub import check_weights, read_model_config, resolve_model_folder
+from tessera.models.config import LayerKind, ModelConfig
+from tessera.models.hub import check_weights, dtype_of_folder, read_model_config, resolve_model_folder
 from tessera.models.trained import trained_parameters
 from tessera.sizes.bounds import RANKS_HERE, VOCABULARY, at_most
 from tessera.train.output import check_output
 from tessera.train.settings import check_layout, check_optimizer, rates
+from tessera.train.trackers.all import check_trackers
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,9 @@ class Run:
     """A run that has been checked, its data prepared.
 
     `config` has every size filled in; `folder` is that of the base model and `model` what its config.json says;
-    `prepared` holds the rows; `resume` is the checkpoint to go on from, or None to begin anew; `lock` is the id under
-    which the run has locked output_dir (checkpoint/lock.py), empty where it has not.
+    `prepared` holds the rows; `resume` is the checkpoint to go on from, or None to begin anew; `save_dtype` is that of
+    the final model; `lock` is the id under which the run has locked output_dir (checkpoint/lock.py), empty where it has
+    not.
     """
 
     config: TrainConfig
@@ -42,6 +44,7 @@ class Run:
     model: ModelConfig
     prepared: Path
     resume: Path | None
+    save_dtype: str = "float32"
     lock: str = ""
 
     def to_json(self) -> str:
@@ -74,6 +77,7 @@ def resolve(config: TrainConfig) -> Run:
     """Read what the config names and check that the sizes fit; writes nothing, starts nothing. Raises UserError."""
     output = Path(config.output_dir)
     check_output(output)
+    check_trackers(config)
     folder = resolve_model_folder(config.base_model)
     if folder.resolve() == output.resolve():
         reason = "is base_model too, whose weights would be overwritten"
@@ -85,7 +89,8 @@ def resolve(config: TrainConfig) -> Run:
     model = fitting_model(config, folder)
     if config.unfrozen_parameters:
         trained_parameters(model, config.unfrozen_parameters)  # refuses names that there are not
-    return Run(config, folder, model, prepared, checkpoint_to_resume(config))
+    own = "float32" if config.random_init else dtype_of_folder(folder)
+    return Run(config, folder, model, prepared, checkpoint_to_resume(config), config.save_dtype or own)
 
 
 def fitting_model(config: TrainConfig, folder: Path | None = None) -> ModelConfig:
@@ -96,13 +101,20 @@ def fitting_model(config: TrainConfig, folder: Path | None = None) -> ModelConfi
 
 
 def model_of(config: TrainConfig, folder: Path | None = None) -> ModelConfig:
-    """The same, whatever the layout; UserError when its positions are fewer than `sequence_len`."""
+    """The same, whatever the layout; UserError when its positions, or those in its window, are below `sequence_len`."""
     folder = folder or resolve_model_folder(config.base_model, weights=False)
     model = _with_room(config, read_model_config(folder), folder)
     if model.rope is None and config.sequence_len > model.max_positions:
         reason = f"the model has {model.max_positions} positions"
         raise UserError("sequence_len", config.sequence_len, reason, f"at most {model.max_positions}")
-    return replace(model, eager_attention=config.eager)
+    model = replace(model, eager_attention=config.eager)
+    window = min((kind.window for kind in model.layer_kinds if kind.window is not None), default=None)
+    if window is None:
+        return model
+    if config.sequence_len > window:
+        reason = f"the model's queries see {window} tokens (sliding_window in its config.json); windows are not built"
+        raise UserError("sequence_len", config.sequence_len, reason, f"at most {window}")
+    return replace(model, layer_kinds=(LayerKind(),))  # a window as long as the row hides nothing
 
 
 def _with_room(config: TrainConfig, model: ModelConfig, folder: Path) -> ModelConfig:

@@ -29,6 +29,7 @@ from tessera.train.notes import Notes
 from tessera.train.records import Records
 from tessera.train.run import Run
 from tessera.train.stop import StopRequest
+from tessera.train.trackers.all import Trackers
 from tessera.train.where import Where
 
 
@@ -87,10 +88,15 @@ class Trainer:
             self.records.write_config()
             for line in self.records.first_lines():
                 self.log.say(line)
+            if self.built.first:
+                self.log.trackers = Trackers(self.config, self.output, self.progress.step, self.log.say)
             if self._done():
                 self.log.say("this run is finished: no step is left, the model is written again")
             done, ending = self._steps(), Ending(self.built, self.notes, self.saver, self.log.say, self._save)
-            ending.fail(self._finish(ending) if done else ending.leave())
+            failed = self._finish(ending) if done else ending.leave()
+            if not done:
+                self.records.write_plot()
+            ending.fail(failed)
         finally:
             self.saver.close()
             self.log.close()
@@ -110,7 +116,7 @@ class Trainer:
             self.share.check()
             self.progress.step += 1
             self.progress.tokens += result.tokens if result.finite else 0
-            record = self.records.step(result, rate, watch.lap(), recorder)
+            record = self.records.step(result, rate, watch.lap(), recorder, batches)
             step, epoch_ends = self.progress.step, self._epoch_ends()
             if held_out is not None and self.due.evaluates(step, epoch_ends):
                 record["eval_loss"] = self._evaluate()
@@ -135,8 +141,8 @@ class Trainer:
 
     def _epoch_ends(self) -> bool:
         """Whether the step just done was the last one of an epoch."""
-        loader, step = self.built.loader, self.progress.step
-        epochs, before = (loader.samples_before(n) // loader.samples_per_epoch for n in (step, step - 1))
+        step = self.progress.step
+        epochs, before = (int(self.built.loader.epoch(n)) for n in (step, step - 1))
         return epochs > before
 
     def _evaluate(self) -> float:
@@ -167,7 +173,7 @@ class Trainer:
         self.saver.wait()  # one that is in flight, or about to fail, holds disk space that the model may need
         failed = self._load_best()
         self.where.enter("export")
-        return [*failed, *ending.finish(self.records.write_summary)]
+        return [*failed, *ending.finish(self.records.write_rest)]
 
     def _load_best(self) -> list[str]:
         """Take the weights of the best checkpoint where they are asked for. Returns what went wrong."""

@@ -43,6 +43,9 @@ class CheckpointKeys(Section):
         description="Checkpoints an epoch, instead of save_steps: all steps / (saves_per_epoch · num_epochs) lie "
         "between two. 0: as unset.",
     )
+    save_first_step: bool = Field(
+        False, description="Save the first step too, to see early that a checkpoint can be written."
+    )
     save_total_limit: int | None = Field(
         None,
         ge=1,
@@ -104,6 +107,8 @@ class CheckpointKeys(Section):
                 raise UserError(key, value, reason, "leave one of the two out")
         if self.saves_per_epoch and self.save_steps is not None:
             raise UserError("saves_per_epoch", self.saves_per_epoch, "save_steps is given too", "give one of the two")
+        if self.save_first_step and self.save_strategy == "no":
+            raise UserError("save_first_step", True, "save_strategy is no", "leave one of the two out")
         if self.load_best_model_at_end and self.save_strategy == "no":
             hint = "write save_strategy: best, or leave load_best_model_at_end out"
             raise UserError("load_best_model_at_end", True, "no checkpoint is saved", hint)

@@ -39,22 +39,27 @@ Scheduler = Literal[
 ]
 
 
+def _or_unset(value: object) -> object:
+    """What is empty asks for nothing."""
+    return value or None
+
+
 def _as_mapping(value: object) -> object:
     """`a=1,b=true` as transformers writes it, as keys with values."""
     if not isinstance(value, str):
-        return value
+        return _or_unset(value)
     found: dict[str, Any] = {}
     for part in filter(None, value.replace(" ", "").split(",")):
         name, equals, text = part.partition("=")
         if not equals:
             raise ValueError("is not keys with values, for example {momentum: 0.9} or momentum=0.9")
         found[name] = _value(text)
-    return found
+    return _or_unset(found)
 
 
 def _as_list(value: object) -> object:
-    """One pattern may stand alone."""
-    return [value] if isinstance(value, str) else value
+    """One pattern may stand alone; an empty list asks for nothing."""
+    return [value] if isinstance(value, str) and value else _or_unset(value)
 
 
 def _value(text: str) -> object:
@@ -87,7 +92,7 @@ class OptimizerKeys(Section):
         description="How the learning rate changes after warm-up, by the names of transformers (cosine and linear "
         "decay to 0), or rex.",
     )
-    lr_scheduler_kwargs: dict[str, Any] | None = Field(
+    lr_scheduler_kwargs: Annotated[dict[str, Any] | None, BeforeValidator(_or_unset)] = Field(
         None, description="Options of the schedule, as transformers names them, e.g. {min_lr: 1e-6}."
     )
     cosine_min_lr_ratio: float | None = Field(

@@ -78,8 +78,15 @@ class _Turn:
         self._settle_content(keys["content"])
         if entry.split_thinking and self.role == "assistant":
             split_thinking(self.message, entry.template_thinking_key)
-        for call in self.message.get("tool_calls") or ():
-            function = call.get("function", call) if isinstance(call, dict) else {}
+        self._settle_calls()
+
+    def _settle_calls(self) -> None:
+        """Templates take the arguments of a call as an object; files often have it as JSON."""
+        calls = self.message.get("tool_calls") or []
+        if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+            raise self._wrong("has tool_calls of another form", "a list of {function: {name: …, arguments: …}}")
+        for call in calls:
+            function = call.get("function", call)
             if isinstance(function, dict) and isinstance(function.get("arguments"), str):
                 function["arguments"] = self._parsed(function["arguments"], "the arguments of a tool call")
 
@@ -96,15 +103,28 @@ class _Turn:
     def _settle_content(self, key: str) -> None:
         content = self.message.get("content")
         if isinstance(content, list):
-            texts: list[Any] = [part.get("text") if isinstance(part, dict) else part for part in content]
-            if not all(isinstance(text, str) for text in texts):
-                raise self._wrong("has a content that is not text", "chats with images or sound are not done")
-            content = "".join(texts)
+            content = self._joined(content)
         if content is None and (self.message.get("tool_calls") or self.role != "assistant"):
             content = ""
         if not isinstance(content, str):
             raise self._wrong(f"has no content: `{key}` must be a string", "message_property_mappings names the keys")
         self.message["content"] = content
+
+    def _joined(self, given: list[Any]) -> str:
+        """The text of a content in parts, of which some may say themselves whether they are learnt."""
+        joined, spans, flagged = "", [], False
+        for part in given:
+            text: Any = part.get("text") if isinstance(part, dict) else part
+            if not isinstance(text, str):
+                raise self._wrong("has a content that is not text", "chats with images or sound are not done")
+            flag = self._flag(part, ("train", "weight")) if isinstance(part, dict) else None
+            flagged = flagged or flag is not None
+            if text and flag is not False:
+                spans.append((len(joined), len(joined) + len(text)))
+            joined += text
+        if flagged:
+            self.parts = spans
+        return joined
 
     def _flag(self, given: Message, names: tuple[str, ...]) -> bool | None:
         for name in names:
@@ -144,6 +164,9 @@ def rendered(
     """The chat that `turns` are, and what of it is learnt."""
     if not turns:
         raise UserError("datasets", origin, "the chat has no turn")
+    if "tool_calls" not in template.text and any(turn.message.get("tool_calls") for turn in turns):
+        hint = "chat_template: qwen_25 and qwen3 write them, and templates of models that call tools"
+        raise UserError("datasets", origin, "the chat template writes no tool calls, which a turn has", hint)
     shown, marked = template.render([turn.message for turn in turns], tools, origin)
     spans = _marked_spans(turns, marked, shown, entry, reading, template)
     if spans is None:
@@ -190,6 +213,8 @@ def _found_spans(
         if span is None:
             if learnt and turn.message["content"] and not reading.train_on_inputs:
                 raise UserError("datasets", origin, f"the chat template leaves out turn {index + 1}, which is learnt")
+            continue
+        if span[0] == span[1]:  # an empty answer is none: its end is not to be learnt
             continue
         if span[0] < after:
             raise UserError("datasets", origin, f"turn {index + 1} cannot be told from the turns before it")

@@ -60,7 +60,8 @@ def parquet_rows(file: BinaryIO, path: Path) -> Iterator[tuple[Origin, dict[str,
     except ImportError as error:
         raise _missing(path) from error
     try:
-        yield from _rows(parquet.ParquetFile(file).iter_batches(batch_size=BATCH, use_threads=False), path)
+        table = parquet.ParquetFile(file, page_checksum_verification=True)
+        yield from _rows(table.iter_batches(batch_size=BATCH, use_threads=False), path)
     except (ArrowException, OSError) as error:
         raise UserError("datasets", path, f"cannot be read as Parquet: {error}") from error
 
@@ -88,6 +89,7 @@ def _missing(path: Path) -> UserError:
 def _rows(batches: Any, path: Path) -> Iterator[tuple[Origin, dict[str, Any]]]:
     number = 0
     for batch in batches:
+        batch.validate(full=True)  # or else a damaged file could end this process: its offsets are followed as they are
         for start in range(0, batch.num_rows, BATCH):
             for row in batch.slice(start, BATCH).to_pylist():
                 number += 1

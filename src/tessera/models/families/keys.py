@@ -17,15 +17,25 @@ ROPE_TYPES = {"default": "default", "llama3": "llama3"}
 
 
 class Keys:
-    """The keys of a config.json, or of a section of it, checked when read. A null counts as absent."""
+    """The keys of a config.json, or of a section of it, checked when read.
+
+    A null counts as absent; `nulls` has those keys, for the few that mean something else by it.
+    """
 
     def __init__(self, content: Mapping[str, Any], file: Path, section: str = "") -> None:
         self.content = {key: value for key, value in content.items() if value is not None}
+        self.nulls = content.keys() - self.content.keys()
         self.file, self.section_name = file, section
 
     def error(self, key: str, reason: str, hint: str = "") -> UserError:
         """The error that says why the value of `key` does not fit; the file is named."""
         return UserError(self.section_name + key, self.content.get(key), f"{self.file}: {reason}", hint)
+
+    def defaults(self, **values: int) -> None:
+        """Give absent keys these values, where a family's own are not Llama's."""
+        if "num_key_value_heads" in self.nulls:  # as many as query heads
+            values.pop("num_key_value_heads", None)
+        self.content = values | self.content
 
     def _read(self, key: str, default: Any, wanted: str, fits: Callable[[Any], bool]) -> Any:
         if key not in self.content:
@@ -57,6 +67,11 @@ class Keys:
         wanted = f"one of those that are built: {', '.join(sorted(known))}"
         return known[self._read(key, default, wanted, lambda v: isinstance(v, str) and v in known)]
 
+    def texts(self, key: str) -> list[str]:
+        """The texts listed at `key`; none when it is absent."""
+        fits = lambda v: isinstance(v, list) and all(isinstance(text, str) for text in v)  # noqa: E731
+        return self._read(key, [], "a list of texts", fits)
+
     def section(self, key: str) -> "Keys":
         """The keys below `key`; none when it is absent."""
         content = self._read(key, {}, "a section with keys", lambda v: isinstance(v, dict))
@@ -75,6 +90,14 @@ def check_divides(keys: Keys, key: str, value: int, divisor_key: str, divisor: i
     if value % divisor:
         hint = f"{key}: {nearest(value, divisor)}"
         raise UserError(key, value, f"{keys.file}: does not divide by {divisor_key} = {divisor}", hint)
+
+
+def check_no_window(keys: Keys) -> None:
+    """Raise UserError where Qwen's keys ask for attention within a window in any layer."""
+    if keys.flag("use_sliding_window", False):
+        raise keys.error("use_sliding_window", "attention within a window is not built", "use_sliding_window: false")
+    if others := sorted(set(keys.texts("layer_types")) - {"full_attention"}):
+        raise keys.error("layer_types", f"layers of kind {others[0]} are not built", "all must be full_attention")
 
 
 def rope_config(keys: Keys, max_positions: int) -> RopeConfig:

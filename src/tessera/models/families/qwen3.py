@@ -5,15 +5,19 @@ from dataclasses import replace
 from tessera.models.config import ModelConfig
 from tessera.models.families import llama
 from tessera.models.families.family import Family, Module
-from tessera.models.families.keys import Keys
+from tessera.models.families.keys import Keys, check_no_window
 
 
 def read(keys: Keys) -> ModelConfig:
     """Llama's keys with other defaults, and a norm of each query and key head."""
-    if keys.flag("use_sliding_window", False):
-        raise keys.error("use_sliding_window", "attention within a window is not built", "use_sliding_window: false")
-    sizes = {"vocab_size": 151936, "intermediate_size": 22016, "max_position_embeddings": 32768, "head_dim": 128}
-    keys.content = {"num_key_value_heads": 32, **sizes, **keys.content}
+    check_no_window(keys)
+    keys.defaults(
+        num_key_value_heads=32,
+        vocab_size=151936,
+        intermediate_size=22016,
+        max_position_embeddings=32768,
+        head_dim=128,
+    )
     return replace(llama.read(keys), family="qwen3", qk_norm=True)
 
 

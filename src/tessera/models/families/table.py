@@ -8,9 +8,11 @@ from tessera.models.families.family import Family
 from tessera.models.families.gpt2 import GPT2
 from tessera.models.families.keys import Keys
 from tessera.models.families.llama import LLAMA
+from tessera.models.families.mistral import MISTRAL
+from tessera.models.families.qwen2 import QWEN2
 from tessera.models.families.qwen3 import QWEN3
 
-FAMILIES: dict[str, Family] = {"gpt2": GPT2, "llama": LLAMA, "qwen3": QWEN3}
+FAMILIES: dict[str, Family] = {"gpt2": GPT2, "llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3}
 """By the model_type of config.json."""
 
 

@@ -3,6 +3,7 @@
 import torch
 
 from tessera.core.device import reads_grouped_heads
+from tessera.nn.kernels.varlen import takes_varlen
 
 _NAMES = {0: "torch's plain product", 1: "flash attention", 2: "torch's memory-efficient kernel", 3: "cuDNN's kernel"}
 """By the numbers of torch.nn.attention.SDPBackend."""
@@ -20,10 +21,12 @@ def kernel_name(
     dropout: float = 0.0,
     window: int | None = None,
     eager: bool = False,
+    documents: bool = False,
 ) -> str:
     """The kernel of `attend` for query and kv `heads` on this device, as torch itself chooses it; not flash: why.
 
-    `window` is the shortest of the layers'. What `attend` gives the kernel of this package is named first.
+    `window` is the shortest of the layers', `documents` whether rows hold several. What `attend` gives the kernel of
+    this package is named first.
     """
     own = "the step-by-step kernel, with scores of sequence_len² for each head"
     if eager:
@@ -37,7 +40,9 @@ def kernel_name(
     grouped = heads[0] != heads[1] and reads_grouped_heads(q)
     kv = q if heads[0] != heads[1] and not grouped else kv
     found = torch._fused_sdp_choice(q, kv, kv, is_causal=True, enable_gqa=grouped)
-    name = _NAMES.get(found, f"torch's kernel {found}")
+    if documents and (q.is_cpu or takes_varlen(q)):
+        return "flash attention, each document by itself"
+    name = _NAMES.get(found, f"torch's kernel {found}") + (", each document by itself" if documents else "")
     return name if found == 1 else f"{name}, not flash: {_why(dtype, device, head_dim)}"
 
 

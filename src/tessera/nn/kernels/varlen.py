@@ -1,0 +1,52 @@
+"""Attention of each document by itself in one kernel: flash attention over lengths that vary (Dao 2023), on GPUs.
+
+The rows of a micro-batch are joined into one sequence of T = B · S tokens, in which the kernel finds the documents by
+their bounds. It reads grouped kv heads as they are. torch's own `varlen_attn` does the same; its arguments differ
+between the versions of torch that are supported, those of the operators do not.
+"""
+
+import torch
+from torch import Tensor
+
+from tessera.nn.documents import Documents
+
+# mypy: disable-error-code="no-untyped-def"
+
+
+def takes_varlen(q_BHSD: Tensor) -> bool:
+    """Whether the kernel is there for `q`: of two bytes an element, heads of a size that it has, a GPU since Ampere."""
+    fits = q_BHSD.dtype in (torch.bfloat16, torch.float16) and q_BHSD.shape[-1] % 8 == 0 and q_BHSD.shape[-1] <= 256
+    return fits and q_BHSD.is_cuda and torch.cuda.get_device_capability(q_BHSD.device) >= (8, 0)
+
+
+class _Varlen(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, documents: Documents, causal: bool, scale: float | None
+    ):
+        bounds = (documents.offsets, documents.offsets, documents.longest, documents.longest)
+        out, lse, *random, _ = torch.ops.aten._flash_attention_forward.default(
+            q_THD, k_THD, v_THD, *bounds, 0.0, causal, False, scale=scale
+        )
+        ctx.save_for_backward(q_THD, k_THD, v_THD, out, lse, *random)
+        ctx.options = bounds, causal, scale
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, d_out_THD: Tensor, _: Tensor):
+        (q, k, v, out, lse, *random), (bounds, causal, scale) = ctx.saved_tensors, ctx.options
+        dq, dk, dv = torch.ops.aten._flash_attention_backward.default(
+            d_out_THD.contiguous(), q, k, v, out, lse, *bounds, 0.0, causal, *random, scale=scale
+        )
+        return dq, dk, dv, None, None, None
+
+
+def varlen(
+    q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, documents: Documents, *, causal: bool, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """softmax(scale · q kᵀ) v within each document, causal or not, and the log-sum-exp [B, H, S] without gradient."""
+    B, _, S, _ = q_BHSD.shape
+    joined = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHSD, k_BHSD, v_BHSD))
+    out_THD, lse_HT = _Varlen.apply(*joined, documents, causal, scale)
+    return out_THD.unflatten(0, (B, S)).transpose(1, 2), lse_HT.unflatten(1, (B, S)).transpose(0, 1)

@@ -1,0 +1,27 @@
+"""What runs on the ranks of a pool for test_packing: a module of its own, so that no worker imports transformers."""
+
+import os
+from collections.abc import Iterable
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from tessera.data.batch import MicroBatch
+from tessera.train.build import build
+from train.on_rank import _shared, handed_on_rank
+
+Shapes = list[tuple[tuple[int, ...], bool]]
+
+
+def shapes_on_rank(settings: dict[str, Any]) -> dict[str, Shapes]:
+    """The shape of each micro-batch of the first step and of evaluation, and whether it has documents."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    with patch("tessera.train.build.run_mesh", _shared):
+        built = build(handed_on_rank(settings), torch.device("cpu"))
+
+    def shapes(batches: Iterable[MicroBatch]) -> Shapes:
+        return [(tuple(batch.input_ids.shape), batch.documents is not None) for batch in batches]
+
+    held_out = built.held_out.eval_batches() if built.prepared.manifest.eval_rows else []
+    return {"train": shapes(built.loader.step_batches(0)), "eval": shapes(held_out)}
