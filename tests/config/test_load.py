@@ -198,8 +198,6 @@ def test_a_key_of_ours_that_is_empty_is_unset_unless_that_means_something(key):
     for nothing in (None, "", [], {}):
         if key == "check_replicas_steps" and nothing is None:
             assert config_of(check_replicas_steps=None).check_replicas_steps is None  # never
-        elif key == "tensor_parallel_mesh" and nothing == {}:
-            assert config_of(tensor_parallel_mesh={}).world_size == 1
         else:
             assert config_of(**{key: nothing}) == config_of()
 

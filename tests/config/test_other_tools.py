@@ -116,6 +116,11 @@ def test_other_names_are_taken_in_one_line(theirs):
     assert "keep one of the two" in str(problem)
 
 
+def test_the_same_number_in_two_places_is_no_contradiction():
+    assert make_config({**MINIMAL, "num_train_epochs": 3, "num_epochs": 3.0})[0].num_epochs == 3
+    assert make_config({**MINIMAL, "deepspeed": {"gradient_clipping": 1}, "max_grad_norm": 1.0})[0].max_grad_norm == 1
+
+
 def test_a_mistake_is_told_under_the_name_that_was_given():
     assert problem_of({**MINIMAL, "lr": "fast"}).key == "lr"
 

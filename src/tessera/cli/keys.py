@@ -1,8 +1,8 @@
 """Keys of the YAML file as options of the commands that read it: `--learning-rate 1e-5`, also `learning_rate=1e-5`."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, get_args
 
 from typer.core import TyperCommand
@@ -40,7 +40,7 @@ def with_keys_as_settings(words: Sequence[str], options: Mapping[str, bool]) -> 
             out += [value] if equals else [rest.pop(0) for _ in rest[:1]]
         elif name.startswith("--"):
             out += ["--set", _setting(name, value if equals else None, rest, options)]
-        elif equals and not word.startswith("-") and _find(name) is not None and not Path(word).exists():
+        elif equals and not word.startswith("-") and _find(name) is not None and not os.path.exists(word):
             out += ["--set", word]
         else:
             out.append(word)
@@ -58,13 +58,14 @@ def _setting(name: str, value: str | None, rest: list[str], options: Mapping[str
     if value is None:
         word = rest[0] if rest else None
         given = word is not None and not word.startswith("--")
-        if bool in kinds and (not given or kinds <= {bool, type(None)} and str(word).lower() not in ("true", "false")):
+        if bool in kinds and (not given or kinds == {bool} and str(word).lower() not in ("true", "false")):
             value = "true"
         elif given:
             value = rest.pop(0)
         else:
             raise UserError(name, None, "has no value", f"write {name} VALUE")
-    return f"{key}={json.dumps(value, ensure_ascii=False) if kinds == {str} else value}"
+    is_text = kinds == {str} and value not in ("null", "~")
+    return f"{key}={json.dumps(value, ensure_ascii=False) if is_text else value}"
 
 
 def _find(key: str) -> set[Any] | None:
@@ -76,7 +77,7 @@ def _find(key: str) -> set[Any] | None:
     fields = TrainConfig.model_fields if not inside else getattr(SECTIONS.get(top), "model_fields", {})
     name = inside[-1] if inside else top
     if name in fields:
-        return _leaves(fields[name].annotation) - ({type(None)} if fields[name].annotation is not bool else set())
+        return _leaves(fields[name].annotation) - {type(None)}
     others = {**compat.TOP.others, **compat.TOP.ours, "fsdp": "", "deepspeed": "", "plugins": ""}
     known = top in TrainConfig.model_fields if inside else compat.find(others, name) is not None
     return {bool, object} if known else None

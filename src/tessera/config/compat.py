@@ -18,9 +18,14 @@ NOTHING: tuple[object, ...] = (None, False, "", [], {})
 _T = TypeVar("_T")
 
 
+def is_same(value: object, other: object) -> bool:
+    """Whether two values mean the same: 1 and 1.0 do, 1 and true, which are equal in Python, do not."""
+    return isinstance(value, bool) == isinstance(other, bool) and value == other
+
+
 def is_one_of(value: object, values: Iterable[object]) -> bool:
-    """Whether `values` has `value`, with its type: True == 1 in Python, and False == 0."""
-    return any(type(value) is type(one) and value == one for one in values)
+    """Whether one of `values` means the same."""
+    return any(is_same(value, one) for one in values)
 
 
 def asks_for_nothing(value: object) -> bool:
@@ -87,7 +92,8 @@ def _verdicts(place: str) -> Verdicts:
     )
 
 
-_TABLES: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("other_tools.yaml").read_text("utf-8"))
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the first, which not every PyYAML has, is ten times as fast
+_TABLES: dict[str, Any] = yaml.load(Path(__file__).with_name("other_tools.yaml").read_text("utf-8"), Loader=_LOADER)
 
 TOP, DATASETS, FSDP, DEEPSPEED = map(_verdicts, ("", "_in_datasets", "_in_fsdp", "_in_deepspeed"))
 REFUSED_VALUES: dict[str, list[str]] = _TABLES["refused_values"]

@@ -170,12 +170,14 @@ def json_schema() -> dict[str, Any]:
             "items": {"enum": [*compat.NO_EFFECT_PLUGINS]},
         },
     }
-    source = schema["properties"]["datasets"]
-    paths = {"type": "array", "items": {"anyOf": [source["items"], {"type": "string"}]}, "minItems": 1}
-    schema["properties"]["datasets"] = {
-        "description": source["description"],
-        "anyOf": [paths, source["items"], {"type": "string"}],
-    }
+    for key in SOURCES:
+        one = {"anyOf": [{"$ref": f"#/$defs/{SECTIONS[key].__name__}"}, {"type": "string"}]}
+        forms = [{"type": "array", "items": one, "minItems": 1}, *one["anyOf"]]
+        blank = [] if key in schema["required"] else [{"type": "null"}]
+        schema["properties"][key] = {
+            "description": schema["properties"][key]["description"],
+            "anyOf": [*forms, *blank],
+        }
     _open(schema, compat.TOP)
     for name, table in (("DatasetConfig", compat.DATASETS), ("FsdpConfig", compat.FSDP)):
         part = schema["$defs"][name]

@@ -79,7 +79,8 @@ def _made(values: Mapping[Any, Any], source: str) -> tuple[TrainConfig, Settled]
 def settle(given: Mapping[Any, Any]) -> Settled:
     """The keys of ours in `given`; those of other tools are taken as ours, or taken away."""
     out = Settled({})
-    out.values = judged({str(key): value for key, value in given.items()}, compat.TOP, "", out)
+    judged_values = judged({str(key): value for key, value in given.items()}, compat.TOP, "", out)
+    out.values = {key: value for key, value in judged_values.items() if not _is_left_out(key, value)}
     for key in SOURCES:
         if key in out.values:
             out.values[key] = judged_sources(out.values[key], key, out)
@@ -89,6 +90,12 @@ def settle(given: Mapping[Any, Any]) -> Settled:
     if asked and compat.asks_for_nothing(out.values.get("dp_shard_size")):
         out.notes.append(f"{asked} shards over all processes that the other sizes leave; --num-processes says how many")
     return out
+
+
+def _is_left_out(key: str, value: object) -> bool:
+    """Whether a key that may be left out holds an empty text, list or mapping."""
+    known = TrainConfig.model_fields.get(key)
+    return value in ("", [], {}) and not (known and known.is_required())
 
 
 def _validated(values: dict[str, Any]) -> TrainConfig:

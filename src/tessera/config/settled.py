@@ -58,7 +58,7 @@ class Settled:
         if asks_for_nothing(values.get(key)):
             values[key] = value
             self.given_as[name] = by
-        elif not compat.is_one_of(values[key], [value]):
+        elif not compat.is_same(values[key], value):
             told = (
                 f"means {name}: {shown(value)}, and {self.given_as.get(name, name)}: {shown(values[key])} is given too"
             )
@@ -120,7 +120,7 @@ def _take_as_ours(
     if ours.divisor != 1 and isinstance(value, int | float) and not isinstance(value, bool):
         meant = value / ours.divisor
     said = f"is called {prefix + ours.key} here" + (f": {meant:g}" if meant is not value else "")
-    if not asks_for_nothing(kept.get(ours.key)) and not compat.is_one_of(kept[ours.key], [meant]):
+    if not asks_for_nothing(kept.get(ours.key)) and not compat.is_same(kept[ours.key], meant):
         told = f"{said}, and {ours.key}: {shown(kept[ours.key])} is given too"
         out.refuse(prefix + key, value, told, "keep one of the two")
         return
