@@ -7,6 +7,7 @@ that finds such a block refuses it. Of the data no more is held in memory than i
 """
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -143,6 +144,7 @@ def open_prepared(folder: Path) -> Prepared:
 
 def _sources(config: DataSettings, notes: list[str]) -> Sources:
     """The files, hashed, and the tokenizer, or the vocabulary size of the one to train."""
+    _check_apart(config)
     reading = Reading.of(config)
     train = read_files(config.datasets, config.output_dir, reading, notes)
     held_out = read_files(config.test_datasets, config.output_dir, reading, notes) if config.test_datasets else []
@@ -155,6 +157,17 @@ def _sources(config: DataSettings, notes: list[str]) -> Sources:
     if isinstance(given, str | Path):
         return Sources(train, held_out, load_tokenizer(Path(given), "tokenizer", added))
     return Sources(train, held_out, given.vocab_size)
+
+
+def _check_apart(config: DataSettings) -> None:
+    """Raise UserError for a folder of prepared rows within one of data: at the next start they would be data."""
+    if config.dataset_prepared_path is None:
+        return
+    shared = os.path.realpath(config.dataset_prepared_path)
+    for entry in (*config.datasets, *(config.test_datasets or ())):
+        if os.path.isdir(entry.path) and Path(shared).is_relative_to(os.path.realpath(entry.path)):
+            reason = f"lies in the data folder {entry.path}: what is prepared would be data at the next start"
+            raise UserError("dataset_prepared_path", config.dataset_prepared_path, reason, "a folder of its own")
 
 
 def _cache_key(config: DataSettings, sources: Sources) -> str:
