@@ -109,7 +109,7 @@ def prepare(config: DataSettings, vocab_size: int | None, folder: Path | None = 
     manifest, because = there()
     reused = manifest is not None
     if manifest is None:
-        with _writing(folder, named), alone(folder, lambda: _say_waiting(folder)) as beside:
+        with _writing(folder, named, sources), alone(folder, lambda: _say_waiting(folder)) as beside:
             manifest, _ = there()  # another process may have made it meanwhile
             reused = manifest is not None
             if manifest is None:
@@ -191,8 +191,8 @@ def _say_waiting(folder: Path) -> None:
 
 
 @contextmanager
-def _writing(folder: Path, key: str) -> Iterator[None]:
-    """What keeps the folder from being written becomes a UserError."""
+def _writing(folder: Path, key: str, sources: Sources) -> Iterator[None]:
+    """What keeps the folder from being written becomes a UserError; ids take about as many bytes as their text."""
     try:
         yield
     except UserError:
@@ -200,4 +200,5 @@ def _writing(folder: Path, key: str) -> Iterator[None]:
     except Exception as error:
         if (found := system_error(error, folder)) is None:
             raise
-        raise UserError(key, folder, f"cannot be written: {why(found, folder)}") from error
+        needs = sum(file.path.stat().st_size for file in (*sources.train, *sources.held_out))
+        raise UserError(key, folder, f"cannot be written: {why(found, folder, needs)}") from error
