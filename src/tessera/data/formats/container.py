@@ -173,7 +173,7 @@ def _unpacked(raw: BinaryIO, packed: str, path: Path) -> io.BufferedReader:
             raise UserError("datasets", path, "needs the package zstandard", "pip install zstandard") from error
         unpacked: Any = _Zstd(raw, zstandard.ZstdDecompressor())
     else:
-        opening = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(packed)
+        opening: Any = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(packed)
         if opening is None:
             return cast(io.BufferedReader, raw)
         unpacked = opening(raw)
