@@ -16,7 +16,8 @@ MODULES = (
     "models.beside", "cli.keys", "data.sources", "data.found", "data.hub", "data.parts", "data.rows", "data.make",
     "data.manifest", "data.added_tokens", "data.formats.container", "data.formats.tables", "data.formats.json_rows",
     "data.formats.known", "data.formats.chat", "data.formats.template", "data.formats.bounded",
-    "data.formats.prompts", "data.formats.pairs", "data.formats.text", "data.formats.tokenized", "data.auto_tokenizer", "data.tokenizer",
+    "data.formats.prompts", "data.formats.pairs", "data.formats.text", "data.formats.tokenized",
+    "data.auto_tokenizer", "data.tokenizer",
     "data.prepare", "data.samples", "checkpoint.folder", "checkpoint.state", "checkpoint.tensors",
     "checkpoint.convert", "train.run", "launch.options",
 )  # fmt: skip
