@@ -103,9 +103,11 @@ def test_mistakes_are_one_message(config, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [("dataset_processes", 0), ("dataset_num_proc", 2), ("dataset_prepared_path", 5)]
-)
+@pytest.mark.parametrize(("key", "value"), [("dataset_processes", 0), ("dataset_prepared_path", 5)])
 def test_keys_of_preparation_are_checked(config, key, value):
-    with pytest.raises(UserError, match="dataset_prepared_path" if key == "dataset_prepared_path" else "dataset_proc"):
+    with pytest.raises(UserError, match=f"^{key}: {value}"):
         settings(config, **{key: value})
+
+
+def test_the_name_of_transformers_for_dataset_processes_is_taken(config):
+    assert settings(config, dataset_num_proc=2).dataset_processes == 2

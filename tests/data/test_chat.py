@@ -7,9 +7,10 @@ from tests.data.chats import MARKED, UNMARKED, chat_tokenizer
 from tests.data.helpers import all_rows, entry
 from transformers import AutoTokenizer
 
+from tessera.config.sections.model import SpecialTokensConfig
 from tessera.core.errors import UserError
+from tessera.data.chat_templates import template_names, template_text
 from tessera.data.formats.entry import Reading
-from tessera.data.formats.template import template_names
 from tessera.data.prepare import prepare
 from tessera.data.sources import read_documents, read_files
 
@@ -277,7 +278,7 @@ def test_a_tokenizer_without_a_template_or_none_at_all(chat, tmp_path):
         chat(TALK, tokenizer=chat_tokenizer(tmp_path / "bare", None))
     with pytest.raises(UserError, match="not for one that is trained on them"):
         chat(TALK, tokenizer=None)
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(UserError, match="no tokenizer there"):
         chat(TALK, tokenizer=tmp_path)
 
 
@@ -333,3 +334,28 @@ def test_another_setting_is_another_key_of_the_cache(write, folder, keys):
     path = write("a.jsonl", [{"messages": TALK}])
     plain, other = (read_files([entry(path, **each)], None, Reading(tokenizer=folder))[0].key for each in ({}, keys))
     assert plain != other
+
+
+def test_a_template_that_is_asked_for_goes_out_with_the_tokenizer(write, settings, folder):
+    rows = write("chat.jsonl", [{"messages": TALK}])
+    own = {"tokenizer": str(folder), "sequence_len": 400, "val_set_size": 0}
+    prepared = prepare(settings(entry(rows, "chat_template"), chat_template="llama3", **own), None)
+    there = AutoTokenizer.from_pretrained(prepared.tokenizer_folder)
+    assert there.get_chat_template() == template_text("llama3", None, there)
+    assert there.get_chat_template() != AutoTokenizer.from_pretrained(folder).get_chat_template()
+    kept = prepare(settings(entry(rows, "chat_template"), chat_template="tokenizer_default", **own), None)
+    assert kept.tokenizer_folder == folder.resolve()
+
+
+def test_tokens_that_the_config_adds_end_turns_too(write, settings, folder):
+    rows = write("chat.jsonl", [{"messages": TALK}])
+    template = "{% for m in messages %}{{ m['content'] }}<|over|>{{ eos_token }}{% endfor %}"
+    keys = {"tokenizer": str(folder), "sequence_len": 400, "tokens": ["<|over|>"], "eot_tokens": ["<|over|>"]}
+    keys["special_tokens"] = SpecialTokensConfig(eos_token="<|end|>")
+    config = settings(entry(rows, "chat_template"), chat_template_jinja=template, **keys)
+    prepared = prepare(config, None)
+    tokenizer = AutoTokenizer.from_pretrained(prepared.tokenizer_folder)
+    over, end = tokenizer.convert_tokens_to_ids(["<|over|>", "<|end|>"])
+    ((tokens, labels),) = all_rows(prepared.folder)
+    assert tokens.count(over) == tokens.count(end) == 4
+    assert labels.count(over) == labels.count(end) == 2, "after each answer, and after no question"

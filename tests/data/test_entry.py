@@ -15,17 +15,21 @@ def test_every_key_of_a_data_set_is_one_of_an_entry():
     assert set(Reading.__dataclass_fields__) <= set(TrainConfig.model_fields)
 
 
-def test_values_arrive_as_they_were_given():
+def test_values_of_an_entry_arrive_as_they_were_given():
     keys = {"roles": {"user": ["ask"]}, "data_files": "x.json", "shards_idx": 1, "type": {"format": "{instruction}"}}
-    given = {"base_model": "m", "datasets": [{"path": "a", **keys}], "eot_tokens": ["<e>"], "train_on_inputs": True}
-    config, _ = make_config({**given, "chat_template_kwargs": {"x": [1]}, "tokenizer": "t"})
-    entry, reading = Entry.of(config.datasets[0]), Reading.of(config)
-    assert (entry.roles, entry.data_files, entry.shards_idx) == ((("user", ("ask",)),), ("x.json",), 1)
-    assert entry.type == UserPrompt(format="{instruction}") and entry.split_name == "train"
-    assert (reading.eot_tokens, reading.train_on_inputs, reading.tokenizer) == (("<e>",), True, Path("t"))
-    assert hash(entry) and reading.chat_template_kwargs == (("x", (1,)),)
-    trained = config.model_copy(
-        update={"tokenizer": make_config({**given, "tokenizer": {"train": "bpe", "vocab_size": 300}})[0].tokenizer}
+    config, _ = make_config({"base_model": "m", "datasets": [{"path": "a", **keys}]})
+    entry = Entry.of(config.datasets[0])
+    assert entry == Entry(
+        "a", UserPrompt(format="{instruction}"), roles=(("user", ("ask",)),), data_files=("x.json",), shards_idx=1
     )
-    assert Reading.of(trained).tokenizer is None
-    assert Reading.of(config.model_copy(update={"tokenizer": None})).tokenizer == Path("m")
+    assert hash(entry) and entry.split_name == "train"
+
+
+def test_values_that_all_entries_share_arrive_as_they_were_given():
+    keys = {"chat_template": "jinja", "chat_template_jinja": "{{ x }}", "eot_tokens": ["<e>"], "train_on_inputs": True}
+    given = {"base_model": "m", "datasets": [{"path": "a"}], "chat_template_kwargs": {"x": [1]}, **keys}
+    expected = Reading(True, "jinja", "{{ x }}", (("x", (1,)),), ("<e>",), Path("m"))
+    assert Reading.of(make_config(given)[0]) == expected
+    assert Reading.of(make_config({**given, "tokenizer": "t"})[0]).tokenizer == Path("t")
+    trained = {"train": "bpe", "vocab_size": 300}
+    assert Reading.of(make_config({**given, "tokenizer": trained})[0]).tokenizer is None

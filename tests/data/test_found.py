@@ -40,9 +40,9 @@ def test_other_files_of_a_folder_of_text_are_passed_over_and_counted(fill):
     notes: list[str] = []
     folder = fill(
         **{"b.txt": "B", "a.md": "A", "README.md": "# about", "LICENSE": "all rights", "x.png": PARQUET_LIKE},
-        **{"weights.pkl": b"\x80\x04K\x01.", "sub/c.txt": "C"},
+        **{"weights.pkl": b"\x80\x04K\x01.", "sub/c.txt": "C", "sub/notice of sale.txt": "N"},
     )
-    assert texts(folder, notes) == ["A", "B", "C"]
+    assert texts(folder, notes) == ["A", "B", "C", "N"]
     assert notes == [f"4 other files of {folder} passed over: LICENSE, README.md, weights.pkl, …"]
 
 

@@ -146,8 +146,17 @@ def test_missing_paths_and_unknown_types_are_named(tmp_path, write):
         read_files([entry(write("d/empty.txt", "").parent)])
     with pytest.raises(UserError, match="no data set is given"):
         read_files([])
-    with pytest.raises(UserError, match="datasets.type: chat"):
-        read_files([entry(write("a.jsonl", [GOOD]), "chat")])
+    for kind, told in {
+        "alpacca": "is not a known type of rows\n  nearest: alpaca",
+        "zzz": "is not a known type of rows\n  known: chat_template, sharegpt",
+        "alpaca:loud": "is not a known type",
+        "oasst:load_x": "is not a known type",
+        "llama2_chat": "this format is not read\n  use chat_template",
+        "context_qa.load_v2": "this format is not read\n  its question has two parts",
+        "bradley_terry.chat_template": "this format is not read\n  reward models are not trained here",
+    }.items():
+        with pytest.raises(UserError, match=f"datasets.type: {kind}\n  {told}"):
+            read_files([entry(write("a.jsonl", [GOOD]), kind)])
 
 
 def test_token_rows_stay_as_they_are(write):
@@ -166,6 +175,22 @@ def test_token_rows_stay_as_they_are(write):
     assert [row.inner_masked for row in read] == [False, False, False, True, False]
     assert [row.targets() for row in read] == [2, 2, 1, 1, 2]
     assert str(read[3].origin) == f"{file.path}, line 4"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "told"),
+    [
+        ({"format": "{question}"}, r"datasets.type.format: \{question\}\n  \{question\} is not known here"),
+        ({"no_input_format": "{input}"}, "datasets.type.no_input_format"),
+        ({"system_format": "{"}, "datasets.type.system_format"),
+        ({"format": "{instruction.__class__}"}, "is not known here\n  in braces may stand instruction and input"),
+        ({"format": "{instruction:>999999999}"}, "datasets.type.format"),
+        ({"format": "{}"}, "datasets.type.format"),
+    ],
+)
+def test_prompts_of_the_users_own_that_cannot_be_filled_are_refused(write, prompt, told):
+    with pytest.raises(UserError, match=told):
+        read_files([entry(write("a.jsonl", [{"instruction": "a", "output": "b"}]), prompt)])
 
 
 def test_positions_that_begin_again_begin_a_document(write):

@@ -146,6 +146,10 @@ def sizes(case: Case) -> None:
     if case.dice.random() < 0.1:
         settings["tokenizer"] = {"train": "bpe", "vocab_size": case.pick(10**9, 10**18, 2**64, 257)}
         names.append("tokenizer")
+    if case.turn % 4 == 3:  # switches that exclude each other
+        switches = {"depth_weights": "shard", "size": 2, "schedule": case.cycle("gather", "summa", "cannon")}
+        names = [f"tensor_parallel_{name}" for name in switches]
+        settings = SETTINGS | dict(zip(names, switches.values(), strict=True)) | {"tensor_parallel_mode": "2d"}
     case.what = ", ".join(f"{name} {settings[name]!r:.40}" for name in names) + f", {settings['tensor_parallel_mode']}"
     write_yaml(case.here / "run.yaml", settings)
     read(case)

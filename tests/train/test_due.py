@@ -98,6 +98,7 @@ def test_evaluations_of_a_run_of_seven_steps(keys, steps):
         ({"save_strategy": "no"}, []),
         ({"save_strategy": "best"}, [2, 6, 7]),
         ({"save_first_step": True, "save_steps": 5}, [1, 5, 7]),
+        ({"load_best_model_at_end": True, "save_steps": 5}, [2, 5, 6, 7]),
     ],
     ids=str,
 )

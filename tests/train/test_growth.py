@@ -182,6 +182,21 @@ def test_a_run_with_more_tokens_goes_on_and_is_converted(grown, tmp_path):
         run(other)
 
 
+def test_a_pad_token_that_the_tokenizer_has_changes_the_exported_tokenizer_alone(workshop, tmp_path):
+    """In rows that come tokenized, too."""
+    base = tmp_path / "base"
+    shutil.copytree(workshop.model("llama"), base)
+    MADE["plain"](base)
+    plain = workshop.settings("llama", tmp_path / "plain", max_steps=2) | {"base_model": str(base)}
+    padded = plain | {"output_dir": str(tmp_path / "padded"), "special_tokens": {"pad_token": "<s>"}}
+    assert [line["loss"] for line in run(plain)] == [line["loss"] for line in run(padded)]
+    assert all(torch.equal(tensor, exported(padded)[name]) for name, tensor in exported(plain).items())
+    one, other = (transformers.AutoTokenizer.from_pretrained(tmp_path / name) for name in ("plain", "padded"))
+    assert (one.pad_token, other.pad_token, len(one)) == (None, "<s>", len(other))
+    assert read(tmp_path / "padded/config.json")["pad_token_id"] == other.pad_token_id
+    assert one(TEXTS)["input_ids"] == other(TEXTS)["input_ids"]
+
+
 def settings_of(base: Path, tmp_path: Path, **changes: Any) -> TrainConfig:
     write_lines(tmp_path / "texts.jsonl", [{"text": text} for text in TEXTS])
     own = {"base_model": str(base), "random_init": True, "datasets": [{"path": str(tmp_path / "texts.jsonl")}]}
@@ -240,7 +255,6 @@ def test_tokens_without_a_tokenizer_are_refused(base, tmp_path):
     [
         ({"special_tokens": {"pad": "<p>"}}, "special_tokens.pad"),
         ({"special_tokens": {"pad_token": 3}}, "special_tokens.pad_token"),
-        ({"special_tokens": {"pad_token": ""}}, "special_tokens.pad_token"),
         ({"tokens": "hello"}, "tokens"),
         ({"tokens": ["a", ""]}, "tokens"),
         ({"resize_token_embeddings_to_32x": 32}, "resize_token_embeddings_to_32x"),

@@ -1,10 +1,12 @@
 """A run is resolved once: what the ranks are handed says all, whatever happens to the files it came from."""
 
+import json
 import shutil
 
 import pytest
 
 from support.pool import pool
+from tessera.checkpoint.folder import read_state
 from tessera.config.schema import TrainConfig
 from tessera.core.errors import UserError
 from tessera.train.run import Run, model_of, prepared_run
@@ -53,6 +55,22 @@ def test_a_window_shorter_than_the_row_is_refused_and_one_as_long_hides_nothing(
     assert model_of(fits).kind_of(0).window is None
     with pytest.raises(UserError, match="sequence_len: 17\n.*16 tokens.*sliding_window.*\n.*at most 16"):
         model_of(TrainConfig.model_validate(settings | {"sequence_len": 17}))
+
+
+def test_rows_longer_than_the_model_was_made_for_are_told_of_and_its_positions_raised(
+    workshop: Workshop, tmp_path, capfd
+):
+    settings = workshop.settings("llama", tmp_path / "run", sequence_len=40, max_steps=1, save_strategy="steps")
+    run(settings)
+    told = "sequence_len 40 is more than the 32 positions that base_model was made for"
+    assert told in capfd.readouterr().out
+    folder = tmp_path / "run"
+    assert json.loads((folder / "config.json").read_text())["max_position_embeddings"] == 40
+    assert read_state(folder / "checkpoint-1").source.config_changes["max_position_embeddings"] == 40
+
+    run(settings | {"output_dir": str(tmp_path / "fits"), "sequence_len": 32})
+    assert told not in capfd.readouterr().out
+    assert json.loads((tmp_path / "fits" / "config.json").read_text())["max_position_embeddings"] == 32
 
 
 def test_a_rank_that_does_not_see_the_prepared_data_ends_the_run(workshop: Workshop, tmp_path):

@@ -19,12 +19,16 @@ def _path(text: str) -> str:
     return text
 
 
-def _tokens_only(changes: dict[str, Any]) -> dict[str, Any]:
-    """Checkpoints change which ids of config.json mark the end and the like, and nothing else in it."""
+POSITIONS = "max_position_embeddings"
+
+
+def _known_changes(changes: dict[str, Any]) -> dict[str, Any]:
+    """Checkpoints change which ids of config.json mark the end and the like, and its positions, and nothing else."""
     for key, value in changes.items():
         ids = value if isinstance(value, list) else [] if value is None else [value]
-        if not key.endswith("_token_id") or any(type(one) is not int or not 0 <= one < 2**31 for one in ids):
-            raise ValueError(f"{ascii(key)[:80]} is none of the changes that a run makes: ids of tokens")
+        whole = all(type(one) is int and 0 <= one < 2**31 for one in ids)
+        if not whole or not (key.endswith("_token_id") or key == POSITIONS and ids == [value] != [0]):
+            raise ValueError(f"{ascii(key)[:80]} is none of the changes that a run makes: ids of tokens, {POSITIONS}")
     return changes
 
 
@@ -35,7 +39,7 @@ class Source:
 
     folder: Annotated[str, AfterValidator(_path)]
     tokenizer: Annotated[str, AfterValidator(_path)] | None = None
-    config_changes: Annotated[dict[str, Any], AfterValidator(_tokens_only)] = field(default_factory=dict)
+    config_changes: Annotated[dict[str, Any], AfterValidator(_known_changes)] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

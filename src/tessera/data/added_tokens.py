@@ -1,4 +1,4 @@
-"""Tokens that a config gives to a tokenizer: `special_tokens` and `tokens`, as axolotl adds them.
+"""What a config gives to a tokenizer: `special_tokens`, `tokens` and `chat_template`, as axolotl does.
 
 In this order, so that new ones have the ids that they have there: marks, ordinary tokens, further special ones.
 """
@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 from tokenizers import AddedToken
 
+from tessera.data.chat_templates import template_text
+
 SETTINGS = "tokenizer_config.json"
 MARKS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
@@ -23,7 +25,7 @@ class TokenKeys(Protocol):
     @property
     def special_tokens(self) -> Any: ...
     @property
-    def tokens(self) -> Sequence[str]: ...
+    def tokens(self) -> Sequence[str] | None: ...
 
 
 class TokenizerSettings(Protocol):
@@ -44,21 +46,27 @@ class TokenizerKeys(TokenKeys, Protocol):
 
 @dataclass(frozen=True)
 class AddedTokens:
-    """The tokens that a config names: (mark, text) pairs, ordinary tokens, and further special ones."""
+    """The tokens that a config names: (mark, text) pairs, ordinary tokens, and further special ones.
+
+    `template` are `chat_template` and `chat_template_jinja`, unless they name the one that the tokenizer has.
+    """
 
     marks: tuple[tuple[str, str], ...] = ()
     ordinary: tuple[str, ...] = ()
     further: tuple[str, ...] = ()
+    template: tuple[str | None, str | None] | None = None
 
     @classmethod
     def of(cls, config: TokenKeys) -> "AddedTokens":
         special = config.special_tokens
         named = ((mark, getattr(special, mark)) for mark in MARKS)
         marks = tuple((mark, text) for mark, text in named if text is not None)
-        return cls(marks, tuple(config.tokens), tuple(special.additional_special_tokens))
+        asked = (getattr(config, "chat_template", None), getattr(config, "chat_template_jinja", None))
+        template = None if asked in ((None, None), ("tokenizer_default", None)) else asked
+        return cls(marks, tuple(config.tokens or ()), tuple(special.additional_special_tokens), template)
 
     def __bool__(self) -> bool:
-        return bool(self.marks or self.ordinary or self.further)
+        return bool(self.marks or self.ordinary or self.further or self.template)
 
     @property
     def texts(self) -> set[str]:
@@ -66,8 +74,13 @@ class AddedTokens:
         return {text for _, text in self.marks} | {*self.ordinary, *self.further}
 
     def give_to(self, auto: Any) -> bool:
-        """Set the marks of `auto`, a tokenizer of transformers, and add what it lacks. Whether that changed it."""
+        """Set the marks and the template of `auto`, a tokenizer of transformers, and add what it lacks.
+
+        Returns whether that changed it. UserError: no such template.
+        """
         before = _state(auto)
+        if self.template:
+            auto.chat_template = template_text(*self.template, auto)
         for mark, text in self.marks:
             if text in _special(auto):  # with the flags that it has
                 setattr(auto, mark, text)
@@ -91,7 +104,7 @@ def _special(auto: Any) -> set[str]:
 
 def _state(auto: Any) -> tuple[Any, ...]:
     added = {number: (str(token), token.special) for number, token in auto.added_tokens_decoder.items()}
-    return dict(auto.special_tokens_map), list(auto.extra_special_tokens), added
+    return dict(auto.special_tokens_map), list(auto.extra_special_tokens), added, auto.chat_template
 
 
 def written(auto: Any, settings: dict[str, Any]) -> dict[str, bytes]:

@@ -15,7 +15,7 @@ from tessera.core.files import in_words, read_json
 from tessera.data.formats.container import DS_TYPES, ENDINGS, KNOWN, PLAIN, Kind, is_text, named, refuse_rows
 from tessera.data.formats.entry import Entry
 
-_DOCUMENTATION = re.compile(r"^(readme|licen[cs]e|copying|notice|changelog|contributing|citation|authors)\b", re.I)
+_DOCUMENTATION = re.compile(r"(readme|licen[cs]e|copying|notice|changelog|contributing|citation)(\.\w+)*", re.I)
 _ABOUT = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 _SHARD = re.compile(r"^(.+)-\d{5}-of-\d{5}")
 _SPLITS = {
@@ -54,7 +54,7 @@ def find_files(entry: Entry, output_dir: str | Path | None, notes: list[str]) ->
 def _is_of_the_hub(path: str) -> bool:
     """Whether a path that is no file may be the name of a data set: owner/name, or a word without an ending."""
     known = (*ENDINGS, *PLAIN)
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) or path.lower().endswith(known):
+    if not re.fullmatch(r"[\w-][\w.-]{0,95}(/[\w-][\w.-]{0,95})?", path) or path.lower().endswith(known):
         return False
     owner, slash, _ = path.partition("/")
     return not Path(owner).exists() if slash else "." not in path
@@ -97,7 +97,7 @@ def _sorted_out(found: list[Path], entry: Entry) -> tuple[list[Path], list[Path]
     for file in found:
         kind = named(file).kind
         wanted = entry.ds_type is None or kind in DS_TYPES[entry.ds_type]
-        if _DOCUMENTATION.match(file.name) or file.name in _ABOUT or kind == "foreign" or not wanted:
+        if _DOCUMENTATION.fullmatch(file.name) or file.name in _ABOUT or kind == "foreign" or not wanted:
             others.append(file)
         else:
             kinds.setdefault("json" if kind == "lines" else kind, []).append(file)
@@ -112,7 +112,7 @@ def _sorted_out(found: list[Path], entry: Entry) -> tuple[list[Path], list[Path]
     if kinds:
         return next(iter(kinds.values())), [], others + texts
     if not texts and entry.ds_type is None:
-        texts = [file for file in others if _DOCUMENTATION.match(file.name) and named(file).kind == "text"]
+        texts = [file for file in others if _DOCUMENTATION.fullmatch(file.name) and named(file).kind == "text"]
         others = [file for file in others if file not in texts]
     odd = [file for file in texts if file.suffix.lower() not in PLAIN and not named(file).packed and not is_text(file)]
     for file in odd:

@@ -23,6 +23,7 @@ class Due:
     patience: int = 0
     greater_is_better: bool = False
     saves_first: bool = False
+    saves_best: bool = False
 
     @classmethod
     def of(cls, config: TrainConfig, total: int) -> Self:
@@ -34,9 +35,8 @@ class Due:
             evals = config.logging_steps
         saves = _every(config.save_steps, config.saves_per_epoch, config.num_epochs, total)
         patience, greater = config.early_stopping_patience or 0, bool(config.greater_is_better)
-        return cls(
-            total, strategy, config.save_strategy, evals, saves, patience, greater, saves_first=config.save_first_step
-        )
+        first, best = config.save_first_step, config.load_best_model_at_end
+        return cls(total, strategy, config.save_strategy, evals, saves, patience, greater, first, best)
 
     def evaluates(self, step: int, epoch_ends: bool) -> bool:
         """Whether the rows held out are evaluated after `step`: after the last one always, unless never."""
@@ -47,13 +47,15 @@ class Due:
 
     def saves(self, step: int, epoch_ends: bool, best: Best | None, last: bool) -> bool:
         """Whether a checkpoint is due after `step`: after the `last` one always, unless no checkpoints are wanted."""
+        is_best = best is not None and best.step == step
         due = {
             "no": False,
             "steps": self.save_every is not None and step % self.save_every == 0,
             "epoch": epoch_ends,
-            "best": best is not None and best.step == step,
+            "best": is_best,
         }
-        return due[self.save_strategy] or self.saves_first and step == 1 or last and self.save_strategy != "no"
+        asked = last or self.saves_first and step == 1 or self.saves_best and is_best
+        return due[self.save_strategy] or asked and self.save_strategy != "no"
 
     def judged(self, best: Best | None, eval_loss: float, step: int) -> Best:
         """The best evaluation, now that the one after `step` gave `eval_loss`."""

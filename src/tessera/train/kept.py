@@ -1,11 +1,12 @@
 """What is kept of a run: the state that a checkpoint remembers, the model that is handed out, older checkpoints."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from tessera.checkpoint import folder as checkpoints
-from tessera.checkpoint.state import RunState, Source
+from tessera.checkpoint.state import POSITIONS, RunState, Source
 from tessera.core import terminal
 from tessera.core.axes import AXES
 from tessera.core.collectives import gathered, largest
@@ -69,7 +70,9 @@ def dtype_out(built: Built) -> str:
 def _source(built: Built) -> Source:
     """What goes beside the weights; whole paths, as the checkpoint may be read from another folder."""
     manifest, tokenizer = built.prepared.manifest, built.prepared.tokenizer_folder
-    changes = {"eos_token_id": manifest.end_tokens} if manifest.end_tokens else {}
+    changes: dict[str, Any] = {"eos_token_id": manifest.end_tokens} if manifest.end_tokens else {}
+    if built.run.longer_than_known:
+        changes[POSITIONS] = built.run.config.sequence_len
     return Source(str(built.run.folder.resolve()), str(tokenizer.resolve()) if tokenizer else None, changes)
 
 

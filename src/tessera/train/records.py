@@ -51,6 +51,7 @@ class Records:
             attention_line(run.model, parallel, run.config.sequence_len, packed=run.config.sample_packing),
             *mesh_lines(run.config, run.model, parallel),
             *self._packing(),
+            *self._positions(),
             f"run: {counted(self.built.total_steps, 'step')} of {counted(loader.samples_per_step, 'row')}, {begun}; "
             f"{counted(self.built.warmup, 'step')} of warm-up, {run.config.lr_scheduler}",
         ]
@@ -58,6 +59,17 @@ class Records:
             device = devices.describe(parallel.mesh.device)
             lines.append(f"no MFU: the peak of {device} in {computing} is not known (device_peak_tflops gives it)")
         return lines
+
+    def _positions(self) -> list[str]:
+        """That rows are longer than the base model was made for; axolotl raises its positions too."""
+        run = self.built.run
+        if not run.longer_than_known:
+            return []
+        length, known = run.config.sequence_len, run.model.max_positions
+        return [
+            f"warning: sequence_len {length} is more than the {known} positions that base_model was made for "
+            f"(max_position_embeddings); the final model's config.json will say {length}"
+        ]
 
     def _packing(self) -> list[str]:
         """How full the rows of packed samples are, of the first epoch."""

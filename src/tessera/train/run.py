@@ -64,6 +64,11 @@ class Run:
         """Where this machine has the base model: in another place than the machine that made the run, if from a hub."""
         return self.folder if self.folder.is_dir() else resolve_model_folder(self.config.base_model)
 
+    @property
+    def longer_than_known(self) -> bool:
+        """Whether rows have more positions than the base model was made for, which rotary ones have no end of."""
+        return self.model.rope is not None and self.config.sequence_len > self.model.max_positions
+
     def check_weights(self) -> None:
         """Raise UserError unless this machine has the weights that the run begins with, whole."""
         if not self.config.random_init and self.resume is None:

@@ -188,6 +188,9 @@ class Trainer:
             load_model(folder, self.built.model)
         except (StopIteration, UserError) as error:
             reason = error.reason if isinstance(error, UserError) else "is not there"
-            return [f"the best checkpoint, {name}, {reason}: the model of the last step is handed out"]
+            name = "none was saved after it" if best.checkpoint is None else f"{name}, {reason}"
+            return [
+                f"the best checkpoint (eval_loss {best.eval_loss:.4f}): {name}; the last step's model is handed out"
+            ]
         self.log.say(f"the model of {folder} is handed out: its eval_loss was the best, {best.eval_loss:.4f}")
         return []

@@ -72,7 +72,9 @@ class CheckpointKeys(Section):
         None, description="Whether the greater metric_for_best_model is the better. Unset: the smaller is."
     )
     load_best_model_at_end: bool = Field(
-        False, description="Hand out the model of the best checkpoint instead of the last step's."
+        False,
+        description="Hand out the model of the best checkpoint instead of the last step's. Whatever save_strategy "
+        "says, a checkpoint is written after each evaluation that is better than all before.",
     )
     early_stopping_patience: int | None = Field(
         None,

@@ -62,8 +62,8 @@ class ModelKeys(Section):
         SpecialTokensConfig.model_validate({}),
         description="Special tokens to set or to add. The vocabulary of the model grows where ids go beyond it.",
     )
-    tokens: list[TokenText] = Field(
-        [], max_length=bounds.ADDED_TOKENS, description="Ordinary tokens to add to the tokenizer."
+    tokens: list[TokenText] | None = Field(
+        None, max_length=bounds.ADDED_TOKENS, description="Ordinary tokens to add to the tokenizer."
     )
     resize_token_embeddings_to_32x: bool = Field(
         False, description="Where the vocabulary grows, grow it to the next multiple of 32."

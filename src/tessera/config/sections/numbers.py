@@ -19,7 +19,10 @@ class NumbersKeys(Section):
     bfloat16: bool = Field(False, description="The same as bf16: full, as axolotl spells it.")
     tf32: bool = Field(False, description="Let float32 products on CUDA use the TF32 tensor cores.")
     attn_implementation: (
-        Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "xformers"] | None
+        Literal[
+            "eager", "sdpa", "flash", "flash_attention_2", "flash_attention_3", "flex", "flex_attention", "xformers"
+        ]
+        | None
     ) = Field(
         None,
         description="eager: attention step by step, with scores of sequence_len² for each head. The others, and unset: "

@@ -5,6 +5,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
+from tessera.data.added_tokens import AddedTokens
+
 
 @dataclass(frozen=True)
 class UserPrompt:
@@ -83,6 +85,7 @@ class Reading:
     chat_template_kwargs: tuple[tuple[str, Any], ...] = ()
     eot_tokens: tuple[str, ...] = ()
     tokenizer: Path | None = None
+    added: AddedTokens = AddedTokens()
 
     @classmethod
     def of(cls, config: Any) -> Self:
@@ -90,6 +93,8 @@ class Reading:
         given = _given(cls, config)
         named = getattr(config, "tokenizer", None) or getattr(config, "base_model", None)
         given["tokenizer"] = Path(named) if isinstance(named, str | Path) else None
+        if hasattr(config, "special_tokens"):
+            given["added"] = AddedTokens.of(config)
         return cls(**given)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from tessera.config.reader import nearest
 from tessera.core.errors import UserError
 from tessera.data.documents import Document
 from tessera.data.formats.chat import COLUMNS, chat, chat_pair
@@ -68,7 +69,8 @@ def format_of(entry: Entry, path: Any, row: dict[str, Any], notes: list[str]) ->
     if base in _OTHERS:
         raise UserError("datasets.type", kind, "this format is not read", _OTHERS[base])
     styles = f"{', '.join(STYLED)} with :{', :'.join(STYLES)}"
-    raise UserError("datasets.type", kind, "unknown", f"known: {', '.join(KNOWN)}; {styles}; or no type at all")
+    hint = nearest(kind, KNOWN) or f"known: {', '.join(KNOWN)}; {styles}; or no type at all"
+    raise UserError("datasets.type", kind, "is not a known type of rows", hint)
 
 
 def reader_of(entry: Entry, name: str, template: Template | None) -> Reader:

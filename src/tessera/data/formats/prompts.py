@@ -167,7 +167,9 @@ def written(prompt: UserPrompt) -> Callable[[dict[str, Any], Origin, Entry, Read
 def _check_braces(text: str, key: str, allowed: list[str]) -> None:
     hint = f"in braces may stand {' and '.join(allowed)}; a brace itself is written twice"
     try:
-        names = [name for _, name, *_ in strings.Formatter().parse(text) if name is not None]
+        names = [
+            f"{name}{spec}{way or ''}" for _, name, spec, way in strings.Formatter().parse(text) if name is not None
+        ]
     except ValueError as error:
         raise UserError(key, text, f"{error}", hint) from error
     for name in names:

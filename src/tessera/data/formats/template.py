@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from tessera.core.errors import UserError
-from tessera.core.files import read_text
+from tessera.data.added_tokens import AddedTokens
+from tessera.data.auto_tokenizer import read_auto
+from tessera.data.chat_templates import template_text
 from tessera.data.formats.entry import Entry, Reading
 from tessera.data.samples import Origin
 
@@ -19,16 +21,9 @@ Span = tuple[int, int]
 """Characters [start, end) of a rendered chat."""
 Turns = Sequence[dict[str, Any]]
 
-FALLBACK = "tokenizer_default_fallback_"
-_FOLDER = Path(__file__).parent / "templates"
 _MARKS = ("\ue0f0\ue0f1", "\ue0f2\ue0f3", "\ue0f4\ue0f5")
 """Texts that nobody writes: of the private area of Unicode."""
 _PROBE = ({"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"})
-
-
-def template_names() -> list[str]:
-    """The templates that come with this package."""
-    return sorted(path.stem for path in _FOLDER.glob("*.jinja"))
 
 
 @dataclass(frozen=True)
@@ -137,8 +132,9 @@ def template_of(entry: Entry, reading: Reading, notes: list[str]) -> Template:
     if reading.tokenizer is None:
         reason = "chats are rendered for the tokenizer of a model, not for one that is trained on them"
         raise UserError("datasets", entry.path, reason, "tokenizer: a folder with a tokenizer")
-    tokenizer = _tokenizer(reading.tokenizer)
-    text = _text(entry if entry.chat_template or entry.chat_template_jinja else reading, tokenizer, reading.tokenizer)
+    tokenizer = _tokenizer(reading.tokenizer, reading.added)
+    asks = entry if entry.chat_template or entry.chat_template_jinja else reading
+    text = template_text(asks.chat_template, asks.chat_template_jinja, tokenizer)
     end = tokenizer.eos_token or ""
     named = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     values = named | dict(reading.chat_template_kwargs)
@@ -170,35 +166,8 @@ def _end_of_turn(template: Template) -> str:
     return ends[0][0] if ends else ""
 
 
-def _text(keys: Entry | Reading, tokenizer: Any, folder: Path) -> str:
-    choice, own = keys.chat_template, keys.chat_template_jinja
-    if own is not None and choice not in (None, "jinja"):
-        raise UserError("chat_template_jinja", None, f"is given, but chat_template is {choice}", "chat_template: jinja")
-    if choice == "jinja" or own is not None:
-        if not own:
-            raise UserError("chat_template", "jinja", "needs chat_template_jinja", "the template, or the path of one")
-        is_path = "{" not in own and "\n" not in own
-        return read_text(own, "chat_template_jinja", hint="a template has {{ … }} in it") if is_path else own
-    name = choice or "tokenizer_default"
-    if name == "tokenizer_default" or name.startswith(FALLBACK):
-        if tokenizer.chat_template:
-            return str(tokenizer.get_chat_template())
-        name = name.removeprefix(FALLBACK)
-        if name == "tokenizer_default":
-            hint = f"chat_template: {' | '.join(template_names())}, or jinja with chat_template_jinja"
-            raise UserError("chat_template", choice, f"the tokenizer in {folder} has no chat template", hint)
-    if name not in template_names():
-        known = f"tokenizer_default, {FALLBACK}NAME, jinja, {', '.join(template_names())}"
-        raise UserError("chat_template", choice, "is not known", f"known: {known}")
-    return (_FOLDER / f"{name}.jinja").read_text("utf-8")
-
-
-def _tokenizer(folder: Path) -> Any:
-    """The tokenizer as transformers loads it, never from the network and never with code of its own."""
-    from transformers import AutoTokenizer  # takes seconds; only chats need it
-
-    place = folder.parent if folder.is_file() else folder
-    try:
-        return AutoTokenizer.from_pretrained(str(place), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises nothing narrower
-        raise UserError("tokenizer", place, f"cannot be loaded: {error}") from error
+def _tokenizer(folder: Path, added: AddedTokens) -> Any:
+    """The tokenizer as the run has it, with the tokens that the config gives it."""
+    found = read_auto(folder, "tokenizer")
+    added.give_to(found)
+    return found
