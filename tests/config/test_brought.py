@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.data.chats import chat_tokenizer
 
 from config.brought import FILES, REFUSED, Brought
-from tests.data.chats import chat_tokenizer
 from tessera.config.load import load_config
 from tessera.config.schema import TrainConfig
 from tessera.core.errors import UserError
