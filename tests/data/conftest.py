@@ -41,6 +41,7 @@ def settings(tmp_path: Path, tokenizer: TextTokenizer) -> Callable[..., SimpleNa
             "tokens": [],
             "sequence_len": 16,
             "excess_length_strategy": "drop",
+            "min_sample_len": None,
             "train_on_inputs": False,
             "val_set_size": 0,
             "seed": 42,

@@ -236,7 +236,7 @@ def watched(*arguments):
         yield row
 make.assemble_samples = watched
 config = SimpleNamespace(base_model="", datasets=[SimpleNamespace(path=sys.argv[1], type=None)], tokenizer=None,
-    sequence_len=16, excess_length_strategy="drop", train_on_inputs=False, val_set_size=0, seed=1,
+    sequence_len=16, excess_length_strategy="drop", min_sample_len=None, train_on_inputs=False, val_set_size=0, seed=1,
     output_dir="/nowhere", dataset_prepared_path=sys.argv[2], dataset_processes=1, test_datasets=None, tokens=(),
     special_tokens=SimpleNamespace(additional_special_tokens=(), **dict.fromkeys(
         ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token"))))

@@ -120,6 +120,28 @@ def test_too_long_rows_raise_on_request(write, settings):
     assert prepare(settings(path, sequence_len=6, excess_length_strategy="raise"), None).manifest.train_rows == 4
 
 
+@pytest.mark.parametrize(("least", "lengths"), [(None, [4, 5, 6, 3]), (4, [4, 5, 6]), (6, [6])])
+def test_rows_shorter_than_min_sample_len_are_dropped_and_counted(write, settings, least, lengths):
+    prepared = prepare(settings(write("a.jsonl", LENGTHS), min_sample_len=least), None)
+    assert [len(row) for row, _ in all_rows(prepared.folder)] == lengths
+    dropped = prepared.manifest.short_rows
+    assert dropped == 4 - len(lengths)
+    assert (f"{dropped} row{'s' * (dropped > 1)} shorter than min_sample_len dropped" in prepared.summary()) == (
+        dropped > 0
+    )
+    assert (f"{dropped} are shorter than min_sample_len." in prepared.summary()) == (dropped > 0)
+
+
+def test_min_sample_len_counts_windows_and_leaves_a_row(write, settings):
+    path = write("a.jsonl", [{"text": "a b c d e a b"}])
+    config = settings(entry(path, "completion"), sequence_len=4, min_sample_len=4)
+    prepared = prepare(config, None)
+    assert [len(row) for row, _ in all_rows(prepared.folder)] == [4, 4] and prepared.manifest.short_rows == 1
+    with pytest.raises(UserError, match="no row is left") as error:
+        prepare(settings(entry(path, "completion"), sequence_len=16, min_sample_len=100), None)
+    assert "a smaller min_sample_len" in str(error.value)
+
+
 def test_a_prompt_cut_before_its_answer_teaches_nothing(write, settings):
     row = {"instruction": "Add.", "output": "3"}
     path = write("a.jsonl", [row])
@@ -180,7 +202,7 @@ def test_reused_only_when_nothing_that_matters_changed(tmp_path, write, settings
     assert all_rows(first.folder)[0][0] == [11, 20, 30]
     changes = [
         {}, {"sequence_len": 15}, {"excess_length_strategy": "truncate"}, {"train_on_inputs": True},
-        {"val_set_size": 2}, {"val_set_size": 2, "seed": 43}, {"val_set_size": 0.2},
+        {"min_sample_len": 2}, {"val_set_size": 2}, {"val_set_size": 2, "seed": 43}, {"val_set_size": 0.2},
     ]  # fmt: skip
     assert len({prepare(settings(changed, **change), None).manifest.key for change in changes}) == len(changes)
 

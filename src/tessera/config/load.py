@@ -67,7 +67,10 @@ def _made(values: Mapping[Any, Any], source: str) -> tuple[TrainConfig, Settled]
     try:
         config = _validated(settled.values)
     except ValidationError as error:
-        problems += problems_of(error, settled.given_as)
+        found = problems_of(error, settled.given_as)
+        if settled.refuses("pretraining_dataset"):  # its refusal says to write datasets
+            found = [problem for problem in found if problem.key != "datasets"]
+        problems += found
     if len(problems) == 1:
         raise problems[0]
     if problems:

@@ -40,6 +40,10 @@ class Settled:
             )
         return found
 
+    def refuses(self, key: str) -> bool:
+        """Whether `key` of another tool is among those that are not supported."""
+        return any(name == key for asked in self.refused.values() for name, _ in asked)
+
     def refuse(self, name: str, value: object, reason: str, hint: str = "") -> None:
         """Add a problem."""
         self.problems.append(UserError(name, shown(value), reason, hint))

@@ -27,6 +27,8 @@ class DataSettings(TokenizerKeys, Protocol):
     @property
     def excess_length_strategy(self) -> str: ...
     @property
+    def min_sample_len(self) -> int | None: ...
+    @property
     def train_on_inputs(self) -> bool: ...
     @property
     def val_set_size(self) -> int | float: ...
@@ -85,15 +87,18 @@ def assemble_samples(
                 if ends_itself:
                     tally.closing.update(_closing(fitted))
                 yield fitted
-    too_long, dull = tally.counts["dropped_rows"], tally.counts["dull_rows"]
+    too_long, short, dull = (tally.counts[name] for name in ("dropped_rows", "short_rows", "dull_rows"))
     if too_long and config.excess_length_strategy == "raise":
         reason = f"{too_long:,} rows exceed sequence_len {config.sequence_len}; the first: {tally.first_too_long}"
         hint = f"sequence_len: {tally.longest} holds the longest; or excess_length_strategy: drop, or truncate"
         raise UserError("excess_length_strategy", "raise", reason, hint)
     if not kept:
-        reason = f"no row is left: {too_long:,} are longer than sequence_len {config.sequence_len}, {dull:,} too short"
+        lost = f"{too_long:,} are longer than sequence_len {config.sequence_len}, {short + dull:,} too short"
         hint = "a larger sequence_len, or excess_length_strategy: truncate; a row needs two tokens"
-        raise UserError("datasets", ", ".join(str(file.path) for file in files[:3]), reason, hint)
+        if short:
+            hint = f"a smaller min_sample_len ({short:,} rows are shorter)"
+        named = ", ".join(str(file.path) for file in files[:3])
+        raise UserError("datasets", named, f"no row is left: {lost}", hint)
 
 
 def texts_of(
@@ -213,7 +218,8 @@ def _sample(tokens: Sequence[Ids], labels: Sequence[Ids], origin: Origin) -> Sam
 
 
 def _fit(config: DataSettings, row: Sample, tally: Tally, keep_dull: bool) -> Sample | None:
-    """The row, cut where that is asked for; None where it is longer than `sequence_len` or dull: without any target.
+    """The row, cut where that is asked for; None where it is longer than `sequence_len`, shorter than
+    `min_sample_len`, or dull: without any target.
 
     Tokenized rows keep the dull ones: whoever made them may count on their number and order.
     """
@@ -226,6 +232,9 @@ def _fit(config: DataSettings, row: Sample, tally: Tally, keep_dull: bool) -> Sa
             return None
         tally.counts["truncated_rows"] += 1
         row = row.cut(config.sequence_len)
+    if config.min_sample_len and length < config.min_sample_len:
+        tally.counts["short_rows"] += 1
+        return None
     if not keep_dull and not row.targets():
         tally.counts["dull_rows"] += 1
         return None

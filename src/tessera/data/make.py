@@ -80,6 +80,7 @@ def make(
         sequence_len=config.sequence_len,
         dropped_rows=tally.counts["dropped_rows"],
         truncated_rows=tally.counts["truncated_rows"],
+        short_rows=tally.counts["short_rows"],
         dull_rows=tally.counts["dull_rows"],
         inner_masked=tally.counts["inner_masked"],
         largest_token=largest.largest,

@@ -25,12 +25,12 @@ Count = Annotated[int, Field(ge=0, lt=2**53)]
 class Manifest:
     """What a prepared folder holds, as manifest.json says it.
 
-    Tokens count every token, targets those that are learnt. Dull rows (no target left: a single token, a
-    prompt that fills the row) were left out. `inner_masked` counts tokenized rows whose attention_mask hides
-    a token that later ones still see. `tokenizer` is the folder it came from, TRAINED where it was trained on
-    the data and lies in the prepared folder, or None where none was needed. `files` are all others there but
-    the sums of their blocks, and `sum` is that of the rest of this. `end_tokens` are those
-    that the rows teach to end on, `eos_token_id` first.
+    Tokens count every token, targets those that are learnt. Short rows (below `min_sample_len`) and dull rows (no
+    target left: a single token, a prompt that fills the row) were left out. `inner_masked` counts tokenized rows
+    whose attention_mask hides a token that later ones still see. `tokenizer` is the folder it came from, TRAINED
+    where it was trained on the data and lies in the prepared folder, or None where none was needed. `files` are all
+    others there but the sums of their blocks, and `sum` is that of the rest of this. `end_tokens` are those that the
+    rows teach to end on, `eos_token_id` first.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
@@ -45,6 +45,7 @@ class Manifest:
     sequence_len: Count
     dropped_rows: Count
     truncated_rows: Count
+    short_rows: Count
     dull_rows: Count
     inner_masked: Count
     largest_token: Count

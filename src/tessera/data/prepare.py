@@ -60,6 +60,7 @@ class Prepared:
             (m.train_rows, f", {m.train_tokens:,} tokens to train on"),
             (m.eval_rows, f", {m.eval_tokens:,} tokens held out"),
             (m.dropped_rows, f" longer than {m.sequence_len} dropped"),
+            (m.short_rows, " shorter than min_sample_len dropped"),
             (m.truncated_rows, f" cut to {m.sequence_len} tokens"),
             (m.dull_rows, " without anything to learn left out"),
             (m.inner_masked, " with a masked token that later ones still attend to"),
@@ -72,7 +73,7 @@ class Prepared:
     def warning(self) -> list[str]:
         """What to tell where more than a share of MANY of the samples is not trained on: a block of lines, or none."""
         m = self.manifest
-        lost, rows = m.dropped_rows + m.dull_rows, m.train_rows + m.eval_rows
+        lost, rows = m.dropped_rows + m.short_rows + m.dull_rows, m.train_rows + m.eval_rows
         share = lost / (lost + rows)
         if share <= MANY:
             return []
@@ -80,6 +81,8 @@ class Prepared:
         if m.dropped_rows:
             lines += [f"{m.dropped_rows:,} are longer than sequence_len {m.sequence_len}: raise it, or set"]
             lines += ["excess_length_strategy: truncate to keep their beginnings."]
+        if m.short_rows:
+            lines.append(f"{m.short_rows:,} are shorter than min_sample_len.")
         if m.dull_rows:
             lines.append(f"{m.dull_rows:,} have no token to learn within {m.sequence_len} tokens.")
         width = max(map(len, lines)) + 4
@@ -181,6 +184,7 @@ def _cache_key(config: DataSettings, sources: Sources) -> str:
         "held_out": [file.key for file in sources.held_out],
         "tokenizer": tokenizer.digest() if isinstance(tokenizer, TextTokenizer) else trained,
         "fit": (config.sequence_len, config.excess_length_strategy, config.train_on_inputs),
+        **({"shortest": config.min_sample_len} if config.min_sample_len else {}),
         "split": (repr(config.val_set_size), config.seed) if config.val_set_size else None,
     }
     return blake2b(json.dumps(settings).encode(), digest_size=16).hexdigest()

@@ -157,6 +157,9 @@ class DataKeys(Section):
     excess_length_strategy: Literal["drop", "truncate", "raise"] = Field(
         "drop", description="What happens to a row longer than sequence_len; how many is reported."
     )
+    min_sample_len: int | None = Field(
+        None, ge=0, le=bounds.TOKENS, description="Drop the rows that have fewer tokens; how many is reported."
+    )
     train_on_inputs: bool = Field(
         False, description="Count prompt tokens in the loss too, in rows made of a prompt and an answer."
     )

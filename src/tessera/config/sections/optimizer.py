@@ -103,9 +103,10 @@ class OptimizerKeys(Section):
     )
     cosine_constant_lr_ratio: float | None = Field(
         None,
-        gt=0,
+        ge=0,
         le=1,
-        description="With cosine_min_lr_ratio: the share of all steps after which the rate stays at its lowest.",
+        description="With cosine_min_lr_ratio: the share of all steps after which the rate stays at its lowest. "
+        "0 and unset: it is the lowest at the end.",
     )
     warmup_steps: StepsOrShare | None = Field(
         None,
@@ -150,7 +151,7 @@ class OptimizerKeys(Section):
         if lowest and self.lr_scheduler not in ("cosine", "rex"):
             reason = f"lr_scheduler is {self.lr_scheduler}"
             raise UserError("cosine_min_lr_ratio", lowest, reason, "write lr_scheduler: cosine, or leave it out")
-        if constant is not None and not (lowest and self.lr_scheduler == "cosine"):
+        if constant and not (lowest and self.lr_scheduler == "cosine"):
             hint = "write lr_scheduler: cosine and cosine_min_lr_ratio: 0.1 beside it, or leave it out"
             raise UserError("cosine_constant_lr_ratio", constant, "needs cosine and its cosine_min_lr_ratio", hint)
         if lowest and self.lr_scheduler_kwargs:

@@ -64,8 +64,10 @@ class Keys:
 
     def choice(self, key: str, default: str | None, known: Mapping[str, str]) -> str:
         """What `known` gives for the text of `key`."""
-        wanted = f"one of those that are built: {', '.join(sorted(known))}"
-        return known[self._read(key, default, wanted, lambda v: isinstance(v, str) and v in known)]
+        named = self._read(key, default, "a name", lambda v: isinstance(v, str))
+        if named not in known:
+            raise self.error(key, "is not supported", f"supported: {', '.join(sorted(known))}")
+        return known[named]
 
     def texts(self, key: str) -> list[str]:
         """The texts listed at `key`; none when it is absent."""

@@ -1,0 +1,70 @@
+"""Files as people bring them from axolotl: each resolves to what it means, or is refused in one sentence."""
+
+import shutil
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.data.chats import chat_tokenizer
+
+from config.brought import FILES, REFUSED, Brought
+from tessera.config.load import load_config
+from tessera.config.schema import TrainConfig
+from tessera.core.errors import UserError
+
+NEEDS = {"adamw_bnb_8bit": "bitsandbytes", "paged_adamw_8bit": "bitsandbytes", "adamw_torch_8bit": "torchao"}
+
+
+@pytest.fixture(scope="module")
+def base(workshop, tmp_path_factory) -> Path:
+    """A small Llama, with the tokenizer of a model of chats."""
+    folder = tmp_path_factory.mktemp("base") / "model"
+    shutil.copytree(workshop.model("llama 64"), folder)
+    return chat_tokenizer(folder)
+
+
+def brought(text: str, base: Path, folder: Path) -> tuple[TrainConfig, list[str]]:
+    """The config of a file in `folder`, with the notes on it."""
+    path = folder / "config.yml"
+    path.write_text(text.format(folder=base, rows=folder / "rows.jsonl", out=folder / "outputs"))
+    return load_config(path)
+
+
+def value_of(config: Any, key: str) -> Any:
+    """The value of a key, inner ones with dots; of a list the first."""
+    return reduce(lambda at, name: getattr(at[0] if isinstance(at, list) else at, name), key.split("."), config)
+
+
+@pytest.mark.parametrize("file", FILES.values(), ids=FILES.keys())
+def test_a_file_resolves_to_what_it_means(file: Brought, base, tmp_path):
+    from tessera.train.run import resolve
+
+    config, notes = brought(file.text, base, tmp_path)
+    assert {key: value_of(config, key) for key in file.means} == file.means
+    for key in file.idle:
+        (note,) = [line for line in notes if line.startswith(f"{key}: ")]
+        assert " has no effect: " in note
+    for package in filter(None, [NEEDS.get(config.optimizer), "wandb" if config.wandb_project else None]):
+        pytest.importorskip(package)
+    assert resolve(config).config.base_model == str(base)
+    assert not (tmp_path / "outputs").exists()
+
+
+PLAIN = "base_model: {folder}\ndatasets: [{{path: '{rows}'}}]\n"
+
+
+@pytest.mark.parametrize("asked", REFUSED)
+def test_what_is_not_supported_is_one_sentence_with_a_way_out(asked, base, tmp_path):
+    with pytest.raises(UserError) as caught:
+        brought(PLAIN + asked.replace("{", "{{").replace("}", "}}"), base, tmp_path)
+    keys = [line.partition(":")[0] for line in asked.splitlines()]
+    assert not hasattr(caught.value, "problems"), "one message"
+    assert caught.value.key == ", ".join(keys) and " not supported" in caught.value.reason
+    assert REFUSED[asked] in caught.value.hint
+
+
+def test_a_stream_is_refused_without_asking_for_datasets_beside_it(base, tmp_path):
+    with pytest.raises(UserError) as caught:
+        brought("base_model: {folder}\npretraining_dataset: [{{path: '{rows}', type: pretrain}}]\n", base, tmp_path)
+    assert caught.value.key == "pretraining_dataset" and "write datasets instead" in caught.value.hint
