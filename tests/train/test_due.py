@@ -195,12 +195,12 @@ def test_the_model_of_the_best_checkpoint_is_handed_out(workshop: Workshop, tmp_
 def test_only_better_evaluations_are_saved(workshop: Workshop, tmp_path):
     own = EACH_STEP | {"save_strategy": "best", "max_steps": 4, "tensor_parallel_size": 2}
     del own["save_steps"]
-    falling = workshop.settings("llama", tmp_path / "falling", **own)
-    run(falling)
-    assert checkpoints(falling) == [1, 2, 3, 4]
-    rising = workshop.settings("llama", tmp_path / "rising", **own, greater_is_better=True)
-    run(rising)
-    assert checkpoints(rising) == [1, 4]
+    for greater in (False, True):
+        settings = workshop.settings("llama", tmp_path / str(greater), **own, greater_is_better=greater)
+        losses = [(-1 if greater else 1) * m["eval_loss"] for m in run(settings)]
+        better = [step for step in range(1, 5) if losses[step - 1] == min(losses[:step])]
+        assert checkpoints(settings) == sorted({*better, 4}), "the last step is saved too"
+        assert len(better) < 4 or not greater, "every evaluation is better: nothing is left out"
 
 
 def test_patience_ends_a_run_and_a_resumed_one_alike(workshop: Workshop, tmp_path):
