@@ -10,7 +10,7 @@ from tessera.checkpoint.folder import read_state
 from tessera.config.schema import TrainConfig
 from tessera.core.errors import UserError
 from tessera.train.run import Run, model_of, prepared_run
-from train.on_rank import run_on_rank
+from train.on_rank import run_on_rank, said_on_rank
 from train.runs import Workshop, metrics, run
 
 CHANGES = {
@@ -57,19 +57,17 @@ def test_a_window_shorter_than_the_row_is_refused_and_one_as_long_hides_nothing(
         model_of(TrainConfig.model_validate(settings | {"sequence_len": 17}))
 
 
-def test_rows_longer_than_the_model_was_made_for_are_told_of_and_its_positions_raised(
-    workshop: Workshop, tmp_path, capfd
-):
+def test_rows_longer_than_the_model_was_made_for_are_told_of_and_its_positions_raised(workshop: Workshop, tmp_path):
     settings = workshop.settings("llama", tmp_path / "run", sequence_len=40, max_steps=1, save_strategy="steps")
-    run(settings)
+    said = pool(1).run(said_on_rank, settings)[0]
     told = "sequence_len 40 is more than the 32 positions that base_model was made for"
-    assert told in capfd.readouterr().out
+    assert told in said
     folder = tmp_path / "run"
     assert json.loads((folder / "config.json").read_text())["max_position_embeddings"] == 40
     assert read_state(folder / "checkpoint-1").source.config_changes["max_position_embeddings"] == 40
 
-    run(settings | {"output_dir": str(tmp_path / "fits"), "sequence_len": 32})
-    assert told not in capfd.readouterr().out
+    fits = settings | {"output_dir": str(tmp_path / "fits"), "sequence_len": 32}
+    assert told not in pool(1).run(said_on_rank, fits)[0]
     assert json.loads((tmp_path / "fits" / "config.json").read_text())["max_position_embeddings"] == 32
 
 
