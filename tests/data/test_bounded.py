@@ -136,7 +136,9 @@ def test_memory_does_not_grow_with_the_text(write, settings, monkeypatch):
     assert peaks[1] < 1.5 * peaks[0] and peaks[1] < 4 * len(TEXT) * 400 * 8
 
 
-def test_labels_and_positions_that_begin_late_are_filled_in(write, settings):
+@pytest.mark.parametrize("block", [256, 1 << 17])
+def test_labels_and_positions_that_begin_late_are_filled_in(write, settings, monkeypatch, block):
+    monkeypatch.setattr("tessera.data.columns.BLOCK", block)
     rows = [{"input_ids": [n, n + 1, n + 2]} for n in range(1, 30)]
     rows[20]["labels"] = [-100, 22, 23]
     rows[25]["position_ids"] = [0, 1, 0]
@@ -211,6 +213,14 @@ def test_a_shared_folder_that_holds_something_else_is_refused_under_its_key(tmp_
         UserError, match=r"dataset_prepared_path: .*\n  .*something else\n.*another dataset_prepared_path"
     ):
         prepare(config, None)
+
+
+def test_a_shared_folder_within_the_data_is_refused(write, settings):
+    folder = write("d/a.jsonl", ROWS).parent
+    for shared in (folder, folder / "prepared"):
+        with pytest.raises(UserError, match="^dataset_prepared_path: .*\n  lies in the data folder"):
+            prepare(settings(folder, dataset_prepared_path=str(shared)), None)
+    assert [path.name for path in folder.iterdir()] == ["a.jsonl"]
 
 
 PREPARE = """

@@ -260,7 +260,7 @@ def test_a_write_that_fails_keeps_what_was_there(tmp_path, write, settings, monk
         return rename(folder, target)
 
     monkeypatch.setattr(*((SampleWriter, "append") if writing else (Path, "rename")), full)
-    with pytest.raises(UserError, match="no space is left on the disk, .* are free"):
+    with pytest.raises(UserError, match="no space is left on the disk, .* are needed, .* are free"):
         prepare(settings(write("b.jsonl", TOKENS[1:])), None)
     assert listing(tmp_path / "out") == before
     assert len(all_rows(prepared.folder)) == 10

@@ -7,6 +7,7 @@ that finds such a block refuses it. Of the data no more is held in memory than i
 """
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -111,7 +112,7 @@ def prepare(config: DataSettings, vocab_size: int | None, folder: Path | None = 
     manifest, because = there()
     reused = manifest is not None
     if manifest is None:
-        with _writing(folder, named), alone(folder, lambda: _say_waiting(folder)) as beside:
+        with _writing(folder, named, sources), alone(folder, lambda: _say_waiting(folder)) as beside:
             manifest, _ = there()  # another process may have made it meanwhile
             reused = manifest is not None
             if manifest is None:
@@ -146,6 +147,7 @@ def open_prepared(folder: Path) -> Prepared:
 
 def _sources(config: DataSettings, notes: list[str]) -> Sources:
     """The files, hashed, and the tokenizer, or the vocabulary size of the one to train."""
+    _check_apart(config)
     reading = Reading.of(config)
     train = read_files(config.datasets, config.output_dir, reading, notes)
     held_out = read_files(config.test_datasets, config.output_dir, reading, notes) if config.test_datasets else []
@@ -158,6 +160,17 @@ def _sources(config: DataSettings, notes: list[str]) -> Sources:
     if isinstance(given, str | Path):
         return Sources(train, held_out, load_tokenizer(Path(given), "tokenizer", added))
     return Sources(train, held_out, given.vocab_size)
+
+
+def _check_apart(config: DataSettings) -> None:
+    """Raise UserError for a folder of prepared rows within one of data: at the next start they would be data."""
+    if config.dataset_prepared_path is None:
+        return
+    shared = os.path.realpath(config.dataset_prepared_path)
+    for entry in (*config.datasets, *(config.test_datasets or ())):
+        if os.path.isdir(entry.path) and Path(shared).is_relative_to(os.path.realpath(entry.path)):
+            reason = f"lies in the data folder {entry.path}: what is prepared would be data at the next start"
+            raise UserError("dataset_prepared_path", config.dataset_prepared_path, reason, "a folder of its own")
 
 
 def _cache_key(config: DataSettings, sources: Sources) -> str:
@@ -182,8 +195,8 @@ def _say_waiting(folder: Path) -> None:
 
 
 @contextmanager
-def _writing(folder: Path, key: str) -> Iterator[None]:
-    """What keeps the folder from being written becomes a UserError."""
+def _writing(folder: Path, key: str, sources: Sources) -> Iterator[None]:
+    """What keeps the folder from being written becomes a UserError; ids take about as many bytes as their text."""
     try:
         yield
     except UserError:
@@ -191,4 +204,5 @@ def _writing(folder: Path, key: str) -> Iterator[None]:
     except Exception as error:
         if (found := system_error(error, folder)) is None:
             raise
-        raise UserError(key, folder, f"cannot be written: {why(found, folder)}") from error
+        needs = sum(file.path.stat().st_size for file in (*sources.train, *sources.held_out))
+        raise UserError(key, folder, f"cannot be written: {why(found, folder, needs)}") from error
