@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 
 from tessera.config.sections.data import DatasetConfig
+from tessera.data.documents import Document, Segment
+from tessera.data.encode import Encoder
 from tessera.data.samples import Origin, Sample, SampleWriter, Split, open_samples
 
 TEXT = "def add(a, b):\n    return a + b\n\n\ndef sub(a, b):\n    return a - b\n"
@@ -22,6 +24,15 @@ def all_rows(folder: Path, split: Split = "train") -> list[tuple[list[int], list
 
 
 PLACE = Origin(Path("nowhere"))
+
+
+def encoded(tokenizer, texts, special=True):
+    """The ids (int32) that a run gives each text, without an end; `special`: opened as the tokenizer's model has it."""
+    documents = [Document(PLACE, (Segment(text),), opened=special) for text in texts]
+    found = {id(document): [] for document in documents}
+    for part in Encoder(tokenizer, 1).encode((document, None) for document in documents):
+        found[id(part.document)].append(part.ids)
+    return [np.concatenate(parts) for parts in found.values()]
 
 
 def row(tokens, labels=None):

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from tests.data.helpers import encoded
 from tests.data.tokenizers_made import AWKWARD, MADE
 
 from tessera.config.sections.model import SpecialTokensConfig
@@ -50,14 +51,14 @@ def test_a_tokenizer_with_added_tokens_is_the_one_that_is_loaded_again(tmp_path,
     assert (theirs.eos_token, theirs.pad_token, theirs.bos_token) == ("<|im_end|>", "<pad>", "<x>")
     assert ours.eos_id == theirs.eos_token_id and ours.vocab_size == len(theirs) > old.vocab_size
     for text in TEXTS:
-        ids = ours.encode([text], special=False)[0].tolist()
+        ids = encoded(ours, [text], special=False)[0].tolist()
         expected = theirs(text, add_special_tokens=False)["input_ids"]
         assert ids == (expected[:-1] if expected[-1:] == [ours.eos_id] else expected)
         assert ours.auto(text)["input_ids"] == theirs(text)["input_ids"]
     if name != "split_specials":
-        assert ours.encode(["a<|turn|>"], special=False)[0][-1] == theirs.convert_tokens_to_ids("<|turn|>")
+        assert encoded(ours, ["a<|turn|>"], special=False)[0][-1] == theirs.convert_tokens_to_ids("<|turn|>")
     plain = "north wind"  # no text without the new tokens has other ids
-    assert ours.encode([plain], special=False)[0].tolist() == old.encode([plain], special=False)[0].tolist()
+    assert encoded(ours, [plain], special=False)[0].tolist() == encoded(old, [plain], special=False)[0].tolist()
 
 
 def test_new_tokens_have_the_ids_that_axolotl_gives_them(tmp_path):
@@ -80,7 +81,7 @@ def test_what_the_tokenizer_has_already_changes_no_id_and_no_file(tmp_path):
     assert same.folder == plain.folder == tmp_path and same.digest() == plain.digest() and not same.files
     other = load_tokenizer(tmp_path, "tokenizer", added(pad_token="<extra>"))
     assert other.vocab_size == plain.vocab_size and other.digest() != plain.digest()
-    assert [row.tolist() for row in other.encode(TEXTS)] == [row.tolist() for row in plain.encode(TEXTS)]
+    assert [row.tolist() for row in encoded(other, TEXTS)] == [row.tolist() for row in encoded(plain, TEXTS)]
     assert json.loads(other.files["tokenizer_config.json"])["pad_token"] == "<extra>"
 
 
@@ -89,7 +90,7 @@ def test_a_token_with_flags_keeps_them_when_it_is_named(tmp_path):
     plain = load_tokenizer(tmp_path, "tokenizer")
     ours = load_tokenizer(tmp_path, "tokenizer", added(pad_token="<|turn|>", additional_special_tokens=["<|turn|>"]))
     assert ours.auto.pad_token == "<|turn|>"
-    assert [row.tolist() for row in ours.encode(TEXTS)] == [row.tolist() for row in plain.encode(TEXTS)]
+    assert [row.tolist() for row in encoded(ours, TEXTS)] == [row.tolist() for row in encoded(plain, TEXTS)]
 
 
 @pytest.mark.parametrize("mark", MARKS)
@@ -103,7 +104,7 @@ def test_every_mark_is_set(tmp_path, mark):
 def test_a_begin_that_is_set_by_a_switch_is_the_new_one(tmp_path):
     MADE["llama_legacy"](tmp_path)
     ours = load_tokenizer(tmp_path, "tokenizer", added(bos_token="<x>"))
-    assert ours.encode(["a"])[0][0] == ours.auto.convert_tokens_to_ids("<x>") == ours.vocab_size - 1
+    assert encoded(ours, ["a"])[0][0] == ours.auto.convert_tokens_to_ids("<x>") == ours.vocab_size - 1
 
 
 def test_a_trained_tokenizer_takes_tokens_too(tmp_path):

@@ -6,6 +6,7 @@ import pickle
 from pathlib import Path
 
 import pytest
+from tests.data.helpers import encoded
 from tests.data.tokenizers_made import AWKWARD, FAST, MADE
 
 from tessera.core import errors
@@ -34,14 +35,14 @@ def test_ids_are_those_of_autotokenizer(tmp_path, name):
     empty = reference("")["input_ids"]
     closes = len(empty) > 0 and empty[-1] == ours.eos_id
     opening = empty[:1] if len(empty) > closes else []
-    found = ours.encode(AWKWARD)
+    found = encoded(ours, AWKWARD)
     for text, ids in zip(AWKWARD, found, strict=True):
         expected = reference(text)["input_ids"]
         assert ids.tolist() == without_ends(expected, opening, ours.eos_id, closes), text
         inner = reference(text, add_special_tokens=False)["input_ids"]
-        assert ours.encode([text], special=False)[0].tolist() == without_ends(inner, [], ours.eos_id, False), text
+        assert encoded(ours, [text], special=False)[0].tolist() == without_ends(inner, [], ours.eos_id, False), text
     handed = pickle.loads(pickle.dumps(ours))  # as to a worker
-    assert [row.tolist() for row in handed.encode(AWKWARD)] == [ids.tolist() for ids in found]
+    assert [row.tolist() for row in encoded(handed, AWKWARD)] == [ids.tolist() for ids in found]
     assert len({tuple(ids.tolist()) for ids in found}) > len(found) / 2, "nothing is told apart"
     assert ours.auto(AWKWARD[4])["input_ids"] == reference(AWKWARD[4])["input_ids"]
 
@@ -67,10 +68,10 @@ def test_no_other_file_says_what_tokenizer_json_alone_does_not(tmp_path):
 def test_what_transformers_is_asked_for_leaves_no_trace(tmp_path):
     MADE["tokens_in_settings"](tmp_path)
     ours = load_tokenizer(tmp_path, "tokenizer")
-    found = [ids.tolist() for ids in ours.encode(AWKWARD)]
+    found = [ids.tolist() for ids in encoded(ours, AWKWARD)]
     ours.auto(AWKWARD, padding="max_length", max_length=2, truncation=True)
     assert ours.backend.padding and ours.backend.truncation
-    assert [ids.tolist() for ids in ours.encode(AWKWARD)] == found
+    assert [ids.tolist() for ids in encoded(ours, AWKWARD)] == found
 
 
 def spoil(folder: Path, name: str, content: object) -> None:

@@ -63,7 +63,7 @@ def test_only_the_answers_are_learnt_and_what_ends_them(chat):
         "<|im_start|>user\nmore<|im_end|>\n<|im_start|>assistant\ntwo<|im_end|>\n"
     )
     assert learnt == ["one", END, "two", END]
-    assert notes == [f"turns end with {END}, as the chat template writes them; eot_tokens names another token"]
+    assert notes == [f"turns end with {END}, as the chat template writes them (eot_tokens chooses another token)"]
 
 
 @pytest.mark.parametrize("content", ["\n", "é", "hello", " t hello", "ends on a line\n", "user", "assistant\n", "</s>"])

@@ -257,6 +257,14 @@ def test_a_name_of_the_hub_is_handed_to_datasets_and_nothing_else_is(write, cach
     assert len(asked) == 2
 
 
+@pytest.mark.parametrize("reader", ["pandas", "webdataset", "imagefolder"])
+def test_a_reader_of_the_datasets_library_is_no_data_set(write, monkeypatch, reader):
+    """Of some versions, the one called pandas unpickles what it reads."""
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("read"))
+    with pytest.raises(UserError, match="is a reader of the datasets library"):
+        texts(reader, data_files=str(write("a.pkl", b"x")))
+
+
 def test_without_a_network_it_is_said_what_to_download_and_where_to_put_it(monkeypatch, tmp_path):
     monkeypatch.setattr(hub, "reachable", lambda _: False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))

@@ -32,7 +32,7 @@ def test_text_is_cut_into_windows_with_the_end_between_documents(write, settings
     write("d/b.txt", "x = 1\n")
     last = write("c.txt", "y = 2\n")
     prepared = prepare(settings(folder, entry(last, "completion")), None)
-    texts = [ids.tolist() for ids in tokenizer.encode([TEXT, "x = 1\n", "y = 2\n"])]
+    texts = [one.ids for one in tokenizer.backend.encode_batch([TEXT, "x = 1\n", "y = 2\n"])]
     end = tokenizer.eos_id
     stream = [*texts[0], end, *texts[1], end, *texts[2]]
     rows = all_rows(prepared.folder)
@@ -47,7 +47,7 @@ def test_text_is_cut_into_windows_with_the_end_between_documents(write, settings
 def test_lines_become_rows_ended(write, settings, tokenizer):
     path = write("a.jsonl", [{"body": "a b"}, {"body": "return"}, {"body": ""}])
     prepared = prepare(settings(entry(path, field="body")), None)
-    expected = [[*ids.tolist(), tokenizer.eos_id] for ids in tokenizer.encode(["a b", "return"])]
+    expected = [[*one.ids, tokenizer.eos_id] for one in tokenizer.backend.encode_batch(["a b", "return"])]
     assert [row for row, _ in all_rows(prepared.folder)] == expected
     assert prepared.manifest.dull_rows == 1
     assert "1 row without anything to learn left out" in prepared.summary()
@@ -58,7 +58,7 @@ def test_alpaca_masks_the_prompt(write, settings, tokenizer, train_on_inputs):
     path = write("a.jsonl", [{"instruction": "Add.", "input": "1 2", "output": "3!"}])
     config = settings(entry(path, "alpaca"), sequence_len=1000, train_on_inputs=train_on_inputs)
     (document,) = read_documents(read_files(config.datasets)[0])
-    prompt, text = (ids.tolist() for ids in tokenizer.encode([segment.text for segment in document.segments]))
+    prompt, text = (one.ids for one in tokenizer.backend.encode_batch([segment.text for segment in document.segments]))
     tokens = [*prompt, *text, tokenizer.eos_id]
     masked = [*[-100] * len(prompt), *text, tokenizer.eos_id]
     prepared = prepare(config, None)
@@ -94,7 +94,7 @@ def test_kinds_mix_in_the_order_of_the_config(write, settings, tokenizer):
         write("c.jsonl", TOKENS[:1]),
     )
     rows = [row for row, _ in all_rows(prepare(settings(text, tokens, text, lines), None).folder)]
-    ids = tokenizer.encode(["a b"])[0].tolist()
+    ids = tokenizer.backend.encode("a b").ids
     assert rows == [ids, [10, 20, 30], ids, [*ids, tokenizer.eos_id]]
 
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tests.data.helpers import TEXT
+from tests.data.helpers import TEXT, encoded
 from tokenizers import Tokenizer, processors
 
 from tessera.core.errors import UserError
@@ -21,7 +21,7 @@ def test_transformers_loads_what_was_trained_and_text_comes_back(tmp_path, besid
     if beside:
         (tmp_path / "config.json").write_text(json.dumps(beside))
     theirs = AutoTokenizer.from_pretrained(tmp_path)
-    (ids,) = ours.encode([ODD])
+    (ids,) = encoded(ours, [ODD])
     assert theirs(ODD)["input_ids"] == ids.tolist()
     assert theirs.decode(ids.tolist()) == ours.decode(ids.tolist()) == ODD
     assert (theirs.eos_token, theirs.eos_token_id, len(theirs)) == (END_OF_TEXT, ours.eos_id, ours.vocab_size)
@@ -37,7 +37,9 @@ def test_the_vocabulary_is_as_large_as_asked_where_the_text_allows():
 def test_loading_gives_the_same_ids(tokenizer):
     loaded = load_tokenizer(tokenizer.folder, "tokenizer")
     file = load_tokenizer(tokenizer.folder / "tokenizer.json", "tokenizer")
-    assert loaded.encode([ODD])[0].tolist() == file.encode([ODD])[0].tolist() == tokenizer.encode([ODD])[0].tolist()
+    assert (
+        encoded(loaded, [ODD])[0].tolist() == encoded(file, [ODD])[0].tolist() == encoded(tokenizer, [ODD])[0].tolist()
+    )
     assert loaded.digest() == file.digest()
     other = TextTokenizer(train_bpe([TEXT], 265).backend, loaded.eos_id, loaded.folder)
     assert loaded.digest() != other.digest()
@@ -80,9 +82,9 @@ def test_special_tokens_open_a_text_and_never_end_it(tmp_path, tokenizer):
     backend.enable_padding(length=200)
     backend.save(str(tmp_path / "tokenizer.json"))
     loaded = load_tokenizer(tmp_path, "base_model")
-    plain = tokenizer.encode([TEXT])[0].tolist()
-    assert loaded.encode([TEXT])[0].tolist() == [start, *plain]
-    assert loaded.encode([TEXT], special=False)[0].tolist() == plain
+    plain = encoded(tokenizer, [TEXT])[0].tolist()
+    assert encoded(loaded, [TEXT])[0].tolist() == [start, *plain]
+    assert encoded(loaded, [TEXT], special=False)[0].tolist() == plain
 
 
 def test_bad_tokenizers_are_named(tmp_path, tokenizer):
@@ -107,8 +109,8 @@ def test_an_end_in_the_text_and_that_of_the_tokenizer_are_left_to_the_row(tmp_pa
     backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=ids)
     backend.save(str(tmp_path / "tokenizer.json"))
     loaded = load_tokenizer(tmp_path, "base_model")
-    plain = tokenizer.encode([TEXT])[0].tolist()
-    assert loaded.encode([TEXT + "</s>"])[0].tolist() == [ids[0][1], *plain]
+    plain = encoded(tokenizer, [TEXT])[0].tolist()
+    assert encoded(loaded, [TEXT + "</s>"])[0].tolist() == [ids[0][1], *plain]
 
 
 def test_a_text_that_begins_with_the_begin_token_has_it_once(tmp_path, tokenizer):
@@ -117,6 +119,6 @@ def test_a_text_that_begins_with_the_begin_token_has_it_once(tmp_path, tokenizer
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", start)])
     backend.save(str(tmp_path / "tokenizer.json"))
     loaded = load_tokenizer(tmp_path, "base_model")
-    plain = tokenizer.encode([TEXT])[0].tolist()
+    plain = encoded(tokenizer, [TEXT])[0].tolist()
     for text in (TEXT, "<s>" + TEXT):
-        assert loaded.encode([text])[0].tolist() == [start, *plain]
+        assert encoded(loaded, [text])[0].tolist() == [start, *plain]

@@ -1,5 +1,7 @@
 """The documents are run: Python blocks, YAML blocks, commands; paths and links exist; tables are generated."""
 
+import json
+import os
 import re
 import shlex
 import subprocess
@@ -20,18 +22,20 @@ from tessera.config.schema import TrainConfig
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"(?:<!-- torchrun: (\d+) -->\n)?```(\w+)\n(.*?)```", re.DOTALL)
+QUICKSTART = ROOT / "docs" / "quickstart.md"
+"""Its blocks are files and commands that need one another: they are run in their order, as one."""
 
 
-def blocks(language: str) -> list:
+def blocks(language: str, documents: list[Path] = DOCUMENTS) -> list:
     found = []
-    for document in DOCUMENTS:
+    for document in documents:
         for number, match in enumerate(BLOCK.finditer(document.read_text()), 1):
             if match[2] == language:
                 found.append(pytest.param(match[1], match[3], id=f"{document.relative_to(ROOT)}-{number}"))
     return found
 
 
-@pytest.mark.parametrize("ranks, code", blocks("python"))
+@pytest.mark.parametrize("ranks, code", blocks("python", [page for page in DOCUMENTS if page != QUICKSTART]))
 def test_python_runs(ranks, code, tmp_path):
     script = tmp_path / "block.py"
     script.write_text(code)
@@ -59,6 +63,75 @@ def test_yaml_is_a_config(_, text, tmp_path):
     file.write_text(text)
     config, _notes = load_config(file)
     assert set(yaml.safe_load(text)) <= set(type(config).model_fields)
+
+
+def llama_3_8b(folder: Path) -> Path:
+    """A folder with the config.json of a model of Llama 3 8B's sizes."""
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", **sizes, **heads}))
+    return folder
+
+
+def test_the_configs_of_the_quick_reference_fit_so_many_processes(tmp_path):
+    from tessera.config.load import load_config
+    from tessera.train.run import fitting_model
+
+    model, processes = llama_3_8b(tmp_path / "my-llama"), []
+    for block in blocks("yaml", [ROOT / "docs" / "quick-reference.md"]):
+        (tmp_path / "config.yaml").write_text(block.values[1])
+        config, _notes = load_config(tmp_path / "config.yaml", [f"base_model={model}"])
+        fitting_model(config)
+        processes.append(config.world_size)
+    assert processes == [1, 1, 8, 8, 8, 16, 8, 32, 32]  # as the page says above each
+
+
+def test_the_rows_of_the_page_of_formats_are_told_by_their_keys():
+    from tessera.data.formats.entry import Entry
+    from tessera.data.formats.known import format_of
+
+    page = (ROOT / "docs" / "data-formats.md").read_text()
+    sections = re.findall(r"^### ([^\n]+)\n\n```json\n(.*?)```", page, re.MULTILINE | re.DOTALL)
+    told = {
+        name: [format_of(Entry("rows.jsonl"), "rows.jsonl", json.loads(row), []) for row in rows.splitlines()]
+        for name, rows in sections
+    }
+    assert told == {
+        "Text": ["completion"] * 2,
+        "Instructions": ["alpaca"] * 2,
+        "Chats": ["chat_template"] * 2,
+        "Prompt and completion": ["prompt_completion", "chat_pair"],
+        "Segments": ["input_output"] * 2,
+        "Tokens": ["tokenized"] * 2,
+    }
+
+
+def walk(page: Path) -> str:
+    """The blocks of a page as one script of bash: files are written under the name in their first line."""
+    lines = ["set -eux"]
+    for _, language, text in BLOCK.findall(page.read_text()):
+        if language == "bash":
+            lines += [line for line in text.splitlines() if not line.startswith("make ")]
+        else:
+            name = re.match(r"# (\S+)\n", text)[1]
+            lines += [f"cat > {name} <<'END OF FILE'", *text.splitlines(), "END OF FILE"]
+    return "\n".join(lines)
+
+
+@pytest.mark.slow
+def test_the_quickstart_can_be_walked(tmp_path):
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    (tmp_path / "bin").mkdir()
+    for name, words in {"python": "", "tessera": "-m tessera"}.items():
+        (tmp_path / "bin" / name).write_text(f'#!/bin/sh\nexec {sys.executable} {words} "$@"\n')
+        (tmp_path / "bin" / name).chmod(0o755)
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    variables = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT / "src"), "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(
+        ["bash", "-c", walk(QUICKSTART)], cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=600
+    )
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
 
 
 @pytest.mark.parametrize("_, text", blocks("bash"))

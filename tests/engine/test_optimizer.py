@@ -85,13 +85,18 @@ def test_a_rate_that_is_constant_in_the_end():
         ("polynomial", {"lr_end": 1.0}, "must be smaller than initial lr"),
         ("warmup_stable_decay", {}, "missing 1 required positional argument: 'num_decay_steps'"),
         ("cosine_with_min_lr", {}, "min_lr"),
+        ("cosine", {"num_cycles": "many"}, "could not convert string to float: 'many'"),
+        ("polynomial", {"power": "a"}, "unsupported operand"),
+        ("inverse_sqrt", {"timescale": -5}, "division by zero"),
+        ("polynomial", {"lr_end": float("-inf")}, "no finite rate at step 2"),
         ("constant", {"foo": 1}, "constant has no options"),
         ("wavy", {}, "wavy"),
     ],
 )
 def test_options_that_a_schedule_does_not_take_are_named(schedule, options, reason):
+    """Before the first step: also those that count only after the warm-up."""
     with pytest.raises(ValueError, match=reason):
-        learning_rates(PEAK, schedule, 0, 10, options)
+        learning_rates(PEAK, schedule, 1, 10, options)
 
 
 @pytest.mark.parametrize(

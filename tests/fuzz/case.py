@@ -40,8 +40,6 @@ KINDS = {
     21: "tokens",
     22: "names of data files",
     23: "rows with other meanings",
-    24: "containers",
-    25: "templates and prompts",
 }
 MESSAGE = 20_000
 """Characters of the longest message that a person may be asked to read."""

@@ -254,12 +254,13 @@ def _spoil_tokenizer(content: dict[str, Any], what: str, entry: dict[str, Any], 
 def _compare_tokens(folder: Path) -> None:
     from transformers import AutoTokenizer
 
+    from data.helpers import encoded
     from tessera.core.errors import UserError
     from tessera.data.tokenizer import load_tokenizer
 
     try:
         ours = load_tokenizer(folder, "base_model")
-        found = [ids.tolist() for ids in ours.encode(TOKEN_TEXTS)]
+        found = [ids.tolist() for ids in encoded(ours, TOKEN_TEXTS)]
     except UserError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None

@@ -173,7 +173,7 @@ def other_tools(case: Case) -> None:
     read(case)
 
 
-@group(2)
+@group(1)
 def deepspeed(case: Case) -> None:
     """DeepSpeed configs, in a file and in the YAML, with values of every kind."""
     from tessera.config import compat
@@ -200,7 +200,7 @@ def deepspeed(case: Case) -> None:
     read(case)
 
 
-@group(2)
+@group(1)
 def keys_as_options(case: Case) -> None:
     """Keys of the file as options of the command, nested too, with every kind of text."""
     case.kind = 17

@@ -12,26 +12,16 @@ MODULES = (
     "config.sections.checkpoints", "config.sections.layout", "config.sections.model", "config.sections.optimizer",
     "config.sections.section", "sizes.geometries", "sizes.rules", "sizes.remedies", "models.hub",
     "models.tensor_files", "models.families.table", "models.families.keys", "models.families.llama",
-    "models.families.qwen3", "models.families.gpt2", "models.families.qwen2", "models.families.mistral",
-    "models.beside", "cli.keys", "data.sources", "data.found", "data.hub", "data.parts", "data.rows", "data.make",
-    "data.manifest", "data.added_tokens", "data.formats.container", "data.formats.tables", "data.formats.json_rows",
-    "data.formats.known", "data.formats.chat", "data.formats.template", "data.formats.bounded",
-    "data.formats.prompts", "data.formats.pairs", "data.formats.text", "data.formats.tokenized",
-    "data.auto_tokenizer", "data.tokenizer",
+    "models.families.qwen3", "models.families.gpt2", "data.sources", "data.auto_tokenizer", "data.tokenizer",
     "data.prepare", "data.samples", "checkpoint.folder", "checkpoint.state", "checkpoint.tensors",
     "checkpoint.convert", "train.run", "launch.options",
 )  # fmt: skip
 NAMES = re.compile(
     r"(^|_)(read|open|load|find|check|verify|parse|recognise|resolve|latest|whole|problems?|misfits?|asked|place|kind|digest|"
     r"from_json|json_lines|string|integers|size|number|flag|choice|section|well_formed|bytes_of|token_sample|line|alpaca|"
-    r"chat|pair|input_output|completion|braces|parts|tools|template|render|bounded|rows|lines|names|identify|recognised|"
-    r"opened|unpacked|start|saved|chosen|matching|hub_files|of_folder|of_split|sorted_out|single|powers|prompted|written|"
     r"metadata|find_class|not_whole|altered|refusal|eos|held_out|agree|given|geometry|divides?)(_|$)"
 )
 NOT_READERS = {
-    "data.added_tokens.TokenizerSettings.vocab_size",
-    "data.formats.template.template_names",
-    "data.make._write_rows",
     # what writes, or only says what others have found
     "data.prepare.Prepared.tokenizer_folder",
     "models.hub.StoredParameters.dtype",

@@ -66,7 +66,7 @@ def packed(case: Case) -> None:
     case.kind = 23
     rows = [json.loads(line) for line in (case.here / "rows.jsonl").read_text().splitlines()]
     key, values = case.cycle(
-        ("position_ids", [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 7]),
+        ("position_ids", [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]),
         ("position_ids", [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16]),
         ("position_ids", [0] * 12),
         ("segment_ids", [0] * 6 + [1] * 6),

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from fuzz import chats, containers, folders, inputs, rows, running, states  # noqa: F401 - they enter their groups
+from fuzz import folders, inputs, rows, running, states  # noqa: F401 - they enter their groups
 from fuzz.case import Case, Finding, solve
 from fuzz.reach import readers
 from fuzz.subject import HANG
@@ -36,10 +36,7 @@ class Solved:
 @contextmanager
 def world_here() -> Iterator[World]:
     """A world in a folder of its own, in this process, which imports what cases need first."""
-    memory = Path("/dev/shm")  # where there is room there: cases wait for disks more than they compute
-    roomy = memory.is_dir() and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 2**30
-    folder = Path(tempfile.mkdtemp(prefix="tessera-fuzz-", dir=memory if roomy else None))
-    os.environ.update(VARIABLES, HF_HOME=str(folder / "hub"))
+    os.environ.update(VARIABLES)
     for name in [
         *PRELOAD,
         "tessera.cli.launch",
@@ -47,9 +44,6 @@ def world_here() -> Iterator[World]:
         "tessera.cli.count",
         "tessera.cli.convert",
         "tessera.cli.verify",
-        "tessera.cli.preprocess",
-        "pyarrow.parquet",
-        "datasets",
     ]:
         __import__(name)
     import torch
@@ -57,6 +51,9 @@ def world_here() -> Iterator[World]:
 
     torch.set_num_threads(1)
     instead_of_ranks()
+    memory = Path("/dev/shm")  # where there is room there: cases wait for disks more than they compute
+    roomy = memory.is_dir() and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 2**30
+    folder = Path(tempfile.mkdtemp(prefix="tessera-fuzz-", dir=memory if roomy else None))
     try:
         world = make_world(folder)
         AutoTokenizer.from_pretrained(world.folder / "model")  # imports the rest

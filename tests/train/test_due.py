@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -164,15 +163,16 @@ def test_a_run_evaluates_and_saves_by_epochs(workshop: Workshop, tmp_path):
 
 @pytest.mark.parametrize("layout", [{}, {"tensor_parallel_size": 2, "dp_shard_size": 2}], ids=str)
 def test_the_model_of_the_best_checkpoint_is_handed_out(workshop: Workshop, tmp_path, layout):
-    """The loss falls with each step; where the greater is better, the first step is the best."""
+    """Where the greater loss is the better, an early step is the best."""
     own = EACH_STEP | layout | {"load_best_model_at_end": True, "save_total_limit": 1}
     settings = workshop.settings("llama", tmp_path / "run", **own, max_steps=4, greater_is_better=True)
     found = run(settings)
     losses = [m["eval_loss"] for m in found]
-    assert all(before > after for before, after in pairwise(losses)), "the losses do not fall"
-    assert checkpoints(settings) == [1, 4], "the newest stays, and the best"
-    assert state(settings, 4)["best"] == {"eval_loss": losses[0], "step": 1, "checkpoint": 1, "worse": 3}
-    short = workshop.settings("llama", tmp_path / "short", **EACH_STEP | layout, max_steps=1)
+    top = 1 + losses.index(max(losses))
+    assert top < 4 and min(losses) == losses[-1], "the losses do not fall in the end"
+    assert checkpoints(settings) == [top, 4], "the newest stays, and the best"
+    assert state(settings, 4)["best"] == {"eval_loss": max(losses), "step": top, "checkpoint": top, "worse": 4 - top}
+    short = workshop.settings("llama", tmp_path / "short", **EACH_STEP | layout, max_steps=top)
     run(short)
     want, got = exported(short), exported(settings)
     assert all(torch.equal(tensor, got[name]) for name, tensor in want.items())
@@ -180,12 +180,15 @@ def test_the_model_of_the_best_checkpoint_is_handed_out(workshop: Workshop, tmp_
     run(usual)
     assert state(usual, 4)["best"]["step"] == 4 and checkpoints(usual) == [4]
     assert not torch.equal(exported(usual)["lm_head.weight"], got["lm_head.weight"])
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert f"| eval_loss | {max(losses):.4g} |" in card and f"of step {top}: the best eval_loss" in card
+    assert "| loss |" not in card, "that of the last step's model"
     # a finished run that is started again hands out the same model
     (tmp_path / "run" / "model.safetensors").unlink()
     said = pool(TrainConfig.model_validate(settings).world_size).run(
         said_on_rank, settings | {"resume_from_checkpoint": True}
     )[0]
-    assert "this run is finished" in said and "checkpoint-1 is handed out" in said
+    assert "this run is finished" in said and f"checkpoint-{top} is handed out" in said
     assert all(torch.equal(tensor, got[name]) for name, tensor in exported(settings).items())
 
 

@@ -16,7 +16,7 @@ from support.forked import tessera
 from support.pool import pool
 from tessera.config.schema import TrainConfig
 from tessera.models.hub import dtype_of_folder
-from tessera.train.card import is_ours
+from tessera.train.card import _PASSWORD, is_ours
 from tessera.train.plots import plot_loss
 from tessera.train.run import prepared_run
 from tessera.train.trainer import train
@@ -115,6 +115,11 @@ def test_the_card_says_what_the_model_was_made_from_and_how(workshop: Workshop, 
     names: dict[str, Any] = {}
     exec(loading, names)
     assert names["model"].dtype == torch.float32
+
+
+def test_a_card_has_no_password():
+    config = "mlflow_tracking_uri: https://me:secret@host:5000/x\nwandb_name: a@b\n"
+    assert _PASSWORD.sub(r"\1…@", config) == "mlflow_tracking_uri: https://…@host:5000/x\nwandb_name: a@b\n"
 
 
 def test_a_model_of_the_hub_is_named_to_the_hub(workshop: Workshop, tmp_path, monkeypatch):

@@ -196,6 +196,8 @@ def test_a_package_that_is_not_there_is_named(workshop: Workshop, tmp_path, monk
         ("sgd", {"momentum": "a"}, "momentum: a is not of type float"),
         ("sgd", {"nesterov": True}, "Nesterov momentum requires"),
         ("muon", {"adjust_lr_fn": "other"}, "other is not supported"),
+        ("muon", {"ns_coefficients": [1, 2]}, "exactly 3 values"),
+        ("adamw_torch_8bit", {"block_size": 0}, "block_size: 0 is no even number"),
         ("adamw_torch", {"momentum": 0.9}, "adamw_torch has no option momentum"),
     ],
 )

@@ -62,6 +62,8 @@ class Encoder:
         self._tokenizer, self._backend = tokenizer, tokenizer.backend
         self._threads = threads or len(os.sched_getaffinity(0))
         self._whole = whole if whole is not None else []
+        self._backend.no_padding()  # which a call of `tokenizer.auto` may have left on
+        self._backend.no_truncation()
         opening, closing = frame(self._backend)
         if closing[-1:] == [tokenizer.eos_id]:
             closing = closing[:-1]

@@ -192,14 +192,11 @@ def _saved(folder: Path, entry: Entry) -> list[Path]:
         splits = _object(folder / "dataset_dict.json").get("splits")
         asked = entry.split_name
         if not isinstance(splits, list) or asked not in splits:
-            there = ", ".join(map(str, splits)) if isinstance(splits, list) else ""
-            reason = f"has the splits {there or 'none'}, and not {asked}"
+            reason = f"has the splits {', '.join(map(str, splits or []))}, and not {asked}"
             raise UserError("datasets.split", entry.split or "unset", f"{folder} {reason}")
         folder = folder / asked
     state = _object(folder / "state.json")
-    given = state.get("_data_files")
-    items = given if isinstance(given, list) else []
-    names = [item.get("filename") if isinstance(item, dict) else None for item in items]
+    names = [item.get("filename") if isinstance(item, dict) else None for item in state.get("_data_files") or []]
     whole = all(isinstance(name, str) and Path(name).name == name for name in names)
     if not names or not whole or state.get("_indices_data_files"):
         hint = "save it anew: dataset.flatten_indices().save_to_disk(…)"

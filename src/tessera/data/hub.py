@@ -15,10 +15,14 @@ def hub_files(entry: Entry) -> list[Path]:
     """The Arrow files of the split that `entry` asks for. UserError: it cannot be had; it says what to do instead."""
     try:
         import datasets  # takes two seconds; only data sets of this kind need it
+        from datasets import packaged_modules
         from huggingface_hub import constants
     except ImportError as error:
         hint = f"pip install datasets; or {_by_hand(entry)}"
         raise UserError("datasets", entry.path, "needs the package datasets, which is not installed", hint) from error
+    if entry.path in packaged_modules._PACKAGED_DATASETS_MODULES:
+        reason = "is a reader of the datasets library, not the name of a data set"
+        raise UserError("datasets", entry.path, reason, "path: the file or folder itself")
     local = Path(entry.path).is_dir()
     files: Any = list(entry.data_files) or None
     told = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE

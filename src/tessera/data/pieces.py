@@ -55,9 +55,7 @@ class Cutter:
         kinds = {"letter": _LETTERS, "digit": _DIGITS, "closing": _CLOSING}
         found = {(kind, after): self._tried(kinds[kind], after) for kind, after in product(kinds, _AFTER)}
         self.places = {pair: joined for pair, (is_place, joined) in found.items() if is_place}
-        # no kind of character is a space: what is nothing else is passed over quickly
-        after = "".join({after for _, after in self.places})
-        self._after = re.compile(rf"(?<=\S)[{after}]") if after else None
+        self._after = re.compile(f"[{''.join({after for _, after in self.places})}]") if self.places else None
         added = [token.content for token in backend.get_added_tokens_decoder().values()]
         added += [self._normalized(content) for content in added]
         self._reach = max(map(len, added), default=0) + 1

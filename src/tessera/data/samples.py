@@ -68,14 +68,6 @@ class Sample:
         labels, positions = (None if x is None else x[:length] for x in (self.labels, self.positions))
         return replace(self, tokens=self.tokens[:length], labels=labels, positions=positions)
 
-    def windows(self, length: int) -> list["Sample"]:
-        """The row in pieces of at most `length` tokens, one behind the other; of one document alone."""
-        found = []
-        for start in range(0, len(self.tokens), length):
-            labels = None if self.labels is None else self.labels[start : start + length]
-            found.append(replace(self, tokens=self.tokens[start : start + length], labels=labels))
-        return found
-
 
 class Samples:
     """A split on disk: `rows[i]` is (input_ids, labels), both int32 of one length, views of mapped files.

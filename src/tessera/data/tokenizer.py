@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import blake2b
@@ -10,21 +10,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tessera.core.errors import UserError
 from tessera.core.files import read_json
 from tessera.data.added_tokens import AddedTokens, TokenizerKeys, written
 from tessera.data.auto_tokenizer import folder_of, has_tokenizer, read_auto
-from tessera.data.samples import Ids
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_BPE = 257
 """Every byte and the end of text: with them any text can be written."""
-
-BATCH = 1024
-"""Texts tokenized at a time: enough for every thread, while the library's own records stay few."""
 
 
 @dataclass(frozen=True)
@@ -66,30 +61,6 @@ class TextTokenizer:
     def vocab_size(self) -> int:
         """The number of ids, added tokens included."""
         return self.backend.get_vocab_size(with_added_tokens=True)
-
-    def encode(self, texts: Sequence[str], special: bool = True) -> list[Ids]:
-        """Ids (int32) of each text, without an end-of-sequence token at the end.
-
-        With `special` the tokenizer opens a text as it does for its model (a Llama's begin of text). UserError: it
-        cannot write a text, having neither a token for a part of it nor one for what is unknown.
-        """
-        ids: list[Ids] = []
-        self.backend.no_padding()  # which a call of `auto` may have left on
-        self.backend.no_truncation()
-        try:
-            opening, closing = frame(self.backend) if special else ([], [])
-            for start in range(0, len(texts), BATCH):
-                batch = self.backend.encode_batch_fast(list(texts[start : start + BATCH]), add_special_tokens=special)
-                ids += [self._bare(encoded.ids, opening[:1], closing) for encoded in batch]
-        except Exception as error:  # the library raises nothing narrower
-            raise UserError("tokenizer", self.folder, f"cannot tokenize the data: {error}") from error
-        return ids
-
-    def _bare(self, ids: list[int], opening: list[int], closing: list[int]) -> Ids:
-        """As an array, opened once where the text begins with what opens it, and without an end."""
-        first = 1 if opening and ids[:2] == opening * 2 else 0
-        last = len(ids) - (closing == [self.eos_id])  # the text may hold one more of its own
-        return np.asarray(ids[first : last - (last > 0 and ids[last - 1] == self.eos_id)], np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, special tokens left out."""

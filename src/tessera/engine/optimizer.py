@@ -50,13 +50,17 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} has no option {key}")
         if not isinstance(value, known[key]) or isinstance(value, bool) != (known[key] == (bool,)):
             raise ValueError(f"{key}: {value} is not of type {known[key][-1].__name__}")
+    block = options.get("block_size", 2)
+    if block < 2 or block % 2:  # two elements of 4 bits lie in a byte
+        raise ValueError(f"block_size: {block} is no even number from 2 on")
     try:
         nothing = nn.Parameter(torch.zeros(1, 1))
+        nothing.grad = torch.ones(1, 1)
         if name == "sgd":
-            torch.optim.SGD([nothing], lr=0.0, **options)
+            torch.optim.SGD([nothing], lr=0.0, **options).step()
         elif name == "muon":
-            torch.optim.Muon([nothing], lr=0.0, **options)
-    except (ValueError, TypeError) as error:
+            torch.optim.Muon([nothing], lr=0.0, **options).step()  # some options are looked at in a step alone
+    except (ValueError, TypeError, IndexError, RuntimeError) as error:
         raise ValueError(str(error)) from error
 
 

@@ -11,6 +11,9 @@ from typing import Any
 
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "rex")
 """Written here; every other name is one of transformers."""
+TRIED = 100
+"""Steps after the warm-up of which the rate is computed when a run begins, beside the last: options that do not fit are
+refused then."""
 
 
 def learning_rates(
@@ -67,8 +70,12 @@ def _of_transformers(
     try:
         made = get_scheduler(schedule, nothing, warmup, total, options)
         factor = made.lr_lambdas[0]
-        factor(0)
-    except (TypeError, AttributeError, ZeroDivisionError) as error:
+        # an option may count only after the warm-up, or at the end
+        tried = {step: factor(step) for step in (0, *range(warmup, min(total, warmup + TRIED)), max(0, total - 1))}
+        wrong = next((step for step, value in tried.items() if not math.isfinite(value)), None)
+        if wrong is not None:
+            raise ValueError(f"{schedule} has no finite rate at step {wrong + 1}")
+    except (TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{schedule} {str(error).partition('() ')[2] or error}") from error
     return lambda step: peak * factor(step)
 

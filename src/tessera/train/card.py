@@ -16,6 +16,8 @@ from tessera.train.build import Built
 from tessera.train.notes import PLOT
 
 _MARK = re.compile(r"^<!-- written by tessera, sha256 ([0-9a-f]{64}) -->\n", re.MULTILINE)
+_PASSWORD = re.compile(r"(\b[a-z][a-z+.-]*://)[^/\s@]+@", re.IGNORECASE)
+"""Of an address such as https://user:password@host."""
 
 
 def is_ours(file: Path) -> bool:
@@ -37,7 +39,9 @@ def _sum(text: str) -> str:
 def model_card(built: Built, dtype: str, last: Mapping[str, Any], plotted: bool) -> str:
     """The card of the model that `built` has trained and handed out in `dtype`.
 
-    `last` has loss, eval_loss and eval_ppl as they were last, where known; `plotted`: loss.png lies beside it.
+    `last` has loss, eval_loss and eval_ppl of this model, where known, and `best_step` where an earlier step than the
+    last has made it; `plotted`: loss.png lies beside it. The YAML has no password that a server's address holds: cards
+    are published.
     """
     head = yaml.safe_dump(_metadata(built), sort_keys=False, allow_unicode=True)
     body = "\n\n".join(
@@ -48,7 +52,7 @@ def model_card(built: Built, dtype: str, last: Mapping[str, Any], plotted: bool)
             "## How to load it",
             _fenced(_loading(built), "python"),
             "## The configuration of the run",
-            _fenced(yaml.safe_dump(given(built), sort_keys=False, allow_unicode=True), "yaml"),
+            _fenced(_PASSWORD.sub(r"\1…@", yaml.safe_dump(given(built), sort_keys=False, allow_unicode=True)), "yaml"),
         ]
     )
     front, rest = f"---\n{head}---\n", f"\n{body}\n"
@@ -79,7 +83,7 @@ def _table(built: Built, dtype: str, last: Mapping[str, Any]) -> str:
         "data": ", ".join(f"`{dataset.path}`" for dataset in config.datasets) + f": {rows}{held_out}",
         "trained for": f"{counted(progress.step, 'step')}, {counted(progress.tokens, 'learnt token')}",
         **loss,
-        "weights": dtype,
+        "weights": dtype + (f", of step {last['best_step']}: the best eval_loss" if "best_step" in last else ""),
         "layout": str(built.mesh) + (f" ({built.mesh.world} processes)" if built.mesh.world > 1 else ""),
         "made with": ", ".join(f"{name} {number}" for name, number in _versions().items()),
     }

@@ -65,7 +65,7 @@ class Ending:
         config = self.built.run.config
         if dtype != self.built.run.save_dtype:
             return f": its weights are too large for {self.built.run.save_dtype}"
-        return "" if config.save_dtype or config.random_init else ", as base_model (save_dtype says otherwise)"
+        return "" if config.save_dtype or config.random_init else ", as base_model (save_dtype chooses another)"
 
     def _keep_a_checkpoint(self) -> list[str]:
         """Where the model cannot be handed out: a checkpoint of this step, and what it is good for."""

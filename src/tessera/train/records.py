@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from tessera.checkpoint.state import Best
 from tessera.config.load import dump_config
 from tessera.core import device as devices
 from tessera.core.axes import AXES, DATA_AXES
@@ -20,6 +21,7 @@ from tessera.train.announce import mesh_lines
 from tessera.train.build import Built
 from tessera.train.card import is_ours, model_card
 from tessera.train.kernel import attention_line
+from tessera.train.log import perplexity
 from tessera.train.notes import CARD, PLOT, RESOLVED, SUMMARY, Notes
 from tessera.train.plots import plot_loss, read_metrics
 
@@ -35,6 +37,8 @@ class Records:
         given, device = built.run.config.device_peak_tflops, built.mesh.device
         self._peak = given * 1e12 if given else devices.peak_flops(device, built.model.parallel.compute)
         self._collectives: list[dict[str, Any]] = []
+        self.handed_out: Best | None = None
+        """The evaluation of the checkpoint whose model is handed out; None: that of the last step is."""
 
     def first_lines(self) -> list[str]:
         """What the run says of itself before its first step."""
@@ -175,5 +179,9 @@ class Records:
         return read_metrics(self.notes.folder)
 
     def _last(self) -> dict[str, Any]:
-        """The last loss, eval_loss and eval_ppl of the run."""
-        return {key: value for record in self._records() for key, value in record.items() if value is not None}
+        """The last loss, eval_loss and eval_ppl of the run; or of an earlier step's model its own, with `best_step`."""
+        last = {key: value for record in self._records() for key, value in record.items() if value is not None}
+        if (best := self.handed_out) is None:
+            return last
+        own = {"eval_loss": best.eval_loss, "eval_ppl": perplexity(best.eval_loss), "best_step": best.step}
+        return last | own | {"loss": None}

@@ -192,5 +192,6 @@ class Trainer:
             return [
                 f"the best checkpoint (eval_loss {best.eval_loss:.4f}): {name}; the last step's model is handed out"
             ]
+        self.records.handed_out = best
         self.log.say(f"the model of {folder} is handed out: its eval_loss was the best, {best.eval_loss:.4f}")
         return []

@@ -16,7 +16,6 @@ import codecs
 import gzip
 import io
 import lzma
-import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,8 +71,6 @@ DS_TYPES: dict[str, tuple[Kind, ...]] = {
 """Values of `ds_type`, and the containers that each names."""
 KNOWN = ".jsonl, .json, .csv, .tsv, .parquet, .arrow, text; compressed as .gz, .bz2, .xz or .zst"
 BLOCK = 1 << 20
-SWELLS, ANYWAY = 200, 16 * 2**20
-"""What a file may unpack to: so many times its size, and so many bytes in any case. Text gives five to thirty times."""
 
 
 class Container(NamedTuple):
@@ -171,32 +168,9 @@ def _unpacked(raw: BinaryIO, packed: str, path: Path) -> io.BufferedReader:
             import zstandard  # few need it
         except ImportError as error:
             raise UserError("datasets", path, "needs the package zstandard", "pip install zstandard") from error
-        unpacked: Any = _Zstd(raw, zstandard.ZstdDecompressor())
-    else:
-        opening: Any = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(packed)
-        if opening is None:
-            return cast(io.BufferedReader, raw)
-        unpacked = opening(raw)
-    return io.BufferedReader(cast(Any, _Bounded(unpacked, os.fstat(raw.fileno()).st_size, path)))
-
-
-class _Bounded(io.RawIOBase):
-    """What a file unpacks to. UserError where that is so much more than the file that it can be no text."""
-
-    def __init__(self, unpacked: Any, size: int, path: Path) -> None:
-        self._unpacked, self._path = unpacked, path
-        self._left = max(SWELLS * size, ANYWAY)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        count: int = self._unpacked.readinto(buffer)
-        self._left -= count
-        if self._left < 0:
-            reason = f"unpacks to more than {SWELLS} times its size, which no text does"
-            raise UserError("datasets", self._path, reason, "unpack it yourself, and look at what it holds")
-        return count
+        return io.BufferedReader(cast(Any, _Zstd(raw, zstandard.ZstdDecompressor())))
+    opening: Any = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(packed)
+    return io.BufferedReader(opening(raw)) if opening else cast(io.BufferedReader, raw)
 
 
 class _Zstd(io.RawIOBase):

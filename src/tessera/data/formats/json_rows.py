@@ -20,13 +20,10 @@ _AN_ARRAY = "an array of objects, or one object a line"
 
 def json_lines(file: BinaryIO, path: Path) -> Iterator[tuple[Origin, dict[str, Any]]]:
     """Origin and object of every line that is not blank."""
-    # one byte more than a row may have: of a longer line no more is read
-    for number, line in enumerate(iter(lambda: file.readline(SMALL + 1), b""), start=1):
-        origin = Origin(path, number)
-        if len(line) > SMALL:
-            raise UserError("datasets", origin, f"longer than {SMALL:,} bytes", "one JSON object per line")
+    for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
+        origin = Origin(path, number)
         try:
             row = parse_json(line.removesuffix(b"\n"))
         except ValueError as error:

@@ -167,10 +167,11 @@ def written(prompt: UserPrompt) -> Callable[[dict[str, Any], Origin, Entry, Read
 def _check_braces(text: str, key: str, allowed: list[str]) -> None:
     hint = f"in braces may stand {' and '.join(allowed)}; a brace itself is written twice"
     try:
-        braces = [parts for _, *parts in strings.Formatter().parse(text) if parts[0] is not None]
+        names = [
+            f"{name}{spec}{way or ''}" for _, name, spec, way in strings.Formatter().parse(text) if name is not None
+        ]
     except ValueError as error:
         raise UserError(key, text, f"{error}", hint) from error
-    for name, width, conversion in braces:
-        if name not in allowed or width or conversion:  # a width may be as large as memory
-            told = f"{name}{'!' * bool(conversion)}{conversion or ''}{':' * bool(width)}{width or ''}"
-            raise UserError(key, text, f"{{{told}}} is not known here", hint)
+    for name in names:
+        if name not in allowed:
+            raise UserError(key, text, f"{{{name}}} is not known here", hint)

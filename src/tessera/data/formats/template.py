@@ -10,11 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tessera.core.errors import UserError, cut_short
+from tessera.core.errors import UserError
 from tessera.data.added_tokens import AddedTokens
 from tessera.data.auto_tokenizer import read_auto
 from tessera.data.chat_templates import template_text
-from tessera.data.formats.bounded import bounded, check_powers
 from tessera.data.formats.entry import Entry, Reading
 from tessera.data.samples import Origin
 
@@ -51,25 +50,21 @@ class Template:
         from transformers.utils.chat_template_utils import render_jinja_template  # takes a second
 
         try:
-            with bounded():
-                both: Any = render_jinja_template(
-                    [list(turns)],
-                    tools=tools,
-                    chat_template=self.text,
-                    return_assistant_tokens_mask=self.marks_answers,
-                    **dict(self.values),
-                )
+            both: Any = render_jinja_template(
+                [list(turns)],
+                tools=tools,
+                chat_template=self.text,
+                return_assistant_tokens_mask=self.marks_answers,
+                **dict(self.values),
+            )
         except Exception as error:  # a template may raise whatever it likes
-            told = cut_short(str(error) or type(error).__name__, 300)
-            raise UserError("datasets", origin, f"the chat template refuses this chat: {told}") from error
+            raise UserError("datasets", origin, f"the chat template refuses this chat: {error}") from error
         texts, spans = both
         return texts[0], [(start, end) for start, end in spans[0]] if self.marks_answers else []
 
     def find_turn(self, turns: Turns, index: int, shown: str, tools: Any, origin: Origin) -> Span | None:
         """Where turn `index` lies in `shown`, the rendered chat; None where the template leaves it out."""
-        mark = next((mark for mark in _MARKS if mark[0] not in shown and mark[1] not in shown), None)
-        if mark is None:
-            raise UserError("datasets", origin, "holds every character by which turns are found", _MARK_IT)
+        mark = next(mark for mark in _MARKS if mark[0] not in shown and mark[1] not in shown)
         bare = {"role": turns[index]["role"], "content": mark}  # without its tool calls and its thoughts
         try:
             hidden, _ = self.render([*turns[:index], bare, *turns[index + 1 :]], tools, origin)
@@ -140,7 +135,6 @@ def template_of(entry: Entry, reading: Reading, notes: list[str]) -> Template:
     tokenizer = _tokenizer(reading.tokenizer, reading.added)
     asks = entry if entry.chat_template or entry.chat_template_jinja else reading
     text = template_text(asks.chat_template, asks.chat_template_jinja, tokenizer)
-    check_powers(text)
     end = tokenizer.eos_token or ""
     named = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     values = named | dict(reading.chat_template_kwargs)
@@ -154,7 +148,7 @@ def template_of(entry: Entry, reading: Reading, notes: list[str]) -> Template:
         return plain
     found = _end_of_turn(plain)
     if not plain.marks_answers:  # or else it says itself where an answer ends
-        told = f"turns end with {found}, as the chat template writes them; eot_tokens names another token"
+        told = f"turns end with {found}, as the chat template writes them (eot_tokens chooses another token)"
         notes.append(told if found else f"the chat template never writes {end}: eot_tokens names what ends a turn")
     return replace(plain, turn_ends=(found,) if found else ())
 
