@@ -67,4 +67,4 @@ def test_what_is_not_supported_is_one_sentence_with_a_way_out(asked, base, tmp_p
 def test_a_stream_is_refused_without_asking_for_datasets_beside_it(base, tmp_path):
     with pytest.raises(UserError) as caught:
         brought("base_model: {folder}\npretraining_dataset: [{{path: '{rows}', type: pretrain}}]\n", base, tmp_path)
-    assert caught.value.key == "pretraining_dataset" and "write datasets instead" in caught.value.hint
+    assert caught.value.key == "pretraining_dataset" and "under datasets" in caught.value.hint
