@@ -84,6 +84,8 @@ def settle(given: Mapping[Any, Any]) -> Settled:
     for key in SOURCES:
         if key in out.values:
             out.values[key] = judged_sources(out.values[key], key, out)
+    if out.given_as.get("datasets") == "pretraining_dataset":
+        out.values["streaming"] = True
     asked = next((key for key in ("fsdp", "deepspeed") if not compat.asks_for_nothing(out.values.get(key))), None)
     settle_fsdp(out)
     settle_deepspeed(out)
@@ -157,6 +159,12 @@ def _without_effect(config: TrainConfig) -> list[str]:
     if schedule != "auto" and limit != TrainConfig.model_fields[key].default:
         why = f"it limits schedule auto, and tensor_parallel_schedule is {schedule}"
         lines.append(f"{key}: {limit:g} has no effect: {why}")
+    for key in ("dataloader_num_workers", "dataloader_prefetch_factor"):
+        value = getattr(config, key)
+        if not config.streaming and value != TrainConfig.model_fields[key].default:
+            lines.append(
+                f"{key}: {value} has no effect: rows are prepared before the run, as streaming is not asked for"
+            )
     for key in ("evals_per_epoch", "eval_strategy"):
         value = getattr(config, key)
         if value and value != "no" and not config.evaluates:
