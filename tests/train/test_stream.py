@@ -5,7 +5,11 @@ from typing import Any
 
 import pytest
 
+from support.pool import pool
+from tessera.config.load import make_config
+from tessera.core.errors import UserError
 from tessera.data.tokenizer import save_tokenizer, train_bpe
+from train.packing_on_rank import stream_loader_on_rank
 from train.runs import forget_last, metrics, run
 
 WORDS = [f"{number} is {number * number} and then {number % 7}. " for number in range(40)]
@@ -41,3 +45,48 @@ def test_a_run_goes_on_at_another_data_parallel_size_as_if_it_had_not_stopped(wo
     run(halves | two)
     assert losses(halves)[-4:] == pytest.approx(losses(whole), abs=2e-5)
     assert len({*losses(whole)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("keys", "key", "told"),
+    [
+        ({}, "max_steps", "a stream has no end"),
+        ({"max_steps": 2, "val_set_size": 0.1}, "val_set_size", "test_datasets"),
+        ({"max_steps": 2, "tokenizer": {"vocab_size": 300}}, "tokenizer", "no tokenizer is trained"),
+    ],
+)
+def test_what_does_not_go_with_a_stream(keys, key, told):
+    with pytest.raises(UserError, match=told) as caught:
+        make_config(MINIMAL | {"streaming": True} | keys)
+    assert caught.value.key == key
+
+
+@pytest.mark.parametrize("form", ["a.txt", {"path": "a.txt"}, [{"path": "a.txt"}]])
+def test_pretraining_dataset_is_datasets_that_are_streamed(form):
+    config, _ = make_config({"base_model": "m", "pretraining_dataset": form, "max_steps": 2})
+    assert config == make_config(MINIMAL | {"streaming": True, "max_steps": 2})[0]
+    assert not make_config(MINIMAL)[0].streaming
+
+
+def test_pretraining_dataset_beside_others_is_refused():
+    with pytest.raises(UserError, match="keep one of the two"):
+        make_config(MINIMAL | {"pretraining_dataset": "b.txt", "max_steps": 2})
+
+
+def test_text_column_is_the_field_of_an_entry():
+    entry = {"path": "a.jsonl", "text_column": "body", "skip": 3}
+    config, _ = make_config({"base_model": "m", "pretraining_dataset": entry, "max_steps": 2})
+    assert (config.datasets[0].field, config.datasets[0].skip) == ("body", 3)
+
+
+@pytest.mark.parametrize("key", ["dataloader_num_workers", "dataloader_prefetch_factor"])
+def test_keys_of_a_stream_say_that_they_do_nothing_without(key):
+    assert any(key in note and "no effect" in note for note in make_config(MINIMAL | {key: 4})[1])
+    assert not any(key in note for note in make_config(MINIMAL | {key: 4, "streaming": True, "max_steps": 2})[1])
+
+
+def test_the_keys_reach_the_loader(workshop, data, tmp_path):
+    keys = {"dataloader_num_workers": 0, "dataloader_prefetch_factor": 5, "sample_packing": True}
+    settings = workshop.settings("llama 64", tmp_path / "run", **STREAM, **data, **keys)
+    (found,) = pool(1).run(stream_loader_on_rank, settings)
+    assert found == (0, 5, True)

@@ -63,9 +63,10 @@ class Best:
 class RunState:
     """The state of a run after `step` optimizer steps.
 
-    `tokens` are the targets trained on, `samples` the rows taken, `skipped` the steps that changed no weight. `order` is
-    the version of the rows' order (data/epochs.py), and `unit` what `samples` counts: samples, or rows of packed ones or
-    of a stream, and `stream` is where that goes on. `best` is the best evaluation, where they are compared. `course` is
+    `tokens` are the targets trained on, `samples` the rows taken, `skipped` the steps that changed no weight. `order`
+    is the version of the rows' order (data/epochs.py), and `unit` what `samples` counts: samples, or rows of packed
+    ones or of a stream, and `stream` is where that goes on. `best` is the best evaluation, where they are compared.
+    `course` is
     what follows from the settings, `config` the settings themselves; both are empty where no run has made the
     checkpoint, and `optimizer` is false where it has model tensors alone.
     """
