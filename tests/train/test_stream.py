@@ -52,7 +52,7 @@ def test_a_run_goes_on_at_another_data_parallel_size_as_if_it_had_not_stopped(wo
     [
         ({}, "max_steps", "a stream has no end"),
         ({"max_steps": 2, "val_set_size": 0.1}, "val_set_size", "test_datasets"),
-        ({"max_steps": 2, "tokenizer": {"vocab_size": 300}}, "tokenizer", "no tokenizer is trained"),
+        ({"max_steps": 2, "tokenizer": {"train": "bpe", "vocab_size": 300}}, "tokenizer", "no tokenizer is trained"),
     ],
 )
 def test_what_does_not_go_with_a_stream(keys, key, told):

@@ -191,6 +191,14 @@ def _recognised(path: Path, entry: Entry, notes: list[str]) -> tuple[Container, 
     return container, format_of(entry, path, first[1], notes)
 
 
+def is_there(file: SourceFile) -> bool:
+    """Whether a file of a stream has the name and size that it was found with."""
+    try:
+        return _named(file.path) == file.digest
+    except OSError:
+        return False
+
+
 def _named(path: Path) -> str:
     """A digest of the name and size of a file; empty where the file is."""
     size = path.stat().st_size

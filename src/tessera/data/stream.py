@@ -23,7 +23,7 @@ from tessera.data.encode import Encoder, Text
 from tessera.data.formats.entry import Reading
 from tessera.data.place import Place
 from tessera.data.samples import Ids, Origin
-from tessera.data.sources import DatasetSettings, SourceFile, read_documents, read_files, read_text
+from tessera.data.sources import DatasetSettings, SourceFile, is_there, read_documents, read_files, read_text
 from tessera.data.tokenizer import TextTokenizer, given_tokenizer
 
 BATCH = 1 << 14
@@ -53,6 +53,10 @@ class Stream:
         """Equal for equal streams, as far as the names and sizes of the files tell."""
         parts = [*(file.key for file in self.files), self.tokenizer.digest()]
         return blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+    def unseen(self) -> str:
+        """The first of its files that is not there as it was found; "" where all are."""
+        return next((str(file.path) for file in self.files if not is_there(file)), "")
 
     def summary(self) -> str:
         """One line for the log."""

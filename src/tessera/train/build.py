@@ -113,7 +113,8 @@ def build(run: Run, device: torch.device) -> Built:
     # where one device lacks bfloat16, all do without
     compute = torch.float32 if torch.float32 in gathered(own, config.world_size) else own
     mesh = run_mesh(config, run.model, device, compute)
-    prepared, stream = _seen_by_all(run, mesh)
+    prepared = _seen_by_all(run, mesh)
+    stream = _stream_seen_by_all(run, mesh) if config.streaming else None
     tuning = None
     if config.tensor_parallel_schedule == "auto":
         limit = config.tensor_parallel_scratch_gib
@@ -143,29 +144,45 @@ def build(run: Run, device: torch.device) -> Built:
     return built
 
 
-def _seen_by_all(run: Run, mesh: Mesh) -> tuple[Prepared, Stream | None]:
-    """The prepared data, and the stream where data are streamed. Raises UserError on every rank when some see no such
-    data or checkpoint, or other ones."""
+def _seen_by_all(run: Run, mesh: Mesh) -> Prepared:
+    """The prepared data. Raises UserError on every rank when some see no such data or checkpoint, or other ones."""
     missing = [str(path) for path in (run.resume, run.prepared) if path is not None and not path.is_dir()]
-    prepared, stream, damage = None, None, None
+    prepared, damage = None, None
     if not missing:
         try:
             prepared = open_prepared(run.prepared)
-            if run.config.streaming:
-                stream = find_stream(run.config.model_copy(update={"base_model": str(run.model_folder)}), [])
         except UserError as error:
             damage = (error.key, str(error.value), error.reason, error.hint)
-    keys = prepared and (prepared.manifest.key, stream and stream.key)
-    everyone = gathered((missing, damage, keys), mesh.world)
+    everyone = gathered((missing, damage, prepared and prepared.manifest.key), mesh.world)
     for rank, (lacking, refusal, key) in enumerate(everyone):
         if refusal:
             raise UserError(*refusal)
         if lacking or key != everyone[0][2]:
-            same = f"the same {run.prepared}" + (" and files of the stream" if run.config.streaming else "")
-            reason = f"rank {rank} does not see {lacking[0] if lacking else same}"
+            reason = f"rank {rank} does not see {lacking[0] if lacking else f'the same {run.prepared}'}"
             raise UserError("output_dir", run.config.output_dir, reason, "a disk that every machine sees")
     assert prepared is not None
-    return prepared, stream
+    return prepared
+
+
+def _stream_seen_by_all(run: Run, mesh: Mesh) -> Stream:
+    """The stream, found by the first rank: loading a tokenizer takes seconds. Raises UserError on every rank when that
+    cannot be read, or some do not see its files."""
+    found, refusal = None, None
+    if mesh.rank == 0:
+        try:
+            found = find_stream(run.config.model_copy(update={"base_model": str(run.model_folder)}), [])
+        except UserError as error:
+            refusal = (error.key, str(error.value), error.reason, error.hint)
+    stream, refused = gathered((found, refusal), mesh.world)[0]
+    if refused:
+        raise UserError(*refused)
+    assert stream is not None
+    for rank, path in enumerate(gathered(stream.unseen(), mesh.world)):
+        if path:
+            raise UserError(
+                "datasets", path, f"rank {rank} does not see the same file", "a disk that every machine sees"
+            )
+    return stream
 
 
 def stream_loader_of(run: Run, stream: Stream, model: Decoder) -> StreamLoader:
