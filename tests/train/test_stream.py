@@ -90,3 +90,14 @@ def test_the_keys_reach_the_loader(workshop, data, tmp_path):
     settings = workshop.settings("llama 64", tmp_path / "run", **STREAM, **data, **keys)
     (found,) = pool(1).run(stream_loader_on_rank, settings)
     assert found == (0, 5, True)
+
+
+def test_a_packed_run_evaluates_on_other_rows_and_hands_out_the_tokenizer(workshop, data, tmp_path):
+    held_out = {"test_datasets": data["datasets"], "sample_packing": True, "save_steps": 3}
+    settings = workshop.settings("llama 64", tmp_path / "run", **STREAM | {"max_steps": 3} | data | held_out)
+    found = run(settings)
+    assert found[-1]["eval_loss"] > 0 and len(found) == 3
+    assert json.loads((tmp_path / "run/config.json").read_text())["eos_token_id"] in (0, [0])
+    assert (tmp_path / "run/tokenizer.json").is_file()
+    with pytest.raises(AssertionError, match="streaming is False"):
+        run(settings | {"streaming": False, "resume_from_checkpoint": True, "max_steps": 5})
