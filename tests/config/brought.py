@@ -356,7 +356,7 @@ special_tokens:
   pad_token: "</s>"
 """,
         {"max_steps": 1000, "save_steps": 100, "save_total_limit": 3, "save_strategy": "steps", "logging_steps": 10},
-        ("streaming", "streaming_multipack_buffer_size", "shuffle_merged_datasets"),
+        ("streaming", "streaming_multipack_buffer_size", "pretrain_multipack_attn", "shuffle_merged_datasets"),
     ),
     "a part of a model, in other words": Brought(
         """
@@ -460,7 +460,6 @@ REFUSED = {
     "lisa_n_layers: 4\nlisa_step_interval: 20\nlisa_layers_attribute: model.layers": "remove it",
     "use_eaft: true\neaft_alpha: 1.0\neaft_k: 20": "remove it",
     "tiled_mlp: true": "remove it",
-    "pretrain_multipack_attn: false": "remove it",
     "context_parallel_size: 8": "remove it",
     "activation_offloading: legacy": "gradient_checkpointing: true",
     "loss_watchdog_threshold: 5.0\nloss_watchdog_patience: 3": "nonfinite_step",

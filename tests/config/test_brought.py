@@ -64,7 +64,9 @@ def test_what_is_not_supported_is_one_sentence_with_a_way_out(asked, base, tmp_p
     assert REFUSED[asked] in caught.value.hint
 
 
-def test_a_stream_is_refused_without_asking_for_datasets_beside_it(base, tmp_path):
+def test_a_stream_stands_in_place_of_datasets_and_needs_an_end(base, tmp_path):
+    text = "base_model: {folder}\npretraining_dataset: [{{path: '{rows}', type: pretrain}}]\n"
     with pytest.raises(UserError) as caught:
-        brought("base_model: {folder}\npretraining_dataset: [{{path: '{rows}', type: pretrain}}]\n", base, tmp_path)
-    assert caught.value.key == "pretraining_dataset" and "under datasets" in caught.value.hint
+        brought(text, base, tmp_path)
+    assert caught.value.key == "max_steps"
+    assert brought(text + "max_steps: 5\n", base, tmp_path)[0].streaming

@@ -8,6 +8,7 @@ from unittest.mock import patch
 import torch
 
 from tessera.data.batch import MicroBatch
+from tessera.data.stream_loader import StreamLoader
 from tessera.train.build import build
 from train.on_rank import _shared, handed_on_rank
 
@@ -25,3 +26,12 @@ def shapes_on_rank(settings: dict[str, Any]) -> dict[str, Shapes]:
 
     held_out = built.held_out.eval_batches() if built.prepared.manifest.eval_rows else []
     return {"train": shapes(built.loader.step_batches(0)), "eval": shapes(held_out)}
+
+
+def stream_loader_on_rank(settings: dict[str, Any]) -> tuple[int, int, bool]:
+    """What the loader of a stream was told: its workers, the steps kept ready, and whether documents are isolated."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    with patch("tessera.train.build.run_mesh", _shared):
+        loader = build(handed_on_rank(settings), torch.device("cpu")).loader
+    assert isinstance(loader, StreamLoader)
+    return loader._count, loader._ready.maxsize, loader.shape.isolated

@@ -31,6 +31,8 @@ QUIET = {
     "dp_*",
     "fsdp*",
     "group_timeout_minutes",
+    # how far a stream is tokenized ahead
+    "dataloader_*",
     # the kernel of attention
     "attn_implementation",
     "*_attention",

@@ -5,6 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
+from tessera.data.place import Place
+
 FORMAT = 3
 """Raised with every key that comes or goes, which readers of the format before refuse. 1 was without SHA256SUMS, 2
 without `best`, `order` and `unit`."""
@@ -61,11 +63,12 @@ class Best:
 class RunState:
     """The state of a run after `step` optimizer steps.
 
-    `tokens` are the targets trained on, `samples` those taken from the stream, `skipped` the steps that changed no
-    weight. `order` is the version of the stream's order (data/epochs.py), and `unit` what `samples` counts: samples, or
-    rows of packed ones. `best` is the best evaluation, where they are compared. `course` is what follows from the
-    settings, `config` the settings themselves; both are empty where no run has made the checkpoint, and `optimizer` is
-    false where it has model tensors alone.
+    `tokens` are the targets trained on, `samples` the rows taken, `skipped` the steps that changed no weight. `order`
+    is the version of the rows' order (data/epochs.py), and `unit` what `samples` counts: samples, or rows of packed
+    ones or of a stream, and `stream` is where that goes on. `best` is the best evaluation, where they are compared.
+    `course` is
+    what follows from the settings, `config` the settings themselves; both are empty where no run has made the
+    checkpoint, and `optimizer` is false where it has model tensors alone.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
@@ -82,6 +85,7 @@ class RunState:
     seed: Annotated[int, Field(ge=0)] | None = None
     order: Annotated[int, Field(ge=1, le=2)] = 1
     unit: Literal["sample", "row"] = "sample"
+    stream: Place | None = None
     format: int = FORMAT
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ from tessera.checkpoint.lock import RunLock
 from tessera.checkpoint.sweep import sweep
 from tessera.config.load import load_config
 from tessera.core import terminal
-from tessera.core.errors import cut_short
+from tessera.core.errors import UserError, cut_short
 from tessera.data.auto_tokenizer import has_tokenizer
 from tessera.data.prepare import Prepared
 from tessera.data.samples import IGNORED, open_samples
@@ -23,6 +23,11 @@ def preprocess(config_path: Path, overrides: Sequence[str], examples: int) -> No
     """Prepare the data of the config, and show so many rows of them. Raises UserError."""
     config, notes = load_config(config_path, overrides)
     terminal.say(*notes)
+    if config.streaming:
+        reason = "a stream is tokenized while the run goes: there is nothing to prepare"
+        raise UserError(
+            "streaming", True, reason, "tessera train trains on it; streaming: false prepares the same data"
+        )
     output = Path(config.output_dir)
     check_output(output)
     folder = resolve_model_folder(config.base_model, weights=False)

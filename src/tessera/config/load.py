@@ -20,6 +20,7 @@ from tessera.config.problems import ConfigError, KeyPath, check_kind, fields_at,
 from tessera.config.reader import read_yaml
 from tessera.config.schema import TrainConfig
 from tessera.config.settled import SOURCES, Settled, judged, judged_sources
+from tessera.config.words import shown
 
 __all__ = ["ConfigError", "Resolved", "dump_config", "load_config", "make_config", "resolve_config", "written_values"]
 
@@ -87,12 +88,24 @@ def settle(given: Mapping[Any, Any]) -> Settled:
     for key in SOURCES:
         if key in out.values:
             out.values[key] = judged_sources(out.values[key], key, out)
+    if out.given_as.get("datasets") == "pretraining_dataset":
+        out.values["streaming"] = True
+    elif out.values.get("streaming") is True and (kinds := _kinds_that_are_prepared(out.values.get("datasets"))):
+        out.values["streaming"] = False
+        why = f"rows of type {', '.join(kinds)} are prepared before the run, in bounded memory"
+        out.notes.append(f"streaming: true has no effect: {why}")
     asked = next((key for key in ("fsdp", "deepspeed") if not compat.asks_for_nothing(out.values.get(key))), None)
     settle_fsdp(out)
     settle_deepspeed(out)
     if asked and compat.asks_for_nothing(out.values.get("dp_shard_size")):
         out.notes.append(f"{asked} shards over all processes that the other sizes leave; --num-processes says how many")
     return out
+
+
+def _kinds_that_are_prepared(sources: object) -> list[str]:
+    """The types of data sets that no stream takes, which has whole texts alone."""
+    given = [source.get("type") for source in sources if isinstance(source, dict)] if isinstance(sources, list) else []
+    return [shown(kind) for kind in given if kind and kind not in ("completion", "pretrain")]
 
 
 def _is_left_out(key: str, value: object) -> bool:
@@ -160,6 +173,12 @@ def _without_effect(config: TrainConfig) -> list[str]:
     if schedule != "auto" and limit != TrainConfig.model_fields[key].default:
         why = f"it limits schedule auto, and tensor_parallel_schedule is {schedule}"
         lines.append(f"{key}: {limit:g} has no effect: {why}")
+    for key in ("dataloader_num_workers", "dataloader_prefetch_factor"):
+        value = getattr(config, key)
+        if not config.streaming and value != TrainConfig.model_fields[key].default:
+            lines.append(
+                f"{key}: {value} has no effect: rows are prepared before the run, as streaming is not asked for"
+            )
     for key in ("evals_per_epoch", "eval_strategy"):
         value = getattr(config, key)
         if value and value != "no" and not config.evaluates:

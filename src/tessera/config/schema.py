@@ -23,6 +23,7 @@ from tessera.config.sections.output import OutputKeys
 from tessera.config.sections.packing import PackingKeys
 from tessera.config.sections.preparation import PreparationKeys
 from tessera.config.sections.section import Section
+from tessera.config.sections.stream import StreamKeys
 from tessera.config.sections.trackers import TrackerKeys
 from tessera.core.errors import UserError
 
@@ -47,6 +48,7 @@ class TrainConfig(
     NumbersKeys,
     OptimizerKeys,
     BatchKeys,
+    StreamKeys,
     PreparationKeys,
     ChatKeys,
     PackingKeys,
@@ -65,6 +67,8 @@ class TrainConfig(
             reason = "parameters are bfloat16 (bf16: full)"
             raise UserError("fsdp_config.mixed_precision_policy", policy, reason, "leave one of the two out")
         _check_evaluation(self)
+        if self.streaming:
+            _check_stream(self)
         return self
 
     @property
@@ -84,6 +88,20 @@ def _check_evaluation(config: TrainConfig) -> None:
     reason = "eval_strategy is no" if config.eval_strategy == "no" else "no rows are held out for evaluation"
     hint = "set eval_strategy: steps" if config.eval_strategy == "no" else "set val_set_size, for example 0.05"
     raise UserError(key, getattr(config, key), f"compares evaluations, but {reason}", hint)
+
+
+def _check_stream(config: TrainConfig) -> None:
+    """Raise UserError where keys do not go with a stream, which has no end and is not known before."""
+    if config.max_steps is None:
+        raise UserError(
+            "max_steps", None, "is required where data are streamed: a stream has no end", "max_steps: 1000"
+        )
+    if config.val_set_size:
+        reason = "no rows of a stream can be held out"
+        raise UserError("val_set_size", config.val_set_size, reason, "remove it; test_datasets are evaluated on")
+    if isinstance(config.tokenizer, TokenizerConfig):
+        reason = "no tokenizer is trained on a stream"
+        raise UserError("tokenizer", config.tokenizer.vocab_size, reason, "give the folder of one, or leave it out")
 
 
 def defaults_taken(config: TrainConfig) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from tessera.config.schema import SECTIONS, TrainConfig
 from tessera.config.words import choices, key_name, shown
 from tessera.core.errors import UserError
 
-SOURCES = tuple(key for key in ("datasets", "test_datasets", "pretraining_dataset") if key in TrainConfig.model_fields)
+SOURCES = ("datasets", "test_datasets")
 """Keys that hold lists of data sets."""
 
 

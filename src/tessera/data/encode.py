@@ -88,6 +88,13 @@ class Encoder:
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
 
+    def encode_share(self, texts: Iterable[Text], size: int, share: int, shares: int) -> Iterator[list[Encoded]]:
+        """The same in batches of about `size` characters, in this thread; of `shares`, every batch of one of them."""
+        with _one_thread_each():
+            for number, batch in enumerate(_batches(self._parts(texts), size)):
+                if number % shares == share:
+                    yield self._encode(batch)
+
     def _parts(self, texts: Iterable[Text]) -> Iterator[_Part]:
         for document, blocks in texts:
             last = len(document.segments) - 1
@@ -138,13 +145,13 @@ class Encoder:
         return encoded
 
 
-def _batches(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
+def _batches(parts: Iterable[_Part], most: int = BATCH) -> Iterator[list[_Part]]:
     batch: list[_Part] = []
     size = 0
     for part in parts:
         batch.append(part)
         size += len(part.piece.text) + 1
-        if size >= BATCH:
+        if size >= most:
             yield batch
             batch, size = [], 0
     if batch:

@@ -17,7 +17,7 @@ import torch
 
 from tessera.core.errors import RunFailed, UserError
 from tessera.data.batch import MicroBatch
-from tessera.data.epochs import Epochs
+from tessera.data.epochs import Epochs, Unit
 from tessera.data.pack import Ints, dealt
 from tessera.data.samples import IGNORED, Samples
 
@@ -76,7 +76,17 @@ class Loader:
     @property
     def packed(self) -> bool:
         """Whether a row holds several samples."""
-        return self.epochs.unit == "row"
+        return self.unit == "row"
+
+    @property
+    def unit(self) -> Unit:
+        """What rows are: samples, or rows of packed ones."""
+        return self.epochs.unit
+
+    @property
+    def order(self) -> int:
+        """The version of the order of rows."""
+        return self.epochs.version
 
     @property
     def samples_per_epoch(self) -> int:

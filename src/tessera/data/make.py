@@ -54,7 +54,7 @@ def make(
                 rows = assemble_samples(config, files, tokenizer, tally, passed)
                 parts[split] = _write_rows(rows if vocab_size is None else _fitting(rows, vocab_size), folder / split)
     notes += tally.whole
-    largest = max(parts.values(), key=lambda part: part.largest)
+    largest = max(parts.values(), key=lambda part: part.largest, default=None)
     if config.val_set_size:
         parts = _split(folder, parts["train"].rows, config.val_set_size, config.seed)
     for split, part in parts.items():
@@ -68,12 +68,12 @@ def make(
             content = file.read_bytes()
             written[file.name] = Written(len(content), sum_of(content))
     special = _special_ids(config, tokenizer) if tally.closing else set()
-    train, held_out = parts["train"], parts.get("eval")
+    train, held_out = parts.get("train"), parts.get("eval")
     manifest = Manifest(
         key=key,
-        train_rows=train.rows,
-        train_tokens=train.tokens,
-        train_targets=train.targets,
+        train_rows=train.rows if train else 0,  # of a stream none are written
+        train_tokens=train.tokens if train else 0,
+        train_targets=train.targets if train else 0,
         eval_rows=held_out.rows if held_out else 0,
         eval_tokens=held_out.tokens if held_out else 0,
         eval_targets=held_out.targets if held_out else 0,
@@ -83,8 +83,8 @@ def make(
         short_rows=tally.counts["short_rows"],
         dull_rows=tally.counts["dull_rows"],
         inner_masked=tally.counts["inner_masked"],
-        largest_token=largest.largest,
-        largest_token_place=largest.largest_place,
+        largest_token=largest.largest if largest else 0,
+        largest_token_place=largest.largest_place if largest else "",
         tokenizer=None if tokenizer is None else str(tokenizer.folder or TRAINED),
         tokenizer_size=tokenizer.vocab_size if tokenizer else None,
         eos_token_id=tokenizer.eos_id if tokenizer else None,

@@ -26,7 +26,8 @@ from tessera.data.formats.entry import Reading
 from tessera.data.make import Sources, check_vocabulary, make
 from tessera.data.manifest import MANIFEST, TRAINED, WHOLE, Manifest, damage, read_manifest
 from tessera.data.sources import read_files
-from tessera.data.tokenizer import TextTokenizer, load_tokenizer
+from tessera.data.stream import Stream
+from tessera.data.tokenizer import TextTokenizer, given_tokenizer
 
 FORMAT = 3
 """Part of the cache key: raise it when the same files and settings come to give other rows."""
@@ -67,6 +68,8 @@ class Prepared:
         ]
         parts = [f"{count:,} row{'s' * (count > 1)}{what}" for count, what in told if count]
         again = f" (prepared again: {self.because})" if self.because else ""
+        if not parts:
+            return "\n".join(f"data: {note}" for note in self.notes)
         line = "data: " + "; ".join(parts) + (f" (reused from {self.folder})" if self.reused else again)
         return "\n".join([*(f"data: {note}" for note in self.notes), line, *self.warning()])
 
@@ -89,16 +92,20 @@ class Prepared:
         return ["", "!" * width, *(f"! {line:{width - 4}} !" for line in lines), "!" * width, ""]
 
 
-def prepare(config: DataSettings, vocab_size: int | None, folder: Path | None = None) -> Prepared:
+def prepare(
+    config: DataSettings, vocab_size: int | None, folder: Path | None = None, stream: Stream | None = None
+) -> Prepared:
     """Write the rows of `config.datasets` to `folder` (default: as `prepared_folder`), or reuse equal ones.
+
+    Where those are a `stream`, no row of it is written, but the rows to evaluate on and what a run is to know are.
 
     `vocab_size` is the model's: a larger token id is an error (None: not checked). Where another process is preparing
     the same folder this one waits and reuses. UserError: data or tokenizer that cannot be read or do not fit, or a
     folder that cannot be written; nothing is left then, and what was there stays.
     """
     notes: list[str] = []
-    sources = _sources(config, notes)
-    key = _cache_key(config, sources)
+    sources = _sources(config, notes, stream)
+    key = _cache_key(config, sources, stream)
     folder = folder or prepared_folder(config, key)
     named = "output_dir" if config.dataset_prepared_path is None else "dataset_prepared_path"
 
@@ -145,21 +152,18 @@ def open_prepared(folder: Path) -> Prepared:
     return Prepared(folder, manifest, reused=True)
 
 
-def _sources(config: DataSettings, notes: list[str]) -> Sources:
+def _sources(config: DataSettings, notes: list[str], stream: Stream | None) -> Sources:
     """The files, hashed, and the tokenizer, or the vocabulary size of the one to train."""
     _check_apart(config)
     reading = Reading.of(config)
-    train = read_files(config.datasets, config.output_dir, reading, notes)
+    train = [] if stream else read_files(config.datasets, config.output_dir, reading, notes)
     held_out = read_files(config.test_datasets, config.output_dir, reading, notes) if config.test_datasets else []
+    if stream:
+        return Sources(train, held_out, stream.tokenizer)
     added = AddedTokens.of(config)  # the exported tokenizer has them, whatever the rows are made from
     if not added and all(file.kind == "tokenized" for file in (*train, *held_out)):
         return Sources(train, held_out, None)
-    given = config.tokenizer
-    if given is None:
-        return Sources(train, held_out, load_tokenizer(Path(config.base_model), "base_model", added))
-    if isinstance(given, str | Path):
-        return Sources(train, held_out, load_tokenizer(Path(given), "tokenizer", added))
-    return Sources(train, held_out, given.vocab_size)
+    return Sources(train, held_out, given_tokenizer(config, added))
 
 
 def _check_apart(config: DataSettings) -> None:
@@ -167,20 +171,20 @@ def _check_apart(config: DataSettings) -> None:
     if config.dataset_prepared_path is None:
         return
     shared = os.path.realpath(config.dataset_prepared_path)
-    for entry in (*config.datasets, *(config.test_datasets or ())):
+    for entry in (*(config.datasets or ()), *(config.test_datasets or ())):
         if os.path.isdir(entry.path) and Path(shared).is_relative_to(os.path.realpath(entry.path)):
             reason = f"lies in the data folder {entry.path}: what is prepared would be data at the next start"
             raise UserError("dataset_prepared_path", config.dataset_prepared_path, reason, "a folder of its own")
 
 
-def _cache_key(config: DataSettings, sources: Sources) -> str:
+def _cache_key(config: DataSettings, sources: Sources, stream: Stream | None) -> str:
     """Equal for equal rows: contents and settings, not paths."""
     tokenizer = sources.tokenizer
     more = f" {AddedTokens.of(config)}" if AddedTokens.of(config) else ""
     trained = f"bpe {tokenizer} {tokenizers.__version__}{more}" if isinstance(tokenizer, int) else None
     settings = {
         "format": FORMAT,
-        "files": [file.key for file in sources.train],
+        "files": stream.key if stream else [file.key for file in sources.train],
         "held_out": [file.key for file in sources.held_out],
         "tokenizer": tokenizer.digest() if isinstance(tokenizer, TextTokenizer) else trained,
         "fit": (config.sequence_len, config.excess_length_strategy, config.train_on_inputs),

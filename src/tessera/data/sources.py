@@ -6,9 +6,10 @@ and the one value that says how a file is read. Every mistake is a UserError tha
 
 import codecs
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -61,7 +62,7 @@ class SourceFile:
     def key(self) -> str:
         """Equal for files that give equal rows: content and settings, not the path."""
         entry = asdict(self.entry)
-        for name in ("path", "data_files", "ds_type", "name", "split", "revision", "shards", "shards_idx"):
+        for name in ("path", "data_files", "ds_type", "name", "split", "revision", "skip", "shards", "shards_idx"):
             del entry[name]  # they say which rows; digest and part have those
         template = None if self.template is None else asdict(self.template)
         how = [self.container, self.format, self.part, entry, self.reading.train_on_inputs, template]
@@ -73,11 +74,14 @@ def read_files(
     output_dir: str | Path | None = None,
     reading: Reading | None = None,
     notes: list[str] | None = None,
+    stream: bool = False,
 ) -> list[SourceFile]:
     """Every file of every entry, in the order of the config; those of a folder (at any depth) sorted by path.
 
     Hidden and empty files of a folder are passed over, and what lies in `output_dir` where that is within the folder.
-    `reading` has the keys that all entries share; `notes` gets what the user should be told, a line each.
+    `reading` has the keys that all entries share; `notes` gets what the user should be told, a line each. Of a `stream`
+    the digest is that of name and size, for it may be too long to be read twice, and its rows are texts unless a type
+    is given.
     UserError: no entry, no such path, nothing in it, a format that is not known, or the folder is `output_dir`.
     """
     if not datasets:
@@ -85,16 +89,21 @@ def read_files(
     files = []
     notes = [] if notes is None else notes
     for settings in datasets:
-        files += _of_entry(Entry.of(settings), reading or Reading(), output_dir, notes)
+        entry = Entry.of(settings)
+        if stream and entry.type is None:
+            entry = replace(entry, type="completion")
+        files += _of_entry(entry, reading or Reading(), output_dir, notes, _named if stream else _digest)
     return files
 
 
-def _of_entry(entry: Entry, reading: Reading, output_dir: str | Path | None, notes: list[str]) -> list[SourceFile]:
+def _of_entry(
+    entry: Entry, reading: Reading, output_dir: str | Path | None, notes: list[str], digest_of: Callable[[Path], str]
+) -> list[SourceFile]:
     slice_of(entry)
     found: list[SourceFile] = []
     templates: dict[str, Template] = {}
     for path in find_files(entry, output_dir, notes):
-        if digest := _digest(path):
+        if digest := digest_of(path):
             container, name = _recognised(path, entry, notes)
             if name in CHATS and not templates:
                 templates = dict.fromkeys(CHATS, template_of(entry, reading, notes))
@@ -102,7 +111,7 @@ def _of_entry(entry: Entry, reading: Reading, output_dir: str | Path | None, not
     if not found:
         raise UserError("datasets", entry.path, "holds no text: the file or folder is empty")
     if slice_of(entry) is None and entry.shards is None:
-        return found
+        return _without_first(found, entry)
     text = next((file for file in found if file.kind == "text"), None)
     if text:
         raise UserError("datasets.split", entry.split or "unset", f"{text.path} is text: it has no rows to choose from")
@@ -110,11 +119,30 @@ def _of_entry(entry: Entry, reading: Reading, output_dir: str | Path | None, not
     chosen = [replace(file, part=part) for file, part in zip(found, parts, strict=True) if part is not None]
     if not chosen:
         raise UserError("datasets.split", entry.split or "unset", f"leaves no row of {entry.path}")
-    return chosen
+    return _without_first(chosen, entry)
 
 
-def read_documents(file: SourceFile) -> Iterator[Document]:
-    """The documents of a file of text or of rows that are no tokens, read as they are asked for.
+def _without_first(files: list[SourceFile], entry: Entry) -> list[SourceFile]:
+    """The files without the rows that the entry skips; a text file is one."""
+    left, kept = entry.skip, []
+    for file in files:
+        if left and file.kind == "text":
+            left -= 1
+            continue
+        if left:
+            rows = sum(1 for _ in islice(file.part.of(rows_of(file.path, file.container)), left + 1))
+            if rows <= left:
+                left -= rows
+                continue
+            file, left = replace(file, part=file.part._replace(first=file.part.first + left * file.part.step)), 0
+        kept.append(file)
+    if not kept:
+        raise UserError("datasets.skip", entry.skip, f"leaves no row of {entry.path}", f"below {entry.skip - left}")
+    return kept
+
+
+def read_documents(file: SourceFile, first: int = 0) -> Iterator[Document]:
+    """The documents of a file of text or of rows that are no tokens, from the `first` on, read as they are asked for.
 
     A text file is one document, read whole: `read_text` gives it in blocks.
     """
@@ -122,7 +150,7 @@ def read_documents(file: SourceFile) -> Iterator[Document]:
         yield Document(Origin(file.path), (Segment("".join(read_text(file))),), cut=True)
         return
     read = reader_of(file.entry, file.format, file.template)
-    for origin, row in file.part.of(rows_of(file.path, file.container)):
+    for origin, row in islice(file.part.of(rows_of(file.path, file.container)), first, None):
         yield read(row, origin, file.entry, file.reading)
 
 
@@ -161,6 +189,20 @@ def _recognised(path: Path, entry: Entry, notes: list[str]) -> tuple[Container, 
     if first is None:
         raise UserError("datasets", path, "holds no rows")
     return container, format_of(entry, path, first[1], notes)
+
+
+def is_there(file: SourceFile) -> bool:
+    """Whether a file of a stream has the name and size that it was found with."""
+    try:
+        return _named(file.path) == file.digest
+    except OSError:
+        return False
+
+
+def _named(path: Path) -> str:
+    """A digest of the name and size of a file; empty where the file is."""
+    size = path.stat().st_size
+    return blake2b(f"{path.name} {size}".encode(), digest_size=16).hexdigest() if size else ""
 
 
 def _digest(path: Path) -> str:

@@ -88,6 +88,19 @@ def load_tokenizer(path: Path, key: str, added: AddedTokens | None = None) -> Te
     return TextTokenizer(auto.backend_tokenizer, eos_id, folder.resolve(), auto)
 
 
+def given_tokenizer(config: TokenizerKeys, added: AddedTokens) -> TextTokenizer | int:
+    """The tokenizer that `config` names, with `added` tokens; the size of one that is to be trained.
+
+    Raises UserError.
+    """
+    given = config.tokenizer
+    if given is None:
+        return load_tokenizer(Path(config.base_model), "base_model", added)
+    if isinstance(given, str | Path):
+        return load_tokenizer(Path(given), "tokenizer", added)
+    return given.vocab_size
+
+
 def _saved_and_read(auto: Any, folder: Path, key: str) -> TextTokenizer:
     """A tokenizer of `folder` that was changed, as it is when its files have been written and read."""
     _end_of(auto, folder, key)  # written into the files, where config.json alone has it

@@ -22,8 +22,11 @@ from tessera.core.errors import UserError
 from tessera.core.mesh import Mesh
 from tessera.data.epochs import ORDER, Epochs, Packed, Singles
 from tessera.data.loader import Loader
+from tessera.data.place import Place
 from tessera.data.prepare import Prepared, open_prepared
 from tessera.data.samples import Samples, Split, open_samples
+from tessera.data.stream import Stream, find_stream
+from tessera.data.stream_loader import StreamLoader, StreamShape
 from tessera.engine.fsdp import build_decoder
 from tessera.engine.optimizer import build_optimizer
 from tessera.engine.step import Step
@@ -59,7 +62,7 @@ class Built:
     run: Run
     prepared: Prepared
     step: Step
-    loader: Loader
+    loader: Loader | StreamLoader
     progress: Progress = field(default_factory=Progress)
     total_steps: int = 0
     warmup: int = 0
@@ -82,6 +85,11 @@ class Built:
     def held_out(self) -> Loader:
         """The rows that are evaluated on; open from the start, for the prepared data may be removed meanwhile."""
         return loader_of(self.run, self.prepared, self.model, "eval", shuffle=False)
+
+    def close(self) -> None:
+        """End what reads data beside the steps."""
+        if isinstance(self.loader, StreamLoader):
+            self.loader.close()
 
     @property
     def output(self) -> Path:
@@ -106,6 +114,7 @@ def build(run: Run, device: torch.device) -> Built:
     compute = torch.float32 if torch.float32 in gathered(own, config.world_size) else own
     mesh = run_mesh(config, run.model, device, compute)
     prepared = _seen_by_all(run, mesh)
+    stream = _stream_seen_by_all(run, mesh) if config.streaming else None
     tuning = None
     if config.tensor_parallel_schedule == "auto":
         limit = config.tensor_parallel_scratch_gib
@@ -122,7 +131,11 @@ def build(run: Run, device: torch.device) -> Built:
         label_smoothing=config.label_smoothing_factor,
         seed=config.seed,
     )
-    built = Built(run, prepared, step, loader_of(run, prepared, model, "train", shuffle=config.shuffle))
+    if stream is not None:
+        loader: Loader | StreamLoader = stream_loader_of(run, stream, model)
+    else:
+        loader = loader_of(run, prepared, model, "train", shuffle=config.shuffle)
+    built = Built(run, prepared, step, loader)
     built.said = tuning.lines() if tuning else []
     state = _fill(built)
     _set_course(built)
@@ -149,6 +162,43 @@ def _seen_by_all(run: Run, mesh: Mesh) -> Prepared:
             raise UserError("output_dir", run.config.output_dir, reason, "a disk that every machine sees")
     assert prepared is not None
     return prepared
+
+
+def _stream_seen_by_all(run: Run, mesh: Mesh) -> Stream:
+    """The stream, found by the first rank: loading a tokenizer takes seconds. Raises UserError on every rank when that
+    cannot be read, or some do not see its files."""
+    found, refusal = None, None
+    if mesh.rank == 0:
+        try:
+            found = find_stream(run.config.model_copy(update={"base_model": str(run.model_folder)}), [])
+        except UserError as error:
+            refusal = (error.key, str(error.value), error.reason, error.hint)
+    stream, refused = gathered((found, refusal), mesh.world)[0]
+    if refused:
+        raise UserError(*refused)
+    assert stream is not None
+    for rank, path in enumerate(gathered(stream.unseen(), mesh.world)):
+        if path:
+            raise UserError(
+                "datasets", path, f"rank {rank} does not see the same file", "a disk that every machine sees"
+            )
+    return stream
+
+
+def stream_loader_of(run: Run, stream: Stream, model: Decoder) -> StreamLoader:
+    """This data rank's micro-batches of a stream, padded as the mesh of `model` needs them."""
+    config, mesh = run.config, model.parallel.mesh
+    multiple = length_multiple(config.micro_batch_size, model.residual, mesh)
+    return StreamLoader(
+        stream,
+        StreamShape(config.sequence_len, run.model.vocab_size, config.sample_packing, multiple),
+        config.micro_batch_size,
+        config.gradient_accumulation_steps,
+        data_rank=mesh.index(DATA_AXES),
+        data_ranks=mesh.size(DATA_AXES),
+        workers=config.dataloader_num_workers,
+        prefetch=config.dataloader_prefetch_factor,
+    )
 
 
 def loader_of(run: Run, prepared: Prepared, model: Decoder, split: Split, *, shuffle: bool) -> Loader:
@@ -202,6 +252,13 @@ def _go_on(built: Built, state: RunState) -> None:
     next epoch begins.
     """
     config, loader = built.run.config, built.loader
+    if config.streaming != (state.stream is not None) and state.samples:
+        reason = f"goes on {'from' if state.stream else 'without'} a place in a stream, streaming is {config.streaming}"
+        hint = "leave streaming as it was, or convert the checkpoint and begin anew from its weights"
+        raise UserError("resume_from_checkpoint", built.run.resume, reason, hint)
+    if isinstance(loader, StreamLoader):
+        loader.start_at(state.step, state.samples, state.stream or Place())
+        return
     options: dict[str, Any] = {"shuffle": config.shuffle, "version": state.order}
     if state.unit == loader.epochs.unit or not state.samples:
         if state.samples and not loader.packed:
@@ -222,8 +279,11 @@ def _go_on(built: Built, state: RunState) -> None:
 def _set_course(built: Built) -> None:
     """How long the run is, and its warm-up."""
     config, loader = built.run.config, built.loader
-    built.total_steps = config.max_steps or loader.steps_for(config.num_epochs)
-    if config.max_steps is None:
+    if isinstance(loader, StreamLoader) or config.max_steps is not None:
+        assert config.max_steps is not None
+        built.total_steps = config.max_steps
+    else:
+        built.total_steps = loader.steps_for(config.num_epochs)
         loader.last_sample = loader.samples_for(config.num_epochs)
     ratio = 0.0 if config.lr_scheduler == "constant" else config.warmup_ratio
     own = config.warmup_steps

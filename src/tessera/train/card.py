@@ -75,6 +75,8 @@ def _table(built: Built, dtype: str, last: Mapping[str, Any]) -> str:
     config, manifest, progress = built.run.config, built.prepared.manifest, built.progress
     start = f"`{config.base_model}`" + (", its config.json alone: random weights" if config.random_init else "")
     rows = counted(manifest.train_rows, "row") + f" of at most {manifest.sequence_len} tokens"
+    if config.streaming:
+        rows = f"a stream, in rows of {manifest.sequence_len} tokens"
     held_out = f", {manifest.eval_rows} more held out" if manifest.eval_rows else ""
     parameters = sum(p.numel() for p in built.model.parameters())
     loss = {key: f"{last[key]:.4g}" for key in ("loss", "eval_loss", "eval_ppl") if last.get(key) is not None}

@@ -11,6 +11,7 @@ from tessera.core import terminal
 from tessera.core.axes import AXES
 from tessera.core.collectives import gathered, largest
 from tessera.core.writing import NotWritten
+from tessera.data.stream_loader import StreamLoader
 from tessera.models.hub import export
 from tessera.nn.parameter import to_local
 from tessera.train.build import Built
@@ -30,8 +31,9 @@ def run_state(built: Built) -> RunState:
         optimizer=not config.save_only_model,
         best=progress.best,
         seed=config.seed,
-        order=built.loader.epochs.version,
-        unit=built.loader.epochs.unit,
+        order=built.loader.order,
+        unit=built.loader.unit,
+        stream=built.loader.place(progress.step) if isinstance(built.loader, StreamLoader) else None,
     )
 
 

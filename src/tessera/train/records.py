@@ -14,6 +14,7 @@ from tessera.core.collectives import Recorder, all_gather, largest
 from tessera.core.errors import cut_short
 from tessera.core.text import counted
 from tessera.data.batch import MicroBatch
+from tessera.data.stream_loader import StreamLoader
 from tessera.engine.step import StepResult
 from tessera.nn.parameter import parameter_elements
 from tessera.plan.flops import step_flops
@@ -78,7 +79,7 @@ class Records:
     def _packing(self) -> list[str]:
         """How full the rows of packed samples are, of the first epoch."""
         loader, manifest = self.built.loader, self.built.prepared.manifest
-        if not loader.packed:
+        if isinstance(loader, StreamLoader) or not loader.packed:
             return []
         rows, length = loader.samples_per_epoch, self.built.run.config.sequence_len
         full = manifest.train_tokens / (rows * length)

@@ -18,6 +18,7 @@ from tessera.core import terminal
 from tessera.core.device import gpus_missing
 from tessera.core.errors import UserError
 from tessera.data.prepare import Prepared, prepare
+from tessera.data.stream import check_beginning, find_stream
 from tessera.data.tokenizer import tokens_needed
 from tessera.models.beside import read_generation_config
 from tessera.models.config import LayerKind, ModelConfig
@@ -182,10 +183,20 @@ def prepared_run(config: TrainConfig, processes: int, lock: RunLock | None = Non
 
 
 def prepared(config: TrainConfig, folder: Path, model: ModelConfig) -> Prepared:
-    """The rows of `config`, for `model` in `folder`; prepared where they are not, and told of. Raises UserError."""
+    """The rows of `config`, for `model` in `folder`; prepared where they are not, and told of. Raises UserError.
+
+    Of a stream, which is tokenized later, the first row is made, so that mistakes are found now.
+    """
     if model.new_tokens:
         before, now = model.base.vocab_size, model.vocab_size
         terminal.say(f"vocabulary: grows from {before:,} to {now:,} tokens, as the tokenizer's ids need")
-    found = prepare(config.model_copy(update={"base_model": str(folder)}), model.vocab_size)
-    terminal.say(found.summary())
+    config = config.model_copy(update={"base_model": str(folder)})
+    stream, notes = None, list[str]()
+    if config.streaming:
+        stream = find_stream(config, notes)
+        check_beginning(stream, config.sequence_len, model.vocab_size)
+        terminal.say(*(f"data: {note}" for note in notes), stream.summary())
+    found = prepare(config, model.vocab_size, stream=stream)
+    if told := found.summary():
+        terminal.say(told)
     return found

@@ -99,6 +99,7 @@ class Trainer:
             ending.fail(failed)
         finally:
             self.saver.close()
+            self.built.close()
             self.log.close()
 
     def _steps(self) -> bool:

@@ -34,6 +34,7 @@ class Entry:
     name: str | None = None
     split: str | None = None
     revision: str | None = None
+    skip: int = 0
     shards: int | None = None
     shards_idx: int = 0
     chat_template: str | None = None
