@@ -102,9 +102,8 @@ def two_values(annotation: Any) -> list[Any]:
     return choices[:2] or inner[:2] or kinds.get(annotation, [])
 
 
-@pytest.mark.parametrize(
-    "theirs", sorted(compat.TOP.ours.keys() - {"pretraining_dataset"})
-)  # tests/train/test_stream.py
+# pretraining_dataset: tests/train/test_stream.py
+@pytest.mark.parametrize("theirs", sorted(compat.TOP.ours.keys() - {"pretraining_dataset"}))
 def test_other_names_are_taken_in_one_line(theirs):
     ours, divisor = compat.TOP.ours[theirs].key, compat.TOP.ours[theirs].divisor
     value, other = two_values(TrainConfig.model_fields[ours].annotation)

@@ -11,7 +11,6 @@ import pytest
 from tests.data.helpers import TEXT, encoded, entry
 
 from tessera.core.errors import RunFailed, UserError
-from tessera.data import stream as streams
 from tessera.data.place import Place
 from tessera.data.samples import IGNORED
 from tessera.data.stream import check_beginning, find_stream, rows_of, token_batches
@@ -50,7 +49,7 @@ START = Place()
 
 
 def rows(stream, count, place=START):
-    return list(islice(rows_of(token_batches(stream, place), place, LENGTH), count))
+    return list(islice(rows_of(token_batches(stream, place, size=50), place, LENGTH), count))
 
 
 def loader(stream, **changes):
@@ -71,8 +70,7 @@ def test_rows_are_the_documents_joined_and_cut_pass_after_pass(stream, tokenizer
     assert found[-1].following.shard > 2  # a pass is over
 
 
-def test_the_stream_goes_on_from_the_place_of_any_row(stream, monkeypatch):
-    monkeypatch.setattr(streams, "BATCH", 10)
+def test_the_stream_goes_on_from_the_place_of_any_row(stream):
     whole = rows(stream, 40)
     assert {place.token for place in (row.following for row in whole)} > {7, 14}  # in the middle of documents
     for row in range(39):
@@ -86,10 +84,9 @@ def test_documents_before_the_place_are_not_tokenized(stream):
 
 
 def test_workers_take_turns(stream):
-    with patch.object(streams, "BATCH", 10):
-        shares = [token_batches(stream, Place(), share, 3) for share in range(3)]
-        merged = (next(shares[number % 3]) for number in range(10**6))
-        found = [row.tokens.tolist() for row in islice(rows_of(merged, Place(), LENGTH), 40)]
+    shares = [token_batches(stream, START, share, 3, size=10) for share in range(3)]
+    merged = (next(shares[number % 3]) for number in range(10**6))
+    found = [row.tokens.tolist() for row in islice(rows_of(merged, START, LENGTH), 40)]
     assert found == [row.tokens.tolist() for row in rows(stream, 40)]
 
 

@@ -27,7 +27,7 @@ from tessera.data.sources import DatasetSettings, SourceFile, is_there, read_doc
 from tessera.data.tokenizer import TextTokenizer, given_tokenizer
 
 BATCH = 1 << 14
-"""Characters that a worker tokenizes at a time: little beside a step, so that a slow source does not come in bursts."""
+"""Characters that a worker tokenizes at a time, at most: little beside a step, or a slow source comes in bursts."""
 TEXTS = ("text", "completion", "pretrain")
 """The formats that a stream takes: whole texts, all of them learnt."""
 
@@ -100,13 +100,16 @@ class Row(NamedTuple):
     following: Place
 
 
-def token_batches(stream: Stream, place: Place, share: int = 0, shares: int = 1) -> Iterator[list[Tokens]]:
-    """The tokens from the document of `place` on, in batches; of `shares` workers, which take turns, those of one.
+def token_batches(
+    stream: Stream, place: Place, share: int = 0, shares: int = 1, size: int = BATCH
+) -> Iterator[list[Tokens]]:
+    """The tokens from the document of `place` on, in batches of `size` characters; of `shares` workers, which take
+    turns, those of one.
 
     UserError: a file cannot be read, or not be tokenized.
     """
     encoder, end = Encoder(stream.tokenizer), np.array([stream.tokenizer.eos_id], np.int32)
-    for batch in encoder.encode_share(_texts(stream.files, place), BATCH, share, shares):
+    for batch in encoder.encode_share(_texts(stream.files, place), size, share, shares):
         found = []
         for document, _, ids, _, last in batch:
             assert isinstance(document, _Placed)

@@ -21,7 +21,7 @@ from tessera.data.batch import MicroBatch
 from tessera.data.epochs import ORDER, Unit
 from tessera.data.place import Place
 from tessera.data.samples import IGNORED
-from tessera.data.stream import Row, Stream, Tokens, check_vocabulary, rows_of, token_batches
+from tessera.data.stream import BATCH, Row, Stream, Tokens, check_vocabulary, rows_of, token_batches
 from tessera.data.stream_worker import Worker, tokens_of_workers
 
 
@@ -152,10 +152,11 @@ class StreamLoader:
             yield [self._assemble(step, mine.tolist()) for mine in share[:, self.data_rank]], step[-1].following
 
     def _tokens(self, place: Place) -> Iterator[list[Tokens]]:
+        size = min(BATCH, self.samples_per_step * self.shape.length)  # a part of a step
         if not self._count:
-            return token_batches(self.stream, place)
+            return token_batches(self.stream, place, size=size)
         for share in range(self._count):
-            self._workers.append(Worker(self.stream, place, share, self._count))
+            self._workers.append(Worker(self.stream, place, share, self._count, size))
         return tokens_of_workers(self._workers)
 
     def _assemble(self, step: list[Row], mine: list[int]) -> MicroBatch:

@@ -23,13 +23,13 @@ from tessera.data.stream import Stream, Tokens, token_batches
 class Worker:
     """The worker of one share, seen from the process that started it."""
 
-    def __init__(self, stream: Stream, place: Place, share: int, shares: int) -> None:
+    def __init__(self, stream: Stream, place: Place, share: int, shares: int, size: int) -> None:
         self._socket, other = Pipe()
         command = [sys.executable, "-m", "tessera.data.stream_worker", str(other.fileno())]
         with other:
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[other.fileno()])
         with suppress(OSError):  # it has ended: told when it is read from
-            self._socket.send((stream, place, share, shares))
+            self._socket.send((stream, place, share, shares, size))
 
     def batch(self) -> list[Tokens]:
         """The next batch. UserError: the worker could not make it. RunFailed: it has ended."""
@@ -69,10 +69,10 @@ def _end_with(socket: Connection) -> None:
 
 
 def _work(socket: Connection) -> None:
-    stream, place, share, shares = socket.recv()
+    work = socket.recv()
     Thread(target=_end_with, args=[socket], daemon=True).start()
     try:
-        for batch in token_batches(stream, place, share, shares):
+        for batch in token_batches(*work):
             socket.send(batch)
     except UserError as error:
         socket.send((error.key, str(error.value), error.reason, error.hint))
