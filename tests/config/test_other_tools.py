@@ -362,3 +362,8 @@ def test_every_problem_of_every_place_is_told_at_once():
     assert isinstance(problem, ConfigError)
     keys = {each.key for each in problem.problems}
     assert keys == {"fsdp", "deepspeed.zero_optimization.stage", "adapter", "seed"}
+
+
+def test_a_token_for_the_hub_is_not_shown():
+    config, notes = make_config({"base_model": "m", "datasets": [{"path": "a"}], "hub_token": "hf_very_secret"})
+    assert len(notes) == 1 and "hub_token: … has no effect" in notes[0] and "secret" not in notes[0]

@@ -16,6 +16,8 @@ from tessera.core.errors import UserError
 
 SOURCES = ("datasets", "test_datasets")
 """Keys that hold lists of data sets."""
+_SECRET = ("hub_token", "api_key", "password")
+"""Ends of keys of other tools whose values are not to be seen on a terminal."""
 
 
 @dataclass
@@ -105,7 +107,8 @@ def judged(given: Mapping[str, Any], verdicts: compat.Verdicts, prefix: str, out
                 out.refused.setdefault((row.what, row.instead), []).append((name, value))
         elif isinstance(row, str):
             if not asks_for_nothing(value):
-                out.notes.append(f"{name}: {shown(value)} has no effect: {row}")
+                told = "…" if key.endswith(_SECRET) else shown(value)
+                out.notes.append(f"{name}: {told} has no effect: {row}")
         elif isinstance(value, str) and value in compat.REFUSED_VALUES.get(key_name(name), ()):
             out.refuse(name, value, "is not supported", choices(key_name(name)))
         else:
