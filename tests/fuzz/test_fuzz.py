@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fuzz.case import schedule
-from fuzz.reach import readers
+from fuzz.reach import RARELY, readers
 from fuzz.server import Server, Solved
 
 ROOT = Path(__file__).parents[2]
@@ -56,7 +56,7 @@ def test_every_reader_is_reached(server: Server, reached: dict[int, Solved]):
     for seed in range(ALWAYS):
         if seed not in reached:  # this test was chosen alone
             reached[seed] = server.solve(seed, watch=True)
-    missed = set(readers().values()) - {name for case in reached.values() for name in case.reached}
+    missed = set(readers().values()) - RARELY - {name for case in reached.values() for name in case.reached}
     assert not missed, f"no case comes to {', '.join(sorted(missed))}"
 
 

@@ -79,7 +79,7 @@ class Encoder:
         waiting: deque[Future[list[Encoded]]] = deque()
         with _one_thread_each(), ThreadPoolExecutor(self._threads) as pool:
             try:
-                for batch in _batches(self._parts(texts)):
+                for batch in _batches(self._parts(texts), BATCH):
                     waiting.append(pool.submit(self._encode, batch))
                     if len(waiting) > 2 * self._threads:
                         yield from waiting.popleft().result()
@@ -145,7 +145,7 @@ class Encoder:
         return encoded
 
 
-def _batches(parts: Iterable[_Part], most: int = BATCH) -> Iterator[list[_Part]]:
+def _batches(parts: Iterable[_Part], most: int) -> Iterator[list[_Part]]:
     batch: list[_Part] = []
     size = 0
     for part in parts:

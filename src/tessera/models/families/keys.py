@@ -64,7 +64,7 @@ class Keys:
 
     def choice(self, key: str, default: str | None, known: Mapping[str, str]) -> str:
         """What `known` gives for the text of `key`."""
-        named = self._read(key, default, "a name", lambda v: isinstance(v, str))
+        named = self._read(key, default, f"one of {', '.join(sorted(known))}", lambda v: isinstance(v, str))
         if named not in known:
             raise self.error(key, "is not supported", f"supported: {', '.join(sorted(known))}")
         return known[named]
