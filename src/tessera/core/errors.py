@@ -27,6 +27,11 @@ class UserError(ValueError):
         given = f"{cut_short(key)}: {cut_short(value)}" if value is not None else cut_short(key)
         super().__init__(f"{given}\n  {reason}" + (f"\n  {hint}" if hint else ""))
 
+    @property
+    def parts(self) -> tuple[str, str, str, str]:
+        """What makes the same error in another process: `UserError(*parts)`."""
+        return self.key, str(self.value), self.reason, self.hint
+
 
 class RunFailed(RuntimeError):
     """A run that started and did not end well; its message is for the user, `exit_code` for the shell."""

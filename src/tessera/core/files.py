@@ -215,6 +215,12 @@ def read_json(path: str | Path, key: str, *, limit: int = SMALL, hint: str = "")
         raise UserError(key, path, f"cannot be read as JSON: {error}", hint) from error
 
 
+def read_object(path: str | Path, key: str) -> dict[str, Any]:
+    """The object in a JSON file; empty where the file holds another value. UserError as `read_json`."""
+    content = read_json(path, key)
+    return content if isinstance(content, dict) else {}
+
+
 def parse_json(text: str | bytes) -> Any:
     """The value of JSON `text`. ValueError with the reason: not JSON, deeper than DEPTH, half of a surrogate pair."""
     if isinstance(text, bytes):

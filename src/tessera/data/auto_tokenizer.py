@@ -26,7 +26,7 @@ VOCABULARIES = (
     "tekken.json",
 )
 """Files that a tokenizer's vocabulary may be in, by the names that the classes of transformers give them."""
-SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
+TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 OTHERS = ("merges.txt", "chat_template.jinja", "chat_template.json")
 TEMPLATES = "additional_chat_templates"
 LARGEST = 100 * 2**20
@@ -85,7 +85,7 @@ def _check_files(folder: Path, there: set[str], key: str) -> None:
     """Raise UserError for what the library must not open, or what is no JSON: it would not name the file."""
     for name in sorted(there & {*VOCABULARIES, *OTHERS}):
         open_file(folder / name, key, limit=LARGEST).close()
-    for name in sorted(there & set(SETTINGS)):
+    for name in sorted(there & {*TOKENIZER_SETTINGS, "config.json"}):
         if not isinstance(read_json(folder / name, key, limit=LARGEST), dict):
             raise UserError(key, folder / name, "cannot be read as a tokenizer's: it is no object with keys")
     if TEMPLATES in there:

@@ -8,10 +8,10 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from tessera.core.errors import UserError
-from tessera.core.files import in_words, read_json
+from tessera.core.files import in_words, read_object
 from tessera.data.formats.container import DS_TYPES, ENDINGS, KNOWN, PLAIN, Kind, is_text, named, refuse_rows
 from tessera.data.formats.entry import Entry
 
@@ -189,14 +189,14 @@ def _matching(place: Path) -> list[Path]:
 def _saved(folder: Path, entry: Entry) -> list[Path]:
     """The Arrow files of a data set that `Dataset.save_to_disk` wrote."""
     if (folder / "dataset_dict.json").is_file():
-        splits = _object(folder / "dataset_dict.json").get("splits")
+        splits = read_object(folder / "dataset_dict.json", "datasets").get("splits")
         asked = entry.split_name
         if not isinstance(splits, list) or asked not in splits:
             there = ", ".join(map(str, splits)) if isinstance(splits, list) else ""
             reason = f"has the splits {there or 'none'}, and not {asked}"
             raise UserError("datasets.split", entry.split or "unset", f"{folder} {reason}")
         folder = folder / asked
-    state = _object(folder / "state.json")
+    state = read_object(folder / "state.json", "datasets")
     given = state.get("_data_files")
     items = given if isinstance(given, list) else []
     names = [item.get("filename") if isinstance(item, dict) else None for item in items]
@@ -205,11 +205,6 @@ def _saved(folder: Path, entry: Entry) -> list[Path]:
         hint = "save it anew: dataset.flatten_indices().save_to_disk(…)"
         raise UserError("datasets", folder / "state.json", "names no files of rows that can be read", hint)
     return [folder / str(name) for name in names]
-
-
-def _object(path: Path) -> dict[str, Any]:
-    content = read_json(path, "datasets")
-    return content if isinstance(content, dict) else {}
 
 
 def _has_configurations(folder: Path) -> bool:

@@ -75,7 +75,7 @@ def _work(socket: Connection) -> None:
         for batch in token_batches(*work):
             socket.send(batch)
     except UserError as error:
-        socket.send((error.key, str(error.value), error.reason, error.hint))
+        socket.send(error.parts)
 
 
 if __name__ == "__main__":

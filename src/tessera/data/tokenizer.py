@@ -13,7 +13,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tessera.core.errors import UserError
-from tessera.core.files import read_json
+from tessera.core.files import read_object
 from tessera.data.added_tokens import AddedTokens, TokenizerKeys, written
 from tessera.data.auto_tokenizer import folder_of, has_tokenizer, read_auto
 
@@ -144,8 +144,7 @@ def text_of(token: Any) -> str | None:
 
 def _read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file that may be missing."""
-    content = read_json(path, "tokenizer") if path.exists() else {}
-    return content if isinstance(content, dict) else {}
+    return read_object(path, "tokenizer") if path.exists() else {}
 
 
 def frame(backend: Tokenizer) -> tuple[list[int], list[int]]:

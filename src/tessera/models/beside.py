@@ -13,31 +13,21 @@ from typing import Any
 import torch
 
 from tessera.core.device import dtype_name
-from tessera.core.files import read_json
-from tessera.data.auto_tokenizer import TEMPLATES, has_tokenizer, read_auto
+from tessera.core.files import read_object
+from tessera.data.auto_tokenizer import (
+    OTHERS,
+    TEMPLATES,
+    TOKENIZER_SETTINGS,
+    VOCABULARIES,
+    has_tokenizer,
+    read_auto,
+)
 from tessera.data.tokenizer import special_ids, text_of, token_ids
 from tessera.models.config import ModelConfig
 from tessera.models.families.table import FAMILIES
 
 GENERATION = "generation_config.json"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "sentencepiece.model",
-    "spm.model",
-    "tiktoken.model",
-    "tekken.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+TOKENIZER_FILES = (*VOCABULARIES, *TOKENIZER_SETTINGS, *OTHERS)
 
 
 def read_generation_config(source: Path) -> dict[str, Any]:
@@ -109,7 +99,4 @@ def _copy_changed(file: Path, folder: Path, content: dict[str, Any], changes: di
 
 def _read_object(file: Path) -> dict[str, Any]:
     """The object in a JSON file that may be missing."""
-    if not file.is_file():
-        return {}
-    content = read_json(file, "base_model")
-    return content if isinstance(content, dict) else {}
+    return read_object(file, "base_model") if file.is_file() else {}

@@ -152,7 +152,7 @@ def _seen_by_all(run: Run, mesh: Mesh) -> Prepared:
         try:
             prepared = open_prepared(run.prepared)
         except UserError as error:
-            damage = (error.key, str(error.value), error.reason, error.hint)
+            damage = error.parts
     everyone = gathered((missing, damage, prepared and prepared.manifest.key), mesh.world)
     for rank, (lacking, refusal, key) in enumerate(everyone):
         if refusal:
@@ -172,7 +172,7 @@ def _stream_seen_by_all(run: Run, mesh: Mesh) -> Stream:
         try:
             found = find_stream(run.config.model_copy(update={"base_model": str(run.model_folder)}), [])
         except UserError as error:
-            refusal = (error.key, str(error.value), error.reason, error.hint)
+            refusal = error.parts
     stream, refused = gathered((found, refusal), mesh.world)[0]
     if refused:
         raise UserError(*refused)

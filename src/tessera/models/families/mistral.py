@@ -4,7 +4,6 @@ from dataclasses import replace
 
 from tessera.models.config import LayerKind, ModelConfig
 from tessera.models.families import llama
-from tessera.models.families.family import Family
 from tessera.models.families.keys import Keys
 
 WINDOW = 4096
@@ -25,10 +24,4 @@ def read(keys: Keys) -> ModelConfig:
     )
 
 
-MISTRAL = Family(
-    architecture="MistralForCausalLM",
-    prefix="model.",
-    read=read,
-    modules=llama.MODULES,
-    buffers=(".rotary_emb.inv_freq",),
-)
+MISTRAL = replace(llama.LLAMA, architecture="MistralForCausalLM", read=read)

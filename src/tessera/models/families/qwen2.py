@@ -4,7 +4,6 @@ from dataclasses import replace
 
 from tessera.models.config import ModelConfig
 from tessera.models.families import llama
-from tessera.models.families.family import Family
 from tessera.models.families.keys import Keys, check_no_window
 
 
@@ -15,10 +14,4 @@ def read(keys: Keys) -> ModelConfig:
     return replace(llama.read(keys), family="qwen2", qkv_bias=True, attention_out_bias=False, mlp_bias=False)
 
 
-QWEN2 = Family(
-    architecture="Qwen2ForCausalLM",
-    prefix="model.",
-    read=read,
-    modules=llama.MODULES,
-    buffers=(".rotary_emb.inv_freq",),
-)
+QWEN2 = replace(llama.LLAMA, architecture="Qwen2ForCausalLM", read=read)
