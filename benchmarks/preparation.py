@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 from tessera.core.text import human
 from tessera.data.stdlib import standard_library_files
@@ -42,24 +41,19 @@ def write_text(folder: Path, size: int, files_each: int) -> None:
 
 def tessera_alone(data: Path, tokenizer: str, threads: int, out: Path) -> int:
     """Prepare the folder; the number of tokens."""
+    from tessera.config.load import make_config
     from tessera.data.prepare import prepare
 
-    marks = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
-    config = SimpleNamespace(
-        base_model="",
-        datasets=[SimpleNamespace(path=str(data), type=None)],
-        test_datasets=None,
-        tokenizer=tokenizer,
-        special_tokens=SimpleNamespace(additional_special_tokens=(), **dict.fromkeys(marks)),
-        tokens=(),
-        sequence_len=2048,
-        excess_length_strategy="drop",
-        train_on_inputs=False,
-        val_set_size=0,
-        seed=0,
-        output_dir=str(out),
-        dataset_prepared_path=None,
-        dataset_processes=threads,
+    config, _ = make_config(
+        {
+            "base_model": tokenizer,
+            "tokenizer": tokenizer,
+            "datasets": [{"path": str(data)}],
+            "sequence_len": 2048,
+            "max_steps": 1,
+            "output_dir": str(out),
+            "dataset_processes": threads,
+        }
     )
     return prepare(config, None).manifest.train_tokens
 
@@ -129,7 +123,7 @@ def main() -> None:
                 command = [sys.executable, __file__, "--side", side, "--data", str(data), "--tokenizer", str(tokenizer)]
                 command += ["--threads", str(arguments.threads)]
                 environment = os.environ | {"RAYON_NUM_THREADS": str(arguments.threads)}
-                result = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+                result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
                 rounds.append(json.loads(result.stdout.splitlines()[-1]))
     print(
         f"{size / 1e6:,.0f} MB of text in {-(-arguments.mb // arguments.file_mb)} files, {arguments.threads} threads\n"
