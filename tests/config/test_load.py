@@ -128,7 +128,7 @@ def test_overrides_are_yaml_and_win(tmp_path):
         ({"adam_beta2": 1.0}, "adam_beta2", "below 1"),
         ({"val_set_size": 1.5}, "val_set_size", "for rows, write 2"),
         ({"val_set_size": -1}, "val_set_size", "at least 0"),
-        ({"bf16": "maybe"}, "bf16", "one of 'auto', 'full', True or False"),
+        ({"bf16": "maybe"}, "bf16", "one of 'auto', 'full', true or false"),
         ({"lr_scheduler": "cosin"}, "lr_scheduler", "nearest: cosine"),
         ({"excess_length_strategy": "cut"}, "excess_length_strategy", "'drop', 'truncate' or 'raise'"),
         ({"datasets": []}, "datasets", "at least 1"),

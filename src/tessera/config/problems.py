@@ -123,6 +123,8 @@ def _problem(place: KeyPath, details: list[Any], given_as: Mapping[str, str]) ->
     if first["type"] == "float_type" and type(first["input"]) is int:
         wanted = ["smaller"]  # than a float can be
     if first["type"] == "literal_error":
+        # as YAML writes them
+        wanted = [re.sub(r"\b(True|False)\b", lambda word: word[0].lower(), choice) for choice in wanted]
         meaning = nearest(value, re.findall(r"'([^']*)'", context["expected"])) or meaning
     hint = "\n  ".join(filter(None, [meaning, _to_write(first, key, keys)]))
     return UserError(name, value, f"must be {' or '.join(dict.fromkeys(wanted))}", hint)
