@@ -85,7 +85,7 @@ class DatasetConfig(Section):
     shards_idx: int | None = Field(
         None, ge=0, le=bounds.STEPS, description="Which of the shards is read, from 0. Unset: 0."
     )
-    skip: int | None = Field(None, ge=0, le=bounds.STEPS, description="Pass over so many rows at the beginning.")
+    skip: int | None = Field(None, ge=0, le=bounds.STEPS, description="Skip this many rows at the beginning.")
     preprocess_shards: int | None = Field(
         None,
         ge=1,
