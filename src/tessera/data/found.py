@@ -107,7 +107,7 @@ def _sorted_out(found: list[Path], entry: Entry) -> tuple[list[Path], list[Path]
         example = [files[0].name for files in kinds.values()] + [file.name for file in plain[:1]]
         known = ", ".join([*kinds, *["text"] * bool(plain)])
         reason = f"the folder holds several formats ({known}): {', '.join(example)}"
-        hint = "data_files: '*.jsonl' or ds_type: json chooses one; or an entry of `datasets` for each"
+        hint = f"ds_type: {next(iter(kinds))} reads that format alone, data_files names files; or give each an entry"
         raise UserError("datasets", entry.path, reason, hint)
     if kinds:
         return next(iter(kinds.values())), [], others + texts
