@@ -60,7 +60,7 @@ class DatasetConfig(Section):
 
     path: LocalPath = Field(
         description="A file, a folder with files of one format, or a data set of the Hugging Face hub (owner/name). "
-        "Rows: .jsonl, .json, .csv, .tsv, .parquet, .arrow; anything else is read as text. May be compressed."
+        "Rows: .jsonl, .json, .csv, .tsv, .parquet, .arrow; .txt and other plain text is text. May be compressed."
     )
     type: KindOfRows = Field(
         None,

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 from tessera.core.errors import UserError
 from tessera.core.files import SMALL, in_words, open_file, parse_json
-from tessera.data.formats.json_rows import json_lines, json_rows
+from tessera.data.formats.json_rows import TO_UTF8, json_lines, json_rows
 from tessera.data.formats.tables import arrow_rows, csv_rows, parquet_rows
 from tessera.data.samples import Origin
 
@@ -124,7 +124,7 @@ def identify(path: Path, ds_type: str | None = None) -> Container:
         raise UserError("datasets", path, f"is no {expected[1:]} file, though its name says so")
     problem = _not_text(inner) or _rows_inside(path, inner, packed) if kind == "text" else ""
     if problem:
-        raise UserError("datasets", path, problem, f"read are {KNOWN}")
+        raise UserError("datasets", path, problem, TO_UTF8 if "UTF-8" in problem else f"read are {KNOWN}")
     return Container(kind, packed)
 
 
