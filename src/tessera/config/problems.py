@@ -151,6 +151,8 @@ def every_key() -> list[str]:
 def _to_write(detail: Mapping[str, Any], key: str, keys: Mapping[str, Any]) -> str:
     """An example of what to write where a value has the wrong type."""
     kind, given = detail["type"], detail["input"]
+    if kind == "literal_error" and given in ("true", "false") and given.title() in detail["ctx"]["expected"]:
+        return f"write {given}, without quotes"
     if kind == "string_type" and isinstance(given, int | float) and not isinstance(given, bool):
         return f"write '{given:g}d'" if key == "tensor_parallel_mode" else f"write '{shown(given)}', with quotes"
     if not kind.endswith("_type") and kind != "int_from_float" or key not in keys:
