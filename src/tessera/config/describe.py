@@ -8,6 +8,7 @@ from tessera.config import compat, deepspeed, fsdp1
 from tessera.config.schema import SECTIONS, DatasetConfig, TrainConfig
 from tessera.config.sections.section import Section
 from tessera.config.settled import SOURCES
+from tessera.config.streamed import NO_EFFECT
 
 _FSDP1 = {
     "full_shard, FULL_SHARD, auto_wrap": "nothing more: FSDP2 does it",
@@ -50,6 +51,10 @@ def keys_page() -> str:
         "## No effect",
         "These keys are taken, and a run says in one line why they change nothing.",
         _table(("key", "why"), _no_effect_rows()),
+        "### In a stream",
+        "With `streaming: true` or `pretraining_dataset` these have no effect either, or have none for another reason. "
+        "Those on how rows are prepared hold for `test_datasets`.",
+        _table(("key", "why"), ([f"`{key}`", why] for key, why in NO_EFFECT.items())),
         "## Refused",
         "A run with one of these keys does not start.",
         _table(("key", "asks for", "instead"), _refused_rows()),

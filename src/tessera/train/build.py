@@ -253,7 +253,8 @@ def _go_on(built: Built, state: RunState) -> None:
     """
     config, loader = built.run.config, built.loader
     if config.streaming != (state.stream is not None) and state.samples:
-        reason = f"goes on {'from' if state.stream else 'without'} a place in a stream, streaming is {config.streaming}"
+        place, now = "from" if state.stream else "without", str(config.streaming).lower()
+        reason = f"goes on {place} a place in a stream, streaming is {now}"
         hint = "leave streaming as it was, or convert the checkpoint and begin anew from its weights"
         raise UserError("resume_from_checkpoint", built.run.resume, reason, hint)
     if isinstance(loader, StreamLoader):
