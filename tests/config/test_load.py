@@ -282,3 +282,17 @@ def test_betas_do_nothing_with_sgd_and_the_run_says_so():
 def test_a_warm_up_of_zero_beside_another_is_no_contradiction():
     config, _ = make_config({**MINIMAL, "warmup_steps": 3, "warmup_ratio": 0.0})
     assert config.warmup_steps == 3
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "hint"),
+    [
+        ("optimizer", "AdamW", "nearest: adamw_torch_fused or adamw_torch"),
+        ("optimizer", "SDG", "nearest: sgd"),
+        ("lr_scheduler", "Cosine", "nearest: cosine or cosine_with_restarts"),
+    ],
+)
+def test_a_choice_in_other_letters_names_the_nearest(key, value, hint):
+    with pytest.raises(UserError) as caught:
+        make_config(MINIMAL | {key: value})
+    assert caught.value.hint.splitlines()[0] == hint
