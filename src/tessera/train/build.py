@@ -150,7 +150,7 @@ def _seen_by_all(run: Run, mesh: Mesh) -> Prepared:
     prepared, damage = None, None
     if not missing:
         try:
-            prepared = open_prepared(run.prepared)
+            prepared = open_prepared(run.prepared, run.config.model_copy(update={"base_model": str(run.model_folder)}))
         except UserError as error:
             damage = error.parts
     everyone = gathered((missing, damage, prepared and prepared.manifest.key), mesh.world)
