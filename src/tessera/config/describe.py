@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from tessera.config import compat, deepspeed, fsdp1
+from tessera.config.explain import OTHER_FORMS
 from tessera.config.schema import SECTIONS, DatasetConfig, TrainConfig
 from tessera.config.sections.section import Section
 from tessera.config.settled import SOURCES
@@ -164,13 +165,13 @@ def json_schema() -> dict[str, Any]:
     schema["properties"] = _properties(schema["properties"], compat.TOP, schema.get("required", []))
     words = {"enum": [*fsdp1.WORDS]}
     schema["properties"] |= {
-        "fsdp": {"description": "FSDP in the words of FSDP1.", "anyOf": [{"type": "array", "items": words}, {}]},
+        "fsdp": {"description": OTHER_FORMS["fsdp"], "anyOf": [{"type": "array", "items": words}, {}]},
         "deepspeed": {
-            "description": "The path of a DeepSpeed config, or its values.",
+            "description": OTHER_FORMS["deepspeed"],
             "type": ["string", "object", "null"],
         },
         "plugins": {
-            "description": "Plugins of axolotl; those that may stand here have no effect.",
+            "description": OTHER_FORMS["plugins"],
             "type": ["array", "null"],
             "items": {"enum": [*compat.NO_EFFECT_PLUGINS]},
         },

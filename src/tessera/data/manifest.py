@@ -28,9 +28,9 @@ class Manifest:
     Tokens count every token, targets those that are learnt. Short rows (below `min_sample_len`) and dull rows (no
     target left: a single token, a prompt that fills the row) were left out. `inner_masked` counts tokenized rows
     whose attention_mask hides a token that later ones still see. `tokenizer` is GIVEN where a folder had it, TRAINED
-    where it was trained on the data or changed and lies in the prepared folder, or None where none was needed. `files` are all
-    others there but the sums of their blocks, and `sum` is that of the rest of this. `end_tokens` are those that the
-    rows teach to end on, `eos_token_id` first.
+    where it was trained on the data or changed and lies in the prepared folder, or None where none was needed. `files`
+    are all others there but the sums of their blocks, and `sum` is that of the rest of this. `end_tokens` are those
+    that the rows teach to end on, `eos_token_id` first.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)

@@ -39,8 +39,8 @@ MANY = 0.05
 class Prepared:
     """Rows ready to train on, in `folder`; `reused` when they were there already, `because` why those were not.
 
-    `notes` are lines about the sources that the user should read. `given` is the folder of the tokenizer that the config
-    names: the rows may have been made with a copy of it.
+    `notes` are lines about the sources that the user should read. `given` is the folder of the tokenizer that the
+    config names: the rows may have been made with a copy of it.
     """
 
     folder: Path
