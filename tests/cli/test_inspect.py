@@ -78,6 +78,25 @@ def test_the_command_fits_a_hundred_columns_and_writes_nothing(config):
     assert list(Path().iterdir()) == []  # the current folder
 
 
+def test_the_memory_table_ends_with_the_peak_in_words(config, capsys, monkeypatch):
+    def said(*overrides: str) -> str:
+        inspect(config, overrides, None, None, None, False)
+        return " ".join(capsys.readouterr().out.split())
+
+    line = r"the peak of a rank is about ([\d.]+) MiB, by formula: states [\d.]+ \w+ \+ activations [\d.]+ \w+"
+    (alone,) = re.findall(line, said())
+    (tensors,) = re.findall(line, said("tensor_parallel_size=4"))
+    assert 2.5 < float(alone) / float(tensors) < 4.5
+    assert re.search(r"all 1[\d,]+ 1[\d,]+( [\d.]+ [KM]iB){4}", said()), "the last column too is for people"
+    sharded = said("dp_shard_size=4")
+    assert re.search(r"\+ gathered weights [\d.]+ KiB \+ work in progress", sharded) and "fit" not in sharded
+    offloaded = reported(config, capsys, "dp_shard_size=4", "fsdp_config.offload_params=true")["peak"]
+    assert offloaded["states"] == 0 and offloaded["total"] == sum(offloaded.values()) - offloaded["total"]
+    for gib, told in ((80, "; it fits in this device's 80 GiB"), (1, "; it does not fit in this device's 1 GiB")):
+        monkeypatch.setattr("tessera.core.device.memory_bytes", lambda device, gib=gib: gib * 2**30)
+        assert told in said()
+
+
 def test_json_has_every_parameter_total_block_and_collective(config, capsys):
     report = reported(config, capsys, *layout("2.5d", 8), weight="layers.1.attention.q.weight")
     assert report["ranks"] == 8 and report["mesh"] == {

@@ -15,6 +15,7 @@ from tessera.layout.shape import StepShape
 from tessera.layout.streams import HIDDEN_BY_HEADS
 from tessera.plan.count import counted_step
 from tessera.plan.memory import saved_bytes, state_bytes
+from tessera.plan.peak import peak_bytes
 from tessera.sizes.schedule import Schedule
 
 STEADY = replace(GPT2, embedding_dropout=0.0, attention_dropout=0.0, residual_dropout=0.0)
@@ -159,3 +160,15 @@ def test_the_tracked_peak_of_real_ranks_is_the_counted_one(sizes):
         assert peak == pytest.approx(fake.peak, rel=0.01)
         assert saved == pytest.approx(alone().activations / ranks, rel=0.05)
         assert peak == pytest.approx(peak_by_table(fake.states, ranks), rel=0.05)
+
+
+# ---- The estimate for people
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_the_estimated_peak_is_near_the_counted_one(sizes):
+    model, long = replace(LLAMA, num_layers=6), StepShape(batch=8, sequence=256, micro_batches=2)
+    for shape, compute in ((long, torch.bfloat16), (replace(long, recompute=True), torch.float32)):
+        case = Case(sizes, shape=shape, compute=compute)
+        peak = peak_bytes(model, shape, case.parallel(Mesh(sizes, rank=0)))
+        assert 0.96 < peak.total / counted(model, case).peak < 1.25, str(case)

@@ -6,6 +6,7 @@ Needs config.json of the base model alone: no ranks, data or weights; writes not
 import difflib
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from tessera.inspect.held import (
 )
 from tessera.inspect.picture import Grid, check_picture, draw
 from tessera.inspect.tables import WIDTH, Report, print_report
+from tessera.plan.peak import peak_bytes
 from tessera.sizes.bounds import RANKS_SHOWN, at_most
 from tessera.train.run import fitting_model
 from tessera.train.settings import compute_dtype, parallel_for, step_shape
@@ -86,6 +88,8 @@ def report_on(config: TrainConfig, weight: str | None = None, activation: str | 
         traffic(model, inspection, shape),
         _chosen(inspection.parameters, weight),
         pictured,
+        peak=peak_bytes(model, shape, parallel, offload=config.fsdp_config.offload_params),
+        device_bytes=devices.memory_bytes(devices.local_device()),
     )
 
 
@@ -127,6 +131,7 @@ def json_report(report: Report) -> dict[str, Any]:
             }
             for name, totals in report.totals.items()
         },
+        "peak": asdict(report.peak) | {"total": report.peak.total},
         "matrices_are_one_of": inspection.share,
         "blocks": [_json_grid(grid) for grid in report.grids],
         "collectives": [

@@ -74,6 +74,11 @@ def peak_memory_bytes(device: torch.device) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def memory_bytes(device: torch.device) -> int | None:
+    """The bytes that a GPU has; None for a CPU, whose memory other processes share."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
 def gpus_missing(ranks: int) -> int:
     """How many GPUs this machine is short of one for each of `ranks`; 0 where it has none at all."""
     return max(0, ranks - torch.cuda.device_count()) if torch.cuda.is_available() else 0

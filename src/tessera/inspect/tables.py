@@ -18,6 +18,7 @@ from tessera.core.text import human, human_range, number_range
 from tessera.inspect.held import MOMENTS, Collective, Held, Inspection, Totals, cut_in_words, placements_in_words
 from tessera.inspect.picture import LABELS, Grid, colours, grid_of, mesh_grid, text_picture
 from tessera.layout.shape import StepShape
+from tessera.plan.peak import RESERVED, Peak
 
 WIDTH = 100
 
@@ -33,6 +34,9 @@ class Report:
     traffic: list[Collective]
     weight: Held
     pictured: list[Held]
+    peak: Peak
+    device_bytes: int | None = None
+    """The memory of this machine's device, where it has one that is known."""
 
     @property
     def grids(self) -> list[Grid]:
@@ -65,6 +69,7 @@ def print_report(console: Console, report: Report) -> None:
     _print_table(console, title, parameter_table(inspection))
     _print_table(console, "on each rank", totals_table(report.totals))
     console.print(share_in_words(inspection))
+    console.print(peak_in_words(report.peak, report.device_bytes))
     _print_table(console, "activations of a micro-batch", stream_table(report))
     if mesh.world == 1:
         return
@@ -135,15 +140,13 @@ def layers_joined(parameters: Iterable[Held]) -> list[tuple[str, Held]]:
 
 def totals_table(totals_of: dict[str, Totals]) -> Table:
     """Elements of the model and of a rank (the least and the most); bytes on the rank that holds most."""
-    headings = ("", "elements", "on a rank", "parameters", "gradients", "AdamW", "all, in bytes")
+    headings = ("", "elements", "on a rank", "parameters", "gradients", "AdamW", "all")
     table = _table(*headings, numbers=6)
     for name, totals in totals_of.items():
         most = totals.by_rank.index(max(totals.by_rank))
         sizes = (totals.parameter_bytes, totals.gradient_bytes, totals.optimizer_bytes)
         elements = number_range(totals.by_rank).replace("–", " to\n")
-        table.add_row(
-            name, f"{totals.whole:,}", elements, *(human(size[most]) for size in sizes), f"{totals.bytes[most]:,}"
-        )
+        table.add_row(name, f"{totals.whole:,}", elements, *(human(size[most]) for size in (*sizes, totals.bytes)))
     return table
 
 
@@ -155,6 +158,18 @@ def share_in_words(inspection: Inspection) -> str:
         return f"a rank does not hold {share}: this layout is wrong"
     uneven = ", ".join(name for name, held in layers_joined(inspection.uneven()) if held.is_matrix)
     return f"a rank holds {share}, " + (f"on average: {uneven} do not divide evenly" if uneven else "exactly")
+
+
+def peak_in_words(peak: Peak, device_bytes: int | None) -> str:
+    """The most memory of a rank, of what, and whether a device of so many bytes has as much."""
+    parts = {"states": peak.states, "activations": peak.activations, "gathered weights": peak.gathered}
+    parts["work in progress"] = peak.working
+    told = " + ".join(f"{name} {human(size)}" for name, size in parts.items() if size)
+    line = f"the peak of a rank is about {human(peak.total)}, by formula: {told}"
+    if device_bytes is None:
+        return line
+    fits = peak.total + RESERVED <= device_bytes
+    return f"{line}; {'it fits' if fits else 'it does not fit'} in this device's {human(device_bytes)}"
 
 
 def stream_table(report: Report) -> Table:
