@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
-from tessera.core.axes import DATA_AXES
+from tessera.core.axes import DATA_AXES, SEQUENCE_AXES
 from tessera.core.errors import UserError
 from tessera.core.mesh import Mesh
 from tessera.layout.parallel import Parallel
@@ -30,9 +30,10 @@ def parallel_of(
     schedule = schedule or tensor.as_schedule
     weights_over: tuple[str, ...] = ("depth", "row") if tensor.depth_weights == "shard" else ("row",)
     fsdp = None
-    if mesh.size(DATA_AXES) > 1:
+    if mesh.size((*DATA_AXES, *SEQUENCE_AXES)) > 1:
         loop = schedule.name in LOOPS
-        fsdp, weights_over = ("shard", *(() if loop else weights_over)), weights_over if loop else ()
+        stored = ("shard", *SEQUENCE_AXES)
+        fsdp, weights_over = (*stored, *(() if loop else weights_over)), weights_over if loop else ()
     return Parallel(
         mesh,
         residual_layout(tensor.sequence_parallel, schedule.name),

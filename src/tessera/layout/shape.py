@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from tessera.core.axes import SEQUENCE_AXES
 from tessera.core.mesh import Mesh
 from tessera.layout.streams import HIDDEN, Layout
 
@@ -14,7 +15,8 @@ def padded_length(length: int, batch: int, residual: Layout, mesh: Mesh) -> int:
 
 def length_multiple(batch: int, residual: Layout, mesh: Mesh) -> int:
     """What sequence lengths must be a multiple of, so that the tokens of `batch` sequences divide over both streams."""
-    return math.lcm(*(ranks // math.gcd(ranks, batch) for ranks in map(mesh.size, (residual.tokens, HIDDEN.tokens))))
+    cuts = (mesh.size((*SEQUENCE_AXES, *layout.tokens)) for layout in (residual, HIDDEN))
+    return math.lcm(*(ranks // math.gcd(ranks, batch) for ranks in cuts))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 embedding (+ positions) → dropout → [ norm → attention → dropout → + · norm → MLP → dropout → + ] × L → norm → loss
 """
 
+from collections import Counter
 from dataclasses import replace
 
 import torch
@@ -15,6 +16,7 @@ from tessera.layout.spec import Init, ParameterSpec
 from tessera.layout.streams import Layout, check_chain
 from tessera.models.config import ModelConfig
 from tessera.nn.attention import Attention, AttentionConfig
+from tessera.nn.context.cut import cut
 from tessera.nn.dropout import dropout
 from tessera.nn.embedding import LearnedPositions, VocabParallelEmbedding
 from tessera.nn.initialize import initialize
@@ -146,6 +148,11 @@ class Decoder(nn.Module):
     def initialize(self, seed: int) -> None:
         """Random weights from (seed, parameter name, global index), the same on every mesh."""
         initialize(self, self.parallel.mesh, seed)
+
+    def cut(self, batch: MicroBatch) -> MicroBatch:
+        """This rank's part of a micro-batch of its data rank: where several ranks share sequences, else all of it."""
+        kinds = Counter(map(self.config.kind_of, range(self.config.num_layers)))
+        return cut(batch, self.parallel, [(kind.window, layers) for kind, layers in kinds.items()])
 
     def begin(self, batch: MicroBatch, dropout_key: int | None = None) -> Tokens:
         """The tokens of `batch`, the same on every model rank, for a forward that begins."""

@@ -17,6 +17,7 @@ from tessera.layout.parallel import Parallel
 from tessera.layout.spec import Init
 from tessera.layout.streams import check_chain
 from tessera.nn.attend import attend
+from tessera.nn.context.attention import shared_attention
 from tessera.nn.dropout import keep_mask
 from tessera.nn.linear import ColumnParallelLinear, RowParallelLinear, parallel_linear
 from tessera.nn.mask import Mask
@@ -112,12 +113,21 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
+        if tokens.stream is not None:
+            return self.out(self._shared(q, k, v, tokens).flatten(1))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         mask = Mask(self.config.causal, self.config.window, tokens.documents)
         p, key = self.config.dropout, tokens.dropout
         keep = None if not p or key is None else self._keep(tokens, key)
         out, _ = attend(q, k, v, mask, keep=keep, p=p, eager=self.config.eager)
         return self.out(out.transpose(1, 2).reshape(shape[0] * shape[1], -1))
+
+    def _shared(self, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, tokens: Tokens) -> Tensor:
+        """Attention over sequences that several ranks share, [T, H, D]: this rank's tokens are one row."""
+        if not self.config.causal or (self.config.dropout and tokens.dropout is not None):
+            raise ValueError("ranks share sequences in causal attention without dropout alone")
+        (q,), (k,), (v,) = q_BSHD, k_BSHD, v_BSHD
+        return shared_attention(q, k, v, tokens.route(self.parallel, self.config.window), self.parallel)
 
     def _keep(self, tokens: Tokens, key: int) -> Tensor:
         """The mask [B, H, S, S] of probabilities kept: rows are (document, position), columns (head, position)."""

@@ -1,0 +1,85 @@
+"""Causal attention of a stream that several ranks share: heads for tokens, tiles of the owner, and back.
+
+    q, k, v   [T, heads, D]  of this rank
+      → along ulysses: all tokens of the owner, a part of the heads
+      → along the owners' axes: keys and values in rounds (exchange.py, ring.py), the tiles of each computed meanwhile
+      → along ulysses back
+
+The backward brings keys and values once more; what was saved are the owner's own q, k, v, result and log-sum-exp.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from tessera.core.mesh import Group
+from tessera.layout.parallel import Parallel
+from tessera.nn.context.consume import backward_tiles, forward_tiles
+from tessera.nn.context.exchange import Exchange
+from tessera.nn.context.heads import heads_for_tokens, repeats, tokens_for_heads
+from tessera.nn.context.ring import Ring
+from tessera.nn.context.route import RingRoute, Route
+
+# mypy: disable-error-code="no-untyped-def"
+
+Pass = Callable[[Tensor], Exchange | Ring]
+"""Starts one pass over the key/value tokens, given this owner's own."""
+
+
+class _Shared(torch.autograd.Function):
+    """Attention of the owner's queries to keys and values wherever they are.
+
+    q [T, H, D], k and v as kv [T, 2, kv heads, D] → [T, H, D]; all of this owner.
+    """
+
+    @staticmethod
+    def forward(ctx, q_THD: Tensor, kv_T2HD: Tensor, begin: Pass, scale: float | None, softcap: float | None):
+        rounds = ((*kv.unbind(1), tiles) for kv, tiles in begin(kv_T2HD))
+        out, lse = forward_tiles(q_THD, rounds, scale=scale, softcap=softcap)
+        ctx.save_for_backward(q_THD, kv_T2HD, out, lse)
+        ctx.options = begin, scale, softcap
+        return out
+
+    @staticmethod
+    def backward(ctx, d_out_THD: Tensor):
+        (q, kv_own, out, lse), (begin, scale, softcap) = ctx.saved_tensors, ctx.options
+        dq = torch.zeros_like(q, dtype=lse.dtype)
+        moving = begin(kv_own)
+        for kv, tiles in moving:
+            d_kv = backward_tiles(d_out_THD, q, out, lse, *kv.unbind(1), tiles, dq, scale=scale, softcap=softcap)
+            moving.add(torch.stack(d_kv, 1))
+        return dq.to(q.dtype), moving.home().to(kv_own.dtype), None, None, None
+
+
+def shared_attention(
+    q_THD: Tensor,
+    k_THD: Tensor,
+    v_THD: Tensor,
+    route: Route,
+    parallel: Parallel,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """softmax(z) v over the keys of each query's document before it, z as in `attend`; [T, H, D] of this rank's tokens.
+
+    The query heads divide by the ranks along `ulysses`, and by the kv heads.
+    """
+    mesh = parallel.mesh
+    ulysses, owners = mesh.group(("ulysses",)), mesh.group(parallel.owners)
+    again = repeats(k_THD.shape[1], mesh.sizes["ulysses"])
+    kv_T2HD = torch.stack([k_THD, v_THD], 1)
+    if again > 1:
+        kv_T2HD = kv_T2HD.repeat_interleave(again, 2)
+    q = tokens_for_heads(q_THD, ulysses)
+    kv = tokens_for_heads(kv_T2HD.transpose(1, 2), ulysses).transpose(1, 2)
+    out = _Shared.apply(q, kv, _beginning(route, owners), scale, softcap)
+    return heads_for_tokens(out, ulysses)
+
+
+def _beginning(route: Route, group: Group | None) -> Pass:
+    if isinstance(route, RingRoute):
+        return partial(Ring, route, group)
+    return partial(Exchange, route, group)
