@@ -28,6 +28,8 @@ QUIET = {
     # the layout: any reads any
     "tensor_parallel_*",
     "sequence_parallel",
+    "context_parallel_*",
+    "ulysses_*",
     "dp_*",
     "fsdp*",
     "group_timeout_minutes",

@@ -32,8 +32,8 @@ from tessera.inspect.held import (
 from tessera.inspect.picture import Grid, check_picture, draw
 from tessera.inspect.tables import WIDTH, Report, print_report
 from tessera.sizes.bounds import RANKS_SHOWN, at_most
-from tessera.train.run import fitting_model
-from tessera.train.settings import compute_dtype, parallel_for, step_shape
+from tessera.train.run import model_of
+from tessera.train.settings import compute_dtype, fitting_layout, parallel_for, step_shape
 
 
 def inspect(
@@ -68,7 +68,8 @@ def inspect(
 def report_on(config: TrainConfig, weight: str | None = None, activation: str | None = None) -> Report:
     """What there is to say of `config`. UserError: sizes that do not fit, no such model, weight or activation."""
     at_most("processes", config.world_size, RANKS_SHOWN, "is the number of ranks, each of which is listed")
-    model = fitting_model(config)
+    model = model_of(config)
+    config = fitting_layout(config, model)
     mesh = Mesh(config.mesh_sizes, device="meta", rank=0)
     parallel = parallel_for(config, mesh, compute=compute_dtype(config, devices.local_device()))
     inspection, shape = inspect_model(model, parallel), step_shape(config, parallel)

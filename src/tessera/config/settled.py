@@ -123,10 +123,9 @@ def _take_as_ours(
     key: str, value: object, ours: compat.OurName, prefix: str, kept: dict[str, Any], out: Settled
 ) -> None:
     """Put the value of a key that has another name here where that name's belongs."""
-    meant = value
-    if ours.divisor != 1 and isinstance(value, int | float) and not isinstance(value, bool):
-        meant = value / ours.divisor
-    said = f"is called {prefix + ours.key} here" + (f": {meant:g}" if meant is not value else "")
+    meant = ours.meant(value)
+    named = f": {meant:g}" if isinstance(meant, float) else f": {meant}"
+    said = f"is called {prefix + ours.key} here" + (named if meant is not value else "")
     if not asks_for_nothing(kept.get(ours.key)) and not compat.is_same(kept[ours.key], meant):
         told = f"{said}, and {ours.key}: {shown(kept[ours.key])} is given too"
         out.refuse(prefix + key, value, told, "keep one of the two")

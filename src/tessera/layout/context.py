@@ -11,9 +11,6 @@ The ranks along `owners` own the tokens of a stream, equally many each (nn/conte
 """
 
 from dataclasses import dataclass
-from typing import Literal
-
-Transport = Literal["exchange", "ring"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +22,6 @@ class Context:
     axes that cut attention's tokens own parts of one stream together, for a micro-batch has too few rows for them.
     """
 
-    transport: Transport = "exchange"
+    transport: str = "exchange"
     chunks: int = 1
     joined: bool = False

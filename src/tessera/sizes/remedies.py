@@ -240,14 +240,14 @@ def _models(ask: Ask) -> Iterator[str]:
         changes["vocab_size"] = nearest_on_both_sides(
             ask.dimensions["vocab_size"], lambda n: every_rank_has_a_row(n, col)
         )
-    step = parts if heads_divide(ask.dimensions, col * inner) else parts * inner
+    step = 1 if inner == 1 or heads_divide(ask.dimensions, col * inner) else parts * inner
     batches = multiples_near(ask.batch, step) if ask.batch % step else [ask.batch]
     first = {name: values[0] for name, values in changes.items()}
     if not _fits(replace(ask, dimensions={**ask.dimensions, **first}, batch=batches[0])):
         return  # switches are wrong
     batch = [f"micro_batch_size: {either(batches)}"] if ask.batch % step else []
     yield ", ".join([_model(changes)] * bool(changes) + batch)
-    if batch and not changes and ask.batch % parts == 0:
+    if batch and not changes:
         yield _model(_changes(ask, dict.fromkeys(HEADS, col * inner)))
 
 

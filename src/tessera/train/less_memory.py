@@ -13,7 +13,7 @@ from tessera.core.text import human, table_lines
 from tessera.models.config import ModelConfig
 from tessera.plan.memory import saved_bytes, state_bytes
 from tessera.plan.scratch import scratch_bytes
-from tessera.train.settings import check_layout, parallel_for, step_shape
+from tessera.train.settings import fitting_layout, parallel_for, step_shape
 
 MOST = 3
 """So many keys are named."""
@@ -69,7 +69,7 @@ def less_memory(config: TrainConfig, model: ModelConfig, compute: torch.dtype, *
     for change, meaning in _changes(config, compute, copies):
         other = config.model_copy(update=change)
         try:
-            check_layout(other, model.dimensions)
+            fitting_layout(other, model)
             then = held_bytes(other, model, torch.bfloat16 if change.get("bf16") else compute, copies)
         except (UserError, ValueError, ArithmeticError):  # a size that does not fit
             continue

@@ -1,6 +1,7 @@
 """What a config asks of the rooms below `train`, in their own values: none of them sees the config."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -14,12 +15,49 @@ from tessera.engine.rates import learning_rates, options_of
 from tessera.layout import resolve
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import Fsdp, StepShape, padded_length
+from tessera.layout.streams import HIDDEN_BY_HEADS, attention_layout
+from tessera.models.config import ModelConfig
+from tessera.sizes.context import fitted, query_heads
+from tessera.sizes.numbers import nearest
 from tessera.sizes.schedule import Schedule
 
 
-def check_layout(config: TrainConfig, dimensions: Mapping[str, int]) -> None:
-    """Raise UserError, with the nearest sizes that fit, when the config's layout does not fit a model or FSDP2."""
-    resolve.check_layout(config.tensor_parallel, config.data_sizes, dimensions, config.micro_batch_size)
+def fitting_layout(config: TrainConfig, model: ModelConfig, inside: int | None = None) -> TrainConfig:
+    """The config with ulysses_size filled in, once the layout is seen to fit `model` and FSDP2.
+
+    `inside`: the ranks of a machine, where it is known; ulysses stays in one. Raises UserError, with the nearest sizes
+    that fit.
+    """
+    tensor, batch = config.tensor_parallel, config.micro_batch_size
+    context = config.context_parallel
+    sizes = config.data_sizes | context.sizes
+    resolve.check_layout(tensor, sizes, model.dimensions, batch)
+    axes = tensor.axes
+    joined = resolve.joins_rows(axes, batch)
+    if context.size > 1 or joined:
+        _check_shared_sequences(config, model, joined)
+    heads = query_heads(model.num_heads, axes, attention_layout(axes, batch) == HIDDEN_BY_HEADS)
+    room = None if inside is None else max(1, inside // math.prod(axes.values()))
+    fitting = fitted(context, heads, room)
+    return config.model_copy(update={"ulysses_size": fitting.ulysses}) if context.size > 1 else config
+
+
+def _check_shared_sequences(config: TrainConfig, model: ModelConfig, joined: bool) -> None:
+    """Raise UserError where the model's attention does not go where several ranks share a sequence."""
+    key, value, why = "context_parallel_size", config.context_parallel_size, "shares each sequence between ranks"
+    if joined and config.context_parallel_size == 1:
+        axes = config.axes
+        parts = axes["depth"] * axes["row"]
+        key, value = "micro_batch_size", config.micro_batch_size
+        why = f"does not divide over depth × row = {parts}, so that ranks share sequences"
+    remedy = "1" if key == "context_parallel_size" else nearest(value, parts)
+    if model.attention_dropout:
+        reason = f"{why}, and the model drops attention probabilities ({model.attention_dropout:g})"
+        hint = f"set attn_pdrop or attention_dropout to 0 in config.json, or {key}: {remedy}"
+        raise UserError(key, value, reason, hint)
+    if config.eager:
+        reason = f"{why}, which the step-by-step kernel of attn_implementation: eager does not do"
+        raise UserError(key, value, reason, f"attn_implementation: sdpa, or {key}: {remedy}")
 
 
 def parallel_for(
@@ -34,7 +72,8 @@ def parallel_for(
     Parameters are held in `dtype`, unless given as the config says.
     """
     dtype = dtype or (torch.bfloat16 if config.full_bf16 else torch.float32)
-    return resolve.parallel_of(config.tensor_parallel, mesh, config.micro_batch_size, schedule, dtype, compute)
+    tensor, context = config.tensor_parallel, config.context_parallel
+    return resolve.parallel_of(tensor, mesh, config.micro_batch_size, schedule, dtype, compute, context=context)
 
 
 def fsdp_of(config: TrainConfig) -> Fsdp:

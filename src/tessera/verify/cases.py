@@ -16,7 +16,7 @@ from tessera.sizes.geometries import GEOMETRIES, geometry_axes
 from tessera.sizes.numbers import divisors_of
 from tessera.sizes.rules import IN_ONE_PIECE, config_key
 from tessera.sizes.schedule import Schedule
-from tessera.train.settings import check_layout
+from tessera.train.settings import fitting_layout
 from tessera.verify.problem import LENGTH, Problem, small_batch, small_model
 
 
@@ -50,8 +50,7 @@ def cases_of(config: TrainConfig, model: ModelConfig, full: bool) -> list[Case]:
 
     Raises UserError when the sizes do not fit.
     """
-    check_layout(config, model.dimensions)
-    ways = [config]
+    ways = [config := fitting_layout(config, model)]
     if config.tensor_parallel_schedule == "auto":
         changed = [
             config.model_copy(update={"tensor_parallel_schedule": name, "tensor_parallel_slices": slices})
@@ -110,7 +109,7 @@ def _cuts_heads(config: TrainConfig) -> bool:
 def _misfit(config: TrainConfig, model: ModelConfig) -> str:
     """Why `model` does not fit this layout; empty when it does."""
     try:
-        check_layout(config, model.dimensions)
+        fitting_layout(config, model)
     except UserError as error:
         return error.reason
     return ""

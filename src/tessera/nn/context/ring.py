@@ -11,7 +11,7 @@ dtype, for each owner on the way adds to them.
 
 from collections.abc import Callable, Iterator
 
-import torch
+
 from torch import Tensor
 
 from tessera.core.collectives import Pending, start_exchange
@@ -34,12 +34,12 @@ class Ring:
 
     def __iter__(self) -> Iterator[Arrival]:
         block, tiles = self.kv, self.route.own.tiles
-        for self._distance in range(len(self.route.hops) + 1):
-            last = self._distance == len(self.route.hops)
+        for distance in range(len(self.route.hops) + 1):
+            self._distance, last = distance, distance == len(self.route.hops)
             arriving = None if last else self._pass_on(block)
             yield block, tiles
             if arriving is not None:
-                block, tiles = arriving(), self.route.hops[self._distance].round.tiles
+                block, tiles = arriving(), self.route.hops[distance].round.tiles
         for pending in self._sent:
             pending.wait()
 
