@@ -36,7 +36,7 @@ class _Shared(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q_THD: Tensor, kv_T2HD: Tensor, begin: Pass, scale: float | None, softcap: float | None):
-        rounds = ((*kv.unbind(1), tiles) for kv, tiles in begin(kv_T2HD))
+        rounds = ((kv[:, 0], kv[:, 1], tiles) for kv, tiles in begin(kv_T2HD))
         out, lse = forward_tiles(q_THD, rounds, scale=scale, softcap=softcap)
         ctx.save_for_backward(q_THD, kv_T2HD, out, lse)
         ctx.options = begin, scale, softcap
@@ -48,8 +48,8 @@ class _Shared(torch.autograd.Function):
         dq = torch.zeros_like(q, dtype=lse.dtype)
         moving = begin(kv_own)
         for kv, tiles in moving:
-            d_kv = backward_tiles(d_out_THD, q, out, lse, *kv.unbind(1), tiles, dq, scale=scale, softcap=softcap)
-            moving.add(torch.stack(d_kv, 1))
+            block = kv[:, 0], kv[:, 1], tiles
+            moving.add(torch.stack(backward_tiles(d_out_THD, q, out, lse, dq, block, scale=scale, softcap=softcap), 1))
         return dq.to(q.dtype), moving.home().to(kv_own.dtype), None, None, None
 
 

@@ -11,7 +11,6 @@ dtype, for each owner on the way adds to them.
 
 from collections.abc import Callable, Iterator
 
-
 from torch import Tensor
 
 from tessera.core.collectives import Pending, start_exchange
