@@ -460,7 +460,7 @@ REFUSED = {
     "lisa_n_layers: 4\nlisa_step_interval: 20\nlisa_layers_attribute: model.layers": "remove it",
     "use_eaft: true\neaft_alpha: 1.0\neaft_k: 20": "remove it",
     "tiled_mlp: true": "remove it",
-    "context_parallel_size: 8": "remove it",
+    "pipeline_parallel_size: 8": "remove it",
     "activation_offloading: legacy": "gradient_checkpointing: true",
     "loss_watchdog_threshold: 5.0\nloss_watchdog_patience: 3": "nonfinite_step",
 }
