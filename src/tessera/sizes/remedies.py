@@ -172,7 +172,9 @@ def _fitting_meshes(ask: Ask) -> list[Axes]:
         return []
     asked = math.prod((ask.tensor.mesh or {"size": ask.tensor.size or 1}).values()) ** (1 / len(own))
     depths = {1, ask.tensor.depth or 2, (ask.tensor.mesh or {}).get("depth", 1), *divisors_of(ask.batch)}
-    every = {"depth": sorted(depths)} | {axis: divisors_of(size) for axis, size in whole.items()}  # depth divides nothing
+    every = {"depth": sorted(depths)} | {
+        axis: divisors_of(size) for axis, size in whole.items()
+    }  # depth divides nothing
     of_each = [every[axis] if axis in own else [1] for axis in MODEL_AXES]
     while math.prod(map(len, of_each)) > _MESHES:
         longest = max(of_each, key=len)
