@@ -78,7 +78,7 @@ def batch_of(input_ids: Tensor, targets: Tensor, first_document: int = 0) -> Mic
 
 
 def batches(config: ModelConfig, count: int, seed: int = 3, size: int = 4, length: int = 12) -> list[MicroBatch]:
-    """Random token ids; a quarter of the targets ignored, among them the whole last of several sequences of each micro-batch."""
+    """Random token ids; a quarter of the targets ignored, among them the last sequence, if there are others."""
     generator = torch.Generator().manual_seed(seed)
     made = []
     for place in range(count):

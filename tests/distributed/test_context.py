@@ -1,4 +1,4 @@
-"""Models whose sequences lie over ranks compute what one process computes, in every geometry; no document sees another."""
+"""Models whose sequences lie over ranks compute what one process computes; no document sees another."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,4 +1,4 @@
-"""Runs on every rank of a pool: attention that ranks share, against dense attention document by document, in float64."""
+"""Runs on every rank of a pool: attention that ranks share, against dense attention of each document, in float64."""
 
 import math
 import random
