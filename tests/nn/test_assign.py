@@ -154,9 +154,10 @@ def test_tokens_that_do_not_divide_are_refused(bounds, owners):
         assign(bounds, owners)
 
 
-def test_a_window_without_tokens_is_refused():
-    with pytest.raises(ValueError, match="a window has at least one token, not 0"):
-        assign((0, 8), 2, [(None, 1), (0, 1)])
+@pytest.mark.parametrize("windows", [[], [(None, 1), (0, 1)], [(7, 0)]])
+def test_windows_without_tokens_or_layers_are_refused(windows):
+    with pytest.raises(ValueError, match="windows are pairs"):
+        assign((0, 8), 2, windows)
 
 
 PLAN = """
