@@ -19,10 +19,10 @@ from itertools import accumulate, pairwise
 Chunk = tuple[int, int]  # the tokens first … end - 1 of a packed stream
 Windows = Sequence[tuple[int | None, int]]  # (window, or None for all earlier tokens; the layers that have it)
 
-BLOCKS_EACH, BLOCKS = 8, 1024  # blocks of an owner; of all owners, beyond which each has fewer, but at least two
+BLOCKS_EACH, BLOCKS = 8, 1024  # blocks of an owner; the most of all owners, but at least two each
 TRIES_EACH = 100  # swaps tried for each block of the stream; streams with long documents take some 40
 LIMITS = (105, 101)  # percent of the mean work that cost an owner nothing: loose first, so that blocks can move
-TRAFFIC_WEIGHT = 3, 10  # an all-gather's traffic counts as much as work that is 3/10 of the mean above it
+TRAFFIC_WEIGHT = 2, 10  # what an all-gather moves counts as much as work that is 2/10 of the mean above it
 
 
 def assign(bounds: Sequence[int], owners: int, windows: Windows = ((None, 1),)) -> tuple[tuple[Chunk, ...], ...]:
@@ -41,10 +41,10 @@ def assign(bounds: Sequence[int], owners: int, windows: Windows = ((None, 1),)) 
         raise ValueError(
             f"windows are pairs of a window, at least 1 or None, and its layers, at least 1: not {windows}"
         )
-    each = min(tokens // owners, max(2, min(BLOCKS_EACH, BLOCKS // owners)))
-    edges = [-(-k * tokens // (owners * each)) for k in range(owners * each + 1)]
     if owners == 1:
         return (((0, tokens),),)
+    edges = _edges(bounds, owners, windows)
+    each = (len(edges) - 1) // owners
     if len(bounds) == 2 and all(window is None or window >= tokens for window, _ in windows):
         return _chunks(_zigzag(owners, each), owners, edges)
     blocks = _Blocks(bounds, owners, windows, edges)
@@ -81,6 +81,19 @@ class _Area:
     def __call__(self, token: int) -> int:
         document = bisect_right(self.bounds, token) - 1
         return self.whole[document] + self.of_first(token - self.bounds[document])
+
+
+def _edges(bounds: Sequence[int], owners: int, windows: Windows) -> list[int]:
+    """Where the blocks of a stream begin, and its end; more blocks where an owner of the heaviest has too much work."""
+    tokens, before = bounds[-1], _Area(bounds, windows)
+    each = min(tokens // owners, max(2, min(BLOCKS_EACH, BLOCKS // owners)))
+    while True:
+        edges = [-(-k * tokens // (owners * each)) for k in range(owners * each + 1)]
+        loads = sorted(end - first for first, end in pairwise(map(before, edges)))
+        least = loads[-1] + sum(loads[: each - 1])  # of the owner of the heaviest, whatever else it gets
+        if 100 * owners * least <= LIMITS[-1] * sum(loads) or 2 * each * owners > min(tokens, BLOCKS):
+            return edges
+        each *= 2
 
 
 class _Blocks:
