@@ -112,8 +112,8 @@ class _Blocks:
         for k, first in enumerate(edges[:-1]):
             document = bounds[bisect_right(bounds, first) - 1]
             inside = bisect_left(edges, document)  # the blocks before this one end before the document begins
-            gaps = [first - document] * inside + [first - end for end in edges[inside : k + 1]]
-            self.received.append(_seen(gaps, windows))
+            longest, *others = _seen([first - document, *(first - end for end in edges[inside : k + 1])], windows)
+            self.received.append([longest] * inside + others)
         self.received.append([0] * len(edges))
         layers = sum(count for _, count in windows)
         weight, of = TRAFFIC_WEIGHT
@@ -184,10 +184,10 @@ class _Swaps:
         """Give owners the neighbours of their blocks; the number of swaps."""
         begun, owner, changed = self.done, self.owner, self.changed
         for block, other in self.neighbours:
-            last = max(changed[owner[block]], changed[owner[other]])
-            if self.failed.get((block, other), -1) < last and not any(
-                self.swap(x, other) for x in self.fitting(block, other)
-            ):
+            p, q = owner[block], owner[other]
+            if p == q or self.failed.get((block, other), -1) >= max(changed[p], changed[q]):
+                continue
+            if not any(self.swap(x, other) for x in self.fitting(block, other)):
                 self.failed[block, other] = self.done
         return self.done - begun
 
