@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 
-from tessera.nn.context.assign import _Blocks, _chunks, _edges, _Swaps, _zigzag, assign, work
+from tessera.nn.context.assign import _Area, _Blocks, _chunks, _edges, _Swaps, _zigzag, assign, work
 from tessera.nn.context.reads import reads
 
 WINDOWS = (None, 1, 7, 1000)
@@ -115,8 +115,9 @@ def test_swaps_keep_count_of_work_and_traffic(seed):
     bounds, owners, windows = random_case(Random(seed))
     owners += 1
     bounds = [owners * bound for bound in bounds]
-    edges = _edges(bounds, owners, windows)
-    blocks = _Blocks(bounds, owners, windows, edges)
+    before = _Area(bounds, windows)
+    edges = _edges(before, owners)
+    blocks = _Blocks(before, owners, edges)
     swaps = _Swaps(blocks, _zigzag(owners, blocks.each), 101 * sum(blocks.work) // (100 * owners))
     swaps.relieve()
     swaps.join()

@@ -43,11 +43,12 @@ def assign(bounds: Sequence[int], owners: int, windows: Windows = ((None, 1),)) 
         )
     if owners == 1:
         return (((0, tokens),),)
-    edges = _edges(bounds, owners, windows)
+    before = _Area(bounds, windows)
+    edges = _edges(before, owners)
     each = (len(edges) - 1) // owners
     if len(bounds) == 2 and all(window is None or window >= tokens for window, _ in windows):
         return _chunks(_zigzag(owners, each), owners, edges)
-    blocks = _Blocks(bounds, owners, windows, edges)
+    blocks = _Blocks(before, owners, edges)
     plans = [_in_order(owners, each), _zigzag(owners, each)]
     plans += [_swapped(blocks, plan) for plan in plans]
     return _chunks(min(plans, key=blocks.cost), owners, edges)
@@ -83,9 +84,9 @@ class _Area:
         return self.whole[document] + self.of_first(token - self.bounds[document])
 
 
-def _edges(bounds: Sequence[int], owners: int, windows: Windows) -> list[int]:
+def _edges(before: _Area, owners: int) -> list[int]:
     """Where the blocks of a stream begin, and its end; more blocks where an owner of the heaviest has too much work."""
-    tokens, before = bounds[-1], _Area(bounds, windows)
+    tokens = before.bounds[-1]
     each = min(tokens // owners, max(2, min(BLOCKS_EACH, BLOCKS // owners)))
     while True:
         edges = [-(-k * tokens // (owners * each)) for k in range(owners * each + 1)]
@@ -104,10 +105,11 @@ class _Blocks:
     `len(work)` stands for the end of the stream and receives nothing.
     """
 
-    def __init__(self, bounds: Sequence[int], owners: int, windows: Windows, edges: list[int]) -> None:
+    def __init__(self, before: _Area, owners: int, edges: list[int]) -> None:
+        bounds, windows = before.bounds, before.windows
         self.owners, self.each = owners, (len(edges) - 1) // owners
         self.tokens = [end - first for first, end in pairwise(edges)]
-        self.work = [end - first for first, end in pairwise(map(_Area(bounds, windows), edges))]
+        self.work = [end - first for first, end in pairwise(map(before, edges))]
         self.received = []
         for k, first in enumerate(edges[:-1]):
             document = bounds[bisect_right(bounds, first) - 1]
