@@ -1,17 +1,11 @@
 """Tiles against the mask that they stand for, pair by pair: what each shows, and that all together show it once."""
 
 import random
-from itertools import pairwise
 
 import pytest
 
+from nn.tile_cases import drawn, sees, tokens
 from tessera.nn.context.tiles import Tile, area, blocks, tiles, visible
-
-
-def sees(bounds, window, query, key):
-    """Whether a query of the stream sees a key, said once more."""
-    same = not any(query < bound <= key or key < bound <= query for bound in bounds)
-    return same and key <= query and (window is None or query - key < window)
 
 
 def shown(tile):
@@ -23,10 +17,6 @@ def shown(tile):
         for pair, far in behind.items()
         if not (tile.causal and far < 0) and (tile.window is None or far < tile.window)
     }
-
-
-def tokens(chunks):
-    return [token for first, end in chunks for token in range(first, end)]
 
 
 def check(queries, keys, bounds, window=None):
@@ -53,14 +43,6 @@ def check(queries, keys, bounds, window=None):
     causal = [tile.causal for tile in found]
     assert causal == sorted(causal, reverse=True), "triangles come first"
     return found
-
-
-def drawn(rng, length, cuts):
-    """A stream of so many tokens in chunks, in a random order."""
-    inside = sorted(rng.sample(range(1, length), min(rng.randint(0, cuts), length - 1)))
-    chunks = list(pairwise([0, *inside, length]))
-    rng.shuffle(chunks)
-    return chunks
 
 
 @pytest.mark.parametrize("window", [None, 1, 2, 7, 100])
