@@ -20,8 +20,7 @@ TOLERANCE = 1e-12
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_tiles_equal_the_formula(heads, window, softcap, monkeypatch):
     """Queries on two sides, keys in three blocks that cut anywhere; a soft cap in small blocks."""
-    monkeypatch.setattr(blockwise, "QUERIES", 5)
-    monkeypatch.setattr(blockwise, "KEYS", 3)
+    monkeypatch.setattr(blockwise, "block_size", lambda _: (5, 3))
     rng = random.Random(heads[1])
     queries, keys = drawn(rng, BOUNDS[-1], 6), drawn(rng, BOUNDS[-1], 9)
     sides, blocks = (queries[:2], queries[2:]), (keys[:1], keys[1:3], keys[3:])
@@ -38,8 +37,8 @@ def test_tiles_equal_the_formula(heads, window, softcap, monkeypatch):
 @pytest.mark.parametrize("seed", range(150))
 def test_drawn_streams_equal_the_formula(seed, monkeypatch):
     rng = random.Random(seed)
-    monkeypatch.setattr(blockwise, "QUERIES", rng.randint(1, 40))
-    monkeypatch.setattr(blockwise, "KEYS", rng.randint(1, 40))
+    size = rng.randint(1, 40), rng.randint(1, 40)
+    monkeypatch.setattr(blockwise, "block_size", lambda _: size)
     length, heads = rng.randint(1, 130), rng.choice(HEADS)
     bounds = sorted({0, length, *(rng.randrange(length) for _ in range(rng.randint(0, 6)))})
     window, softcap = rng.choice([None, 1, 2, 7, 30, 200]), rng.choice([None, 0.8])
