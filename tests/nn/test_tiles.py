@@ -33,8 +33,9 @@ def check(queries, keys, bounds, window=None):
             assert tile.behind == 0 and tile.window is None and tile.q1 - tile.q0 == tile.k1 - tile.k0
             assert held_queries[tile.q0 : tile.q1] == held_keys[tile.k0 : tile.k1]
         if tile.window is not None:  # a triangle upside down
-            assert (tile.q1 - tile.q0 - 1, tile.k1 - tile.k0 - 1) in seen
-            assert len([i for i, _ in seen if i == tile.q1 - tile.q0 - 1]) == 1
+            side = range(tile.q1 - tile.q0)
+            assert len(side) > 1 and seen == {(i, j) for i in side for j in side if i <= j}
+            assert tile.k1 - tile.k0 == len(side)
         if window is not None and (tile.causal or tile.window is not None):
             assert max(tile.q1 - tile.q0, tile.k1 - tile.k0) <= window
         pairs += [(held_queries[tile.q0 + i], held_keys[tile.k0 + j]) for i, j in seen]
@@ -82,8 +83,13 @@ def test_what_a_window_hides_is_no_tile_and_what_it_shows_whole_is_a_rectangle()
     assert check([(10, 12)], [(5, 10)], [0, 12], 20) == [Tile(0, 2, 0, 5, False, 5, None)]
     # keys 0 … 3 are too far behind query 10, key 4 behind query 11
     assert check([(10, 12)], [(0, 10)], [0, 12], 7) == [
-        Tile(0, 2, 5, 10, False, 5, None),
         Tile(0, 1, 4, 5, False, 6, None),
+        Tile(0, 2, 5, 10, False, 5, None),
+    ]
+    # queries 10 and 11 see keys 5 and 6, query 12 sees key 6
+    assert check([(10, 20)], [(5, 7)], [0, 20], 7) == [
+        Tile(0, 1, 0, 2, False, 5, None),
+        Tile(1, 3, 0, 2, False, 6, 7),
     ]
 
 

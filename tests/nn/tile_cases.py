@@ -91,7 +91,6 @@ TILES = {
     "rectangle": Tile(0, 9, 0, 14, False, 20, None),
     "triangle": Tile(0, 9, 0, 9, True, 0, None),
     "band": Tile(0, 9, 0, 9, False, 10, 11),
-    "band with a whole part": Tile(0, 9, 0, 5, False, 10, 15),
     "one query": Tile(0, 1, 0, 6, False, 6, None),
 }
 
