@@ -7,6 +7,7 @@ from tessera.nn.kernels.each_document import each_document
 from tessera.nn.kernels.explicit import explicit
 from tessera.nn.kernels.flash_cpu import flash_cpu
 from tessera.nn.kernels.fused import fused
+from tessera.nn.kernels.tiled import tiled
 from tessera.nn.kernels.varlen import takes_varlen, varlen
 from tessera.nn.mask import Mask
 
@@ -31,20 +32,26 @@ def attend(
     with probability `p`. The log-sum-exp [B, H, S] is in promote_types(dtype, float32), without dropout, and has no
     gradient. `eager` takes the kernel that goes step by step.
 
-    Scores of S × S exist with `eager`, where a window is shorter than the row, with a soft cap or dropped
-    probabilities, and where a GPU is asked for the log-sum-exp of float32; in all other cases of no more than a tile.
+    Scores of S × S exist with `eager` and dropped probabilities; where queries see keys after themselves, also with a
+    window shorter than the row, a soft cap, or on a GPU a log-sum-exp in float32. In all other cases a block of them.
     """
-    banded, documents = mask.window is not None and mask.window < k_BHSD.shape[2], mask.documents
-    if eager or banded or softcap is not None or keep is not None:
-        return explicit(q_BHSD, k_BHSD, v_BHSD, mask, scale, softcap, keep, p, with_lse)
-    if documents is not None and (q_BHSD.is_cpu or takes_varlen(q_BHSD)):
-        kernel = documents_cpu if q_BHSD.is_cpu else varlen
-        out, lse = kernel(q_BHSD, k_BHSD, v_BHSD, documents, causal=mask.causal, scale=scale)
-        return out, lse if with_lse else None
-    if with_lse:
-        if q_BHSD.is_cpu:
-            return flash_cpu(q_BHSD, k_BHSD, v_BHSD, causal=mask.causal, scale=scale)
-        return explicit(q_BHSD, k_BHSD, v_BHSD, mask, scale, softcap, keep, p, with_lse)
-    if documents is not None:
-        return each_document(q_BHSD, k_BHSD, v_BHSD, documents, causal=mask.causal, scale=scale), None
-    return fused(q_BHSD, k_BHSD, v_BHSD, causal=mask.causal, scale=scale), None
+    tensors, documents = (q_BHSD, k_BHSD, v_BHSD), mask.documents
+    window = mask.window if mask.window is not None and mask.window < k_BHSD.shape[2] else None
+    limited = window is not None or softcap is not None
+    if eager or keep is not None or (limited and not mask.causal):
+        return explicit(*tensors, mask, scale, softcap, keep, p, with_lse)
+    if softcap is None and takes_varlen(q_BHSD) and (documents is not None or window is not None or with_lse):
+        out, lse = varlen(*tensors, documents, causal=mask.causal, scale=scale, window=window)
+    elif limited or (with_lse and mask.causal and not q_BHSD.is_cpu):
+        out, lse = tiled(*tensors, documents, window=window, scale=scale, softcap=softcap)
+    elif documents is not None and q_BHSD.is_cpu:
+        out, lse = documents_cpu(*tensors, documents, causal=mask.causal, scale=scale)
+    elif with_lse and q_BHSD.is_cpu:
+        out, lse = flash_cpu(*tensors, causal=mask.causal, scale=scale)
+    elif with_lse:
+        return explicit(*tensors, mask, scale, softcap, keep, p, with_lse)
+    elif documents is not None:
+        return each_document(*tensors, documents, causal=mask.causal, scale=scale), None
+    else:
+        return fused(*tensors, causal=mask.causal, scale=scale), None
+    return out, lse if with_lse else None
