@@ -1,9 +1,10 @@
 """Steps of long rows, cut in every way: `python benchmarks/sequences.py --lengths 4096 16384`.
 
-A small Llama trains on one row of each length, whole on one rank, and shared by ranks in every way that there is. All ranks of
-all ways start first; then each way takes a step in turn, round after round, and the best wall counts, for noise only ever adds.
-CPU seconds are of the slowest rank, waiting not among them; bytes are what a rank is handed by collectives in a step; the peak
-is of live tensors, counted in a step of its own. `--documents 2048` packs documents of that mean length (exponential) into the row.
+A small Llama trains on one row of each length, whole on one rank, and shared by ranks in every way that there is. All
+ranks of all ways start first; then each way takes a step in turn, round after round, and the best wall counts, for
+noise only ever adds. CPU seconds are of the slowest rank, waiting not among them; bytes are what a rank is handed by
+collectives in a step; the peak is of live tensors, counted in a step of its own. `--documents 2048` packs documents of
+that mean length (exponential) into the row.
 """
 
 import argparse
@@ -190,7 +191,9 @@ def draw(found: list[tuple[int, Way, float, float, int, int]], path: str) -> Non
 
     figure, panes = pyplot.subplots(1, 3, figsize=(12, 3.6))
     titles = ("tokens a second", "peak MiB of a rank", "MiB received a rank")
-    for pane, title, value in zip(panes, titles, (lambda f: f[0] / f[2], lambda f: f[5] / 2**20, lambda f: f[4] / 2**20), strict=True):
+    for pane, title, value in zip(
+        panes, titles, (lambda f: f[0] / f[2], lambda f: f[5] / 2**20, lambda f: f[4] / 2**20), strict=True
+    ):
         for name in dict.fromkeys(f[1].name for f in found):
             rows = [f for f in found if f[1].name == name]
             pane.plot([f[0] for f in rows], [value(f) for f in rows], marker="o", label=name)
@@ -210,14 +213,23 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], help="names of ways")
     parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--plot", default="")
-    for name, value in (("layers", 2), ("hidden", 256), ("heads", 8), ("kv-heads", 2), ("ffn", 704), ("vocabulary", 2048)):
+    for name, value in (
+        ("layers", 2),
+        ("hidden", 256),
+        ("heads", 8),
+        ("kv-heads", 2),
+        ("ffn", 704),
+        ("vocabulary", 2048),
+    ):
         parser.add_argument(f"--{name}", type=int, default=value)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(KeyboardInterrupt):
         found = table(arguments, Path(folder))
     sizes = f"{arguments.layers} layers, hidden {arguments.hidden}, {arguments.heads} heads ({arguments.kv_heads} kv)"
     print(f"{sizes}, ffn {arguments.ffn}, vocabulary {arguments.vocabulary}; best of {arguments.rounds} rounds\n")
-    print("| tokens of a row | way | ranks | wall s | of one rank | tokens/s | CPU s of the slowest rank | peak MiB | MiB received |")
+    print(
+        "| tokens of a row | way | ranks | wall s | of one rank | tokens/s | CPU s of the slowest rank | peak MiB | MiB received |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     alone = {length: wall for length, way, wall, *_ in found if way.ranks == 1}
     for length, way, wall, cpu, received, peak in found:

@@ -4,6 +4,9 @@ from typing import Any
 
 import pytest
 
+from tessera.config.load import make_config
+from tessera.core.errors import UserError
+from tessera.train.run import resolve
 from train.runs import THREE_STEPS, Workshop, run
 from train.test_packing import PACKED
 from train.test_parity import check
@@ -87,3 +90,23 @@ def test_the_held_out_loss_does_not_depend_on_the_layout(workshop: Workshop, tmp
         settings = workshop.settings("llama 64", tmp_path / f"{place}", **ROWS | own | keys)
         losses.append(run(settings)[-1]["eval_loss"])
     assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-6)
+
+
+def refusal(workshop: Workshop, model: str, keys: dict[str, Any]) -> UserError:
+    """Why a run of the model is refused before anything starts."""
+    config = make_config(workshop.settings(model, workshop.rows.parent / "never", **ROWS | keys))[0]
+    with pytest.raises(UserError) as error:
+        resolve(config)
+    assert not (workshop.rows.parent / "never").exists()
+    return error.value
+
+
+def test_what_attention_across_ranks_cannot_do_is_refused_before_a_process_starts(workshop: Workshop):
+    dropped = refusal(workshop, "gpt2 64 dropout", WAYS["ring 2"])
+    assert dropped.key == "context_parallel_size" and "attn_pdrop" in dropped.hint
+    shared = refusal(workshop, "gpt2 64 dropout", TWO | ONE_ROW)
+    assert shared.key == "micro_batch_size" and "micro_batch_size: 2" in shared.hint
+    assert refusal(workshop, "llama 64", WAYS["ring 2"] | {"attn_implementation": "eager"}).hint.startswith("attn_impl")
+    assert refusal(workshop, "llama 96", WAYS["ring 2"] | {"ulysses_size": 4}).key == "ulysses_size"
+    positions = refusal(workshop, "gpt2 64", WAYS["ring 2"] | {"sequence_len": 64})
+    assert (positions.key, positions.hint) == ("sequence_len", "at most 32")
