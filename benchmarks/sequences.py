@@ -227,9 +227,7 @@ def main() -> None:
         found = table(arguments, Path(folder))
     sizes = f"{arguments.layers} layers, hidden {arguments.hidden}, {arguments.heads} heads ({arguments.kv_heads} kv)"
     print(f"{sizes}, ffn {arguments.ffn}, vocabulary {arguments.vocabulary}; best of {arguments.rounds} rounds\n")
-    print(
-        "| tokens of a row | way | ranks | wall s | of one rank | tokens/s | CPU s of the slowest rank | peak MiB | MiB received |"
-    )
+    print("| tokens | way | ranks | wall s | of one rank | tokens/s | CPU s, slowest rank | peak MiB | MiB received |")
     print("|---|---|---|---|---|---|---|---|---|")
     alone = {length: wall for length, way, wall, *_ in found if way.ranks == 1}
     for length, way, wall, cpu, received, peak in found:
