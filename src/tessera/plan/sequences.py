@@ -38,9 +38,7 @@ class AttentionMove(NamedTuple):
     received: int
 
 
-def attention_moves(
-    attention: Attention, stream: Stream, tokens: int, parallel: Parallel
-) -> Iterator[AttentionMove]:
+def attention_moves(attention: Attention, stream: Stream, tokens: int, parallel: Parallel) -> Iterator[AttentionMove]:
     """All that attention over `stream` moves on a rank that has `tokens` of it."""
     mesh, element = parallel.mesh, parallel.compute.itemsize
     ranks, head = mesh.sizes["ulysses"], tokens * attention.head_dim * element
@@ -55,10 +53,10 @@ def attention_moves(
     if not owners:
         return
     route = route_of(stream, parallel, attention.window)
-    moves = _along_ring if isinstance(route, RingRoute) else _exchanged
+    moves = _along_ring(route) if isinstance(route, RingRoute) else _exchanged(route)
     features = 2 * (heads // ranks) * attention.head_dim
     wide = torch.promote_types(parallel.compute, torch.float32).itemsize
-    for phase, what, kind, calls, received in moves(route):
+    for phase, what, kind, calls, received in moves:
         itemsize = wide if what == "dk·dv" and isinstance(route, RingRoute) else element
         if calls:
             yield AttentionMove(phase, what, kind, owners, calls, received * features * itemsize)

@@ -29,6 +29,7 @@ from math import prod
 import torch
 
 from tessera.core.axes import AXES
+from tessera.core.mesh import Mesh
 from tessera.engine.gradients import LARGE
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape
@@ -274,12 +275,13 @@ class _Step:
         assert parallel.fsdp is not None
         ranks = self.mesh.size(parallel.fsdp)
         copies = tuple(axis for axis in parallel.served if axis not in parallel.fsdp)
-        shards = [(sum(map(self.padded, unit)), times) for unit, times in self.anatomy.units(parallel)]
-        units = [(LAYERS, shard, times) for shard, times in shards[:-1]] + [(OUTSIDE, *shards[-1])]
+        units = self.anatomy.units(parallel)
+        shards = [(sum(padded_shard(each, self.mesh) for each in unit), times) for unit, times in units]
+        sites = [(LAYERS, shard, times) for shard, times in shards[:-1]] + [(OUTSIDE, *shards[-1])]
         if not shape.by_layer:
-            units = [(OUTSIDE, sum(shard * times for shard, times in shards), 1)]
+            sites = [(OUTSIDE, sum(shard * times for shard, times in shards), 1)]
         forwards = shape.micro_batches if shape.reshard else 1
-        for site, shard, times in units:
+        for site, shard, times in sites:
             again = forwards * times if shape.reshard and site == LAYERS else 0
             weights, sums = shard * ranks * self.element, shard * ranks * self.stored
             self.one(site, "forward", "W", parallel.fsdp, forwards * times, "all_gather", weights)
@@ -287,10 +289,11 @@ class _Step:
             self.one(site, "backward", "dW", parallel.fsdp, times, "reduce_scatter", sums)
             self.one(site, "backward", "dW", copies, times, "all_reduce", shard * self.stored)
 
-    def padded(self, parameter: Parameter) -> int:
-        """Elements of a parameter's longest shard over the axes that FSDP2 stores it over."""
-        rows, *width = parameter.spec.local_shape(self.mesh)
-        return -(-rows // self.mesh.size(parameter.spec.stored_over)) * prod(width)
+
+def padded_shard(parameter: Parameter, mesh: Mesh) -> int:
+    """Elements of a parameter's longest shard over the axes that FSDP2 stores it over."""
+    rows, *width = parameter.spec.local_shape(mesh)
+    return -(-rows // mesh.size(parameter.spec.stored_over)) * prod(width)
 
 
 def step_transfers(model: ModelConfig, shape: StepShape, parallel: Parallel) -> list[Transfer]:
