@@ -5,19 +5,20 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from distributed.model_cases import GPT2, LLAMA, build
 from support.mesh import shared_mesh
 from tessera.core.axes import DATA_AXES
 from tessera.core.collectives import Recorder
 from tessera.core.collectives import totals as counted
+from tessera.core.mesh import Mesh
 from tessera.data.batch import MicroBatch
 from tessera.engine.optimizer import build_optimizer
 from tessera.engine.step import Step
 from tessera.layout.context import Context
+from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape
-from tessera.layout.streams import HIDDEN, HIDDEN_BY_HEADS, Layout
+from tessera.layout.streams import HIDDEN, HIDDEN_BY_HEADS, Layout, residual_layout
 from tessera.models.config import LayerKind
 from tessera.plan.traffic import step_transfers, totals
 
@@ -77,13 +78,23 @@ def packed(rows: int, length: int, seed: int | None, first: int = 0) -> MicroBat
         lengths: list[int] = []
         while sum(lengths) < length:
             lengths.append(min(length - sum(lengths), dice.choice([1, 2, 3, 7, 19, length])))
-        documents += [torch.cat([torch.full((n,), 100 * row + place) for place, n in enumerate(lengths)])]
-        positions += [torch.cat([torch.arange(n) for n in lengths])]
-    return MicroBatch(ids, ids.roll(-1, 1), ids.numel(), 0, _stack(positions), _stack(documents))
+        documents.append(torch.cat([torch.full((n,), 100 * row + place) for place, n in enumerate(lengths)]))
+        positions.append(torch.cat([torch.arange(n) for n in lengths]))
+    return MicroBatch(ids, ids.roll(-1, 1), ids.numel(), 0, torch.stack(positions), torch.stack(documents))
 
 
-def _stack(rows: list[Tensor]) -> Tensor:
-    return torch.stack(rows)
+def batches_of(case: Case, data_rank: int = 0) -> list[MicroBatch]:
+    """The micro-batches of a step on a data rank."""
+    return [packed(case.rows, LENGTH, case.seed, 10 * data_rank + n) for n in range(case.micro_batches)]
+
+
+def shape_of(case: Case, data_rank: int = 0) -> StepShape:
+    documents = tuple(batch.document_starts for batch in batches_of(case, data_rank))
+    return StepShape(case.rows, LENGTH, case.micro_batches, case.recompute, documents=documents)
+
+
+def parallel_of(case: Case, mesh: Mesh) -> Parallel:
+    return Parallel(mesh, residual_layout(True), **case.settings())
 
 
 def traffic(case: Case) -> tuple[Any, Any]:
@@ -91,13 +102,10 @@ def traffic(case: Case) -> tuple[Any, Any]:
     mesh, config = shared_mesh(case.sizes), MODELS[case.model]
     model = build(config, mesh, gradient_checkpointing=case.recompute, **case.settings())
     step = Step(model, build_optimizer(model, "adamw_torch_fused", (0.9, 0.95), 1e-8, 0.0), max_grad_norm=1.0)
-    place = mesh.index(DATA_AXES)
-    batches = [packed(case.rows, LENGTH, case.seed, 10 * place + n) for n in range(case.micro_batches)]
+    data_rank = mesh.index(DATA_AXES)
     with Recorder() as recorder:
-        step(batches, 0, 1e-3)
-    documents = tuple(batch.document_starts for batch in batches)
-    shape = StepShape(case.rows, LENGTH, case.micro_batches, case.recompute, documents=documents)
-    return counted(recorder.records), totals(step_transfers(config, shape, model.parallel))
+        step(batches_of(case, data_rank), 0, 1e-3)
+    return counted(recorder.records), totals(step_transfers(config, shape_of(case, data_rank), model.parallel))
 
 
 def traffic_of(cases: list[Case]) -> list[tuple[Any, Any]]:
