@@ -270,3 +270,24 @@ def test_a_dumped_config_loads_to_the_same(tmp_path, keys):
 def test_rows_of_packed_samples_that_are_not_to_be_padded_are_told_of(packs, padded, told):
     _, notes = make_config(MINIMAL | {"sample_packing": packs, "pad_to_sequence_len": padded})
     assert len(notes) == told and all(note.startswith("pad_to_sequence_len: false has no effect: ") for note in notes)
+
+
+EVALUATED = {"val_set_size": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"eval_sample_packing": True}, "no rows are held out for evaluation"),
+        ({"eval_sample_packing": True} | EVALUATED, None),
+        ({"eval_sample_packing": False}, None),
+        ({"greater_is_better": True} | EVALUATED, "no key compares evaluations"),
+        ({"greater_is_better": True, "early_stopping_patience": 2} | EVALUATED, None),
+        ({"greater_is_better": True, "metric_for_best_model": "loss"} | EVALUATED, None),
+        ({"greater_is_better": False} | EVALUATED, None),
+    ],
+    ids=str,
+)
+def test_keys_of_evaluation_that_change_nothing_say_so(keys, told):
+    _, notes = make_config(MINIMAL | keys)
+    assert [f"{next(iter(keys))}: true has no effect: {told}" in note for note in notes] == [True] * bool(told)
