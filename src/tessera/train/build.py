@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -266,7 +267,10 @@ def _go_on(built: Built, state: RunState) -> None:
         loader.start_at(state.step, state.samples)
         return
     before = epochs_of(loader.samples, config, packing=state.unit == "row", **options)
+    _count_to(before, state.samples - 1, built.mesh)
     epoch, last = before.place(state.samples - 1)
+    for one in range(epoch + 1):
+        _count_epoch(loader.epochs, one, built.mesh)
     left = before.rows_in(epoch) - last - 1
     if left and config.max_steps is None and epoch + 1 >= config.num_epochs:
         reason = "is not what the checkpoint was made with, and changes with the next epoch; this is the last one"
@@ -276,9 +280,27 @@ def _go_on(built: Built, state: RunState) -> None:
     built.said.append(f"sample_packing has changed: the run goes on with epoch {epoch + 2}, {what} are left out")
 
 
+def _count_epoch(epochs: Epochs, epoch: int, mesh: Mesh) -> None:
+    """Count the rows of an epoch, of which the ones before are counted: each rank some windows. Every rank calls it."""
+    if isinstance(epochs, Packed) and not epochs.counted(epoch):
+        epochs.take_counts(epoch, gathered(epochs.count_windows(epoch, mesh.rank, mesh.world), mesh.world))
+
+
+def _count_to(epochs: Epochs, row: int, mesh: Mesh) -> None:
+    """Count the epochs up to that of `row` together."""
+    for epoch in count():
+        _count_epoch(epochs, epoch, mesh)
+        if epochs.rows_before(epoch + 1) > row:
+            return
+
+
 def _set_course(built: Built) -> None:
     """How long the run is, and its warm-up."""
     config, loader = built.run.config, built.loader
+    if not isinstance(loader, StreamLoader):
+        _count_to(loader.epochs, loader.first_sample, built.mesh)
+        for epoch in range(math.ceil(config.num_epochs) if config.max_steps is None else 0):
+            _count_epoch(loader.epochs, epoch, built.mesh)
     if isinstance(loader, StreamLoader) or config.max_steps is not None:
         assert config.max_steps is not None
         built.total_steps = config.max_steps
