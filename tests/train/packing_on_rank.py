@@ -53,9 +53,16 @@ def counted_on_rank(settings: dict[str, Any]) -> tuple[list[tuple[int, int]], li
 
 
 def stream_loader_on_rank(settings: dict[str, Any]) -> tuple[int, int, bool]:
-    """What the loader of a stream was told: its workers, the steps kept ready, and whether documents are isolated."""
+    """What the loader of a stream was told: its workers, the steps kept ready, and whether documents are isolated.
+
+    transformers loads no tokenizer for it, but for whoever makes the run.
+    """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    with patch("tessera.train.build.run_mesh", _shared):
-        loader = build(handed_on_rank(settings), torch.device("cpu")).loader
+    run = handed_on_rank(settings)
+    with (
+        patch("tessera.train.build.run_mesh", _shared),
+        patch("tessera.data.tokenizer.read_auto", side_effect=AssertionError),
+    ):
+        loader = build(run, torch.device("cpu")).loader
     assert isinstance(loader, StreamLoader)
     return loader._count, loader._ready.maxsize, loader.shape.isolated

@@ -23,11 +23,13 @@ from tessera.core.errors import UserError
 from tessera.core.mesh import Mesh
 from tessera.data.epochs import ORDER, Epochs, Packed, Singles
 from tessera.data.loader import Loader
+from tessera.data.manifest import STREAM_TOKENIZER
 from tessera.data.place import Place
 from tessera.data.prepare import Prepared, open_prepared
 from tessera.data.samples import Samples, Split, open_samples
 from tessera.data.stream import Stream, find_stream
 from tessera.data.stream_loader import StreamLoader, StreamShape
+from tessera.data.tokenizer import read_loaded
 from tessera.engine.fsdp import build_decoder
 from tessera.engine.optimizer import build_optimizer
 from tessera.engine.step import Step
@@ -166,12 +168,13 @@ def _seen_by_all(run: Run, mesh: Mesh) -> Prepared:
 
 
 def _stream_seen_by_all(run: Run, mesh: Mesh) -> Stream:
-    """The stream, found by the first rank: loading a tokenizer takes seconds. Raises UserError on every rank when that
-    cannot be read, or some do not see its files."""
+    """The stream, found by the first rank, with the tokenizer that whoever made the run has loaded. Raises UserError on
+    every rank when that cannot be read, or some do not see its files."""
     found, refusal = None, None
     if mesh.rank == 0:
         try:
-            found = find_stream(run.config.model_copy(update={"base_model": str(run.model_folder)}), [])
+            config = run.config.model_copy(update={"base_model": str(run.model_folder)})
+            found = find_stream(config, [], read_loaded(run.prepared / STREAM_TOKENIZER))
         except UserError as error:
             refusal = error.parts
     stream, refused = gathered((found, refusal), mesh.world)[0]
