@@ -145,12 +145,13 @@ def test_windows_are_counted_in_shares(shares):
     lengths = drawn("uniform", 6000)
     alone, taking, others = (Packed(lengths, LENGTH, 3, True, window=1000) for _ in range(3))
     for epoch in (0, 1):
-        assert not taking.counted(epoch)
+        assert taking.counted == epoch and not taking.counts_epoch(epoch) and not taking.counts_row(10**4 * epoch)
         counts = [others.count_windows(epoch, share, shares) for share in range(shares)]
         assert max(map(len, counts)) == -(-6 // shares)
-        taking.take_counts(epoch, counts)
+        taking.take_counts(counts)
     with patch("tessera.data.epochs.pack", side_effect=AssertionError):
         found = [taking.rows_before(epoch) for epoch in (0, 1, 2)]
+        assert taking.counts_row(found[2] - 1) and not taking.counts_row(found[2])
     assert found == [alone.rows_before(epoch) for epoch in (0, 1, 2)]
     assert [taking.samples(row) for row in range(found[2])] == [alone.samples(row) for row in range(found[2])]
 

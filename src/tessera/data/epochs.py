@@ -119,18 +119,26 @@ class Packed:
         window = int(np.searchsorted(starts, place, "right")) - 1
         return self._rows(epoch, window)[place - int(starts[window])].tolist()
 
-    def counted(self, epoch: int) -> bool:
-        """Whether the rows of an epoch are known."""
-        return len(self._starts) > (0 if self._windows == 1 else epoch)
+    @property
+    def counted(self) -> int:
+        """How many epochs are counted; all have as many rows where there is one window."""
+        return len(self._starts)
+
+    def counts_epoch(self, epoch: int) -> bool:
+        """Whether the rows of `epoch` are counted."""
+        return self.counted > (0 if self._windows == 1 else epoch)
+
+    def counts_row(self, row: int) -> bool:
+        """Whether the epoch of `row` is counted."""
+        return self.counted > 0 and (self._windows == 1 or self.rows_before(self.counted) > row)
 
     def count_windows(self, epoch: int, share: int = 0, shares: int = 1) -> list[int]:
         """The rows of each window of an epoch or, of `shares` who take turns, of the windows of one."""
         windows = range(share, self._windows, shares)
         return [int(self._row_of(self._window_of(epoch, window)).max()) + 1 for window in windows]
 
-    def take_counts(self, epoch: int, counts: Sequence[Sequence[int]]) -> None:
-        """Know the rows of `epoch`, the first one not counted, by what `count_windows` gave to every share."""
-        assert epoch == len(self._starts)
+    def take_counts(self, counts: Sequence[Sequence[int]]) -> None:
+        """The rows of the first epoch that is not counted, by what `count_windows` gave to every share."""
         rows = np.empty(self._windows, np.int64)
         for share, own in enumerate(counts):
             rows[share :: len(counts)] = own
@@ -138,8 +146,8 @@ class Packed:
 
     def _count(self, epoch: int) -> Ints:
         """The place in the epoch at which each window's rows begin, and the number of them all."""
-        for one in range(len(self._starts), epoch + 1):
-            self.take_counts(one, [self.count_windows(one)])
+        for one in range(self.counted, epoch + 1):
+            self.take_counts([self.count_windows(one)])
         return self._starts[epoch]
 
     def _window_of(self, epoch: int, window: int) -> Ints:

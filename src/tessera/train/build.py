@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -270,10 +269,9 @@ def _go_on(built: Built, state: RunState) -> None:
         loader.start_at(state.step, state.samples)
         return
     before = epochs_of(loader.samples, config, packing=state.unit == "row", **options)
-    _count_to(before, state.samples - 1, built.mesh)
+    _count(before, built.mesh, lambda known: known.counts_row(state.samples - 1))
     epoch, last = before.place(state.samples - 1)
-    for one in range(epoch + 1):
-        _count_epoch(loader.epochs, one, built.mesh)
+    _count(loader.epochs, built.mesh, lambda known: known.counts_epoch(epoch))
     left = before.rows_in(epoch) - last - 1
     if left and config.max_steps is None and epoch + 1 >= config.num_epochs:
         reason = "is not what the checkpoint was made with, and changes with the next epoch; this is the last one"
@@ -283,27 +281,23 @@ def _go_on(built: Built, state: RunState) -> None:
     built.said.append(f"sample_packing has changed: the run goes on with epoch {epoch + 2}, {what} are left out")
 
 
-def _count_epoch(epochs: Epochs, epoch: int, mesh: Mesh) -> None:
-    """Count the rows of an epoch, of which the ones before are counted: each rank some windows. Every rank calls it."""
-    if isinstance(epochs, Packed) and not epochs.counted(epoch):
-        epochs.take_counts(epoch, gathered(epochs.count_windows(epoch, mesh.rank, mesh.world), mesh.world))
-
-
-def _count_to(epochs: Epochs, row: int, mesh: Mesh) -> None:
-    """Count the epochs up to that of `row` together."""
-    for epoch in count():
-        _count_epoch(epochs, epoch, mesh)
-        if epochs.rows_before(epoch + 1) > row:
-            return
+def _count(epochs: Epochs, mesh: Mesh, enough: Callable[[Packed], bool]) -> None:
+    """Count the rows of packed epochs until that is `enough`: of each every rank some windows. Every rank calls it."""
+    while isinstance(epochs, Packed) and not enough(epochs):
+        own = epochs.count_windows(epochs.counted, mesh.rank, mesh.world)
+        epochs.take_counts(gathered(own, mesh.world))
 
 
 def _set_course(built: Built) -> None:
     """How long the run is, and its warm-up."""
     config, loader = built.run.config, built.loader
     if not isinstance(loader, StreamLoader):
-        _count_to(loader.epochs, loader.first_sample, built.mesh)
-        for epoch in range(math.ceil(config.num_epochs) if config.max_steps is None else 0):
-            _count_epoch(loader.epochs, epoch, built.mesh)
+        last = math.ceil(config.num_epochs) - 1
+        _count(
+            loader.epochs,
+            built.mesh,
+            lambda known: known.counts_row(loader.first_sample) if config.max_steps else known.counts_epoch(last),
+        )
     if isinstance(loader, StreamLoader) or config.max_steps is not None:
         assert config.max_steps is not None
         built.total_steps = config.max_steps
