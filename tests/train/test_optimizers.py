@@ -49,9 +49,22 @@ def muon(model: Any, settings: dict[str, Any]) -> Optimizers:
     return [ours, torch.optim.AdamW(others, lr=0.0, betas=(0.9, settings["adam_beta2"]), weight_decay=decay)]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("own", "make"), [(SGD, sgd), (MUON, muon)], ids=["sgd", "muon"])
-def test_a_run_equals_the_plain_loop_with_torchs_own(workshop: Workshop, tmp_path, own, make, layout):
+OWN: dict[str, Any] = {"sgd": (SGD, sgd), "muon": (MUON, muon)}
+
+
+# Of sgd, which treats every element alike, two layouts run always.
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        pytest.param(
+            name, layout, marks=[] if name == "muon" or layout in ("1d 2", "fsdp 2 × tp 2") else pytest.mark.slow
+        )
+        for name in OWN
+        for layout in LAYOUTS
+    ],
+)
+def test_a_run_equals_the_plain_loop_with_torchs_own(workshop: Workshop, tmp_path, name, layout):
+    own, make = OWN[name]
     settings = workshop.settings("llama 64", tmp_path / "run", **BATCH | own | LAYOUTS[layout])
     data_ranks = settings.get("dp_shard_size", 1)
     whole = settings | {"micro_batch_size": settings["micro_batch_size"] * data_ranks}
