@@ -39,7 +39,7 @@ KEYS: dict[str, tuple[Any, ...]] = {
     "saves_per_epoch": (2,),
     "auto_resume_from_checkpoints": (False,),
     "test_datasets": ([SOURCE], [{"path": "./alpaca.jsonl"}]),
-    "dataset_prepared_path": ("./shared", "./model"),
+    "dataset_prepared_path": ("./shared", "./book.txt"),
     "pretrain_multipack_buffer_size": (10_000,),
     "shuffle": (True, False),
 }
