@@ -23,7 +23,7 @@ from tessera.config.schema import TrainConfig
 from tessera.core.errors import UserError
 from tessera.launch import launch
 from tessera.train.run import resolve
-from train.runs import Workshop, command, environment, exported, metrics, refusal_on_rank, run, run_command
+from train.runs import Workshop, command, environment, exported, metrics, refusal_on_rank, run
 
 # ---- Mistakes of the user: exit code 2, one message, nothing written, no process started
 
@@ -150,9 +150,10 @@ def test_a_mistake_in_a_shell(workshop: Workshop, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(workshop.model("llama"), folder)
     cut_weights(folder)
-    done = run_command(workshop.settings("llama", tmp_path / "run", base_model=str(folder), tensor_parallel_size=2))
-    assert done.returncode == 2
-    assert "is truncated: tensor" in done.stderr and "Traceback" not in done.stderr
+    settings = workshop.settings("llama", tmp_path / "run", base_model=str(folder), tensor_parallel_size=2)
+    done = tessera(*command(settings)[3:])
+    assert done.codes == [2]
+    assert "is truncated: tensor" in done.err[0] and "Traceback" not in done.err[0]
     assert not (tmp_path / "run").exists()
 
 
