@@ -16,6 +16,7 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from tessera.core.axes import AXES, DATA_AXES
@@ -52,6 +53,7 @@ class Beside:
     gradients: dict[str, Tensor]  # the reference's, whole
     batches: Sequence[MicroBatch]
     transfers: list[Transfer]
+    own_tokens: Sequence[Tensor]  # of each micro-batch: which of its data rank's tokens this rank has, in its order
 
     @property
     def mesh(self) -> Mesh:
@@ -110,16 +112,16 @@ def _run_beside(case: Case, parallel: Parallel, alone: Parallel, leave_out: int 
     problem, config = replace(case.problem, batch=2 * parallel.mesh.world, steps=1), case.config
     model, reference = (build(problem, p, config) for p in (parallel, alone))
     step, reference_step = (stepper(m, problem, config) for m in (model, reference))
-    batches = problem.batches(0)
+    batches, mine = problem.batches(0), batches_of(problem, model, 0)
     with Recorder(leave_out):
-        trace = traced(step, batches_of(problem, model, 0))
+        trace = traced(step, mine)
     expected = traced(reference_step, batches)
     gradients = {name: to_local(parameter.grad).clone() for name, parameter, _ in named_specs(reference)}
     shape = step_shape(
         config, parallel, problem.batch // parallel.mesh.size(DATA_AXES), problem.length, problem.micro_batches
     )
     transfers = step_transfers(problem.model, shape, parallel)
-    return Beside(model, trace, reference_step, expected, gradients, batches, transfers)
+    return Beside(model, trace, reference_step, expected, gradients, batches, transfers, [_own_tokens(model, b) for b in mine])
 
 
 def _at(beside: Beside, point: Point) -> tuple[Tensor, Tensor, float]:
@@ -131,7 +133,14 @@ def _at(beside: Beside, point: Point) -> tuple[Tensor, Tensor, float]:
 def _here(beside: Beside, whole: Tensor, point: Point) -> Tensor:
     """This rank's part of what is at a point: of its data rank's sequences, as its layout cuts them."""
     mesh = beside.mesh
-    return part(whole.chunk(mesh.size(DATA_AXES))[mesh.index(DATA_AXES)], beside.trace.layouts[point], mesh)
+    of_data_rank = whole.chunk(mesh.size(DATA_AXES))[mesh.index(DATA_AXES)]
+    return part(of_data_rank[beside.own_tokens[point.micro_batch]], beside.trace.layouts[point], mesh)
+
+
+def _own_tokens(model: Decoder, batch: MicroBatch) -> Tensor:
+    """Where the tokens of this rank of the sequence axes come from, by the permutation that the ids go through too."""
+    ids = batch.input_ids
+    return model.cut(replace(batch, input_ids=torch.arange(ids.numel()).view_as(ids))).input_ids.flatten()
 
 
 def _gradient(beside: Beside, name: str, spec: ParameterSpec) -> tuple[Tensor, Tensor, float]:
@@ -185,7 +194,9 @@ def _on_the_way(beside: Beside, operation: Operation) -> tuple[str, ...]:
 def _of_gradients(beside: Beside, wrong: dict[str, ParameterSpec]) -> list[str]:
     name, spec = next(iter(wrong.items()))
     ours, want, scale = _gradient(beside, name, spec)
-    tokens = (*DATA_AXES, *spec.acts_on.tokens)
+    # where ranks share sequences, the loss on some tokens has gradients at others' keys and values
+    shared = {"col", *beside.model.parallel.owners} if beside.model.parallel.cuts_sequences else ()
+    tokens = tuple(axis for axis in (*DATA_AXES, *spec.acts_on.tokens) if axis not in shared)
 
     def own_part(axes: tuple[str, ...]) -> Tensor:
         whole = own.of_parameter(name, axes, tokens, beside.mesh, beside.reference, beside.batches)

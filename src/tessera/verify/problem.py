@@ -2,6 +2,7 @@
 
 In miniature the model keeps everything that a layout can get wrong: the family and its switches, the ratio of query to
 kv heads and whether each divides by the axes that cut it, dropout, a vocabulary that does not divide. Sizes shrink.
+Where a config packs samples, rows have several documents, as many in miniature as at full size.
 """
 
 import math
@@ -9,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from tessera.data.batch import MicroBatch
 from tessera.data.samples import IGNORED
@@ -16,11 +18,15 @@ from tessera.models.config import ModelConfig
 from tessera.sizes.numbers import divisors_of
 
 LENGTH = 11  # a prime: sequences are padded wherever tokens are cut
+DOCUMENTS = 3  # of a packed row, about
 
 
 @dataclass(frozen=True)
 class Problem:
-    """`steps` optimizer steps of `micro_batches` random batches [batch, length] through `model`."""
+    """`steps` optimizer steps of `micro_batches` random batches [batch, length] through `model`.
+
+    `packed`: a row has several documents, else it is one.
+    """
 
     model: ModelConfig
     batch: int
@@ -28,6 +34,7 @@ class Problem:
     micro_batches: int
     steps: int
     seed: int = 42
+    packed: bool = False
 
     def batches(self, step: int, multiple: int = 1) -> list[MicroBatch]:
         """The micro-batches of a step, rows padded to a `multiple`; some targets, and one whole row, are ignored."""
@@ -41,19 +48,36 @@ class Problem:
         targets[:, -1] = IGNORED
         if number % self.micro_batches == 0 and self.batch > 1:
             targets[-1] = IGNORED
-        padding = -self.length % multiple
-        ids = torch.nn.functional.pad(ids, (0, padding))
-        targets = torch.nn.functional.pad(targets, (0, padding), value=IGNORED)
-        first_document = number % self.micro_batches * self.batch
-        return MicroBatch(ids, targets, int((targets != IGNORED).sum()), first_document)
+        place = number % self.micro_batches
+        first_document, positions, documents = place * self.batch, None, None
+        if self.packed:
+            begins = self._documents(generator)
+            targets[begins.roll(-1, 1)] = IGNORED  # no document knows the next one's first token
+            documents = begins.flatten().cumsum(0).view_as(ids) + place * ids.numel()
+            starts = torch.where(begins, torch.arange(self.length), 0).cummax(1).values
+            first_document, positions = 0, torch.arange(self.length) - starts
+        padding = (0, -self.length % multiple)
+        ids = torch.nn.functional.pad(ids, padding)
+        targets = torch.nn.functional.pad(targets, padding, value=IGNORED)
+        if documents is not None and positions is not None:  # padding is a document of its own, as in the loader
+            positions = torch.cat([positions, torch.arange(padding[1]).expand(self.batch, -1)], 1)
+            documents = torch.nn.functional.pad(documents, padding, value=-1)
+        return MicroBatch(ids, targets, int((targets != IGNORED).sum()), first_document, positions, documents)
+
+    def _documents(self, generator: torch.Generator) -> Tensor:
+        """At which tokens [batch, length] documents begin: at random ones, in every row at the first and the middle."""
+        begins = torch.rand(self.batch, self.length, generator=generator) < (DOCUMENTS - 2) / self.length
+        begins[:, [0, self.length // 2]] = True
+        return begins
 
 
 def small_model(model: ModelConfig, layouts: Sequence[Mapping[str, int]], slices: int) -> ModelConfig:
     """`model` with two layers and the smallest sizes that every one of `layouts` can cut.
 
-    Each layout has the sizes of inner, depth, row and col; `slices` is the largest slice factor.
+    Each layout has the sizes of inner, depth, row and col, and of ulysses where that cuts heads further; `slices` is the
+    largest slice factor.
     """
-    heads = math.lcm(*(sizes["inner"] * sizes["col"] for sizes in layouts))
+    heads = math.lcm(*(sizes["inner"] * sizes["col"] * sizes.get("ulysses", 1) for sizes in layouts))
     features = math.lcm(*(math.prod(sizes.values()) for sizes in layouts)) * slices
     hidden = _at_least(32, features)
     kv_heads = _fewer(model.num_kv_heads, heads)
@@ -72,12 +96,15 @@ def small_model(model: ModelConfig, layouts: Sequence[Mapping[str, int]], slices
     )
 
 
-def small_batch(sizes: Mapping[str, int], by_heads: bool) -> int:
+def small_batch(sizes: Mapping[str, int], by_heads: bool, joined: bool = False) -> int:
     """Few sequences for a layout: as many as it takes times a number that leaves tokens uneven along the other axes.
 
-    With `by_heads` they do not divide by `inner`, so that attention cuts heads there instead of sequences.
+    With `by_heads` they do not divide by `inner`, so that attention cuts heads there instead of sequences; if `joined`
+    not by depth · row either, so that ranks share sequences there.
     """
     whole, inner = sizes["depth"] * sizes["row"], sizes["inner"]
+    if joined:
+        return next(n for n in range(2, 100) if math.gcd(n, whole * inner * sizes["col"]) == 1)
     odd = next(n for n in range(2, 100) if math.gcd(n, inner * sizes["col"]) == 1)
     return whole * odd if by_heads else whole * inner * odd
 

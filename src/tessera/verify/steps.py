@@ -75,10 +75,11 @@ def batches_of(problem: Problem, model: Decoder, step: int) -> list[MicroBatch]:
 
 
 def _rows_of(batch: MicroBatch, rows: slice) -> MicroBatch:
-    targets = batch.targets[rows]
-    return MicroBatch(
-        batch.input_ids[rows], targets, int((targets != IGNORED).sum()), batch.first_document + rows.start
-    )
+    targets, documents = batch.targets[rows], None if batch.documents is None else batch.documents[rows]
+    positions = None if batch.positions is None else batch.positions[rows]
+    first = batch.first_document + (rows.start if documents is None else 0)  # else they are numbered within the step
+    valid = int((targets != IGNORED).sum())
+    return MicroBatch(batch.input_ids[rows], targets, valid, first, positions, documents)
 
 
 def take(problem: Problem, parallel: Parallel, config: TrainConfig, recorder: Recorder | None = None) -> StepsTaken:
