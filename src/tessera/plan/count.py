@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from tessera.core.axes import MODEL_AXES
+from tessera.core.axes import AXES
 from tessera.core.collectives import Record, Recorder, totals
 from tessera.core.live_memory import PeakMemory
 from tessera.core.mesh import Mesh
@@ -41,7 +41,7 @@ def fake_world(sizes: dict[str, int], rank: int) -> Iterator[Mesh]:
     mesh = Mesh(sizes, rank=rank)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=mesh.world)
     try:
-        present = mesh.present(MODEL_AXES)
+        present = mesh.present(AXES)
         for choice in range(1, 2 ** len(present)):  # every group, while tensors are still real
             mesh.group(axis for place, axis in enumerate(present) if choice >> place & 1)
         yield mesh

@@ -1,0 +1,102 @@
+"""Runs on every rank of a pool: what a step hands over where ranks share sequences, and the closed form of it."""
+
+import random
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distributed.model_cases import GPT2, LLAMA, build
+from support.mesh import shared_mesh
+from tessera.core.axes import DATA_AXES
+from tessera.core.collectives import Recorder
+from tessera.core.collectives import totals as counted
+from tessera.data.batch import MicroBatch
+from tessera.engine.optimizer import build_optimizer
+from tessera.engine.step import Step
+from tessera.layout.context import Context
+from tessera.layout.shape import StepShape
+from tessera.layout.streams import HIDDEN, HIDDEN_BY_HEADS, Layout
+from tessera.models.config import LayerKind
+from tessera.plan.traffic import step_transfers, totals
+
+LENGTH = 48
+MODELS = {
+    "llama": LLAMA,
+    "windows": replace(LLAMA, num_layers=3, layer_kinds=(LayerKind(5), LayerKind(), LayerKind(17))),
+    "kv 6:3": replace(LLAMA, num_heads=6, num_kv_heads=3, qk_norm=True),
+    "gpt2": replace(GPT2, attention_dropout=0.0),
+}
+FSDP = {"fsdp": ("shard", "ring", "ulysses", "row"), "weights_over": ()}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model on a mesh with sequence axes or `joined` rows; `rows` of a data rank's micro-batch, packed from `seed`."""
+
+    model: str
+    sizes: dict[str, int]
+    transport: str = "exchange"
+    rows: int = 2
+    seed: int | None = 0
+    joined: bool = False
+    attention: Layout = HIDDEN
+    recompute: bool = False
+    micro_batches: int = 1
+    compute: torch.dtype = torch.float64
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def settings(self) -> dict[str, Any]:
+        """Options of `model_cases.build`."""
+        shared = FSDP if {"shard", "ring", "ulysses"} & set(self.sizes) else {}
+        context = Context(self.transport, joined=self.joined)
+        layout = HIDDEN_BY_HEADS if self.joined else self.attention
+        dtype = torch.float32 if self.compute == torch.bfloat16 else self.compute
+        return shared | {"context": context, "attention": layout, "dtype": dtype, "compute": self.compute} | self.options
+
+    def __str__(self) -> str:
+        sizes = " ".join(f"{axis}{size}" for axis, size in self.sizes.items())
+        words = [self.model, sizes, self.transport, f"{self.rows} rows", f"documents {self.seed}"]
+        words += ["joined"] if self.joined else []
+        words += ["recompute"] if self.recompute else []
+        words += [str(self.compute)] if self.compute != torch.float64 else []
+        return " ".join(words)
+
+
+def packed(rows: int, length: int, seed: int | None, first: int = 0) -> MicroBatch:
+    """Rows of documents of random lengths, many of them short; `seed` None: each row is one document."""
+    draw = torch.Generator().manual_seed(first)
+    ids = torch.randint(0, 509, (rows, length), generator=draw)
+    if seed is None:
+        return MicroBatch(ids, ids.roll(-1, 1), ids.numel())
+    dice, documents, positions = random.Random(seed * 1000 + first), [], []
+    for row in range(rows):
+        lengths: list[int] = []
+        while sum(lengths) < length:
+            lengths.append(min(length - sum(lengths), dice.choice([1, 2, 3, 7, 19, length])))
+        documents += [torch.cat([torch.full((n,), 100 * row + place) for place, n in enumerate(lengths)])]
+        positions += [torch.cat([torch.arange(n) for n in lengths])]
+    return MicroBatch(ids, ids.roll(-1, 1), ids.numel(), 0, _stack(positions), _stack(documents))
+
+
+def _stack(rows: list[Tensor]) -> Tensor:
+    return torch.stack(rows)
+
+
+def traffic(case: Case) -> tuple[Any, Any]:
+    """(axis, kind) → calls and bytes received, counted in one step and by formula."""
+    mesh, config = shared_mesh(case.sizes), MODELS[case.model]
+    model = build(config, mesh, gradient_checkpointing=case.recompute, **case.settings())
+    step = Step(model, build_optimizer(model, "adamw_torch_fused", (0.9, 0.95), 1e-8, 0.0), max_grad_norm=1.0)
+    place = mesh.index(DATA_AXES)
+    batches = [packed(case.rows, LENGTH, case.seed, 10 * place + n) for n in range(case.micro_batches)]
+    with Recorder() as recorder:
+        step(batches, 0, 1e-3)
+    documents = tuple(batch.document_starts for batch in batches)
+    shape = StepShape(case.rows, LENGTH, case.micro_batches, case.recompute, documents=documents)
+    return counted(recorder.records), totals(step_transfers(config, shape, model.parallel))
+
+
+def traffic_of(cases: list[Case]) -> list[tuple[Any, Any]]:
+    return [traffic(case) for case in cases]
