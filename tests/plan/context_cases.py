@@ -53,7 +53,9 @@ class Case:
         context = Context(self.transport, joined=self.joined)
         layout = HIDDEN_BY_HEADS if self.joined else self.attention
         dtype = torch.float32 if self.compute == torch.bfloat16 else self.compute
-        return shared | {"context": context, "attention": layout, "dtype": dtype, "compute": self.compute} | self.options
+        return (
+            shared | {"context": context, "attention": layout, "dtype": dtype, "compute": self.compute} | self.options
+        )
 
     def __str__(self) -> str:
         sizes = " ".join(f"{axis}{size}" for axis, size in self.sizes.items())

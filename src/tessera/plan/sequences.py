@@ -38,9 +38,7 @@ class AttentionMove(NamedTuple):
     received: int
 
 
-def attention_moves(
-    attention: Attention, stream: Stream, tokens: int, parallel: Parallel
-) -> Iterator[AttentionMove]:
+def attention_moves(attention: Attention, stream: Stream, tokens: int, parallel: Parallel) -> Iterator[AttentionMove]:
     """All that attention over `stream` moves on a rank that has `tokens` of it."""
     mesh, element = parallel.mesh, parallel.compute.itemsize
     ranks, head = mesh.sizes["ulysses"], tokens * attention.head_dim * element

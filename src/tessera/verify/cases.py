@@ -37,9 +37,7 @@ class Case:
 def layout_name(config: TrainConfig) -> str:
     """A layout in few words: 2d row 2 × col 2, summa."""
     axes, transport = config.axes, config.context_parallel.transport
-    sizes = " × ".join(
-        f"{transport if axis == 'ring' else axis} {n}" for axis, n in config.mesh_sizes.items() if n > 1
-    )
+    sizes = " × ".join(f"{transport if axis == 'ring' else axis} {n}" for axis, n in config.mesh_sizes.items() if n > 1)
     said = [f"{config.tensor_parallel_mode} {sizes or 'one rank'}", str(config.schedule)]
     said += ["kept"] if config.tensor_parallel_keep_gathered else []
     said += ["weights over depth"] if config.tensor_parallel_depth_weights == "shard" else []
@@ -94,8 +92,7 @@ def _cases(configs: list[TrainConfig], model: ModelConfig, full: bool) -> list[C
 def _at_full_size(config: TrainConfig, model: ModelConfig) -> Case:
     micro_batches = min(2, config.gradient_accumulation_steps)  # the others would repeat the second
     batch = config.micro_batch_size * math.prod(config.data_sizes.values())
-    problem = Problem(model, batch, config.sequence_len, micro_batches, steps=1, packed=config.sample_packing)
-    return Case(config, problem, full=True)
+    return Case(config, _problem(config, model, batch, config.sequence_len, micro_batches, steps=1), full=True)
 
 
 def in_miniature(case: Case) -> Case:
@@ -105,10 +102,17 @@ def in_miniature(case: Case) -> Case:
 
 
 def _in_miniature(config: TrainConfig, model: ModelConfig, steps: int) -> Case:
-    batch = small_batch(config.axes, _cuts_heads(config), _joined(config))
+    batch = small_batch(config.axes | config.context_parallel.sizes, _cuts_heads(config), _joined(config))
     small = config.model_copy(update={"micro_batch_size": batch})
     everyone = batch * math.prod(config.data_sizes.values())
-    return Case(small, Problem(model, everyone, LENGTH, 2, steps, packed=config.sample_packing))
+    return Case(small, _problem(config, model, everyone, LENGTH, micro_batches=2, steps=steps))
+
+
+def _problem(
+    config: TrainConfig, model: ModelConfig, batch: int, length: int, micro_batches: int, steps: int
+) -> Problem:
+    shared = config.context_parallel_size > 1 or _joined(config)
+    return Problem(model, batch, length, micro_batches, steps, packed=config.sample_packing, shared=shared)
 
 
 def _cuts_heads(config: TrainConfig) -> bool:

@@ -41,7 +41,7 @@ class Program:
     @classmethod
     def of(cls, recorder: Recorder) -> "Program":
         together: list[tuple[str, str, int] | None] = []
-        apart = []
+        apart: list[tuple[str, str, int]] = []
         for place, record in enumerate(recorder.records):
             together += [None] * recorder.idle.count(place)
             met = (record.axis, record.kind, place)

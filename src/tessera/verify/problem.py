@@ -25,7 +25,8 @@ DOCUMENTS = 3  # of a packed row, about
 class Problem:
     """`steps` optimizer steps of `micro_batches` random batches [batch, length] through `model`.
 
-    `packed`: a row has several documents, else it is one.
+    `packed`: a row has several documents, else it is one. `shared`: ranks share sequences, so that what they send each
+    other has to matter: of a document no target is ignored but those that need no other token.
     """
 
     model: ModelConfig
@@ -35,24 +36,28 @@ class Problem:
     steps: int
     seed: int = 42
     packed: bool = False
+    shared: bool = False
 
     def batches(self, step: int, multiple: int = 1) -> list[MicroBatch]:
-        """The micro-batches of a step, rows padded to a `multiple`; some targets, and one whole row, are ignored."""
+        """The micro-batches of a step, rows padded to a `multiple`; some targets are ignored.
+
+        One whole row too, in the first, unless sequences are shared.
+        """
         return [self._batch(step * self.micro_batches + i, multiple) for i in range(self.micro_batches)]
 
     def _batch(self, number: int, multiple: int) -> MicroBatch:
         generator = torch.Generator().manual_seed(self.seed + number)
         ids = torch.randint(0, self.model.vocab_size, (self.batch, self.length), generator=generator)
-        targets = ids.roll(-1, 1)
-        targets[torch.rand(self.batch, self.length, generator=generator) < 0.1] = IGNORED
-        targets[:, -1] = IGNORED
-        if number % self.micro_batches == 0 and self.batch > 1:
-            targets[-1] = IGNORED
-        place = number % self.micro_batches
+        place, targets = number % self.micro_batches, ids.roll(-1, 1)
+        some = torch.rand(self.batch, self.length, generator=generator) < (0.5 if self.shared else 0.1)
+        begins = self._documents(generator)
+        targets[some & begins if self.shared else some] = IGNORED
+        if not self.shared:
+            targets[:, -1] = IGNORED
+            if place == 0 and self.batch > 1:
+                targets[-1] = IGNORED
         first_document, positions, documents = place * self.batch, None, None
         if self.packed:
-            begins = self._documents(generator)
-            targets[begins.roll(-1, 1)] = IGNORED  # no document knows the next one's first token
             documents = begins.flatten().cumsum(0).view_as(ids) + place * ids.numel()
             starts = torch.where(begins, torch.arange(self.length), 0).cummax(1).values
             first_document, positions = 0, torch.arange(self.length) - starts
@@ -65,9 +70,12 @@ class Problem:
         return MicroBatch(ids, targets, int((targets != IGNORED).sum()), first_document, positions, documents)
 
     def _documents(self, generator: torch.Generator) -> Tensor:
-        """At which tokens [batch, length] documents begin: at random ones, in every row at the first and the middle."""
-        begins = torch.rand(self.batch, self.length, generator=generator) < (DOCUMENTS - 2) / self.length
-        begins[:, [0, self.length // 2]] = True
+        """At which tokens [batch, length] documents begin: the first of a row; if packed, the middle one and random ones."""
+        begins = torch.zeros(self.batch, self.length, dtype=torch.bool)
+        if self.packed:
+            begins |= torch.rand(self.batch, self.length, generator=generator) < (DOCUMENTS - 2) / self.length
+            begins[:, self.length // 2] = True
+        begins[:, 0] = True
         return begins
 
 
@@ -100,12 +108,14 @@ def small_batch(sizes: Mapping[str, int], by_heads: bool, joined: bool = False) 
     """Few sequences for a layout: as many as it takes times a number that leaves tokens uneven along the other axes.
 
     With `by_heads` they do not divide by `inner`, so that attention cuts heads there instead of sequences; if `joined`
-    not by depth · row either, so that ranks share sequences there.
+    not by depth · row either, so that ranks share sequences there. Nor do they divide by ring, so that no rank's share
+    is whole rows.
     """
     whole, inner = sizes["depth"] * sizes["row"], sizes["inner"]
+    uneven = inner * sizes["col"] * sizes.get("ring", 1) * (whole if joined else 1)
+    odd = next(n for n in range(2, 100) if math.gcd(n, uneven) == 1)
     if joined:
-        return next(n for n in range(2, 100) if math.gcd(n, whole * inner * sizes["col"]) == 1)
-    odd = next(n for n in range(2, 100) if math.gcd(n, inner * sizes["col"]) == 1)
+        return odd
     return whole * odd if by_heads else whole * inner * odd
 
 

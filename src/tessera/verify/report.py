@@ -45,7 +45,9 @@ def say_problem(out: Console, case: Case, *, batch: str = "") -> None:
     steps = "1 step" if problem.steps == 1 else f"{problem.steps} steps"
     rows = batch or f"{problem.batch} rows"
     packed = ", each of several documents" if problem.packed else ""
-    out.print(f"{steps} of {problem.micro_batches} micro-batches of {rows} of {problem.length} tokens{packed}, then padded")
+    out.print(
+        f"{steps} of {problem.micro_batches} micro-batches of {rows} of {problem.length} tokens{packed}, then padded"
+    )
 
 
 def numbers_table(result: Result) -> Table:
