@@ -67,15 +67,20 @@ def cases_of(config: TrainConfig, model: ModelConfig, full: bool) -> list[Case]:
 
 
 def every_case(config: TrainConfig, model: ModelConfig, world: int, full: bool) -> tuple[list[Case], dict[str, str]]:
-    """Every tensor-parallel layout of `world` ranks that `model` allows, those that share sequences, and of others why not.
+    """Every layout of `world` ranks that `model` allows, tensor-parallel or sharing sequences, and of others why not.
 
     Each mesh, under the first geometry that has its axes; every schedule, both ways to store weights along depth, to
     cut attention along inner, and in 1d the residual stream repeated too. Then each size of context parallelism with
     each split and transport, beside 1d, and beside 2d where row shares its sequences too. Other keys are those of
     `config`, but for batches, which are made to fit, and switches that panels refuse.
     """
-    ways = [*_ways(config, world), *_context_ways(config, world)]
-    reasons = {layout_name(way): _misfit(way, model) for way in ways}
+    ways, sharing = list(_ways(config, world)), list(_context_ways(config, world))
+    reasons = {}
+    if model.attention_dropout or config.eager:  # which no rank does that shares a sequence
+        reasons["every layout whose ranks share sequences"] = _misfit(sharing[0], model)
+    else:
+        ways += sharing
+    reasons |= {layout_name(way): _misfit(way, model) for way in ways}
     fitting = [way for way in ways if not reasons[layout_name(way)]]
     return _cases(fitting, model, full), {name: reason for name, reason in reasons.items() if reason}
 

@@ -285,7 +285,7 @@ def _bias(beside: Beside, point: Point, difference: Tensor, scale: float) -> Hin
 
 
 def _may_be_one_place(beside: Beside, transfers: Sequence[Transfer]) -> bool:
-    """Whether it says something that ranks at one place alone are wrong: of shared sequences some are not sent at all."""
+    """Whether ranks at one place are likely to be wrong alone: of shared sequences some are whole where they are."""
     return not beside.model.parallel.cuts_sequences or any(transfer.kind in ROOTED for transfer in transfers)
 
 

@@ -7,9 +7,8 @@ from typing import NamedTuple
 
 from tessera.core.collectives import Recorder
 
-
 APART = ("all_to_all", "send", "receive")
-"""Kinds that some groups of ranks meet less often than others, as their documents ask for more or less of each other."""
+"""Kinds that some groups of ranks meet less often than others, as their documents ask less of each other."""
 
 
 class Omission(NamedTuple):

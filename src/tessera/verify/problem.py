@@ -70,7 +70,7 @@ class Problem:
         return MicroBatch(ids, targets, int((targets != IGNORED).sum()), first_document, positions, documents)
 
     def _documents(self, generator: torch.Generator) -> Tensor:
-        """At which tokens [batch, length] documents begin: the first of a row; if packed, the middle one and random ones."""
+        """At which tokens [batch, length] documents begin: the first of a row, and if packed some more."""
         begins = torch.zeros(self.batch, self.length, dtype=torch.bool)
         if self.packed:
             begins |= torch.rand(self.batch, self.length, generator=generator) < (DOCUMENTS - 2) / self.length
@@ -82,8 +82,8 @@ class Problem:
 def small_model(model: ModelConfig, layouts: Sequence[Mapping[str, int]], slices: int) -> ModelConfig:
     """`model` with two layers and the smallest sizes that every one of `layouts` can cut.
 
-    Each layout has the sizes of inner, depth, row and col, and of ulysses where that cuts heads further; `slices` is the
-    largest slice factor.
+    Each layout has the sizes of inner, depth, row and col, and of ulysses where that cuts heads further; `slices` is
+    the largest slice factor.
     """
     heads = math.lcm(*(sizes["inner"] * sizes["col"] * sizes.get("ulysses", 1) for sizes in layouts))
     features = math.lcm(*(math.prod(sizes.values()) for sizes in layouts)) * slices
