@@ -97,6 +97,11 @@ def leave_out_each(keys: dict[str, Any]) -> list[tuple[str, str, bool]]:
     return [(o.kind, o.axis, checker().catches(case, o)) for o in omissions]
 
 
+def collectives_of(keys: dict[str, Any]) -> list[str]:
+    """Every collective of a short step, in words."""
+    return list(map(str, checker().omissions(case_of(keys, layers=1, micro_batches=1))))
+
+
 def leave_out_at_full_size(keys: dict[str, Any]) -> dict[tuple[str, str], Result]:
     """The first collective of each kind on each axis left out of a short step: what is found, by kind and axis."""
     case = case_of(keys, layers=1, micro_batches=1, full=True)

@@ -77,7 +77,7 @@ def every_case(config: TrainConfig, model: ModelConfig, world: int, full: bool) 
     ways, sharing = list(_ways(config, world)), list(_context_ways(config, world))
     reasons = {}
     if model.attention_dropout or config.eager:  # which no rank does that shares a sequence
-        reasons["every layout whose ranks share sequences"] = _misfit(sharing[0], model)
+        reasons["every layout whose ranks share sequences"] = _misfit(sharing[-1], model)
     else:
         ways += sharing
     reasons |= {layout_name(way): _misfit(way, model) for way in ways}
@@ -176,15 +176,15 @@ def _ways(config: TrainConfig, world: int) -> Iterator[TrainConfig]:
 
 
 def _context_ways(config: TrainConfig, world: int) -> Iterator[TrainConfig]:
-    """Layouts in which ranks share sequences: along the sequence axes, along row in 2d, and along both."""
+    """Layouts in which ranks share sequences: along the sequence axes, along row in one 2d grid, and along both."""
     plain = next(_schedules(config, dict.fromkeys(MODEL_AXES, 1)))
     for size in divisors_of(world):
         tensor = world // size
         grids = [("1d", {"col": tensor})] if size > 1 else []
-        grids += [("2d", {"row": row, "col": tensor // row}) for row in divisors_of(tensor) if row > 1]
+        grids += [("2d", {"row": row, "col": tensor // row}) for row in divisors_of(tensor)[1:2]]
         for (mode, sizes), ulysses in itertools.product(grids, divisors_of(size)):
-            moved = size > ulysses or mode == "2d"  # keys and values, so that transports differ
-            for transport in ("exchange", "ring") if moved else ("ulysses",):
+            moved = size > ulysses or size == 1  # keys and values along no other axis, so that transports differ
+            for transport in ("exchange", "ring") if moved else ("exchange",) if mode == "2d" else ("ulysses",):
                 keys = _NO_OTHER_AXES | {
                     "tensor_parallel_mode": mode,
                     "tensor_parallel_size": None,
