@@ -73,6 +73,9 @@ def test_small_batches_fit_by_one_way_to_cut_attention_only_and_are_padded(world
             assert batch * LENGTH % cut_residual or sizes["col"] == 1 or sizes["inner"] > 1
 
 
+SHARING = "every layout whose ranks share sequences"
+
+
 def every(model, world, **keys):
     config, _ = make_config(settings(model, **keys))
     return every_case(config, read_model_config(Path(model)), world, full=False)
@@ -86,6 +89,7 @@ def test_every_layout_of_a_world_is_there_once_and_fits(models, world):
     for case in cases:
         assert math.prod(case.config.axes.values()) == world
         check_sizes(case.config.tensor_parallel, case.problem.model.dimensions, case.problem.batch)
+    assert "drops attention probabilities" in unfit.pop(SHARING)
     found = {tuple(case.config.axes.values()) for case in cases}
     geometric = [sizes for sizes in meshes(world) if sizes["inner"] == 1 or sizes["depth"] == 1]
     assert found == {tuple(sizes.values()) for sizes in geometric if GPT2["n_head"] % sizes["col"] == 0}
@@ -98,7 +102,7 @@ def test_every_layout_of_a_world_is_there_once_and_fits(models, world):
 @pytest.mark.parametrize("switch", ["prefetch", "defer", "overlap"])
 def test_switches_of_the_product_in_one_piece_take_no_layout_away(models, switch):
     cases, unfit = every(models["gpt2"], 4, **{f"tensor_parallel_{switch}": False})
-    assert not unfit
+    assert list(unfit) == [SHARING]
     for case in cases:
         schedule = case.config.schedule
         assert getattr(schedule, switch) == schedule.in_panels
@@ -107,7 +111,33 @@ def test_switches_of_the_product_in_one_piece_take_no_layout_away(models, switch
 def test_layouts_that_the_model_does_not_fit_are_named(models):
     cases, unfit = every(models["llama"], 3)
     assert {case.config.axes["col"] for case in cases} == {1}
+    assert "1d ulysses 3, gather" in unfit
     assert "3 ways, which does not divide" in unfit["1d col 3, gather"]
+
+
+def test_layouts_that_share_sequences_are_there_with_each_transport(models):
+    cases, unfit = every(models["llama"], 4)
+    shared = [case for case in cases if case.problem.shared]
+    assert [case.name.replace(", gather", "") for case in shared] == [
+        "2d row 2 × col 2, sequences over row by exchange",
+        "2d row 2 × col 2, sequences over row by ring",
+        "1d exchange 2 × col 2",
+        "1d ring 2 × col 2",
+        "1d ulysses 2 × col 2",
+        "2d exchange 2 × row 2, sequences over row",
+        "2d ring 2 × row 2, sequences over row",
+        "2d ulysses 2 × row 2, sequences over row by exchange",
+        "1d exchange 4",
+        "1d ring 4",
+        "1d exchange 2 × ulysses 2",
+        "1d ring 2 × ulysses 2",
+        "1d ulysses 4",
+    ]
+    assert not unfit
+    for case in shared:  # no rank's share is whole rows: all send and receive
+        rows = case.problem.batch
+        assert rows % math.prod(case.config.axes[axis] for axis in ("depth", "row")) or case.config.axes["row"] == 1
+        assert math.gcd(rows, case.config.mesh_sizes["ring"] * case.config.axes["row"]) == 1
 
 
 def test_auto_stands_for_every_schedule_there_is(models):

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from tessera.core.errors import RunFailed
-from tessera.train.settings import compute_dtype
+from tessera.train.settings import compute_dtype, context_line
 from tessera.verify import report
 from tessera.verify.cases import Case
 from tessera.verify.check import Checker, Result
@@ -25,6 +25,8 @@ class Session:
     def one(self, case: Case, omit: int | None = None) -> list[Result]:
         """One layout in full; `omit` (from 1) is the collective left out of its first step."""
         report.say_problem(self.out, case)
+        if (context := context_line(case.config, case.problem.model)) is not None:
+            self.out.print(context, markup=False)
         omission = None
         if omit is not None:
             omission = self.checker.omissions(case)[omit - 1]
