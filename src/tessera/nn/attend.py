@@ -8,7 +8,9 @@ from tessera.nn.kernels.explicit import explicit
 from tessera.nn.kernels.flash_cpu import flash_cpu
 from tessera.nn.kernels.fused import fused
 from tessera.nn.kernels.varlen import takes_varlen, varlen
+from tessera.nn.documents import Documents
 from tessera.nn.mask import Mask
+from tessera.nn.once import Once
 
 
 def attend(
@@ -23,13 +25,15 @@ def attend(
     p: float = 0.0,
     with_lse: bool = False,
     eager: bool = False,
+    once: Once | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """softmax(z) v over the keys that `mask` shows, where z = scale · q kᵀ, and the log-sum-exp of z if `with_lse`.
 
     k and v may have fewer heads than q, each read by an equal run of query heads. `scale` is 1/√D unless given;
     `softcap` c makes z = c · tanh(z / c); probabilities are dropped where `keep` [B, H, S, S] is False, which happens
     with probability `p`. The log-sum-exp [B, H, S] is in promote_types(dtype, float32), without dropout, and has no
-    gradient. `eager` takes the kernel that goes step by step.
+    gradient. `eager` takes the kernel that goes step by step. `once`: in a layer that runs again, the kernel runs in its
+    first run alone, where its result is all that it keeps: not what goes step by step, nor float32 on a GPU.
 
     Scores of S × S exist with `eager`, where a window is shorter than the row, with a soft cap or dropped
     probabilities, and where a GPU is asked for the log-sum-exp of float32; in all other cases of no more than a tile.
@@ -37,13 +41,16 @@ def attend(
     banded, documents = mask.window is not None and mask.window < k_BHSD.shape[2], mask.documents
     if eager or banded or softcap is not None or keep is not None:
         return explicit(q_BHSD, k_BHSD, v_BHSD, mask, scale, softcap, keep, p, with_lse)
+    if once is not None and documents is None and takes_varlen(q_BHSD):
+        documents = Documents.whole(q_BHSD)
     if documents is not None and (q_BHSD.is_cpu or takes_varlen(q_BHSD)):
         kernel = documents_cpu if q_BHSD.is_cpu else varlen
-        out, lse = kernel(q_BHSD, k_BHSD, v_BHSD, documents, causal=mask.causal, scale=scale)
+        out, lse = kernel(q_BHSD, k_BHSD, v_BHSD, documents, causal=mask.causal, scale=scale, once=once)
+        return out, lse if with_lse else None
+    if q_BHSD.is_cpu and (with_lse or once is not None):
+        out, lse = flash_cpu(q_BHSD, k_BHSD, v_BHSD, causal=mask.causal, scale=scale, once=once)
         return out, lse if with_lse else None
     if with_lse:
-        if q_BHSD.is_cpu:
-            return flash_cpu(q_BHSD, k_BHSD, v_BHSD, causal=mask.causal, scale=scale)
         return explicit(q_BHSD, k_BHSD, v_BHSD, mask, scale, softcap, keep, p, with_lse)
     if documents is not None:
         return each_document(q_BHSD, k_BHSD, v_BHSD, documents, causal=mask.causal, scale=scale), None

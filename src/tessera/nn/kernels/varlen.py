@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tessera.nn.documents import Documents
+from tessera.nn.once import Once, run_once
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -22,11 +23,19 @@ def takes_varlen(q_BHSD: Tensor) -> bool:
 class _Varlen(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, documents: Documents, causal: bool, scale: float | None
+        ctx,
+        q_THD: Tensor,
+        k_THD: Tensor,
+        v_THD: Tensor,
+        documents: Documents,
+        causal: bool,
+        scale: float | None,
+        once: Once | None,
     ):
         bounds = (documents.offsets, documents.offsets, documents.longest, documents.longest)
-        out, lse, *random, _ = torch.ops.aten._flash_attention_forward.default(
-            q_THD, k_THD, v_THD, *bounds, 0.0, causal, False, scale=scale
+        operator = torch.ops.aten._flash_attention_forward.default
+        out, lse, *random = run_once(
+            once, lambda: operator(q_THD, k_THD, v_THD, *bounds, 0.0, causal, False, scale=scale)[:-1]
         )
         ctx.save_for_backward(q_THD, k_THD, v_THD, out, lse, *random)
         ctx.options = bounds, causal, scale
@@ -39,14 +48,21 @@ class _Varlen(torch.autograd.Function):
         dq, dk, dv = torch.ops.aten._flash_attention_backward.default(
             d_out_THD.contiguous(), q, k, v, out, lse, *bounds, 0.0, causal, *random, scale=scale
         )
-        return dq, dk, dv, None, None, None
+        return dq, dk, dv, None, None, None, None
 
 
 def varlen(
-    q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, documents: Documents, *, causal: bool, scale: float | None
+    q_BHSD: Tensor,
+    k_BHSD: Tensor,
+    v_BHSD: Tensor,
+    documents: Documents,
+    *,
+    causal: bool,
+    scale: float | None,
+    once: Once | None = None,
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale · q kᵀ) v within each document, causal or not, and the log-sum-exp [B, H, S] without gradient."""
     B, _, S, _ = q_BHSD.shape
     joined = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHSD, k_BHSD, v_BHSD))
-    out_THD, lse_HT = _Varlen.apply(*joined, documents, causal, scale)
+    out_THD, lse_HT = _Varlen.apply(*joined, documents, causal, scale, once)
     return out_THD.unflatten(0, (B, S)).transpose(1, 2), lse_HT.unflatten(1, (B, S)).transpose(0, 1)
