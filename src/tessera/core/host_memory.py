@@ -117,13 +117,12 @@ class HostMemory:
 
     def pack(self, x: Tensor) -> Any:
         """What stands for `x` until `unpack`: `x` itself if it stays."""
-        storage = x.untyped_storage()._cdata
         if x.nbytes < LEAST or isinstance(x, DTensor) or x.device.type != self.device.type:
             return x
-        if storage in self._staying or _casts_a_parameter(x):
+        if x.untyped_storage()._cdata in self._staying or _casts_a_parameter(x):
             return x
         flat, stride = _flat(x.detach())
-        key = (storage, flat.storage_offset(), flat.numel(), flat.dtype, x._version)
+        key = (flat.untyped_storage()._cdata, flat.storage_offset(), flat.numel(), flat.dtype, x._version)
         moved = self._known.get(key)
         if moved is None:
             moved = _Moved(flat, len(self._layers) - 1, self)

@@ -77,6 +77,7 @@ class DecoderLayer(nn.Module):
             bias=config.mlp_bias,
             init=init,
             out_init=out_init,
+            tiles=savers.mlp_tiles,
         )
         check_chain("attention_norm", self.attention_norm.output, "attention", self.attention.input)
         check_chain("attention", self.attention.output, "mlp_norm", self.mlp_norm.input)

@@ -18,6 +18,7 @@ from tessera.layout.spec import Init
 from tessera.layout.streams import check_chain
 from tessera.nn.attend import attend
 from tessera.nn.context.attention import shared_attention
+from tessera.nn.context.heads import kv_heads_of as kv_heads_of
 from tessera.nn.dropout import keep_mask
 from tessera.nn.linear import ColumnParallelLinear, RowParallelLinear, parallel_linear
 from tessera.nn.mask import Mask
@@ -26,13 +27,6 @@ from tessera.nn.once import Once
 from tessera.nn.rope import rotate
 from tessera.nn.tokens import Tokens
 from tessera.product.moves import gather_then_reduce_scatter
-
-
-def kv_heads_of(query_heads: range, num_heads: int, num_kv_heads: int) -> list[int]:
-    """The kv heads these query heads need: each once if all are read equally often in a row, else one a query."""
-    read = [head * num_kv_heads // num_heads for head in query_heads]
-    once = list(dict.fromkeys(read))
-    return once if read == [h for h in once for _ in range(len(read) // len(once))] else read
 
 
 @dataclass(frozen=True)

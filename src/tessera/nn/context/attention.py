@@ -5,10 +5,9 @@
       → along the owners' axes: keys and values in rounds (exchange.py, ring.py), the tiles of each computed meanwhile
       → along ulysses back
 
-The backward brings keys and values once more; what was saved are the owner's own q, k, v, result and log-sum-exp.
+With `ulysses_chunks` some of the heads after the others (chunks.py). The backward brings keys and values once more; what was saved are the owner's own q, k, v, result and log-sum-exp.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -16,18 +15,15 @@ from torch import Tensor
 
 from tessera.core.mesh import Group
 from tessera.layout.parallel import Parallel
-from tessera.nn.context.consume import backward_tiles, forward_tiles
+from tessera.nn.context.chunks import attention_in_groups
 from tessera.nn.context.exchange import Exchange
 from tessera.nn.context.heads import heads_for_tokens, repeats, tokens_for_heads
+from tessera.nn.context.passes import Pass, backward_pass, forward_pass
 from tessera.nn.context.ring import Ring
 from tessera.nn.context.route import RingRoute, Route
 from tessera.nn.once import Once, run_once
 
 # mypy: disable-error-code="no-untyped-def"
-
-Pass = Callable[[Tensor], Exchange | Ring]
-"""Starts one pass over the key/value tokens, given this owner's own."""
-
 
 class _Shared(torch.autograd.Function):
     """Attention of the owner's queries to keys and values wherever they are.
@@ -45,21 +41,14 @@ class _Shared(torch.autograd.Function):
         softcap: float | None,
         once: Once | None,
     ):
-        rounds = ((kv[:, 0], kv[:, 1], tiles) for kv, tiles in begin(kv_T2HD))
-        out, lse = run_once(once, lambda: forward_tiles(q_THD, rounds, scale=scale, softcap=softcap))
+        out, lse = run_once(once, lambda: forward_pass(q_THD, kv_T2HD, begin, scale, softcap))
         ctx.save_for_backward(q_THD, kv_T2HD, out, lse)
         ctx.options = begin, scale, softcap
         return out
 
     @staticmethod
     def backward(ctx, d_out_THD: Tensor):
-        (q, kv_own, out, lse), (begin, scale, softcap) = ctx.saved_tensors, ctx.options
-        dq = torch.zeros_like(q, dtype=lse.dtype)
-        moving = begin(kv_own)
-        for kv, tiles in moving:
-            block = kv[:, 0], kv[:, 1], tiles
-            moving.add(torch.stack(backward_tiles(d_out_THD, q, out, lse, dq, block, scale=scale, softcap=softcap), 1))
-        return dq.to(q.dtype), moving.home().to(kv_own.dtype), None, None, None, None
+        return *backward_pass(d_out_THD, *ctx.saved_tensors, *ctx.options), None, None, None, None
 
 
 def shared_attention(
@@ -81,6 +70,9 @@ def shared_attention(
     """
     mesh = parallel.mesh
     ulysses, owners = mesh.group(("ulysses",)), mesh.group(parallel.owners)
+    if parallel.context.chunks > 1 and ulysses is not None:
+        begin = _beginning(route, owners)
+        return attention_in_groups(q_THD, k_THD, v_THD, parallel.context.chunks, ulysses, begin, scale, softcap, once)
     again = repeats(k_THD.shape[1], mesh.sizes["ulysses"])
     kv_T2HD = torch.stack([k_THD, v_THD], 1)
     if again > 1:

@@ -70,3 +70,10 @@ def heads_for_tokens(x_THD: Tensor, group: Group | None, once: Once | None = Non
 def repeats(kv_heads: int, ranks: int) -> int:
     """How often each kv head is repeated, so that so many ranks get equally many: each query finds its own there."""
     return ranks // math.gcd(ranks, kv_heads)
+
+
+def kv_heads_of(query_heads: range, num_heads: int, num_kv_heads: int) -> list[int]:
+    """The kv heads these query heads need: each once if all are read equally often in a row, else one a query."""
+    read = [head * num_kv_heads // num_heads for head in query_heads]
+    once = list(dict.fromkeys(read))
+    return once if read == [h for h in once for _ in range(len(read) // len(once))] else read
