@@ -183,6 +183,8 @@ def _without_effect(config: TrainConfig) -> list[str]:
         value = getattr(config, key)
         if value and value != "no" and not config.evaluates:
             lines.append(f"{key}: {value} has no effect: no rows are held out for evaluation (val_set_size)")
+    if config.tiled_mlp_num_shards is not None and not config.tiled_mlp:
+        lines.append(f"tiled_mlp_num_shards: {config.tiled_mlp_num_shards} has no effect: tiled_mlp is not asked for")
     if config.sample_packing and config.pad_to_sequence_len is False:
         lines += ["pad_to_sequence_len: false has no effect: rows of packed samples are always padded to sequence_len"]
     return lines
