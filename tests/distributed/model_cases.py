@@ -78,14 +78,15 @@ def batch_of(input_ids: Tensor, targets: Tensor, first_document: int = 0) -> Mic
 
 
 def batches(config: ModelConfig, count: int, seed: int = 3, size: int = 4, length: int = 12) -> list[MicroBatch]:
-    """Random token ids; a quarter of the targets ignored, among them the whole last sequence of each micro-batch."""
+    """Random token ids; a quarter of the targets ignored, among them the last sequence, if there are others."""
     generator = torch.Generator().manual_seed(seed)
     made = []
     for place in range(count):
         ids = torch.randint(0, config.vocab_size, (size, length), generator=generator)
         targets = ids.roll(-1, 1)
         targets[torch.rand(size, length, generator=generator) < 0.1] = -100
-        targets[-1] = -100
+        if size > 1:
+            targets[-1] = -100
         made.append(batch_of(ids, targets, place * size))
     return made
 

@@ -1,4 +1,4 @@
-"""Runs whose sequences lie over ranks, against transformers: loss, gradient norm and the weights that are handed out."""
+"""Runs whose sequences lie over ranks, against transformers: loss, gradient norm, and the weights handed out."""
 
 from typing import Any
 
