@@ -2,13 +2,13 @@
 
 from torch import Tensor
 
+from tessera.nn.documents import Documents
 from tessera.nn.kernels.documents_cpu import documents_cpu
 from tessera.nn.kernels.each_document import each_document
 from tessera.nn.kernels.explicit import explicit
 from tessera.nn.kernels.flash_cpu import flash_cpu
 from tessera.nn.kernels.fused import fused
 from tessera.nn.kernels.varlen import takes_varlen, varlen
-from tessera.nn.documents import Documents
 from tessera.nn.mask import Mask
 from tessera.nn.once import Once
 
@@ -32,8 +32,8 @@ def attend(
     k and v may have fewer heads than q, each read by an equal run of query heads. `scale` is 1/√D unless given;
     `softcap` c makes z = c · tanh(z / c); probabilities are dropped where `keep` [B, H, S, S] is False, which happens
     with probability `p`. The log-sum-exp [B, H, S] is in promote_types(dtype, float32), without dropout, and has no
-    gradient. `eager` takes the kernel that goes step by step. `once`: in a layer that runs again, the kernel runs in its
-    first run alone, where its result is all that it keeps: not what goes step by step, nor float32 on a GPU.
+    gradient. `eager` takes the kernel that goes step by step. `once`: in a layer that runs again the kernel
+    runs once, and its result is kept; but for what goes step by step, and float32 on a GPU, which run again.
 
     Scores of S × S exist with `eager`, where a window is shorter than the row, with a soft cap or dropped
     probabilities, and where a GPU is asked for the log-sum-exp of float32; in all other cases of no more than a tile.

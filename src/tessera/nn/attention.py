@@ -122,9 +122,7 @@ class Attention(nn.Module):
         out, _ = attend(q, k, v, mask, keep=keep, p=p, eager=self.config.eager, once=once)
         return self.out(out.transpose(1, 2).reshape(shape[0] * shape[1], -1))
 
-    def _shared(
-        self, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, tokens: Tokens, once: Once | None
-    ) -> Tensor:
+    def _shared(self, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, tokens: Tokens, once: Once | None) -> Tensor:
         """Attention over sequences that several ranks share, [T, H, D]: this rank's tokens are one row."""
         if not self.config.causal or (self.config.dropout and tokens.dropout is not None):
             raise ValueError("ranks share sequences in causal attention without dropout alone")

@@ -1,6 +1,5 @@
 """Feed-forward blocks: SwiGLU (Shazeer 2020) and GELU, column-parallel in, row-parallel out; whole or in tiles."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -12,7 +11,7 @@ from tessera.layout.parallel import Parallel
 from tessera.layout.spec import Init
 from tessera.layout.streams import check_chain
 from tessera.nn.linear import ColumnParallelLinear, ParallelLinear, RowParallelLinear, parallel_linear, product_of
-from tessera.nn.tiled import Operands, tile_sizes, tiled, tiles_of
+from tessera.nn.tiled import Operands, tile_sizes, tiled
 from tessera.product.gathered import Move, Together
 from tessera.product.roles import ranks_of, start_reduce, start_unshard
 
@@ -106,8 +105,7 @@ class MLP(nn.Module):
         roles = self.up.plan.roles(self.up.parallel.mesh)
         gathered = ranks_of(roles.outputs) if roles.x_dim == 0 else 1
         scattered = ranks_of(roles.inputs) if roles.y_dim == 0 else 1
-        tiles = tiles_of(tokens * gathered, self.up.in_features) if self.tiles is None else self.tiles
-        return tile_sizes(tokens, tiles, scattered // math.gcd(scattered, gathered))
+        return tile_sizes(tokens, self.tiles, self.up.in_features, gathered, scattered)
 
 
 class _Tiles:
@@ -138,6 +136,6 @@ class _Tiles:
     def run(self, x_TF: Tensor, operands: Operands) -> Tensor:
         mlp, count = self.mlp, len(operands) // 2
         into, down = self.roles if self.in_panels else (replace(roles, tokens=None) for roles in self.roles)
-        weights, biases = operands[:count], operands[count:]
+        weights, biases = [w for w in operands[:count] if w is not None], operands[count:]
         h = mlp.activate(product_of(mlp.up, x_TF, weights[:-1], biases[:-1], into))
         return product_of(mlp.down, h, weights[-1:], biases[-1:], down)[0]

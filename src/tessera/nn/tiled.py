@@ -48,10 +48,14 @@ def tiles_of(tokens: int, features: int) -> int:
     return max(1, math.ceil(tokens / features))
 
 
-def tile_sizes(tokens: int, tiles: int, unit: int) -> list[int]:
-    """`tokens` in at most so many parts, as equal as multiples of `unit` can be."""
+def tile_sizes(tokens: int, tiles: int | None, features: int, gathered: int = 1, scattered: int = 1) -> list[int]:
+    """Parts of a rank's `tokens` of the residual stream, as equal as can be; `tiles`, or as many as `tiles_of` says.
+
+    A tile is brought together from `gathered` ranks, then cut over `scattered` ones. Alike on all of these ranks.
+    """
+    unit = scattered // math.gcd(scattered, gathered)
     units = tokens // unit
-    tiles = max(1, min(tiles, units))
+    tiles = max(1, min(tiles_of(tokens * gathered, features) if tiles is None else tiles, units))
     return [(units // tiles + (place < units % tiles)) * unit for place in range(tiles)]
 
 

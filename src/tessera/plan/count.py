@@ -92,7 +92,9 @@ def counted_step(model: ModelConfig, shape: StepShape, parallel: Parallel) -> Co
     """
     sizes = {axis: size for axis, size in parallel.mesh.sizes.items() if size > 1}
     with fake_world(sizes, parallel.mesh.rank) as mesh, fake_tensors(), PeakMemory() as memory:
-        decoder = Decoder(model, replace(parallel, mesh=mesh), gradient_checkpointing=shape.recompute, savers=shape.savers)
+        decoder = Decoder(
+            model, replace(parallel, mesh=mesh), gradient_checkpointing=shape.recompute, savers=shape.savers
+        )
         optimizer = build_optimizer(decoder, "adamw_torch_fused", (0.9, 0.95), 1e-8, 0.1)
         step = Step(decoder, optimizer, max_grad_norm=1.0, label_smoothing=0.1 if shape.label_smoothing else 0.0)
         ids = torch.zeros(shape.batch, shape.sequence, dtype=torch.int64)

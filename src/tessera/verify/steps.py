@@ -42,8 +42,8 @@ class StepsTaken:
 
 def build(problem: Problem, parallel: Parallel, config: TrainConfig) -> Decoder:
     """The model of `problem`, every parameter random: biases and gains too, so that one in the wrong place shows."""
-    options = {"gradient_checkpointing": config.recompute, "savers": savers_of(config)}
-    model = build_decoder(problem.model, parallel, fsdp_of(config), **options)
+    recompute, savers = config.recompute, savers_of(config)
+    model = build_decoder(problem.model, parallel, fsdp_of(config), gradient_checkpointing=recompute, savers=savers)
     model.initialize(problem.seed)
     with torch.no_grad():
         for name, parameter, spec in named_specs(model):

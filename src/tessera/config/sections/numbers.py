@@ -35,9 +35,8 @@ class NumbersKeys(Section):
     eager_attention: bool | None = Field(None, description="The same as attn_implementation: eager.")
     gradient_checkpointing: bool | Literal["selective", "offload"] = Field(
         False,
-        description="Recompute each block in the backward instead of keeping its activations: all of it (true), all but "
-        "attention and its communication, whose result is kept (selective), or all of it, its input kept in host memory "
-        "(offload).",
+        description="Recompute each block in the backward instead of keeping its activations. selective: but for "
+        "attention and its communication, whose result is kept. offload: its input is kept in host memory.",
     )
     activation_offloading: bool = Field(
         False,

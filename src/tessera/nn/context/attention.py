@@ -5,7 +5,8 @@
       → along the owners' axes: keys and values in rounds (exchange.py, ring.py), the tiles of each computed meanwhile
       → along ulysses back
 
-With `ulysses_chunks` some of the heads after the others (chunks.py). The backward brings keys and values once more; what was saved are the owner's own q, k, v, result and log-sum-exp.
+The backward brings keys and values once more; what was saved are the owner's own q, k, v, result and log-sum-exp.
+With `ulysses_chunks` this goes group of heads by group of heads (chunks.py).
 """
 
 from functools import partial
@@ -24,6 +25,7 @@ from tessera.nn.context.route import RingRoute, Route
 from tessera.nn.once import Once, run_once
 
 # mypy: disable-error-code="no-untyped-def"
+
 
 class _Shared(torch.autograd.Function):
     """Attention of the owner's queries to keys and values wherever they are.

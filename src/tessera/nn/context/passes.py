@@ -36,8 +36,6 @@ def backward_pass(
     moving = begin(kv_T2HD)
     for kv, tiles in moving:
         block = kv[:, 0], kv[:, 1], tiles
-        gradients = backward_tiles(
-            d_out_THD, q_THD, out_THD, lse_HT, dq_THD, block, scale=scale, softcap=softcap
-        )
+        gradients = backward_tiles(d_out_THD, q_THD, out_THD, lse_HT, dq_THD, block, scale=scale, softcap=softcap)
         moving.add(torch.stack(gradients, 1))
     return dq_THD.to(q_THD.dtype), moving.home().to(kv_T2HD.dtype)
