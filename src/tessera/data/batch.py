@@ -56,7 +56,8 @@ class MicroBatch:
         """The same micro-batch with its tensors on `device`."""
         moved: dict[str, Any] = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
         batch = replace(self, **moved)
-        vars(batch)["document_starts"] = self.document_starts
+        if self.streams is None:  # of a part of streams nobody asks where documents begin
+            vars(batch)["document_starts"] = self.document_starts
         return batch
 
 

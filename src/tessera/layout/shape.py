@@ -1,6 +1,7 @@
 """The shape of a step: what one data rank runs, padded so that its tokens divide, and what FSDP2 is asked for."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tessera.core.axes import SEQUENCE_AXES
@@ -52,7 +53,8 @@ class Savers:
 class StepShape:
     """What one optimizer step runs on a data rank: `micro_batches` of `batch` sequences of `sequence` tokens (padded).
 
-    `reshard` and `by_layer` are those of `Fsdp`; `recompute`: each layer runs again in its backward.
+    `reshard` and `by_layer` are those of `Fsdp`; `recompute`: each layer runs again in its backward. `documents` has of
+    each micro-batch the tokens, counted row after row, at which documents begin; empty: every row is one.
     """
 
     batch: int
@@ -64,7 +66,17 @@ class StepShape:
     reshard: bool = True
     by_layer: bool = True
     savers: Savers = Savers()
+    documents: tuple[tuple[int, ...], ...] = ()
 
     @property
     def tokens(self) -> int:
         return self.batch * self.sequence
+
+    @property
+    def document_starts(self) -> tuple[tuple[int, ...], ...]:
+        """Of each micro-batch, at which of its tokens documents begin, as `MicroBatch.document_starts` has them."""
+        return self.documents or (tuple(range(0, self.tokens, self.sequence)),) * self.micro_batches
+
+    def tokens_on(self, mesh: Mesh, axes: Iterable[str]) -> int:
+        """The tokens of a micro-batch on a rank, where `axes` cut them beside the sequence axes."""
+        return self.tokens // mesh.size((*SEQUENCE_AXES, *axes))

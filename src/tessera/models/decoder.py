@@ -3,7 +3,6 @@
 embedding (+ positions) → dropout → [ norm → attention → dropout → + · norm → MLP → dropout → + ] × L → norm → loss
 """
 
-from collections import Counter
 from dataclasses import replace
 
 import torch
@@ -185,8 +184,7 @@ class Decoder(nn.Module):
 
     def cut(self, batch: MicroBatch) -> MicroBatch:
         """This rank's part of a micro-batch of its data rank: where several ranks share sequences, else all of it."""
-        kinds = Counter(map(self.config.kind_of, range(self.config.num_layers)))
-        return cut(batch, self.parallel, [(kind.window, layers) for kind, layers in kinds.items()])
+        return cut(batch, self.parallel, self.config.windows)
 
     def begin(self, batch: MicroBatch, dropout_key: int | None = None) -> Tokens:
         """The tokens of `batch`, the same on every model rank, for a forward that begins."""

@@ -5,7 +5,7 @@ Each part of the rows is one stream (layout/context.py); the ranks along `owners
 the streams' layouts cut them further as they cut any micro-batch.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -26,13 +26,9 @@ def cut(batch: MicroBatch, parallel: Parallel, windows: Sequence[tuple[int | Non
     """
     if not parallel.cuts_sequences or batch.streams is not None:
         return batch
-    mesh, rows = parallel.mesh, mesh_parts(parallel)
-    total, joined = batch.input_ids.numel(), parallel.context.joined
-    streams, owners, pieces = 1 if joined else rows, mesh.size(parallel.owners), mesh.sizes["ulysses"]
-    if total % (streams * owners * pieces):
-        raise ValueError(f"{total} tokens do not divide by {streams} streams × {owners} owners × {pieces} pieces")
-    length = total // streams
-    made = [_stream(batch, first, length, owners, windows) for first in range(0, total, length)]
+    mesh, rows, joined, pieces = parallel.mesh, parts(parallel), parallel.context.joined, parallel.mesh.sizes["ulysses"]
+    made = streams_of(batch.document_starts, batch.input_ids.numel(), parallel, windows)
+    length = made[0].bounds[-1]
     taken = []
     for part in range(rows):
         number, owner = (0, mesh.coordinates["ring"] * rows + part) if joined else (part, mesh.coordinates["ring"])
@@ -49,13 +45,28 @@ def cut(batch: MicroBatch, parallel: Parallel, windows: Sequence[tuple[int | Non
         valid=int((targets != IGNORED).sum()),
         positions=_taken(batch.positions, index, index % S),
         documents=_taken(batch.documents, index, index // S),
-        streams=tuple(made),
+        streams=made,
     )
 
 
-def mesh_parts(parallel: Parallel) -> int:
+def parts(parallel: Parallel) -> int:
     """The parts into which attention's layout cuts the rows of a micro-batch, or a joined stream's owners on a rank."""
     return parallel.mesh.size(parallel.attention.tokens)
+
+
+def streams_of(
+    starts: Sequence[int], tokens: int, parallel: Parallel, windows: Sequence[tuple[int | None, int]]
+) -> tuple[Stream, ...]:
+    """The streams of a micro-batch of so many `tokens`, whose documents begin at `starts`, and who owns what of them.
+
+    `windows` as for `cut`. Raises ValueError where the tokens do not divide by the ranks.
+    """
+    mesh, streams = parallel.mesh, 1 if parallel.context.joined else parts(parallel)
+    owners, pieces = mesh.size(parallel.owners), mesh.sizes["ulysses"]
+    if tokens % (streams * owners * pieces):
+        raise ValueError(f"{tokens} tokens do not divide by {streams} streams × {owners} owners × {pieces} pieces")
+    length = tokens // streams
+    return tuple(_stream(starts, first, length, owners, windows) for first in range(0, tokens, length))
 
 
 def _taken(vector: Tensor | None, index: Tensor, otherwise: Tensor) -> Tensor:
@@ -63,8 +74,7 @@ def _taken(vector: Tensor | None, index: Tensor, otherwise: Tensor) -> Tensor:
 
 
 def _stream(
-    batch: MicroBatch, first: int, length: int, owners: int, windows: Iterable[tuple[int | None, int]]
+    starts: Sequence[int], first: int, length: int, owners: int, windows: Sequence[tuple[int | None, int]]
 ) -> Stream:
-    begins = [start - first for start in batch.document_starts if first <= start < first + length]
-    bounds = (*begins, length)
-    return Stream(bounds, assign(bounds, owners, tuple(windows)))
+    bounds = (*(start - first for start in starts if first <= start < first + length), length)
+    return Stream(bounds, assign(bounds, owners, windows))
