@@ -128,7 +128,7 @@ def test_overrides_are_yaml_and_win(tmp_path):
         ({"adam_beta2": 1.0}, "adam_beta2", "below 1"),
         ({"val_set_size": 1.5}, "val_set_size", "for rows, write 2"),
         ({"val_set_size": -1}, "val_set_size", "at least 0"),
-        ({"bf16": "maybe"}, "bf16", "one of 'auto', 'full', True or False"),
+        ({"bf16": "maybe"}, "bf16", "one of 'auto', 'full', true or false"),
         ({"lr_scheduler": "cosin"}, "lr_scheduler", "nearest: cosine"),
         ({"excess_length_strategy": "cut"}, "excess_length_strategy", "'drop', 'truncate' or 'raise'"),
         ({"datasets": []}, "datasets", "at least 1"),
@@ -141,6 +141,7 @@ def test_overrides_are_yaml_and_win(tmp_path):
         ({"output_dir": 12}, "output_dir", "write '12', with quotes"),
         ({"learning_rate": "2e-5"}, "learning_rate", "write 2e-5, without quotes"),
         ({"shuffle": "true"}, "shuffle", "write true, without quotes"),
+        ({"bf16": "true"}, "bf16", "write true, without quotes"),
         ({"max_steps": "many"}, "max_steps", "for example max_steps: 100"),
         ({"zzz": 3}, "zzz", "zzz: 3\n  is not a known key"),
         ({"base_model": ""}, "base_model", "at least 1 character"),
@@ -270,3 +271,14 @@ def test_a_dumped_config_loads_to_the_same(tmp_path, keys):
 def test_rows_of_packed_samples_that_are_not_to_be_padded_are_told_of(packs, padded, told):
     _, notes = make_config(MINIMAL | {"sample_packing": packs, "pad_to_sequence_len": padded})
     assert len(notes) == told and all(note.startswith("pad_to_sequence_len: false has no effect: ") for note in notes)
+
+
+def test_betas_do_nothing_with_sgd_and_the_run_says_so():
+    _, notes = make_config({**MINIMAL, "optimizer": "sgd", "adam_beta1": 0.8, "adam_epsilon": 1e-8})
+    assert notes == ["adam_beta1: 0.8 has no effect: optimizer is sgd"]
+    assert make_config({**MINIMAL, "adam_beta1": 0.8})[1] == []
+
+
+def test_a_warm_up_of_zero_beside_another_is_no_contradiction():
+    config, _ = make_config({**MINIMAL, "warmup_steps": 3, "warmup_ratio": 0.0})
+    assert config.warmup_steps == 3

@@ -1,6 +1,7 @@
 """Keys of other tools: taken under our name, without effect, or refused; each in one line."""
 
 import json
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from tessera.config import compat
 from tessera.config.deepspeed import TAKEN, WELL_KNOWN
 from tessera.config.load import ConfigError, load_config, make_config
+from tessera.config.reader import parse_yaml
 from tessera.config.schema import DatasetConfig, FsdpConfig, TrainConfig
 from tessera.core.errors import UserError
 
@@ -28,6 +30,24 @@ def problem_of(given: dict[str, object]) -> UserError:
     with pytest.raises(UserError) as caught:
         make_config(given)
     return caught.value
+
+
+def test_no_table_has_a_key_twice():
+    parse_yaml((Path(compat.__file__).parent / "other_tools.yaml").read_text(), "other_tools.yaml")
+
+
+IN_NEW_FILES = """
+    chunked_cross_entropy chunked_cross_entropy_num_chunks center_rewards_coefficient deepcompile default_system_message
+    dion_lr dion_rank_fraction eval_sequence_len eval_table_max_new_tokens generate_samples generation_max_new_tokens
+    jagged_restart_steps num_dataset_shards_to_save num_generation_samples nvfp4 otel_metrics_port profiler_steps_start
+    quantize_moe_experts resources_per_worker sample_packing_mp_start_method scaling_softmax_factor trainer_cls
+    type_of_model use_dynamic_finetuning use_swanlab
+"""
+
+
+def test_keys_that_axolotl_has_come_to_know_have_a_verdict():
+    others = compat.TOP.others
+    assert [key for key in IN_NEW_FILES.split() if compat.find(others, key) is None] == []
 
 
 def test_the_verdicts_do_not_overlap():

@@ -86,3 +86,14 @@ def test_what_is_shown_is_the_config_and_where_it_comes_from(file, tmp_path):
     assert origins["reshard_after_forward"] == "command line, as fsdp_config.sharding_strategy"
     assert (origins["offload_params"], origins["forward_prefetch"], origins["bf16"]) == ("file", "default", "default")
     assert text.startswith("# lr is called learning_rate here\n")
+
+
+def test_of_a_data_set_what_was_given_is_shown(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("base_model: m\ndatasets:\n  - {path: a.csv, type: {format: '{instruction}'}}\n  - {path: b}\n")
+    text = shown(resolve_config(path))
+    (line,) = (line for line in text.splitlines() if line.startswith("datasets: "))
+    assert line == "datasets: [{path: a.csv, type: {format: '{instruction}'}}, {path: b}]  # file"
+    before = resolve_config(path).config
+    path.write_text(text)
+    assert resolve_config(path).config == before

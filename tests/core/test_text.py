@@ -1,5 +1,6 @@
 """Numbers and tables as a person reads them."""
 
+from tessera.core.errors import UserError
 from tessera.core.text import counted, duration, human, human_range, mib, number_range, table_lines
 
 
@@ -25,3 +26,8 @@ def test_one_thing_is_no_several():
 def test_a_time_is_told_in_units_that_fit_it():
     said = {3.4: "3 s", 99: "99 s", 100: "2 min", 5900: "98 min", 7500: "2 h 5 min", 200_000: "2 days"}
     assert {seconds: duration(seconds) for seconds in said} == said
+
+
+def test_an_error_writes_true_and_false_as_yaml_does():
+    error = UserError("streaming", True, "is not possible")
+    assert str(error) == str(UserError(*error.parts)) == "streaming: true\n  is not possible"

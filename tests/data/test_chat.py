@@ -191,6 +191,14 @@ def test_sharegpt_is_read_as_a_chat_and_told(chat):
     assert "sharegpt is read as chat_template" in notes[0]
 
 
+def test_of_a_folder_sharegpt_is_told_once(write, folder):
+    for name in ("d/a.jsonl", "d/b.jsonl"):
+        path = write(name, [{"messages": TALK}])
+    notes: list[str] = []
+    assert len(read_files([entry(path.parent, "sharegpt")], None, Reading(tokenizer=folder), notes)) == 2
+    assert sum("sharegpt" in note for note in notes) == 1
+
+
 def test_a_system_prompt_of_its_own_column(chat):
     told = [{"role": "system", "content": "be"}, *TALK]
     assert chat({"messages": TALK, "system": "be"}) == chat(told)

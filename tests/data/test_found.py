@@ -1,5 +1,6 @@
 """Which files an entry names: folders of one format, chosen files, splits and their parts, saved and hub data sets."""
 
+import gzip
 import json
 
 import datasets
@@ -69,8 +70,21 @@ def test_a_readme_alone_is_the_text(fill):
     ],
 )
 def test_a_folder_of_several_formats_is_refused_with_the_way_out(fill, files, kinds):
-    with pytest.raises(UserError, match=rf"several formats \({kinds}\).*\n  data_files: .*ds_type"):
-        texts(fill(**files))
+    folder, one = fill(**files), kinds.partition(",")[0]
+    with pytest.raises(UserError, match=rf"several formats \({kinds}\).*\n  ds_type: {one} .*data_files"):
+        texts(folder)
+    assert texts(folder, ds_type=one) == ["x"]  # the way out that the message names
+
+
+@pytest.mark.parametrize("name", ["rows.xml", "page.HTML", "data.yaml", "page.html.gz"])
+def test_markup_is_no_text_to_train_on_unless_asked_for(fill, name):
+    content = b"<p>x</p>"
+    folder = fill(**{name: gzip.compress(content) if name.endswith(".gz") else content.decode()})
+    with pytest.raises(UserError, match=r"is not a format that is read\n  ds_type: text"):
+        texts(folder / name)
+    with pytest.raises(UserError, match=f"the folder holds no data: it has {name}"):
+        texts(folder)
+    assert texts(folder / name, ds_type="text") == texts(folder, ds_type="text") == ["<p>x</p>"]
 
 
 def test_data_files_and_ds_type_choose(fill, monkeypatch):

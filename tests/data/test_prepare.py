@@ -146,7 +146,14 @@ def test_a_prompt_cut_before_its_answer_teaches_nothing(write, settings):
     row = {"instruction": "Add.", "output": "3"}
     path = write("a.jsonl", [row])
     config = settings(entry(path, "alpaca"), excess_length_strategy="truncate")
-    with pytest.raises(UserError, match="no row is left"):
+    with pytest.raises(UserError, match="no row is left: 1 without a token to learn\n  a larger sequence_len"):
+        prepare(config, None)
+
+
+def test_texts_without_an_answer_are_not_called_too_short(write, settings, tokenizer):
+    rows = [{"segments": [{"label": False, "text": "a b c d"}]}] * 3
+    config = settings(entry(write("a.jsonl", rows), "input_output"), sequence_len=64)
+    with pytest.raises(UserError, match="no row is left: 3 without a token to learn\n  are columns and roles"):
         prepare(config, None)
 
 
@@ -156,7 +163,7 @@ MASKED = [{"input_ids": [1, 2, 3], "labels": [1, -100, -100]}] * 2
 @pytest.mark.parametrize(
     ("name", "content", "changes", "says"),
     [
-        ("a.jsonl", TOKENS, {"sequence_len": 2}, "no row is left: 10 are longer than sequence_len 2"),
+        ("a.jsonl", TOKENS, {"sequence_len": 2}, "no row is left: 10 longer than sequence_len 2"),
         ("a.txt", "a", {}, "no row is left"),
         ("a.jsonl", MASKED, {}, "no row of the train split has a token to learn"),
         ("a.jsonl", TOKENS, {"val_set_size": 10}, "val_set_size: 10"),

@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 
-from tessera.nn.context.assign import assign, work
+from tessera.nn.context.assign import _Area, _Blocks, _chunks, _edges, _Swaps, _zigzag, assign, work
 from tessera.nn.context.reads import reads
 
 WINDOWS = (None, 1, 7, 1000)
@@ -49,7 +49,8 @@ def check_partition(owned, tokens: int) -> None:
         assert all(first < end for first, end in chunks)
         assert all(before < after for (_, before), (after, _) in pairwise(chunks))
         assert sum(end - first for first, end in chunks) * len(owned) == tokens
-    assert sorted(t for chunks in owned for first, end in chunks for t in range(first, end)) == list(range(tokens))
+    stream = sorted(chunk for chunks in owned for chunk in chunks)
+    assert [0, *(end for _, end in stream)] == [*(first for first, _ in stream), tokens]
 
 
 def seen(bounds, window):
@@ -72,13 +73,10 @@ def random_case(draw: Random):
     return bounds, owners, windows
 
 
-@pytest.mark.parametrize("seed", range(100))
-def test_plans_equal_counting_token_by_token(seed):
-    bounds, owners, windows = random_case(Random(seed))
-    owned = assign(bounds, owners, windows)
-    check_partition(owned, bounds[-1])
+def check_by_tokens(owned, bounds, windows) -> None:
+    """What `reads` and `work` say, counted token by token."""
     owner = {token: o for o, chunks in enumerate(owned) for token in tokens_in(chunks)}
-    areas = [0] * owners
+    areas = [0] * len(owned)
     for window, layers in windows:
         needed = [[set() for _ in owned] for _ in owned]
         for token, keys in enumerate(seen(bounds, window)):
@@ -90,6 +88,48 @@ def test_plans_equal_counting_token_by_token(seed):
         assert [[tokens_in(ranges) for ranges in row] for row in found] == [[sorted(s) for s in r] for r in needed]
         assert all(before < after for r in found for ranges in r for (_, before), (after, _) in pairwise(ranges))
     assert work(owned, bounds, windows) == areas
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_plans_equal_counting_token_by_token(seed):
+    bounds, owners, windows = random_case(Random(seed))
+    owned = assign(bounds, owners, windows)
+    check_partition(owned, bounds[-1])
+    check_by_tokens(owned, bounds, windows)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_reads_of_any_owners_equal_counting_token_by_token(seed):
+    """Neighbouring chunks are not merged here, and an owner may have nothing."""
+    draw = Random(seed)
+    bounds, owners, windows = random_case(draw)
+    cuts = [0, *sorted(draw.sample(range(1, bounds[-1]), draw.randrange(bounds[-1]))), bounds[-1]]
+    owned = [[] for _ in range(owners)]
+    for chunk in pairwise(cuts):
+        draw.choice(owned).append(chunk)
+    check_by_tokens(owned, bounds, windows)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_swaps_keep_count_of_work_and_traffic(seed):
+    bounds, owners, windows = random_case(Random(seed))
+    owners += 1
+    bounds = [owners * bound for bound in bounds]
+    before = _Area(bounds, windows)
+    edges = _edges(before, owners)
+    blocks = _Blocks(before, owners, edges)
+    swaps = _Swaps(blocks, _zigzag(owners, blocks.each), 101 * sum(blocks.work) // (100 * owners))
+    swaps.relieve()
+    swaps.join()
+    again = _Swaps(blocks, swaps.owner, swaps.limit)
+    assert (swaps.owned, swaps.load, swaps.received) == (again.owned, again.load, again.received)
+    owned = _chunks(swaps.owner, owners, edges)
+    check_partition(owned, bounds[-1])
+    assert swaps.load == work(owned, bounds, windows)
+    assert swaps.received == [
+        sum(layers * len(tokens_in(ranges)) for window, layers in windows for ranges in reads(owned, bounds, window)[r])
+        for r in range(owners)
+    ]
 
 
 @pytest.mark.parametrize("mean", [1, 50, 5000, 10**6])
@@ -111,12 +151,26 @@ def test_documents_balance_with_little_traffic(mean, share):
     assert sum(figures(in_order, bounds)[0] for bounds in streams) / 20 > 1.4  # the bound is not met by itself
 
 
+@pytest.mark.parametrize("owners, mean, seed", [(32, 500_000, 0), (32, 1000, 19), (64, 65_536, 0), (64, 8192, 0)])
+def test_many_owners_balance(owners, mean, seed):
+    bounds = bounds_of(2**20, mean, seed)
+    assert figures(assign(bounds, owners), bounds)[0] <= 1.02
+
+
+def test_a_document_longer_than_others_makes_smaller_blocks():
+    """Its last block would be more work than an owner's share, with eight blocks each."""
+    bounds = bounds_of(2**20, 500, 18)
+    owned = assign(bounds, 64)
+    assert any((end - first) % 2048 for chunks in owned for first, end in chunks)
+    assert figures(owned, bounds)[0] <= 1.02
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("owners", [32, 64])
-@pytest.mark.parametrize(
-    "mean", [65_536, pytest.param(1000, marks=pytest.mark.slow), pytest.param(8192, marks=pytest.mark.slow)]
-)
-def test_many_owners_balance(owners, mean):
-    bounds = bounds_of(2**20, mean, 0)
+@pytest.mark.parametrize("mean", [500, 1000, 8192, 65_536])
+def test_many_owners_balance_for_every_seed(owners, mean, seed):
+    bounds = bounds_of(2**20, mean, seed)
     assert figures(assign(bounds, owners), bounds)[0] <= 1.10
 
 
@@ -138,7 +192,7 @@ def test_a_document_of_padding_after_one_costs_no_more_than_zigzag():
     bounds = (0, 131_072 - 100, 131_072)
     most, received = figures(assign(bounds, 8), bounds)
     by_zigzag = figures(zigzag(131_072, 8), bounds)
-    assert most <= 1.02 and most + 0.3 * received <= by_zigzag[0] + 0.3 * by_zigzag[1]
+    assert most <= 1.02 and most + 0.2 * received <= by_zigzag[0] + 0.2 * by_zigzag[1]
 
 
 def test_a_window_leaves_blocks_in_order():
@@ -154,9 +208,10 @@ def test_tokens_that_do_not_divide_are_refused(bounds, owners):
         assign(bounds, owners)
 
 
-def test_a_window_without_tokens_is_refused():
-    with pytest.raises(ValueError, match="a window has at least one token, not 0"):
-        assign((0, 8), 2, [(None, 1), (0, 1)])
+@pytest.mark.parametrize("windows", [[], [(None, 1), (0, 1)], [(7, 0)]])
+def test_windows_without_tokens_or_layers_are_refused(windows):
+    with pytest.raises(ValueError, match="windows are pairs"):
+        assign((0, 8), 2, windows)
 
 
 PLAN = """

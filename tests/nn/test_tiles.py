@@ -1,17 +1,11 @@
 """Tiles against the mask that they stand for, pair by pair: what each shows, and that all together show it once."""
 
 import random
-from itertools import pairwise
 
 import pytest
 
+from nn.tile_cases import drawn, sees, tokens
 from tessera.nn.context.tiles import Tile, area, blocks, tiles, visible
-
-
-def sees(bounds, window, query, key):
-    """Whether a query of the stream sees a key, said once more."""
-    same = not any(query < bound <= key or key < bound <= query for bound in bounds)
-    return same and key <= query and (window is None or query - key < window)
 
 
 def shown(tile):
@@ -23,10 +17,6 @@ def shown(tile):
         for pair, far in behind.items()
         if not (tile.causal and far < 0) and (tile.window is None or far < tile.window)
     }
-
-
-def tokens(chunks):
-    return [token for first, end in chunks for token in range(first, end)]
 
 
 def check(queries, keys, bounds, window=None):
@@ -43,8 +33,9 @@ def check(queries, keys, bounds, window=None):
             assert tile.behind == 0 and tile.window is None and tile.q1 - tile.q0 == tile.k1 - tile.k0
             assert held_queries[tile.q0 : tile.q1] == held_keys[tile.k0 : tile.k1]
         if tile.window is not None:  # a triangle upside down
-            assert (tile.q1 - tile.q0 - 1, tile.k1 - tile.k0 - 1) in seen
-            assert len([i for i, _ in seen if i == tile.q1 - tile.q0 - 1]) == 1
+            side = range(tile.q1 - tile.q0)
+            assert len(side) > 1 and seen == {(i, j) for i in side for j in side if i <= j}
+            assert tile.k1 - tile.k0 == len(side)
         if window is not None and (tile.causal or tile.window is not None):
             assert max(tile.q1 - tile.q0, tile.k1 - tile.k0) <= window
         pairs += [(held_queries[tile.q0 + i], held_keys[tile.k0 + j]) for i, j in seen]
@@ -53,14 +44,6 @@ def check(queries, keys, bounds, window=None):
     causal = [tile.causal for tile in found]
     assert causal == sorted(causal, reverse=True), "triangles come first"
     return found
-
-
-def drawn(rng, length, cuts):
-    """A stream of so many tokens in chunks, in a random order."""
-    inside = sorted(rng.sample(range(1, length), min(rng.randint(0, cuts), length - 1)))
-    chunks = list(pairwise([0, *inside, length]))
-    rng.shuffle(chunks)
-    return chunks
 
 
 @pytest.mark.parametrize("window", [None, 1, 2, 7, 100])
@@ -100,8 +83,13 @@ def test_what_a_window_hides_is_no_tile_and_what_it_shows_whole_is_a_rectangle()
     assert check([(10, 12)], [(5, 10)], [0, 12], 20) == [Tile(0, 2, 0, 5, False, 5, None)]
     # keys 0 … 3 are too far behind query 10, key 4 behind query 11
     assert check([(10, 12)], [(0, 10)], [0, 12], 7) == [
-        Tile(0, 2, 5, 10, False, 5, None),
         Tile(0, 1, 4, 5, False, 6, None),
+        Tile(0, 2, 5, 10, False, 5, None),
+    ]
+    # queries 10 and 11 see keys 5 and 6, query 12 sees key 6
+    assert check([(10, 20)], [(5, 7)], [0, 20], 7) == [
+        Tile(0, 1, 0, 2, False, 5, None),
+        Tile(1, 3, 0, 2, False, 6, 7),
     ]
 
 

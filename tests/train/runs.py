@@ -213,7 +213,7 @@ def adamw(model: transformers.PreTrainedModel, settings: dict[str, Any]) -> Opti
         torch.optim.AdamW(
             model.parameters(),
             lr=settings["learning_rate"],
-            betas=(0.9, settings["adam_beta2"]),
+            betas=(settings.get("adam_beta1", 0.9), settings["adam_beta2"]),
             eps=settings["adam_epsilon"],
             weight_decay=settings["weight_decay"],
         )

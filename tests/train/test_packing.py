@@ -2,7 +2,6 @@
 
 import json
 import re
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from tessera.checkpoint import folder as checkpoints
 from tessera.data.epochs import Packed, Singles
 from train.on_rank import said_on_rank
 from train.packing_on_rank import shapes_on_rank
-from train.runs import Plain, Workshop, forget_last, metrics, plain_loop, run
+from train.runs import Workshop, forget_last, metrics, run
 from train.test_parity import SAME, check, worst_difference
 
 LENGTH, ROWS = 32, 4
@@ -52,18 +51,6 @@ def steps_of(workshop: Workshop, steps: int) -> list[list[int]]:
     """The samples of each step of ROWS packed rows, in file order."""
     epochs = rows_of(workshop)
     return [[sample for row in range(ROWS) for sample in epochs.samples(step * ROWS + row)] for step in range(steps)]
-
-
-@pytest.fixture(scope="module")
-def plain_packed(workshop, tmp_path_factory):
-    """The plain loop, a sample at a time, over the samples of each step."""
-
-    @cache
-    def of(case: str) -> Plain:
-        settings = workshop.settings(case, tmp_path_factory.mktemp("nothing"), **PACKED)
-        return plain_loop(settings, steps=steps_of(workshop, 5))
-
-    return of
 
 
 @pytest.mark.parametrize("case", [TIED, pytest.param(UNTIED, marks=pytest.mark.slow), "gpt2 64"])

@@ -11,7 +11,7 @@ from torch import Tensor
 from models.hub_models import loaded
 from support.forked import tessera
 from tessera.data.samples import open_samples
-from train.runs import Metrics, Plain, Workshop, command, exported, metrics, run, run_command
+from train.runs import THREE_STEPS, Metrics, Plain, Workshop, command, exported, metrics, plain_loop, run, run_command
 
 SAME = 2e-5
 SAME_WEIGHTS = 1e-5
@@ -106,6 +106,11 @@ def test_label_smoothing_equals_the_plain_loop(workshop: Workshop, plain, tmp_pa
     found = run(settings)
     check(settings, found, plain(case, **smoothing))
     assert worst_difference(found, plain(case)) > 100 * SAME
+
+
+def test_beta_and_epsilon_of_adam_equal_the_plain_loop(workshop: Workshop, tmp_path):
+    settings = workshop.settings("llama", tmp_path / "run", **THREE_STEPS, adam_beta1=0.5, adam_epsilon=1e-3)
+    check(settings, run(settings), plain_loop(settings))
 
 
 def test_a_last_step_that_the_rows_do_not_fill_equals_the_plain_loop(workshop: Workshop, plain, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from datetime import timedelta
 
 import pytest
 
@@ -9,6 +10,7 @@ from support.pool import pool
 from tessera.checkpoint.folder import read_state
 from tessera.config.schema import TrainConfig
 from tessera.core.errors import UserError
+from tessera.train import trainer
 from tessera.train.run import Run, model_of, prepared_run
 from train.on_rank import run_on_rank, said_on_rank
 from train.runs import Workshop, metrics, run
@@ -77,3 +79,19 @@ def test_a_rank_that_does_not_see_the_prepared_data_ends_the_run(workshop: Works
     shutil.rmtree(handed.prepared)
     with pytest.raises(UserError, match="a disk that every machine sees"):
         run_on_rank(handed.to_json())
+
+
+def test_collectives_wait_as_long_as_group_timeout_minutes_says(workshop: Workshop, tmp_path, monkeypatch):
+    config = TrainConfig.model_validate(workshop.settings("llama", tmp_path / "run", group_timeout_minutes=3))
+    given = {}
+
+    def begin(backend: str, **how: object) -> None:
+        given.update(how)
+        raise InterruptedError
+
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(trainer.dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(trainer.dist, "init_process_group", begin)
+    with pytest.raises(InterruptedError):
+        trainer.train(prepared_run(config, 1))
+    assert given["timeout"] == timedelta(minutes=3)

@@ -208,7 +208,7 @@ def verify(
     full: Annotated[bool, typer.Option("--full", help="At the model's own sizes instead of in miniature.")] = False,
     all_layouts: Annotated[
         int | None,
-        typer.Option(min=1, max=bounds.RANKS_HERE, metavar="RANKS", help="Verify every layout of so many ranks."),
+        typer.Option(min=1, max=bounds.RANKS_HERE, metavar="RANKS", help="Verify every layout of this many ranks."),
     ] = None,
     inject: Annotated[
         str | None,

@@ -179,6 +179,10 @@ def _without_effect(config: TrainConfig) -> list[str]:
             lines.append(
                 f"{key}: {value} has no effect: rows are prepared before the run, as streaming is not asked for"
             )
+    for key in ("adam_beta1", "adam_beta2", "adam_epsilon"):
+        value = getattr(config, key)
+        if config.optimizer == "sgd" and value != TrainConfig.model_fields[key].default:
+            lines.append(f"{key}: {value:g} has no effect: optimizer is sgd")
     for key in ("evals_per_epoch", "eval_strategy"):
         value = getattr(config, key)
         if value and value != "no" and not config.evaluates:

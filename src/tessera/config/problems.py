@@ -123,6 +123,8 @@ def _problem(place: KeyPath, details: list[Any], given_as: Mapping[str, str]) ->
     if first["type"] == "float_type" and type(first["input"]) is int:
         wanted = ["smaller"]  # than a float can be
     if first["type"] == "literal_error":
+        # as YAML writes them
+        wanted = [re.sub(r"\b(True|False)\b", lambda word: word[0].lower(), choice) for choice in wanted]
         meaning = nearest(value, re.findall(r"'([^']*)'", context["expected"])) or meaning
     hint = "\n  ".join(filter(None, [meaning, _to_write(first, key, keys)]))
     return UserError(name, value, f"must be {' or '.join(dict.fromkeys(wanted))}", hint)
@@ -149,6 +151,8 @@ def every_key() -> list[str]:
 def _to_write(detail: Mapping[str, Any], key: str, keys: Mapping[str, Any]) -> str:
     """An example of what to write where a value has the wrong type."""
     kind, given = detail["type"], detail["input"]
+    if kind == "literal_error" and given in ("true", "false") and given.title() in detail["ctx"]["expected"]:
+        return f"write {given}, without quotes"
     if kind == "string_type" and isinstance(given, int | float) and not isinstance(given, bool):
         return f"write '{given:g}d'" if key == "tensor_parallel_mode" else f"write '{shown(given)}', with quotes"
     if not kind.endswith("_type") and kind != "int_from_float" or key not in keys:

@@ -4,17 +4,23 @@ import yaml
 
 from tessera.config.load import Resolved, written_values
 from tessera.config.sections.section import Section
+from tessera.config.settled import SOURCES
 
 _WIDEST = 60
 """Characters of a line beyond which the comments of the others do not move."""
 
 
 def shown(resolved: Resolved) -> str:
-    """Each key with its value and where that comes from; what is to be said about other keys on top."""
+    """Each key with its value and where that comes from; what is to be said about other keys on top.
+
+    Of data sets, which have many keys, those that were given.
+    """
     config = resolved.config
     lines = [(f"# {note}", "") for note in resolved.notes]
     for key, value in written_values(config).items():
         section = getattr(config, key)
+        if key in SOURCES and section:
+            value = [entry.model_dump(exclude_unset=True) for entry in section]
         if isinstance(section, Section):
             lines.append((f"{key}:", ""))
             lines += [

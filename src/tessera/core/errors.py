@@ -24,13 +24,18 @@ class UserError(ValueError):
 
     def __init__(self, key: str, value: object, reason: str, hint: str = "") -> None:
         self.key, self.value, self.reason, self.hint = key, value, reason, hint
-        given = f"{cut_short(key)}: {cut_short(value)}" if value is not None else cut_short(key)
+        given = f"{cut_short(key)}: {cut_short(_as_yaml(value))}" if value is not None else cut_short(key)
         super().__init__(f"{given}\n  {reason}" + (f"\n  {hint}" if hint else ""))
 
     @property
     def parts(self) -> tuple[str, str, str, str]:
         """What makes the same error in another process: `UserError(*parts)`."""
-        return self.key, str(self.value), self.reason, self.hint
+        return self.key, str(_as_yaml(self.value)), self.reason, self.hint
+
+
+def _as_yaml(value: object) -> object:
+    """`true` and `false` as a YAML file has them."""
+    return str(value).lower() if isinstance(value, bool) else value
 
 
 class RunFailed(RuntimeError):

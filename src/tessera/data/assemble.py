@@ -93,12 +93,22 @@ def assemble_samples(
         hint = f"sequence_len: {tally.longest} holds the longest; or excess_length_strategy: drop, or truncate"
         raise UserError("excess_length_strategy", "raise", reason, hint)
     if not kept:
-        lost = f"{too_long:,} are longer than sequence_len {config.sequence_len}, {short + dull:,} too short"
-        hint = "a larger sequence_len, or excess_length_strategy: truncate; a row needs two tokens"
-        if short:
-            hint = f"a smaller min_sample_len ({short:,} rows are shorter)"
-        named = ", ".join(str(file.path) for file in files[:3])
-        raise UserError("datasets", named, f"no row is left: {lost}", hint)
+        raise _no_row_is_left(config, files, tally)
+
+
+def _no_row_is_left(config: DataSettings, files: Sequence[SourceFile], tally: Tally) -> UserError:
+    too_long, short, dull = (tally.counts[name] for name in ("dropped_rows", "short_rows", "dull_rows"))
+    longer = "a larger sequence_len" + (", or excess_length_strategy: truncate" if too_long else "")
+    answers = longer if tally.counts["truncated_rows"] else "are columns and roles of the answers right?"
+    reasons = [
+        (too_long, f"longer than sequence_len {config.sequence_len}", longer),
+        (short, f"shorter than min_sample_len {config.min_sample_len}", "a smaller min_sample_len"),
+        (dull, "without a token to learn", f"{answers}; a row needs two tokens"),
+    ]
+    lost = ", ".join(f"{count:,} {why}" for count, why, _ in reasons if count)
+    hint = "; ".join(dict.fromkeys(way_out for count, _, way_out in reasons if count))
+    named = ", ".join(str(file.path) for file in files[:3])
+    return UserError("datasets", named, f"no row is left: {lost or 'the data are empty'}", hint)
 
 
 def texts_of(

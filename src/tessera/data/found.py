@@ -12,7 +12,17 @@ from typing import NoReturn
 
 from tessera.core.errors import UserError
 from tessera.core.files import in_words, read_object
-from tessera.data.formats.container import DS_TYPES, ENDINGS, KNOWN, PLAIN, Kind, is_text, named, refuse_rows
+from tessera.data.formats.container import (
+    DS_TYPES,
+    ENDINGS,
+    KNOWN,
+    PLAIN,
+    Kind,
+    is_marked_up,
+    is_text,
+    named,
+    refuse_rows,
+)
 from tessera.data.formats.entry import Entry
 
 _DOCUMENTATION = re.compile(r"(readme|licen[cs]e|copying|notice|changelog|contributing|citation)(\.\w+)*", re.I)
@@ -95,7 +105,7 @@ def _sorted_out(found: list[Path], entry: Entry) -> tuple[list[Path], list[Path]
     kinds: dict[Kind, list[Path]] = {}
     others = []
     for file in found:
-        kind = named(file).kind
+        kind = "text" if entry.ds_type == "text" and is_marked_up(file) else named(file).kind
         wanted = entry.ds_type is None or kind in DS_TYPES[entry.ds_type]
         if _DOCUMENTATION.fullmatch(file.name) or file.name in _ABOUT or kind == "foreign" or not wanted:
             others.append(file)
@@ -107,7 +117,7 @@ def _sorted_out(found: list[Path], entry: Entry) -> tuple[list[Path], list[Path]
         example = [files[0].name for files in kinds.values()] + [file.name for file in plain[:1]]
         known = ", ".join([*kinds, *["text"] * bool(plain)])
         reason = f"the folder holds several formats ({known}): {', '.join(example)}"
-        hint = "data_files: '*.jsonl' or ds_type: json chooses one; or an entry of `datasets` for each"
+        hint = f"ds_type: {next(iter(kinds))} reads that format alone, data_files names files; or give each an entry"
         raise UserError("datasets", entry.path, reason, hint)
     if kinds:
         return next(iter(kinds.values())), [], others + texts

@@ -17,6 +17,7 @@ from tessera.core.errors import UserError
 from tessera.data.documents import Document, Segment
 from tessera.data.formats.container import Container, identify, opened, rows_of
 from tessera.data.formats.entry import Entry, Reading
+from tessera.data.formats.json_rows import TO_UTF8
 from tessera.data.formats.known import CHATS, TOKENIZED, format_of, reader_of
 from tessera.data.formats.template import Template, template_of
 from tessera.data.formats.tokenized import token_sample
@@ -167,7 +168,7 @@ def read_text(file: SourceFile) -> Iterator[str]:
             except UnicodeDecodeError as error:
                 at = passed - len(before) + error.start
                 reason = f"is not UTF-8 text: byte {at} is 0x{(before + content)[error.start]:02x}"
-                raise UserError("datasets", file.path, reason) from error
+                raise UserError("datasets", file.path, reason, TO_UTF8) from error
             passed += len(content)
 
 

@@ -23,7 +23,6 @@ from tessera.launch.options import LaunchOptions
 from tessera.launch.rank import as_rank, handed, is_rank, restarted, run_id, started_again
 from tessera.launch.scratch import sweep_scratch
 from tessera.launch.workers import Restarts, environment, run_workers
-from tessera.train.notes import RESOLVED
 from tessera.train.stop import stopped_at_once
 
 if TYPE_CHECKING:
@@ -114,7 +113,7 @@ def _variables(place: Place) -> dict[str, str]:
 def _load(config_path: str | Path, overrides: Sequence[str], say: bool) -> TrainConfig:
     config, notes = load_config(config_path, overrides)
     if say:
-        terminal.say(*notes, f"defaults: {len(defaults_taken(config))} keys, listed in {config.output_dir}/{RESOLVED}")
+        terminal.say(*notes, f"defaults: {len(defaults_taken(config))} keys (tessera config show lists them)")
     return config
 
 

@@ -36,13 +36,6 @@ class Documents:
         """The documents that `ids` [B, S] name; of a GPU's tensor, this waits for it."""
         return cls(ids, (*document_starts(ids), ids.numel()))
 
-    @classmethod
-    def whole(cls, x_BHSD: Tensor) -> "Documents":
-        """Each row is one document."""
-        B, _, S, _ = x_BHSD.shape
-        ids = torch.arange(B, device=x_BHSD.device).unsqueeze(1).expand(B, S)
-        return cls(ids, tuple(range(0, B * S + 1, S)))
-
     def __iter__(self) -> Iterator[Span]:
         S = self.ids.shape[1]
         for start, end in pairwise(self.bounds):

@@ -11,7 +11,7 @@ from tessera.layout.parallel import Parallel
 from tessera.layout.spec import Init
 from tessera.layout.streams import check_chain
 from tessera.nn.linear import ColumnParallelLinear, ParallelLinear, RowParallelLinear, parallel_linear, product_of
-from tessera.nn.tiled import Operands, tile_sizes, tiled
+from tessera.nn.mlp_tiles import Operands, in_tiles, tile_sizes
 from tessera.product.gathered import Move, Together
 from tessera.product.roles import ranks_of, start_reduce, start_unshard
 
@@ -91,7 +91,7 @@ class MLP(nn.Module):
             return self.down(self.activate(parallel_linear(self.into, x_TF)))
         layers = [*self.into, self.down]
         operands = [*(layer.local("weight") for layer in layers), *(layer.local_bias() for layer in layers)]
-        return tiled(x_TF, _Tiles(self), sizes, operands)
+        return in_tiles(x_TF, _Tiles(self), sizes, operands)
 
     def activate(self, Y: Sequence[Tensor]) -> Tensor:
         """The hidden features of what the layers `into` give."""
@@ -109,7 +109,7 @@ class MLP(nn.Module):
 
 
 class _Tiles:
-    """The MLP as `tiled` runs it: its weights gathered once for all tiles, unless they come panel by panel."""
+    """The MLP as `in_tiles` runs it: its weights gathered once for all tiles, unless they come panel by panel."""
 
     def __init__(self, mlp: MLP) -> None:
         self.mlp, mesh = mlp, mlp.up.parallel.mesh

@@ -64,8 +64,8 @@ def state_bytes(model: ModelConfig, parallel: Parallel) -> int:
 def saved_bytes(model: ModelConfig, shape: StepShape, parallel: Parallel) -> int:
     """What one micro-batch leaves for its backward on the rank of `parallel.mesh`, when the forward has ended.
 
-    The gradients of the head, formed in the forward, are among it. Without dropout and windows, whose kernel saves
-    more, as do slices that are kept.
+    The gradients of the head, formed in the forward, are among it. Without dropout, which saves more, as do slices that
+    are kept.
     """
     mesh, element, index, anatomy = parallel.mesh, parallel.compute.itemsize, torch.int64.itemsize, anatomy_of(model)
     t = shape.tokens_on(mesh, parallel.residual.tokens)

@@ -3,7 +3,7 @@
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape
 from tessera.models.anatomy import Block
-from tessera.nn.tiled import tile_sizes
+from tessera.nn.mlp_tiles import tile_sizes
 
 
 def mlp_tiles(block: Block, shape: StepShape, parallel: Parallel) -> list[int]:

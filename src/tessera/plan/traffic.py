@@ -170,7 +170,7 @@ class _Step:
         return _MovedOperand(what, ("inner",), self.mesh.sizes["inner"], whole, pieces=pieces)
 
     def tiled(self, block: Block, tiles: list[int], backwards: int) -> None:
-        """The products of an MLP in tiles of so many tokens, which runs once more in the backward (nn/tiled.py).
+        """The products of an MLP in tiles of so many tokens, which runs once more in the backward (nn/mlp_tiles.py).
 
         In a layer that runs again that run ends before them, unless dropout follows, which saves its mask. Weights move
         once in each pass, unless they come in panels.

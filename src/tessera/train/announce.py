@@ -42,11 +42,6 @@ def mesh_lines(config: TrainConfig, model: ModelConfig, parallel: Parallel) -> l
         f"effective batch: {micro} (micro) × {times} (accumulation) × {mesh.world} (ranks) / {shared} "
         f"= {counted(micro * times * data, 'row')}"
     )
-    if config.sequence_len > model.max_positions:
-        lines.append(
-            f"positions: sequence_len {config.sequence_len} is longer than the {model.max_positions} positions that "
-            "config.json gives the model (max_position_embeddings); it has not been trained on those beyond"
-        )
     return lines
 
 

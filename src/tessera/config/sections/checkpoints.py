@@ -80,7 +80,7 @@ class CheckpointKeys(Section):
         None,
         ge=0,
         le=bounds.STEPS,
-        description="End the run after so many evaluations in a row that are not better than the best. 0: never.",
+        description="End the run when this many evaluations in a row are not better than the best one. 0: never.",
     )
     resume_from_checkpoint: LocalPath | bool | None = Field(
         None, description="A checkpoint-N folder to go on from; true: the latest whole one in output_dir."

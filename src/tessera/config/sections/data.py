@@ -60,7 +60,7 @@ class DatasetConfig(Section):
 
     path: LocalPath = Field(
         description="A file, a folder with files of one format, or a data set of the Hugging Face hub (owner/name). "
-        "Rows: .jsonl, .json, .csv, .tsv, .parquet, .arrow; anything else is read as text. May be compressed."
+        "Rows: .jsonl, .json, .csv, .tsv, .parquet, .arrow; .txt and other plain text is text. May be compressed."
     )
     type: KindOfRows = Field(
         None,
@@ -85,7 +85,7 @@ class DatasetConfig(Section):
     shards_idx: int | None = Field(
         None, ge=0, le=bounds.STEPS, description="Which of the shards is read, from 0. Unset: 0."
     )
-    skip: int | None = Field(None, ge=0, le=bounds.STEPS, description="Pass over so many rows at the beginning.")
+    skip: int | None = Field(None, ge=0, le=bounds.STEPS, description="Skip this many rows at the beginning.")
     preprocess_shards: int | None = Field(
         None,
         ge=1,

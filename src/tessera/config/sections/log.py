@@ -19,9 +19,9 @@ class LogKeys(Section):
     )
     eval_strategy: Annotated[Literal["no", "steps", "epoch"], BeforeValidator(yaml_no)] | None = Field(
         None,
-        description="When eval_loss is measured on the rows held out: every eval_steps (steps), at the end of each "
-        "epoch, or never (no); but for no, at the end of the run too. Unset: steps where eval_steps or "
-        "evals_per_epoch is given, else at the end alone.",
+        description="When eval_loss is measured on the rows held out. steps: every eval_steps, and at the end of the "
+        "run; epoch: at the end of each epoch and of the run; no: never. Unset: steps where eval_steps or "
+        "evals_per_epoch is given, else only at the end of the run.",
     )
     eval_steps: StepsOrShare | None = Field(
         None,

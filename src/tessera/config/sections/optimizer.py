@@ -137,7 +137,7 @@ class OptimizerKeys(Section):
     @model_validator(mode="after")
     def _warm_up_is_given_once_and_used(self) -> Self:
         given = self.model_fields_set
-        if {"warmup_steps", "warmup_ratio"} <= given and self.warmup_steps is not None:
+        if "warmup_ratio" in given and self.warmup_ratio and self.warmup_steps is not None:
             raise UserError("warmup_ratio", self.warmup_ratio, "warmup_steps is given too", "give one of the two")
         warmup = self.warmup_steps or ("warmup_ratio" in given and self.warmup_ratio)
         if self.lr_scheduler == "constant" and warmup:

@@ -38,7 +38,7 @@ class TrackerKeys(Section):
     wandb_entity: Text = Field(None, description="The user or team in Weights & Biases that owns the project.")
     wandb_name: Text = Field(None, description="The name of the run in Weights & Biases. Unset: wandb_run_id.")
     wandb_run_id: Text = Field(
-        None, description="The id of the run in Weights & Biases; a run of this id is gone on with."
+        None, description="The id of the run in Weights & Biases; a run that has this id there is continued."
     )
     wandb_mode: Annotated[Literal["online", "offline", "disabled"] | None, BeforeValidator(_nothing_is_null)] = Field(
         None,

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 from tessera.core.errors import UserError
 from tessera.core.files import SMALL, in_words, open_file, parse_json
-from tessera.data.formats.json_rows import json_lines, json_rows
+from tessera.data.formats.json_rows import TO_UTF8, json_lines, json_rows
 from tessera.data.formats.tables import arrow_rows, csv_rows, parquet_rows
 from tessera.data.samples import Origin
 
@@ -56,6 +56,11 @@ FOREIGN = frozenset(
     for ending in endings.split()
 )
 """Endings of what is neither text nor one of the containers."""
+MARKED_UP = frozenset(
+    f".{ending}"
+    for ending in ("xml", "html", "htm", "xhtml", "yaml", "yml", "toml", "ini", "psv", "sql", "ipynb", "geojson")
+)
+"""Endings of texts that are data or markup: read as text where `ds_type: text` asks for it."""
 PLAIN = (".txt", ".text")
 """Endings that promise text to train on; beside rows they are a second format, not something to pass over."""
 _MAGIC = {b"PAR1": ".parquet", b"ARROW1": ".arrow", b"PK\x03\x04": ".zip", b"\x89PNG": ".png", b"%PDF": ".pdf"}
@@ -88,7 +93,8 @@ def named(path: Path) -> Container:
     ending, packed = path.suffix.lower(), ""
     if ending in COMPRESSED:
         ending, packed = Path(path.stem).suffix.lower(), ending
-    kind = ENDINGS.get(ending, "foreign" if ending in FOREIGN or packed and ending not in PLAIN else "text")
+    foreign = ending in FOREIGN or ending in MARKED_UP or packed and ending not in PLAIN
+    kind = ENDINGS.get(ending, "foreign" if foreign else "text")
     return Container(kind, packed)
 
 
@@ -103,6 +109,9 @@ def identify(path: Path, ds_type: str | None = None) -> Container:
         kind = DS_TYPES[ds_type][0]
     if kind == "foreign":
         what = "".join(path.suffixes[-2:] if packed else path.suffixes[-1:])
+        if is_marked_up(path):
+            hint = f"ds_type: text reads it as it is, marks and all; else convert it: read are {KNOWN}"
+            raise UserError("datasets", path, f"{what} is not a format that is read", hint)
         raise UserError("datasets", path, f"is not text, and {what} is not a format that is read", f"read are {KNOWN}")
     if packed and kind in ("parquet", "arrow"):
         raise UserError("datasets", path, f"a {kind} file inside {packed}", "unpack it: its columns are compressed")
@@ -115,8 +124,13 @@ def identify(path: Path, ds_type: str | None = None) -> Container:
         raise UserError("datasets", path, f"is no {expected[1:]} file, though its name says so")
     problem = _not_text(inner) or _rows_inside(path, inner, packed) if kind == "text" else ""
     if problem:
-        raise UserError("datasets", path, problem, f"read are {KNOWN}")
+        raise UserError("datasets", path, problem, TO_UTF8 if "UTF-8" in problem else f"read are {KNOWN}")
     return Container(kind, packed)
+
+
+def is_marked_up(path: Path) -> bool:
+    """Whether a file's name, that of what is compressed in it, says that it is a text of data or markup."""
+    return Path(path.stem if path.suffix.lower() in COMPRESSED else path).suffix.lower() in MARKED_UP
 
 
 def is_text(path: Path) -> bool:

@@ -16,6 +16,7 @@ AROUND = ("data", "rows", "examples", "train")
 BLOCK = 1 << 16
 _SPACE = " \t\r\n"
 _AN_ARRAY = "an array of objects, or one object a line"
+TO_UTF8 = "convert it, for example: iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW_FILE"
 
 
 def json_lines(file: BinaryIO, path: Path) -> Iterator[tuple[Origin, dict[str, Any]]]:
@@ -148,13 +149,13 @@ class _Objects:
         try:
             new = self._decode(block, self._ended)
         except UnicodeDecodeError as error:
-            raise self._wrong(f"is not UTF-8 text: {error.reason}") from error
+            raise self._wrong(f"is not UTF-8 text: {error.reason}", TO_UTF8) from error
         self._text, self._at = self._text[self._at :] + new, 0
         return bool(new) or not self._ended
 
-    def _wrong(self, reason: str) -> UserError:
+    def _wrong(self, reason: str, hint: str = _AN_ARRAY) -> UserError:
         origin = Origin(self._path, self._number, "row") if self._number else Origin(self._path)
-        return UserError("datasets", origin, reason, _AN_ARRAY)
+        return UserError("datasets", origin, reason, hint)
 
 
 _DECODER = json.JSONDecoder()

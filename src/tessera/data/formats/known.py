@@ -27,6 +27,7 @@ _NAMED: dict[str, Reader] = {
     "input_output": input_output,
     "prompt_completion": prompt_completion,
 }
+SHAREGPT = "type sharegpt is read as chat_template: the tokenizer's template, not a fixed one, writes the turns"
 KNOWN = ("chat_template", "sharegpt", *_NAMED, *PROMPTED)
 _OTHERS = {
     "reflection": "its answer has three parts: join them, and use alpaca",
@@ -57,10 +58,8 @@ def format_of(entry: Entry, path: Any, row: dict[str, Any], notes: list[str]) ->
         return _recognised(row, path, entry)
     if kind == "prompt_completion":
         return _pair(row)
-    if kind == "sharegpt":
-        notes.append(
-            "type sharegpt is read as chat_template: the tokenizer's template, not a fixed one, writes the turns"
-        )
+    if kind == "sharegpt" and SHAREGPT not in notes:  # a folder has many files
+        notes.append(SHAREGPT)
     if kind in ("sharegpt", "chat_template"):
         return "chat_template"
     if kind in _NAMED or prompted(kind):

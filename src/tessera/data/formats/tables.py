@@ -8,6 +8,7 @@ from typing import Any, BinaryIO
 
 from tessera.core.errors import UserError
 from tessera.core.files import SMALL
+from tessera.data.formats.json_rows import TO_UTF8
 from tessera.data.samples import Origin
 
 BATCH = 256
@@ -38,13 +39,16 @@ def csv_rows(file: BinaryIO, path: Path, delimiter: str) -> Iterator[tuple[Origi
         raise UserError("datasets", Origin(path, line), f"not valid CSV: {error}") from error
     except UnicodeDecodeError as error:
         reason = f"is not UTF-8 text: {error.reason}"
-        raise UserError("datasets", Origin(path, line), reason) from error
+        raise UserError("datasets", Origin(path, line), reason, TO_UTF8) from error
     finally:
         text.detach()  # the file is closed by who opened it
 
 
 def _names(record: list[str], path: Path) -> list[str]:
     names = [name.strip() for name in record]
+    if len(names) == 1 and (other := next((mark for mark in ";\t|" if mark in names[0]), "")):
+        reason = f"its first line has one column, and {other!r} in it"
+        raise UserError("datasets", Origin(path, 1), reason, "separate columns with commas; with tabs in a .tsv file")
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise UserError(

@@ -7,8 +7,8 @@ previous block, whose own tiles reach further back. So an owner receives, summed
 
     min(window - 1, start of the block - the later of (start of its document, end of the owner's previous block))
 
-and a swap of two blocks changes that sum only at these two and at the owners' next blocks. From blocks in
-order, in zigzag and largest first, swaps lower the work above a limit plus what is received; the best plan is taken.
+and a swap of two blocks changes that sum only at these two and at the owners' next blocks. From the blocks in
+order, and again in zigzag, swaps lower the work above a limit plus what is received; the cheapest plan is taken.
 Nothing is drawn and no clock is read: from the same bounds every rank of every machine makes the same plan.
 """
 
@@ -19,10 +19,10 @@ from itertools import accumulate, pairwise
 Chunk = tuple[int, int]  # the tokens first … end - 1 of a packed stream
 Windows = Sequence[tuple[int | None, int]]  # (window, or None for all earlier tokens; the layers that have it)
 
-BLOCKS_EACH, BLOCKS = 8, 1024  # blocks of an owner; of all owners, beyond which each has fewer, but at least two
-TRIES_EACH = 200  # swaps tried for each block of the stream
-LIMITS = (105, 101)  # percent of the mean work: first rather roughly, so that blocks can move
-TRAFFIC_WEIGHT = 3, 10  # an all-gather's traffic counts as much as work that is 3/10 of the mean above it
+BLOCKS_EACH, BLOCKS = 8, 1024  # blocks of an owner; the most of all owners, but at least two each
+TRIES_EACH = 100  # swaps tried for each block of the stream; streams with long documents take some 40
+LIMITS = (105, 101)  # percent of the mean work that cost an owner nothing: loose first, so that blocks can move
+TRAFFIC_WEIGHT = 2, 10  # what an all-gather moves counts as much as work that is 2/10 of the mean above it
 
 
 def assign(bounds: Sequence[int], owners: int, windows: Windows = ((None, 1),)) -> tuple[tuple[Chunk, ...], ...]:
@@ -32,19 +32,24 @@ def assign(bounds: Sequence[int], owners: int, windows: Windows = ((None, 1),)) 
     `windows` has the windows of the model's layers, with the number of layers each: one plan for their summed work.
     One document without windows is cut in zigzag: 2 * owners blocks, the r-th from either end to owner r. E.g. the
     bounds 0 8 and 2 owners: ((0, 2), (6, 8)) and ((2, 6),).
-    Raises ValueError if the tokens do not divide by `owners`.
+    Raises ValueError if the tokens do not divide by `owners`, or a window or its number of layers is below 1.
     """
     tokens = bounds[-1]
     if owners < 1 or tokens < 1 or tokens % owners:
         raise ValueError(f"{tokens} tokens do not divide by {owners} owners")
-    if any(window is not None and window < 1 for window, _ in windows):
-        raise ValueError(f"a window has at least one token, not {min(w for w, _ in windows if w is not None)}")
-    each = min(tokens // owners, max(2, min(BLOCKS_EACH, BLOCKS // owners)))
-    edges = [-(-k * tokens // (owners * each)) for k in range(owners * each + 1)]
+    if not windows or any(layers < 1 or (window is not None and window < 1) for window, layers in windows):
+        raise ValueError(
+            f"windows are pairs of a window, at least 1 or None, and its layers, at least 1: not {windows}"
+        )
+    if owners == 1:
+        return (((0, tokens),),)
+    before = _Area(bounds, windows)
+    edges = _edges(before, owners)
+    each = (len(edges) - 1) // owners
     if len(bounds) == 2 and all(window is None or window >= tokens for window, _ in windows):
         return _chunks(_zigzag(owners, each), owners, edges)
-    blocks = _Blocks(bounds, owners, windows, edges)
-    plans = [_in_order(owners, each), _zigzag(owners, each), _largest_first(blocks)]
+    blocks = _Blocks(before, owners, edges)
+    plans = [_in_order(owners, each), _zigzag(owners, each)]
     plans += [_swapped(blocks, plan) for plan in plans]
     return _chunks(min(plans, key=blocks.cost), owners, edges)
 
@@ -79,6 +84,19 @@ class _Area:
         return self.whole[document] + self.of_first(token - self.bounds[document])
 
 
+def _edges(before: _Area, owners: int) -> list[int]:
+    """Where the blocks of a stream begin, and its end; more blocks where an owner of the heaviest has too much work."""
+    tokens = before.bounds[-1]
+    each = min(tokens // owners, max(2, min(BLOCKS_EACH, BLOCKS // owners)))
+    while True:
+        edges = [-(-k * tokens // (owners * each)) for k in range(owners * each + 1)]
+        loads = sorted(end - first for first, end in pairwise(map(before, edges)))
+        least = loads[-1] + sum(loads[: each - 1])  # of the owner of the heaviest, whatever else it gets
+        if 100 * owners * least <= LIMITS[-1] * sum(loads) or 2 * each * owners > min(tokens, BLOCKS):
+            return edges
+        each *= 2
+
+
 class _Blocks:
     """The blocks of a stream: tokens, work, and what each has its owner receive.
 
@@ -87,16 +105,17 @@ class _Blocks:
     `len(work)` stands for the end of the stream and receives nothing.
     """
 
-    def __init__(self, bounds: Sequence[int], owners: int, windows: Windows, edges: list[int]) -> None:
+    def __init__(self, before: _Area, owners: int, edges: list[int]) -> None:
+        bounds, windows = before.bounds, before.windows
         self.owners, self.each = owners, (len(edges) - 1) // owners
         self.tokens = [end - first for first, end in pairwise(edges)]
-        self.work = [end - first for first, end in pairwise(map(_Area(bounds, windows), edges))]
+        self.work = [end - first for first, end in pairwise(map(before, edges))]
         self.received = []
         for k, first in enumerate(edges[:-1]):
             document = bounds[bisect_right(bounds, first) - 1]
             inside = bisect_left(edges, document)  # the blocks before this one end before the document begins
-            gaps = [first - document] * inside + [first - end for end in edges[inside : k + 1]]
-            self.received.append(_seen(gaps, windows))
+            longest, *others = _seen([first - document, *(first - end for end in edges[inside : k + 1])], windows)
+            self.received.append([longest] * inside + others)
         self.received.append([0] * len(edges))
         layers = sum(count for _, count in windows)
         weight, of = TRAFFIC_WEIGHT
@@ -132,35 +151,24 @@ def _zigzag(owners: int, each: int) -> list[int]:
     return [owner for owner, blocks in halves for _ in range(blocks)]
 
 
-def _largest_first(blocks: _Blocks) -> list[int]:
-    """The block with the most work first, each to the owner with the least that still lacks a block of its tokens."""
-    plan, load = [0] * len(blocks.work), [0] * blocks.owners
-    lacking = [{size: blocks.tokens[: blocks.each].count(size) for size in blocks.tokens[: blocks.each]} for _ in load]
-    for block in sorted(range(len(plan)), key=blocks.work.__getitem__, reverse=True):
-        size = blocks.tokens[block]
-        owner = min((o for o in range(blocks.owners) if lacking[o][size]), key=load.__getitem__)
-        plan[block] = owner
-        load[owner] += blocks.work[block]
-        lacking[owner][size] -= 1
-    return plan
-
-
 def _swapped(blocks: _Blocks, plan: list[int]) -> list[int]:
     """A plan after swaps that lower what is received and the work above each limit in turn."""
-    swaps = _Swaps(blocks, plan)
     for percent in LIMITS:
-        swaps.limit = percent * sum(blocks.work) // (100 * blocks.owners)
+        swaps = _Swaps(blocks, plan, percent * sum(blocks.work) // (100 * blocks.owners))
         while swaps.relieve() + swaps.join():
             pass
-    return swaps.owner
+        plan = swaps.owner
+    return plan
 
 
 class _Swaps:
     """A plan, changed by swaps of two blocks with as many tokens."""
 
-    def __init__(self, blocks: _Blocks, plan: list[int]) -> None:
-        self.blocks, self.owner, self.limit = blocks, list(plan), 0
-        self.tries = TRIES_EACH * len(plan)
+    def __init__(self, blocks: _Blocks, plan: list[int], limit: int) -> None:
+        self.blocks, self.owner, self.limit = blocks, list(plan), limit
+        self.tries, self.done = TRIES_EACH * len(plan), 0
+        self.changed = [0] * blocks.owners  # the last of the swaps done that changed an owner
+        self.failed: dict[tuple[int, int], int] = {}  # the swaps done when a block found no way to its neighbour
         # of each owner its blocks in order, between the start of the stream and its end
         self.owned: list[list[int]] = [[-1] for _ in range(blocks.owners)]
         for block, owner in enumerate(plan):
@@ -168,29 +176,40 @@ class _Swaps:
         self.load = [sum(blocks.work[block] for block in owned[1:]) for owned in self.owned]
         for owned in self.owned:
             owned.append(len(plan))
+        self.received = [
+            sum(blocks.received[block][previous + 1] for previous, block in pairwise(owned)) for owned in self.owned
+        ]
         self.lightest = sorted(range(len(plan)), key=blocks.work.__getitem__)
+        self.neighbours = [(x, y) for x in range(len(plan)) for y in (x + 1, x - 1) if 0 <= y < len(plan)]
 
     def join(self) -> int:
         """Give owners the neighbours of their blocks; the number of swaps."""
-        swaps = 0
-        for block in range(len(self.owner)):
-            for neighbour in (block + 1, block - 1):
-                if 0 <= neighbour < len(self.owner):
-                    swaps += any(self.swap(x, neighbour) for x in self.own(block) if x != block)
-        return swaps
+        begun, owner, changed = self.done, self.owner, self.changed
+        for block, other in self.neighbours:
+            p, q = owner[block], owner[other]
+            if p == q or self.failed.get((block, other), -1) >= max(changed[p], changed[q]):
+                continue
+            if not any(self.swap(x, other) for x in self.fitting(block, other)):
+                self.failed[block, other] = self.done
+        return self.done - begun
+
+    def fitting(self, block: int, other: int) -> list[int]:
+        """The blocks that the owner of `block` may give for `other` without more work than traffic can outweigh."""
+        blocks, load, work = self.blocks, self.load, self.blocks.work
+        p, q = self.owner[block], self.owner[other]
+        outweighed = blocks.per_token * (self.received[p] + self.received[q]) // blocks.per_work
+        room = max(load[p], self.limit) + max(load[q], self.limit) - self.limit + outweighed  # for each one's work
+        least, most = work[other] + load[p] - room, work[other] + room - load[q]
+        return [x for x in self.owned[p][1:-1] if least <= work[x] <= most and x != block]
 
     def relieve(self) -> int:
         """Give owners above the limit lighter blocks for theirs; the number of swaps."""
-        work, swaps = self.blocks.work, 0
-        for owner, load in enumerate(self.load):
-            if load > self.limit:
+        begun, work = self.done, self.blocks.work
+        for owner in range(self.blocks.owners):
+            if self.load[owner] > self.limit:
                 heaviest = sorted(self.owned[owner][1:-1], key=work.__getitem__, reverse=True)
-                swaps += any(self.swap(x, y) for x in heaviest for y in self.lighter(x))
-        return swaps
-
-    def own(self, block: int) -> list[int]:
-        """The blocks of a block's owner."""
-        return self.owned[self.owner[block]][1:-1]
+                any(self.swap(x, y) for x in heaviest for y in self.lighter(x))
+        return self.done - begun
 
     def lighter(self, block: int) -> Iterator[int]:
         """Blocks with less work, the lightest first, whose owners would have less than this one's has."""
@@ -209,11 +228,16 @@ class _Swaps:
         self.tries -= 1
         moved, load, limit = blocks.work[y] - blocks.work[x], self.load, self.limit
         above = max(load[p] + moved, limit) + max(load[q] - moved, limit) - max(load[p], limit) - max(load[q], limit)
-        if blocks.per_work * above + blocks.per_token * (self.more(p, x, y) + self.more(q, y, x)) >= 0:
+        more_p, more_q = self.more(p, x, y), self.more(q, y, x)
+        if blocks.per_work * above + blocks.per_token * (more_p + more_q) >= 0:
             return False
         self.owner[x], self.owner[y] = q, p
         load[p] += moved
         load[q] -= moved
+        self.received[p] += more_p
+        self.received[q] += more_q
+        self.done += 1
+        self.changed[p] = self.changed[q] = self.done
         for owned, old, new in ((self.owned[p], x, y), (self.owned[q], y, x)):
             owned.remove(old)
             owned.insert(bisect_left(owned, new), new)

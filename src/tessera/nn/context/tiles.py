@@ -30,7 +30,7 @@ class Tile(NamedTuple):
     `causal`: a query does not see the keys after itself. `behind`: by how many tokens of the stream key `k0` is behind
     query `q0`. `window`: keys that many tokens behind a query, or more, are hidden; None: the window hides none here.
     `tiles` makes three forms. A rectangle hides nothing. A triangle is causal: queries with their own keys, `behind` 0.
-    A band has a window, its last query sees one key, and each query before it one more, or all there are.
+    A band has a window and as many queries as keys: its first query sees all keys, each next one a key less.
     """
 
     q0: int
@@ -74,6 +74,31 @@ def _pieces(run: _Run, bounds: Sequence[int], window: int | None) -> Iterator[tu
         first = end
 
 
+def _rectangle(q0: int, q1: int, k0: int, k1: int) -> Iterator[Tile]:
+    if q0 < q1 and k0 < k1:
+        yield Tile(q0, q1, k0, k1, False, q0 - k0, None)
+
+
+def _pairs(a: int, b: int, c: int, d: int, window: int | None) -> Iterator[Tile]:
+    """The tiles of queries `a` … `b` - 1, a block of one document, and keys `c` … `d` - 1, each seen by some of them.
+
+    All are counted in the stream.
+    """
+    own = max(a, c)
+    if own < d:
+        yield Tile(own, d, own, d, True, 0, None)
+        yield from _rectangle(d, b, own, d)
+    end = min(d, a)  # of the keys before the block
+    near = c if window is None else min(max(c, b - window), end)  # the first key that the last query sees
+    yield from _rectangle(a, b, near, end)
+    if window is not None and c < near:
+        last = near - 1 + window  # the first query that sees none of the others; the one before it sees one
+        whole = last - (near - c) if near - c > 1 else last  # the first query that does not see all of them
+        yield from _rectangle(a, whole, c, near)
+        if whole < last:
+            yield Tile(whole, last, c, near, False, whole - c, window)
+
+
 def tiles(
     queries: Sequence[Chunk], keys: Sequence[Chunk], bounds: Sequence[int], window: int | None = None
 ) -> list[Tile]:
@@ -88,30 +113,19 @@ def tiles(
         raise ValueError(f"window {window}: a query sees at least itself, so that the window is at least 1")
     held = sorted(_runs(keys))
     ends = [run.end for run in held]
-    triangles, dense, bands = [], [], []
+    found = []
     for run in _runs(queries):
         for start, a, b in _pieces(run, bounds, window):
-            q = run.at + a - run.first
             low = start if window is None else max(start, a - window + 1)
-            for i in range(bisect_right(ends, low), len(held)):
-                if held[i].first >= b:
+            for key_run in held[bisect_right(ends, low) :]:
+                if key_run.first >= b:
                     break
-                c, d = max(held[i].first, low), min(held[i].end, b)  # the part that this piece can see
-                k = held[i].at - held[i].first  # where the stream's token 0 would lie
-                own = max(a, c)
-                if own < d:
-                    triangles.append(Tile(q + own - a, q + d - a, k + own, k + d, True, 0, None))
-                    if d < b:
-                        dense.append(Tile(q + d - a, q + b - a, k + own, k + d, False, d - own, None))
-                d = min(d, a)
-                near = c if window is None else min(max(c, b - window), d)  # the first key that all queries see
-                if near < d:
-                    dense.append(Tile(q, q + b - a, k + near, k + d, False, a - near, None))
-                if c < near:
-                    assert window is not None
-                    hides = window if near - c > 1 else None  # a single key is seen by all that are left
-                    bands.append(Tile(q, q + near - 1 + window - a, k + c, k + near, False, a - c, hides))
-    return triangles + _joined(dense) + bands
+                q, k = run.at - run.first, key_run.at - key_run.first  # from the stream to what the sides hold
+                for tile in _pairs(a, b, max(key_run.first, low), min(key_run.end, b), window):
+                    found.append(tile._replace(q0=tile.q0 + q, q1=tile.q1 + q, k0=tile.k0 + k, k1=tile.k1 + k))
+    triangles = [tile for tile in found if tile.causal]
+    bands = [tile for tile in found if tile.window is not None]
+    return triangles + _joined([tile for tile in found if not tile.causal and tile.window is None]) + bands
 
 
 def _joined(dense: list[Tile]) -> list[Tile]:

@@ -17,8 +17,10 @@ from torch import Tensor
 from tessera.nn.context.tiles import Tile, blocks
 from tessera.nn.kernels.merge import merge, nothing_yet
 
-QUERIES, KEYS = 512, 512
-"""Of a block."""
+
+def block_size(device: torch.device) -> tuple[int, int]:
+    """Queries and keys of a block: on CPUs what a core's cache holds, elsewhere enough to be worth a launch."""
+    return (256, 512) if device.type == "cpu" else (1024, 1024)
 
 
 def _by_kv_head(x_THD: Tensor, kv_heads: int) -> Tensor:
@@ -61,7 +63,7 @@ def forward(
     """The tile's softmax(z) v and log-sum-exp [H, T], both in float32 or wider."""
     scale, heads = _scale(q_THD, scale), k_THD.shape[1]
     out_THD, lse_HT = nothing_yet(q_THD)
-    for block in blocks(tile, QUERIES, KEYS):
+    for block in blocks(tile, *block_size(q_THD.device)):
         rows, columns = slice(block.q0, block.q1), slice(block.k0, block.k1)
         q, k, v = (_by_kv_head(x, heads) for x in (q_THD[rows], k_THD[columns], v_THD[columns]))
         z, _ = _scores(q, k, block, scale, softcap)
@@ -87,7 +89,7 @@ def backward(
     scale, heads = _scale(q_THD, scale), k_THD.shape[1]
     wide = torch.promote_types(q_THD.dtype, torch.float32)
     dq_THD, dk_THD, dv_THD = (torch.zeros_like(x, dtype=wide) for x in (q_THD, k_THD, v_THD))
-    for block in blocks(tile, QUERIES, KEYS):
+    for block in blocks(tile, *block_size(q_THD.device)):
         rows, columns = slice(block.q0, block.q1), slice(block.k0, block.k1)
         q, k, v = (_by_kv_head(x, heads) for x in (q_THD[rows], k_THD[columns], v_THD[columns]))
         d_out, out = (_by_kv_head(x[rows], heads) for x in (d_out_THD, out_THD))

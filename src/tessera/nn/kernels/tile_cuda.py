@@ -1,7 +1,7 @@
 """One tile of attention on GPUs: flash attention (Dao 2023) over one sequence of queries and one of keys.
 
-It aligns both at their ends: query i of m meets key i + n - m of n. A triangle is as long as it is wide, and the last
-query of a band sees the last key alone; so a band shows each query those keys which are not before the one it meets.
+Triangles and bands are as long as they are wide, so that query i meets key i whichever ends the kernel aligns: a
+triangle shows it the keys up to that one, and a band those from that one on.
 """
 
 import torch

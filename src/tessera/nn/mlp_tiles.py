@@ -25,7 +25,7 @@ Operands = Sequence[Tensor | None]
 
 
 class Block(Protocol):
-    """What `tiled` runs: x [T, F] to y of the same shape, each row by itself."""
+    """What `in_tiles` runs: x [T, F] to y of the same shape, each row by itself."""
 
     def gather(self, operands: Operands) -> Operands:
         """The operands as all tiles multiply them."""
@@ -60,7 +60,7 @@ def tile_sizes(tokens: int, tiles: int | None, features: int, gathered: int = 1,
 
 
 class _Tiled(torch.autograd.Function):
-    """Its forward leaves y empty, which `tiled` fills: what is saved is there before the first tile is computed."""
+    """Its forward leaves y empty, which `in_tiles` fills: what is saved is there before the first tile is computed."""
 
     @staticmethod
     def forward(ctx, x: Tensor, block: Block, sizes: list[int], *operands: Tensor | None):
@@ -100,7 +100,7 @@ def _added(total: Tensor | None, gradient: Tensor) -> Tensor:
     return gradient.to(wide, copy=True) if total is None else total.add_(gradient)
 
 
-def tiled(x_TF: Tensor, block: Block, sizes: list[int], operands: Operands) -> Tensor:
+def in_tiles(x_TF: Tensor, block: Block, sizes: list[int], operands: Operands) -> Tensor:
     """`block` of x, tile by tile of `sizes`; the operands are differentiable."""
     y_TF = _Tiled.apply(x_TF, block, sizes, *operands)
     with torch.no_grad():
