@@ -2,27 +2,12 @@
 
 from contextlib import nullcontext
 
-import pytest
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
-from tessera.core import host_memory
 from tessera.core.host_memory import LEAST, HostMemory
 from tessera.core.live_memory import PeakMemory
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def host_copies_not_counted(monkeypatch):
-    """On a CPU host memory is memory of the device: what is copied there does not count as the device's here."""
-    leave = host_memory._Moved._leave
-
-    def uncounted(self, flat):
-        with _disable_current_modes():
-            return leave(self, flat)
-
-    monkeypatch.setattr(host_memory._Moved, "_leave", uncounted)
 
 
 def forms():
@@ -67,7 +52,7 @@ def test_weights_casts_of_them_and_small_tensors_stay():
     assert memory.bytes == x.nbytes
 
 
-def test_two_layers_at_most_are_on_the_device(host_copies_not_counted):
+def test_two_layers_at_most_are_on_the_device():
     """However many there are: with what the backward itself holds, five tensors; without, those of every layer."""
 
     def peak(layers, memory=None):

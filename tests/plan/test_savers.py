@@ -10,12 +10,14 @@ from plan.test_memory import SHAPE, STEADY, check
 from tessera.core.mesh import Mesh
 from tessera.layout.shape import Savers
 from tessera.plan.count import counted_step
+from tessera.plan.memory import kept_by_layers, saved_bytes
 from tessera.plan.traffic import step_transfers, totals
 from tessera.sizes.schedule import Schedule
 
 SELECTIVE = replace(SHAPE, recompute=True, savers=Savers(attention_once=True))
 TILES = replace(SHAPE, savers=Savers(mlp_tiles=3))
 CHOSEN = replace(SHAPE, savers=Savers(mlp_tiles=None))
+OFFLOADED = replace(SHAPE, savers=Savers(offload=True))
 AGAIN, TWICE = replace(TILES, recompute=True), replace(TILES, micro_batches=2)
 COL, SQUARE, CUBE = {"col": 2}, {"row": 2, "col": 2}, {"inner": 2, "row": 2, "col": 2}
 
@@ -44,6 +46,15 @@ ALL_MOVED = [
 @pytest.mark.parametrize(("model", "sizes", "shape"), KEPT)
 def test_what_layers_keep(model, sizes, shape):
     check(model, Case(sizes, shape=shape))
+
+
+@pytest.mark.parametrize("shape", [OFFLOADED, replace(OFFLOADED, recompute=True)], ids=["whole", "recompute"])
+def test_of_offloaded_layers_two_are_on_the_device(shape):
+    """Of four layers; what stays are small tensors, and what is no layer's."""
+    model, parallel = replace(LLAMA, num_layers=4), Case({}, shape=shape).parallel(Mesh(rank=0))
+    held = counted_step(model, shape, parallel).memory.activations
+    assert saved_bytes(model, shape, parallel) == pytest.approx(held, rel=0.02)
+    assert kept_by_layers(model, shape, parallel) == 2 * kept_by_layers(replace(model, num_layers=2), shape, parallel)
 
 
 @pytest.mark.slow

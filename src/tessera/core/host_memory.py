@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 LEAST = 1024
 """Bytes of a tensor below which it stays where it is."""
@@ -33,7 +34,8 @@ class _Moved:
     def _leave(self, flat: Tensor) -> Tensor:
         stream = self.memory.stream
         if stream is None:
-            return flat.clone()
+            with _disable_current_modes():  # what counts live tensors counts those of the device
+                return flat.clone()
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
