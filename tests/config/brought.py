@@ -459,9 +459,9 @@ REFUSED = {
     "model_config: {output_router_logits: true}": "change config.json",
     "lisa_n_layers: 4\nlisa_step_interval: 20\nlisa_layers_attribute: model.layers": "remove it",
     "use_eaft: true\neaft_alpha: 1.0\neaft_k: 20": "remove it",
-    "tiled_mlp: true": "remove it",
     "pipeline_parallel_size: 8": "remove it",
-    "activation_offloading: legacy": "gradient_checkpointing: true",
+    "activation_offloading: legacy": "gradient_checkpointing: offload",
+    "gradient_checkpointing: offload_disk": "offload",
     "loss_watchdog_threshold: 5.0\nloss_watchdog_patience: 3": "nonfinite_step",
 }
 """What is asked for beside a plain file, and a part of the way out that the refusal names."""

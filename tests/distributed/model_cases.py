@@ -18,7 +18,7 @@ from tessera.engine.fsdp import build_decoder
 from tessera.engine.optimizer import build_optimizer
 from tessera.engine.step import Step
 from tessera.layout.parallel import Parallel
-from tessera.layout.shape import Fsdp
+from tessera.layout.shape import Fsdp, Savers
 from tessera.layout.streams import residual_layout
 from tessera.models.config import ModelConfig
 from tessera.models.decoder import Decoder
@@ -107,11 +107,11 @@ def share(batch: MicroBatch, mesh: Mesh) -> MicroBatch:
 def build(config: ModelConfig, mesh: Mesh, sequence_parallel: bool = True, **options: Any) -> Decoder:
     checkpointing = options.pop("gradient_checkpointing", False)
     dtype = options.pop("dtype", torch.float64)
-    asked = options.pop("asked", Fsdp())
+    asked, savers = options.pop("asked", Fsdp()), options.pop("savers", Savers())
     options.setdefault("compute", dtype)
     residual = residual_layout(sequence_parallel, options.get("schedule", Schedule()).name)
     parallel = Parallel(mesh, residual, dtype=dtype, **options)
-    model = build_decoder(config, parallel, asked, gradient_checkpointing=checkpointing)
+    model = build_decoder(config, parallel, asked, gradient_checkpointing=checkpointing, savers=savers)
     model.initialize(seed=5)
     return model
 

@@ -17,7 +17,7 @@ from tessera.engine.optimizer import build_optimizer
 from tessera.engine.step import Step
 from tessera.layout.context import Context
 from tessera.layout.parallel import Parallel
-from tessera.layout.shape import StepShape
+from tessera.layout.shape import Savers, StepShape
 from tessera.layout.streams import HIDDEN, HIDDEN_BY_HEADS, Layout, residual_layout
 from tessera.models.config import LayerKind
 from tessera.plan.traffic import step_transfers, totals
@@ -44,6 +44,8 @@ class Case:
     joined: bool = False
     attention: Layout = HIDDEN
     recompute: bool = False
+    chunks: int = 1
+    savers: Savers = Savers()
     micro_batches: int = 1
     compute: torch.dtype = torch.float64
     options: dict[str, Any] = field(default_factory=dict)
@@ -51,7 +53,7 @@ class Case:
     def settings(self) -> dict[str, Any]:
         """Options of `model_cases.build`."""
         shared = FSDP if {"shard", "ring", "ulysses"} & set(self.sizes) else {}
-        context = Context(self.transport, joined=self.joined)
+        context = Context(self.transport, self.chunks, self.joined)
         layout = HIDDEN_BY_HEADS if self.joined else self.attention
         dtype = torch.float32 if self.compute == torch.bfloat16 else self.compute
         return (
@@ -63,6 +65,8 @@ class Case:
         words = [self.model, sizes, self.transport, f"{self.rows} rows", f"documents {self.seed}"]
         words += ["joined"] if self.joined else []
         words += ["recompute"] if self.recompute else []
+        words += [f"in {self.chunks} groups"] if self.chunks > 1 else []
+        words += [str(self.savers)] if self.savers != Savers() else []
         words += [str(self.compute)] if self.compute != torch.float64 else []
         return " ".join(words)
 
@@ -90,7 +94,7 @@ def batches_of(case: Case, data_rank: int = 0) -> list[MicroBatch]:
 
 def shape_of(case: Case, data_rank: int = 0) -> StepShape:
     documents = tuple(batch.document_starts for batch in batches_of(case, data_rank))
-    return StepShape(case.rows, LENGTH, case.micro_batches, case.recompute, documents=documents)
+    return StepShape(case.rows, LENGTH, case.micro_batches, case.recompute, documents=documents, savers=case.savers)
 
 
 def parallel_of(case: Case, mesh: Mesh) -> Parallel:
@@ -100,7 +104,7 @@ def parallel_of(case: Case, mesh: Mesh) -> Parallel:
 def traffic(case: Case) -> tuple[Any, Any]:
     """(axis, kind) → calls and bytes received, counted in one step and by formula."""
     mesh, config = shared_mesh(case.sizes), MODELS[case.model]
-    model = build(config, mesh, gradient_checkpointing=case.recompute, **case.settings())
+    model = build(config, mesh, gradient_checkpointing=case.recompute, savers=case.savers, **case.settings())
     step = Step(model, build_optimizer(model, "adamw_torch_fused", (0.9, 0.95), 1e-8, 0.0), max_grad_norm=1.0)
     data_rank = mesh.index(DATA_AXES)
     with Recorder() as recorder:

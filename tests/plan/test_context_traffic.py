@@ -9,6 +9,7 @@ import torch
 from plan.context_cases import LENGTH, MODELS, Case, parallel_of, shape_of, traffic_of
 from support.pool import pool
 from tessera.core.mesh import Mesh
+from tessera.layout.shape import Savers
 from tessera.models.anatomy import anatomy_of
 from tessera.nn.context.cut import streams_of
 from tessera.plan.count import counted_step
@@ -24,6 +25,9 @@ TWO = [
     Case("llama", {"ring": 2}, "ring", seed=None, recompute=True, micro_batches=2),
     Case("gpt2", {"ring": 2}, compute=BF16),
     Case("gpt2", {"ring": 2}, "ring", compute=BF16),
+    Case("kv 6:3", {"ulysses": 2}, chunks=3),
+    Case("llama", {"ring": 2}, "ring", recompute=True, savers=Savers(attention_once=True)),
+    Case("llama", {"ulysses": 2}, recompute=True, chunks=4, savers=Savers(attention_once=True)),
 ]
 FOUR = [
     Case("llama", {"ring": 4}, seed=1),
@@ -35,6 +39,8 @@ FOUR = [
     Case("llama", {"shard": 2, "ring": 2}),
     Case("windows", {"row": 2, "col": 2}, **JOINED),
     Case("llama", {"row": 2, "col": 2}, "ring", **JOINED),
+    Case("windows", {"ring": 2, "ulysses": 2}, "ring", recompute=True, chunks=2),
+    Case("gpt2", {"ring": 2, "col": 2}, recompute=True, savers=Savers(attention_once=True, mlp_tiles=3)),
 ]
 EIGHT = [
     Case("windows", {"ring": 8}, "ring"),

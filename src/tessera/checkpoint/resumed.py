@@ -44,6 +44,8 @@ QUIET = {
     # of no effect once weights come from a checkpoint, or on memory alone
     "random_init",
     "gradient_checkpointing",
+    "activation_offloading",
+    "tiled_mlp*",
 }
 """Patterns of keys that change neither the course of a run nor its numbers (but for rounding)."""
 

@@ -111,4 +111,5 @@ _TABLES: dict[str, Any] = yaml.load(Path(__file__).with_name("other_tools.yaml")
 
 TOP, DATASETS, FSDP, DEEPSPEED = map(_verdicts, ("", "_in_datasets", "_in_fsdp", "_in_deepspeed"))
 REFUSED_VALUES: dict[str, list[str]] = _TABLES["refused_values"]
+INSTEAD_OF_VALUES: dict[str, str] = _TABLES["instead_of_values"]
 NO_EFFECT_PLUGINS: dict[str, str] = _TABLES["no_effect_plugins"]

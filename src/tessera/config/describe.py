@@ -100,8 +100,12 @@ def _refused_rows() -> Iterable[list[str]]:
             what = row.what + (f" ({passes} may stay)" if passes else "")
             yield [f"`{_written(prefix + key)}`", what, row.instead]
     for key, values in compat.REFUSED_VALUES.items():
-        yield [f"`{key}`", f"one of {', '.join(f'`{value}`' for value in values)}", "another value"]
+        yield [f"`{key}`", f"one of {', '.join(f'`{value}`' for value in values)}", _instead_of(key)]
     yield ["`plugins`", "any other plugin", "remove it"]
+
+
+def _instead_of(key: str) -> str:
+    return compat.INSTEAD_OF_VALUES.get(key, "another value").removeprefix("supported: ")
 
 
 def _written(key: str) -> str:

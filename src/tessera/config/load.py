@@ -190,6 +190,8 @@ def _without_effect(config: TrainConfig) -> list[str]:
     if config.greater_is_better and not config.compares_evaluations:
         why = "no key compares evaluations (metric_for_best_model, load_best_model_at_end, save_strategy: best, …)"
         lines.append(f"greater_is_better: true has no effect: {why}")
+    if config.tiled_mlp_num_shards is not None and not config.tiled_mlp:
+        lines.append(f"tiled_mlp_num_shards: {config.tiled_mlp_num_shards} has no effect: tiled_mlp is not asked for")
     if config.sample_packing and config.pad_to_sequence_len is False:
         lines += ["pad_to_sequence_len: false has no effect: rows of packed samples are always padded to sequence_len"]
     return lines

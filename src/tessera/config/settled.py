@@ -110,7 +110,8 @@ def judged(given: Mapping[str, Any], verdicts: compat.Verdicts, prefix: str, out
                 told = "…" if key.endswith(_SECRET) else shown(value)
                 out.notes.append(f"{name}: {told} has no effect: {row}")
         elif isinstance(value, str) and value in compat.REFUSED_VALUES.get(key_name(name), ()):
-            out.refuse(name, value, "is not supported", choices(key_name(name)))
+            hint = compat.INSTEAD_OF_VALUES.get(name) or choices(key_name(name))
+            out.refuse(name, value, "is not supported", hint)
         else:
             kept[key] = value
     for key, value in given.items():  # after all of ours

@@ -36,11 +36,25 @@ class Fsdp:
 
 
 @dataclass(frozen=True)
+class Savers:
+    """How layers get by with less memory between their forward and their backward; the numbers stay.
+
+    `attention_once`: a layer that is computed again takes attention's result from its first run. `offload`: what layers
+    keep for their backward lies in host memory. `mlp_tiles`: the MLP goes over its tokens in so many parts, which its
+    backward computes again one by one; None: as many as `nn.mlp.tiles_of` says.
+    """
+
+    attention_once: bool = False
+    offload: bool = False
+    mlp_tiles: int | None = 1
+
+
+@dataclass(frozen=True)
 class StepShape:
     """What one optimizer step runs on a data rank: `micro_batches` of `batch` sequences of `sequence` tokens (padded).
 
-    `reshard` and `by_layer` are those of `Fsdp`. `documents` has of each micro-batch the tokens, counted row after row,
-    at which documents begin; empty: every row is one.
+    `reshard` and `by_layer` are those of `Fsdp`; `recompute`: each layer runs again in its backward. `documents` has of
+    each micro-batch the tokens, counted row after row, at which documents begin; empty: every row is one.
     """
 
     batch: int
@@ -51,6 +65,7 @@ class StepShape:
     chunk_tokens: int = 1024  # of the loss, see nn/loss.py
     reshard: bool = True
     by_layer: bool = True
+    savers: Savers = Savers()
     documents: tuple[tuple[int, ...], ...] = ()
 
     @property

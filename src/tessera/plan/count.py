@@ -105,7 +105,8 @@ def counted_step(model: ModelConfig, shape: StepShape, parallel: Parallel) -> Co
 def _built(model: ModelConfig, shape: StepShape, parallel: Parallel) -> Iterator[tuple[Decoder, PeakMemory]]:
     """The decoder, its parameters fake, with fake tensors from then on; FSDP2 arranges ranks before, with real ones."""
     asked = Fsdp(reshard=shape.reshard, by_layer=shape.by_layer)
-    build = partial(build_decoder, model, parallel, asked, gradient_checkpointing=shape.recompute)
+    again, savers = shape.recompute, shape.savers
+    build = partial(build_decoder, model, parallel, asked, gradient_checkpointing=again, savers=savers)
     decoder = None
     if parallel.fsdp is not None:
         with mock.patch.object(Decoder, "to_empty"):

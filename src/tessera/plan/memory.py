@@ -16,7 +16,11 @@ the softmax, one float32 a token and norm or head.
 
 Where ranks share sequences, T are the tokens of this rank, and attention saves t (2q + 2kv): its own q, k, v and the
 result, nothing of what comes from others. Along ulysses kv counts repeated heads, and the result is saved once more, as
-it comes back. The rank's part of the ids, targets, positions and documents is kept beside.
+it comes back; in groups of heads neither. The rank's part of the ids, targets, positions and documents is kept beside.
+
+A layer that runs again in the backward keeps its input, t h; with attention run once also attention's result, t q, and
+statistics, and along ulysses what is traded, t (2q + 2kv). An MLP in tiles keeps its input and its norm's, 2 t h. What
+is offloaded is on the device for at most two layers.
 """
 
 from dataclasses import dataclass
@@ -26,9 +30,10 @@ import torch
 
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape
-from tessera.models.anatomy import Anatomy, Attention, Block, Norm, anatomy_of
+from tessera.models.anatomy import Anatomy, Attention, Block, Layer, Norm, anatomy_of
 from tessera.models.config import ModelConfig
 from tessera.plan.sequences import kv_heads_on, query_heads_on, traded_kv_heads
+from tessera.plan.tiles import mlp_tiles
 from tessera.plan.traffic import padded_shard
 
 
@@ -66,15 +71,9 @@ def saved_bytes(model: ModelConfig, shape: StepShape, parallel: Parallel) -> int
     t = shape.tokens_on(mesh, parallel.residual.tokens)
     stream = t * model.hidden_size // mesh.size(parallel.residual.features) * element
     statistic = t * _statistic(parallel)
-    layers = 0
-    for layer, count in anatomy.kinds:
-        blocks = (
-            _saved_by_block(block, shape, parallel, stream)
-            + block.norm.statistics * statistic
-            + _widened_gains(block.norm, block.attention, parallel)
-            for block in layer
-        )
-        layers += count * (stream if shape.recompute else sum(blocks))
+    layers = kept_by_layers(model, shape, parallel)
+    if shape.savers.offload:
+        layers = min(layers, 2 * max(_kept(layer, shape, parallel) for layer, _ in anatomy.kinds))
 
     # the embedding saves ids and which of them lie here; learned positions save positions
     ids = shape.tokens_on(mesh, parallel.streams.ids) * (index + 1) if mesh.sizes["col"] > 1 else 0
@@ -107,6 +106,39 @@ def _widened_gains(norm: Norm, attention: Attention | None, parallel: Parallel) 
     return (norm.width // parallel.mesh.size(parallel.residual.features) + of_heads) * parallel.dtype.itemsize
 
 
+def kept_by_layers(model: ModelConfig, shape: StepShape, parallel: Parallel) -> int:
+    """What the layers among it keep for one micro-batch's backward, on the device or in host memory."""
+    return sum(count * _kept(layer, shape, parallel) for layer, count in anatomy_of(model).kinds)
+
+
+def _kept(layer: Layer, shape: StepShape, parallel: Parallel) -> int:
+    """Bytes of one layer."""
+    t = shape.tokens_on(parallel.mesh, parallel.residual.tokens)
+    width = layer[0].column.width // parallel.mesh.size(parallel.residual.features)
+    stream = t * width * parallel.compute.itemsize
+    if not shape.recompute:
+        statistic = t * _statistic(parallel)
+        return sum(
+            _saved_by_block(block, shape, parallel, stream)
+            + block.norm.statistics * statistic
+            + _widened_gains(block.norm, block.attention, parallel)
+            for block in layer
+        )
+    if not shape.savers.attention_once:
+        return stream
+    return stream + sum(_result(block.attention, shape, parallel) for block in layer if block.attention is not None)
+
+
+def _result(attention: Attention, shape: StepShape, parallel: Parallel) -> int:
+    """Bytes that a layer keeps which runs again while attention does not."""
+    mesh, head = parallel.mesh, attention.head_dim * parallel.compute.itemsize
+    queries = query_heads_on(attention, parallel)
+    kept = queries * (head + _statistic(parallel))
+    if mesh.sizes["ulysses"] > 1 and parallel.context.chunks == 1:
+        kept += 2 * (queries + traded_kv_heads(attention, parallel)) * head
+    return shape.tokens_on(mesh, parallel.attention.tokens) * kept
+
+
 def _statistic(parallel: Parallel) -> int:
     """Bytes of a number that norms or softmax keep for a token."""
     return torch.promote_types(parallel.compute, torch.float32).itemsize
@@ -120,12 +152,15 @@ def _saved_by_block(block: Block, shape: StepShape, parallel: Parallel, stream: 
     matrices = sum(p.features for p in block.products) // mesh.sizes["col"] * (width // rows) * element
     copies = parallel.dtype != parallel.compute and parallel.fsdp is None  # which gathers them in the compute dtype
     weights = matrices if copies else 0
+    if block.attention is None and len(mlp_tiles(block, shape, parallel)) > 1:
+        return 2 * stream + weights
     into_column, into_row = stream, tokens * (block.row.features // mesh.size(hidden.features)) * element
     inside = len(block.column.linears) * into_row
     if block.attention is not None:
-        shared = parallel.cuts_sequences
+        traded = mesh.sizes["ulysses"] > 1 and parallel.context.chunks == 1
+        shared = parallel.cuts_sequences and (traded or mesh.sizes["ulysses"] == 1)
         inside = tokens * (_saved_by_shared_attention if shared else _saved_by_attention)(block.attention, parallel)
-        inside += into_row if mesh.sizes["ulysses"] > 1 else 0
+        inside += into_row if traded else 0
     if schedule.keep:
         into_column = shape.tokens_on(mesh, parallel.streams.ids) * width * element  # brought together along col
         if block.attention is not None and inner > 1:

@@ -10,6 +10,10 @@ With t tokens and the local heads q and kv (those that its queries read) of D fe
     ring        k·v         a message a hop           the same once more; dk·dv in float32 or wider: sums that
                                                       go on with the ring, and those that come home
 
+In N groups of heads (nn/context/chunks.py) kv' = N c, with c those of a group after repeating; each call of ulysses is
+N calls, and its backward brings q, k·v and the result once more, the result together with its gradient; each call of
+exchange and ring is N calls too.
+
 `reads` are the tokens of other owners that this owner's tiles read, each once. Along the ring come the tokens that this
 owner or one further on reads. The numbers are those of nn/context/route.py, by which the run moves.
 """
@@ -43,12 +47,16 @@ def attention_moves(attention: Attention, stream: Stream, tokens: int, parallel:
     mesh, element = parallel.mesh, parallel.compute.itemsize
     ranks, head = mesh.sizes["ulysses"], tokens * attention.head_dim * element
     queries, heads = query_heads_on(attention, parallel), traded_kv_heads(attention, parallel)
+    groups = parallel.context.chunks if ranks > 1 else 1
     if ranks > 1:
-        for phase in ("forward", "backward"):
-            for what, count in (("q", queries), ("k·v", 2 * heads), ("result", queries)):
-                named = what if phase == "forward" else "·".join(f"d{each}" for each in what.split("·"))
+        traded = {"forward": {"q": queries, "k·v": 2 * heads, "result": queries}}
+        traded["backward"] = {"·".join(f"d{x}" for x in what.split("·")): n for what, n in traded["forward"].items()}
+        if groups > 1:
+            traded["backward"] |= {"q": queries, "k·v": 2 * heads, "dresult": 2 * queries}
+        for phase, parts in traded.items():
+            for what, count in parts.items():
                 received = head * count * (ranks - 1) // ranks
-                yield AttentionMove(phase, named, "all_to_all", ("ulysses",), 1, received)
+                yield AttentionMove(phase, what, "all_to_all", ("ulysses",), groups, received)
     owners = mesh.present(parallel.owners)
     if not owners:
         return
@@ -59,7 +67,7 @@ def attention_moves(attention: Attention, stream: Stream, tokens: int, parallel:
     for phase, what, kind, calls, received in moves:
         itemsize = wide if what == "dk·dv" and isinstance(route, RingRoute) else element
         if calls:
-            yield AttentionMove(phase, what, kind, owners, calls, received * features * itemsize)
+            yield AttentionMove(phase, what, kind, owners, calls * groups, received * features * itemsize)
 
 
 _Tokens = tuple[str, str, str, int, int]  # phase, what, kind, calls, key/value tokens received
@@ -97,6 +105,10 @@ def kv_heads_on(attention: Attention, parallel: Parallel) -> int:
 
 
 def traded_kv_heads(attention: Attention, parallel: Parallel) -> int:
-    """The same as they are traded for tokens: each repeated, so that the ranks along ulysses get equally many."""
-    heads = kv_heads_on(attention, parallel)
-    return heads * repeats(heads, parallel.mesh.sizes["ulysses"])
+    """The same as they are traded for tokens: each repeated, so that the ranks along ulysses get equally many; in
+    groups those of all groups together."""
+    ranks, heads = parallel.mesh.sizes["ulysses"], kv_heads_on(attention, parallel)
+    queries = query_heads_on(attention, parallel)
+    each = queries // (parallel.context.chunks if ranks > 1 else 1)
+    read = [len(kv_heads_of(range(first, first + each), queries, heads)) for first in range(0, queries, each)]
+    return sum(count * repeats(count, ranks) for count in read)

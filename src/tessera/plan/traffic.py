@@ -34,10 +34,11 @@ from tessera.engine.gradients import LARGE
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape
 from tessera.layout.spec import local_slice
-from tessera.models.anatomy import EMBEDDING, HEAD, LOSS, Attention, Norm, Parameter, Product, anatomy_of
+from tessera.models.anatomy import EMBEDDING, HEAD, LOSS, Attention, Block, Norm, Parameter, Product, anatomy_of
 from tessera.models.config import ModelConfig
 from tessera.nn.context.cut import streams_of
 from tessera.plan.sequences import attention_moves
+from tessera.plan.tiles import mlp_tiles
 from tessera.sizes.schedule import GATHER, Schedule
 
 
@@ -133,7 +134,7 @@ class _Step:
 
     def __init__(self, model: ModelConfig, shape: StepShape, parallel: Parallel) -> None:
         self.anatomy, self.shape, self.parallel, self.mesh = anatomy_of(model), shape, parallel, parallel.mesh
-        self.windows = model.windows
+        self.windows, self.dropout = model.windows, model.residual_dropout > 0
         self.element, self.stored = parallel.compute.itemsize, parallel.dtype.itemsize
         self.statistic = torch.promote_types(parallel.compute, torch.float32).itemsize
         self.tokens = shape.tokens_on(self.mesh, parallel.streams.ids)
@@ -168,20 +169,39 @@ class _Step:
         whole = self.tokens * features * self.element
         return _MovedOperand(what, ("inner",), self.mesh.sizes["inner"], whole, pieces=pieces)
 
-    def product(self, product: Product, forwards: int, backwards: int) -> None:
-        """A matrix product of every layer of a kind."""
+    def tiled(self, block: Block, tiles: list[int], backwards: int) -> None:
+        """The products of an MLP in tiles of so many tokens, which runs once more in the backward (nn/mlp_tiles.py).
+
+        In a layer that runs again that run ends before them, unless dropout follows, which saves its mask. Weights move
+        once in each pass, unless they come in panels.
+        """
+        again = self.shape.recompute and self.dropout
+        in_panels, whole = self.parallel.schedule.in_panels, self.tokens
+        for self.tokens, count in Counter(tiles).items():
+            for product in block.products:
+                self.product(product, count * backwards * (3 if again else 2), count * backwards, weights=in_panels)
+        self.tokens = whole
+        for product in () if in_panels else block.products:
+            W = self.weight(product.features // self.mesh.sizes["col"], self.element, self.parallel.schedule)
+            self.add(product.site, "forward", W.what, W.axes, backwards * (2 if again else 1), W.into())
+            self.add(product.site, "backward", W.what, W.axes, backwards, W.into())
+            self.add(product.site, "backward", f"d{W.what}", W.axes, backwards, W.out())
+
+    def product(self, product: Product, forwards: int, backwards: int, weights: bool = True) -> None:
+        """A matrix product of every layer of a kind; `weights`: its weights move for it."""
         schedule, site, local = self.parallel.schedule, product.site, product.features // self.mesh.sizes["col"]
         R = self.residual("X" if product.column else "Y", schedule)
         H = self.hidden("Y" if product.column else "X", local, self.pieces(product))
         W = self.weight(local, self.element, schedule)
         X, Y = (R, H) if product.column else (H, R)
-        for operand, move in ((X, X.into()), (W, W.into()), (Y, Y.out())):
+        moving = [X, W] if weights else [X]
+        for operand, move in [*((operand, operand.into()) for operand in moving), (Y, Y.out())]:
             self.add(site, "forward", operand.what, operand.axes, forwards, move)
         self.add(site, "backward", "dY", Y.axes, backwards, Y.into())
         if not schedule.keep:
-            for operand in (X, W):
+            for operand in moving:
                 self.add(site, "backward", operand.what, operand.axes, backwards, operand.into())
-        for operand in (X, W):
+        for operand in moving:
             self.add(site, "backward", f"d{operand.what}", operand.axes, backwards, operand.out())
 
     def pieces(self, product: Product) -> int:
@@ -308,10 +328,14 @@ def step_transfers(model: ModelConfig, shape: StepShape, parallel: Parallel) -> 
         forwards = backwards * (2 if shape.recompute else 1)
         for block in layer:
             step.norm(block.norm, forwards, backwards)
+            if block.attention is None and len(tiles := mlp_tiles(block, shape, parallel)) > 1:
+                step.tiled(block, tiles, backwards)
+                continue
             step.product(block.column, forwards, backwards)
             if block.attention is not None:
                 step.key_value_heads(block.attention, forwards, backwards)
-                step.shared_sequences(block.attention, forwards, backwards)
+                once_only = backwards if shape.savers.attention_once else forwards
+                step.shared_sequences(block.attention, once_only, backwards)
             step.product(block.row, forwards, backwards)
     step.norm(step.anatomy.norm, once, once)
     step.head(once)

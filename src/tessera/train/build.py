@@ -39,7 +39,7 @@ from tessera.models.trained import trained_parameters
 from tessera.plan.tune import tune
 from tessera.train.links import run_mesh
 from tessera.train.run import Run
-from tessera.train.settings import compute_dtype, fsdp_of, parallel_for, rates, row_shape
+from tessera.train.settings import compute_dtype, fsdp_of, parallel_for, rates, row_shape, savers_of
 
 
 @dataclass
@@ -122,9 +122,16 @@ def build(run: Run, device: torch.device) -> Built:
         limit, others = config.tensor_parallel_scratch_gib, {"tf32": config.tf32, "context": config.context_parallel}
         tuning = tune(config.tensor_parallel, row_shape(config), run.model, mesh, compute, limit, **others)
     parallel = parallel_for(config, mesh, tuning.schedule if tuning else None, compute=compute)
-    recompute, chosen = config.gradient_checkpointing, config.unfrozen_parameters
+    chosen = config.unfrozen_parameters
     trained = trained_parameters(run.model, chosen) if chosen else None
-    model = build_decoder(run.model, parallel, fsdp_of(config), gradient_checkpointing=recompute, trained=trained)
+    model = build_decoder(
+        run.model,
+        parallel,
+        fsdp_of(config),
+        gradient_checkpointing=config.recompute,
+        savers=savers_of(config),
+        trained=trained,
+    )
     betas = (config.adam_beta1, config.adam_beta2)
     step = Step(
         model,

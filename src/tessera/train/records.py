@@ -25,6 +25,7 @@ from tessera.train.kernel import attention_line
 from tessera.train.log import perplexity
 from tessera.train.notes import CARD, PLOT, RESOLVED, SUMMARY, Notes
 from tessera.train.plots import plot_loss, read_metrics
+from tessera.train.saved import saver_lines
 
 LESS = "the traffic given below is that of training all"
 
@@ -55,6 +56,7 @@ class Records:
             *([f"{trained:,} of them are trained (unfrozen_parameters); {LESS}"] if trained < parameters else []),
             attention_line(run.model, parallel, run.config.sequence_len, packed=run.config.sample_packing),
             *mesh_lines(run.config, run.model, parallel),
+            *saver_lines(run.config, run.model, parallel),
             *self._packing(),
             *self._positions(),
             f"run: {counted(self.built.total_steps, 'step')} of {counted(loader.samples_per_step, 'row')}, {begun}; "

@@ -14,7 +14,7 @@ from tessera.engine.optimizer import OPTIONS, check_options, missing_package
 from tessera.engine.rates import learning_rates, options_of
 from tessera.layout import resolve
 from tessera.layout.parallel import Parallel
-from tessera.layout.shape import Fsdp, StepShape, padded_length
+from tessera.layout.shape import Fsdp, Savers, StepShape, padded_length
 from tessera.layout.streams import HIDDEN_BY_HEADS, TOKEN_AXES, attention_layout
 from tessera.models.config import ModelConfig
 from tessera.sizes.context import fitted, in_words, query_heads
@@ -99,6 +99,12 @@ def fsdp_of(config: TrainConfig) -> Fsdp:
     return Fsdp(keys.reshard_after_forward, keys.forward_prefetch, keys.offload_params, by_layer)
 
 
+def savers_of(config: TrainConfig) -> Savers:
+    """How the config's layers get by with less memory, beside whether they run again."""
+    tiles = config.tiled_mlp_num_shards if config.tiled_mlp else 1
+    return Savers(config.gradient_checkpointing == "selective", config.offloads, tiles)
+
+
 def row_shape(config: TrainConfig) -> StepShape:
     """What a step of `config` runs on a data rank: full-length rows, not padded."""
     fsdp = fsdp_of(config)
@@ -106,10 +112,11 @@ def row_shape(config: TrainConfig) -> StepShape:
         config.micro_batch_size,
         config.sequence_len,
         config.gradient_accumulation_steps,
-        recompute=config.gradient_checkpointing,
+        recompute=config.recompute,
         label_smoothing=config.label_smoothing_factor > 0,
         reshard=fsdp.reshard,
         by_layer=fsdp.by_layer,
+        savers=savers_of(config),
     )
 
 

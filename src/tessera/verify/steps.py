@@ -19,7 +19,7 @@ from tessera.layout.spec import ParameterSpec
 from tessera.models.decoder import Decoder
 from tessera.nn.initialize import hash_seed
 from tessera.nn.parameter import named_specs, to_local
-from tessera.train.settings import fsdp_of, step_shape
+from tessera.train.settings import fsdp_of, savers_of, step_shape
 from tessera.verify.problem import Problem
 
 LEARNING_RATE = 1e-4  # large enough for a wrong update to show, too small for AdamW to make rounding large
@@ -42,8 +42,8 @@ class StepsTaken:
 
 def build(problem: Problem, parallel: Parallel, config: TrainConfig) -> Decoder:
     """The model of `problem`, every parameter random: biases and gains too, so that one in the wrong place shows."""
-    recompute = config.gradient_checkpointing
-    model = build_decoder(problem.model, parallel, fsdp_of(config), gradient_checkpointing=recompute)
+    recompute, savers = config.recompute, savers_of(config)
+    model = build_decoder(problem.model, parallel, fsdp_of(config), gradient_checkpointing=recompute, savers=savers)
     model.initialize(problem.seed)
     with torch.no_grad():
         for name, parameter, spec in named_specs(model):

@@ -6,9 +6,9 @@
       → along ulysses back
 
 The backward brings keys and values once more; what was saved are the owner's own q, k, v, result and log-sum-exp.
+With `ulysses_chunks` this goes group of heads by group of heads (chunks.py).
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -16,16 +16,15 @@ from torch import Tensor
 
 from tessera.core.mesh import Group
 from tessera.layout.parallel import Parallel
-from tessera.nn.context.consume import backward_tiles, forward_tiles
+from tessera.nn.context.chunks import attention_in_groups
 from tessera.nn.context.exchange import Exchange
 from tessera.nn.context.heads import heads_for_tokens, repeats, tokens_for_heads
+from tessera.nn.context.passes import Pass, backward_pass, forward_pass
 from tessera.nn.context.ring import Ring
 from tessera.nn.context.route import RingRoute, Route
+from tessera.nn.once import Once, run_once
 
 # mypy: disable-error-code="no-untyped-def"
-
-Pass = Callable[[Tensor], Exchange | Ring]
-"""Starts one pass over the key/value tokens, given this owner's own."""
 
 
 class _Shared(torch.autograd.Function):
@@ -35,22 +34,23 @@ class _Shared(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q_THD: Tensor, kv_T2HD: Tensor, begin: Pass, scale: float | None, softcap: float | None):
-        rounds = ((kv[:, 0], kv[:, 1], tiles) for kv, tiles in begin(kv_T2HD))
-        out, lse = forward_tiles(q_THD, rounds, scale=scale, softcap=softcap)
+    def forward(
+        ctx,
+        q_THD: Tensor,
+        kv_T2HD: Tensor,
+        begin: Pass,
+        scale: float | None,
+        softcap: float | None,
+        once: Once | None,
+    ):
+        out, lse = run_once(once, lambda: forward_pass(q_THD, kv_T2HD, begin, scale, softcap))
         ctx.save_for_backward(q_THD, kv_T2HD, out, lse)
         ctx.options = begin, scale, softcap
         return out
 
     @staticmethod
     def backward(ctx, d_out_THD: Tensor):
-        (q, kv_own, out, lse), (begin, scale, softcap) = ctx.saved_tensors, ctx.options
-        dq = torch.zeros_like(q, dtype=lse.dtype)
-        moving = begin(kv_own)
-        for kv, tiles in moving:
-            block = kv[:, 0], kv[:, 1], tiles
-            moving.add(torch.stack(backward_tiles(d_out_THD, q, out, lse, dq, block, scale=scale, softcap=softcap), 1))
-        return dq.to(q.dtype), moving.home().to(kv_own.dtype), None, None, None
+        return *backward_pass(d_out_THD, *ctx.saved_tensors, *ctx.options), None, None, None, None
 
 
 def shared_attention(
@@ -62,21 +62,27 @@ def shared_attention(
     *,
     scale: float | None = None,
     softcap: float | None = None,
+    once: Once | None = None,
 ) -> Tensor:
     """softmax(z) v over the keys of each query's document before it, z as in `attend`; [T, H, D] of this rank's tokens.
 
-    The query heads divide by the ranks along `ulysses`, and by the kv heads.
+    The query heads divide by the ranks along `ulysses`, and by the kv heads. `once`: in a layer that runs again all of
+    this runs in its first run alone, kernel and communication; what is kept are the result and the log-sum-exp, and
+    where heads are traded q, k, v and the result as they were on their way too.
     """
     mesh = parallel.mesh
     ulysses, owners = mesh.group(("ulysses",)), mesh.group(parallel.owners)
+    if parallel.context.chunks > 1 and ulysses is not None:
+        begin = _beginning(route, owners)
+        return attention_in_groups(q_THD, k_THD, v_THD, parallel.context.chunks, ulysses, begin, scale, softcap, once)
     again = repeats(k_THD.shape[1], mesh.sizes["ulysses"])
     kv_T2HD = torch.stack([k_THD, v_THD], 1)
     if again > 1:
         kv_T2HD = kv_T2HD.repeat_interleave(again, 2)
-    q = tokens_for_heads(q_THD, ulysses)
-    kv = tokens_for_heads(kv_T2HD.transpose(1, 2), ulysses).transpose(1, 2)
-    out = _Shared.apply(q, kv, _beginning(route, owners), scale, softcap)
-    return heads_for_tokens(out, ulysses)
+    q = tokens_for_heads(q_THD, ulysses, once)
+    kv = tokens_for_heads(kv_T2HD.transpose(1, 2), ulysses, once).transpose(1, 2)
+    out = _Shared.apply(q, kv, _beginning(route, owners), scale, softcap, once)
+    return heads_for_tokens(out, ulysses, once)
 
 
 def _beginning(route: Route, group: Group | None) -> Pass:

@@ -8,6 +8,7 @@ from torch import Tensor
 from tessera.nn.context.consume import backward_tiles, forward_tiles
 from tessera.nn.context.tiles import Tile, tiles
 from tessera.nn.documents import Documents
+from tessera.nn.once import Once, run_once
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -15,9 +16,17 @@ from tessera.nn.documents import Documents
 class _Tiled(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, plan: list[Tile], scale: float | None, softcap: float | None
+        ctx,
+        q_THD: Tensor,
+        k_THD: Tensor,
+        v_THD: Tensor,
+        plan: list[Tile],
+        scale: float | None,
+        softcap: float | None,
+        once: Once | None,
     ):
-        out, lse = forward_tiles(q_THD, [(k_THD, v_THD, plan)], scale=scale, softcap=softcap)
+        block = k_THD, v_THD, plan
+        out, lse = run_once(once, lambda: forward_tiles(q_THD, [block], scale=scale, softcap=softcap))
         ctx.save_for_backward(q_THD, k_THD, v_THD, out, lse)
         ctx.options = plan, scale, softcap
         ctx.mark_non_differentiable(lse)
@@ -27,11 +36,11 @@ class _Tiled(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_out_THD: Tensor | None, _: Tensor | None):
         if d_out_THD is None:
-            return (None,) * 6
+            return (None,) * 7
         (q, k, v, out, lse), (plan, scale, softcap) = ctx.saved_tensors, ctx.options
         dq = torch.zeros_like(q, dtype=lse.dtype)
         dk, dv = backward_tiles(d_out_THD, q, out, lse, dq, (k, v, plan), scale=scale, softcap=softcap)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
 
 
 @lru_cache(maxsize=16)
@@ -50,6 +59,7 @@ def tiled(
     window: int | None,
     scale: float | None,
     softcap: float | None,
+    once: Once | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention within each document (None: each row is one) and the log-sum-exp [B, H, S] without gradient.
 
@@ -59,5 +69,5 @@ def tiled(
     bounds = tuple(range(0, B * S + 1, S)) if documents is None else documents.bounds
     plan = _plan(bounds, window)
     joined = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHSD, k_BHSD, v_BHSD))
-    out_THD, lse_HT = _Tiled.apply(*joined, plan, scale, softcap)
+    out_THD, lse_HT = _Tiled.apply(*joined, plan, scale, softcap, once)
     return out_THD.unflatten(0, (B, S)).transpose(1, 2), lse_HT.unflatten(1, (B, S)).transpose(0, 1)

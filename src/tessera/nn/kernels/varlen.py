@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tessera.nn.documents import Documents
+from tessera.nn.once import Once, run_once
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -30,11 +31,12 @@ class _Varlen(torch.autograd.Function):
         causal: bool,
         scale: float | None,
         window: int | None,
+        once: Once | None,
     ):
         seen = {} if window is None else {"window_size_left": window - 1}
-        out, lse, *random, _ = torch.ops.aten._flash_attention_forward.default(
-            q_THD, k_THD, v_THD, *bounds, 0.0, causal, False, scale=scale, **seen
-        )
+        options = (*bounds, 0.0, causal, False)
+        operator = torch.ops.aten._flash_attention_forward.default
+        out, lse, *random = run_once(once, lambda: operator(q_THD, k_THD, v_THD, *options, scale=scale, **seen)[:-1])
         ctx.save_for_backward(q_THD, k_THD, v_THD, out, lse, *random)
         ctx.options = bounds, causal, scale, seen
         ctx.mark_non_differentiable(lse)
@@ -46,7 +48,7 @@ class _Varlen(torch.autograd.Function):
         dq, dk, dv = torch.ops.aten._flash_attention_backward.default(
             d_out_THD.contiguous(), q, k, v, out, lse, *bounds, 0.0, causal, *random, scale=scale, **seen
         )
-        return dq, dk, dv, None, None, None, None
+        return dq, dk, dv, None, None, None, None, None
 
 
 def varlen(
@@ -58,6 +60,7 @@ def varlen(
     causal: bool,
     scale: float | None,
     window: int | None = None,
+    once: Once | None = None,
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale · q kᵀ) v within each document (None: each row is one), and the log-sum-exp [B, H, S].
 
@@ -69,5 +72,5 @@ def varlen(
     else:
         offsets, longest = documents.offsets, documents.longest
     joined = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHSD, k_BHSD, v_BHSD))
-    out_THD, lse_HT = _Varlen.apply(*joined, (offsets, offsets, longest, longest), causal, scale, window)
+    out_THD, lse_HT = _Varlen.apply(*joined, (offsets, offsets, longest, longest), causal, scale, window, once)
     return out_THD.unflatten(0, (B, S)).transpose(1, 2), lse_HT.unflatten(1, (B, S)).transpose(0, 1)
