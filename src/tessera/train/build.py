@@ -119,8 +119,16 @@ def build(run: Run, device: torch.device) -> Built:
     stream = _stream_seen_by_all(run, mesh) if config.streaming else None
     tuning = None
     if config.tensor_parallel_schedule == "auto":
-        limit, others = config.tensor_parallel_scratch_gib, {"tf32": config.tf32, "context": config.context_parallel}
-        tuning = tune(config.tensor_parallel, row_shape(config), run.model, mesh, compute, limit, **others)
+        tuning = tune(
+            config.tensor_parallel,
+            row_shape(config),
+            run.model,
+            mesh,
+            compute,
+            config.tensor_parallel_scratch_gib,
+            tf32=config.tf32,
+            context=config.context_parallel,
+        )
     parallel = parallel_for(config, mesh, tuning.schedule if tuning else None, compute=compute)
     chosen = config.unfrozen_parameters
     trained = trained_parameters(run.model, chosen) if chosen else None
