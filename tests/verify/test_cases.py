@@ -1,5 +1,6 @@
 """Which layouts are verified, and the small models and batches that stand for the real ones."""
 
+import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from tessera.models.config import ModelConfig
 from tessera.models.hub import read_model_config
 from tessera.nn.rope import RopeConfig
 from tessera.sizes.remedies import check_sizes
+from tessera.train.settings import fitting_layout
 from tessera.verify.cases import cases_of, every_case
 from tessera.verify.problem import LENGTH, small_batch, small_model
 from verify.verify_cases import GPT2, save_models, settings
@@ -140,12 +142,31 @@ def test_layouts_that_share_sequences_are_there_with_each_transport(models):
         assert math.gcd(rows, case.config.mesh_sizes["ring"] * case.config.axes["row"]) == 1
 
 
+@pytest.mark.parametrize("heads, kv_heads", [(32, 8), (48, 48), (24, 1), (6, 3), (12, 2)])
+def test_the_miniature_trades_heads_as_the_model_does(models, heads, kv_heads):
+    model = replace(BIG, num_heads=heads, num_kv_heads=kv_heads)
+    for size, ulysses, col, chunks in itertools.product((2, 4, 8), (1, 2, 4), (1, 2), (1, 2)):
+        local = heads // col
+        if heads % col or local % ulysses or (local // ulysses) % chunks or size % ulysses or chunks > ulysses:
+            continue
+        keys = {"context_parallel_size": size, "ulysses_size": ulysses, "ulysses_chunks": chunks}
+        config, _ = make_config(settings(models["llama"], **keys, tensor_parallel_size=col))
+        (case,) = cases_of(config, model, full=False)
+        small = case.problem.model
+        assert fitting_layout(case.config, small).ulysses_size == ulysses  # it fits
+        again = [math.gcd(ulysses, max(1, each.num_kv_heads // col)) for each in (model, small)]
+        assert again[0] == again[1], "kv heads are repeated as often"
+
+
 def test_auto_stands_for_every_schedule_there_is(models):
     keys = {"tensor_parallel_mode": "2d", "tensor_parallel_size": 4, "tensor_parallel_schedule": "auto"}
     config, _ = make_config(settings(models["llama"], **keys))
     cases = cases_of(config, read_model_config(Path(models["llama"])), full=False)
     chosen_from = ["gather", "slices 2", "slices 4", "slices 8", "summa", "cannon"]
     assert [str(case.config.schedule) for case in cases] == chosen_from
+    config = config.model_copy(update={"context_parallel_size": 2})
+    (case,) = cases_of(config, read_model_config(Path(models["llama"])), full=False)
+    assert str(case.config.schedule) == "gather"
 
 
 def test_at_full_size_nothing_is_small(models):

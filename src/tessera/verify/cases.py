@@ -60,7 +60,7 @@ def cases_of(config: TrainConfig, model: ModelConfig, full: bool) -> list[Case]:
     if config.tensor_parallel_schedule == "auto":
         changed = [
             config.model_copy(update={"tensor_parallel_schedule": name, "tensor_parallel_slices": slices})
-            for name, slices in kinds(math.prod(config.data_sizes.values()))
+            for name, slices in kinds(math.prod(config.data_sizes.values()) * config.context_parallel_size)
         ]
         ways = [way for way in changed if not _misfit(way, model)]
     return _cases(ways, model, full)

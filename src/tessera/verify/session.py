@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from tessera.core.errors import RunFailed
-from tessera.train.settings import compute_dtype, context_line
+from tessera.train.settings import compute_dtype
 from tessera.verify import report
 from tessera.verify.cases import Case
 from tessera.verify.check import Checker, Result
@@ -22,10 +22,13 @@ class Session:
         self.checker = checker
         self.out = out or Console(quiet=True)
 
-    def one(self, case: Case, omit: int | None = None) -> list[Result]:
-        """One layout in full; `omit` (from 1) is the collective left out of its first step."""
+    def one(self, case: Case, omit: int | None = None, context: str | None = None) -> list[Result]:
+        """One layout in full; `omit` (from 1) is the collective left out of its first step.
+
+        `context` says how ranks share sequences, where they do.
+        """
         report.say_problem(self.out, case)
-        if (context := context_line(case.config, case.problem.model)) is not None:
+        if context is not None:
             self.out.print(context, markup=False)
         omission = None
         if omit is not None:
