@@ -117,8 +117,9 @@ def build(run: Run, device: torch.device) -> Built:
     stream = _stream_seen_by_all(run, mesh) if config.streaming else None
     tuning = None
     if config.tensor_parallel_schedule == "auto":
-        limit, others = config.tensor_parallel_scratch_gib, {"tf32": config.tf32, "context": config.context_parallel}
-        tuning = tune(config.tensor_parallel, row_shape(config), run.model, mesh, compute, limit, **others)
+        asked, limit = config.tensor_parallel, config.tensor_parallel_scratch_gib
+        context, tf32 = config.context_parallel, config.tf32
+        tuning = tune(asked, row_shape(config), run.model, mesh, compute, limit, tf32=tf32, context=context)
     parallel = parallel_for(config, mesh, tuning.schedule if tuning else None, compute=compute)
     recompute, chosen = config.gradient_checkpointing, config.unfrozen_parameters
     trained = trained_parameters(run.model, chosen) if chosen else None
