@@ -28,6 +28,7 @@ MODELS = {
     "windows": replace(LLAMA, num_layers=3, layer_kinds=(LayerKind(5), LayerKind(), LayerKind(17))),
     "kv 6:3": replace(LLAMA, num_heads=6, num_kv_heads=3, qk_norm=True),
     "gpt2": replace(GPT2, attention_dropout=0.0),
+    "one layer": replace(LLAMA, num_layers=1),
 }
 FSDP = {"fsdp": ("shard", "ring", "ulysses", "row"), "weights_over": ()}
 

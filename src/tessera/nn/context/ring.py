@@ -6,7 +6,8 @@
                dk, dv of the round before: on with the ring where somebody reads them further on, else home
 
 Tokens travel as far as somebody reads them: rounds that nobody needs are skipped. Sums of gradients travel in the wide
-dtype, for each owner on the way adds to them.
+dtype, for each owner on the way adds to them. What was sent is let go of a round later: so an owner holds its own
+tokens, those of a round and those of the next, however many rounds there are.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ class Ring:
         self._carried: Pending | None = None  # the sums for the next round, from the owner before
         self._returned: list[Pending] = []
         self._sent: list[Pending] = []
+        self._sums_sent: list[Pending] = []
 
     def __iter__(self) -> Iterator[Arrival]:
         block, tiles = self.kv, self.route.own.tiles
@@ -39,16 +41,16 @@ class Ring:
             yield block, tiles
             if arriving is not None:
                 block, tiles = arriving(), self.route.hops[distance].round.tiles
-        for pending in self._sent:
-            pending.wait()
+        _finish(self._sent)
 
     def _pass_on(self, block: Tensor) -> Callable[[], Tensor]:
         """Start the next hop; what waits for the round that arrives."""
         hop = self.route.hops[self._distance]
+        _finish(self._sent)
         coming = block.new_empty(length(hop.round.keys), *block.shape[1:])
         leaving = [(rows(block, hop.passed), self._at(1))] if hop.passed else []
         sent, received = start_exchange(leaving, [(coming, self._at(-1))] if hop.round.keys else [], self.group)
-        self._sent += sent
+        self._sent = sent
         return lambda: received[0].wait() if received else coming
 
     def _at(self, further: int) -> int:
@@ -62,6 +64,7 @@ class Ring:
             return
         distance, hops = self._distance, self.route.hops
         hop, following = hops[distance - 1], hops[distance] if distance < len(hops) else None
+        _finish(self._sums_sent)
         if self._carried is not None:
             gradient_T2HD += self._carried.wait()
         memory = [(length(following.round.keys), self._at(-1))] if following and following.round.keys else []
@@ -70,7 +73,7 @@ class Ring:
         sends = [(rows(gradient_T2HD, hop.on), self._at(1))] if hop.on else []
         sends += [(rows(gradient_T2HD, hop.ended), self._at(-distance))] if hop.ended else []
         sent, received = start_exchange(sends, receives, self.group)
-        self._sent += sent
+        self._sums_sent = sent
         if hop.home:
             self._returned.append(received.pop())
         self._carried = received[0] if received else None
@@ -84,6 +87,11 @@ class Ring:
                 for first, end in hop.home:
                     own[first:end] += coming[start : start + end - first]
                     start += end - first
-        for pending in self._sent:
-            pending.wait()
+        _finish(self._sums_sent)
         return own
+
+
+def _finish(sent: list[Pending]) -> None:
+    """Wait until these have gone, and let go of them."""
+    while sent:
+        sent.pop().wait()

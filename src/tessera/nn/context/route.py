@@ -153,12 +153,16 @@ def _places(chunks: Sequence[Chunk]) -> list[tuple[Chunk, Chunk]]:
 
 def _slices(held: Sequence[Chunk], wanted: Iterable[Chunk]) -> tuple[Chunk, ...]:
     """Where the `wanted` chunks of the stream are in what `held` has, one chunk behind another."""
-    found, places = [], _places(held)
+    found: list[Chunk] = []
+    places = _places(held)
     for first, end in wanted:
-        for (begin, stop), (at, _) in places:
-            low, high = max(first, begin), min(end, stop)
+        for (begin, limit), (at, _) in places:
+            low, high = max(first, begin), min(end, limit)
             if low < high:
-                found.append((at + low - begin, at + high - begin))
+                start, stop = at + low - begin, at + high - begin
+                if found and found[-1][1] == start:
+                    start = found.pop()[0]
+                found.append((start, stop))
     return tuple(found)
 
 
