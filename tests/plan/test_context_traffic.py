@@ -98,6 +98,10 @@ def attention(case, rank=1):
     [
         Case("llama", {"shard": 2, "ring": 2, "ulysses": 2, "col": 2}, "ring", rows=1),
         pytest.param(Case("windows", {"ring": 4}, recompute=True), marks=pytest.mark.slow),
+        # 32 ranks in four dimensions, as docs/quick-reference.md has them
+        pytest.param(
+            Case("gpt2", {"replicate": 2, "shard": 2, "ulysses": 2, "col": 4}, rows=1), marks=pytest.mark.slow
+        ),
     ],
     ids=str,
 )

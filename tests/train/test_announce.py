@@ -41,6 +41,17 @@ def test_a_busy_axis_between_machines_is_told(monkeypatch):
     assert all("between machines" not in line for line in together if line.split()[0] == "col")
 
 
+def test_shared_sequences_are_said_with_their_reason(monkeypatch):
+    keys = {"context_parallel_size": 8, "ulysses_size": 2, "micro_batch_size": 1}
+    _, _, lines = lines_of(monkeypatch, 8, **keys)
+    assert "context: 8 ranks = ulysses 2 × exchange 4, as ulysses_size says" in lines
+    grid = {"tensor_parallel_mode": "2d", "tensor_parallel_size": 4, "micro_batch_size": 1}
+    _, _, lines = lines_of(monkeypatch, 4, **grid)
+    why = "micro_batch_size 1 does not divide by them"
+    assert f"context: the ranks along row 2 share sequences too, by exchange: {why}" in lines
+    assert not any("context" in line for line in lines_of(monkeypatch, 2, tensor_parallel_size=2)[2])
+
+
 def test_one_process_says_its_batch_alone(monkeypatch):
     _, _, lines = lines_of(monkeypatch, 1)
     assert len(lines) == 2 and lines[1].endswith("= 4 rows")

@@ -1,8 +1,11 @@
 """Runs whose sequences lie over ranks, against transformers: loss, gradient norm, and the weights handed out."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tessera.config.load import make_config
 from tessera.core.errors import UserError
@@ -110,3 +113,16 @@ def test_what_attention_across_ranks_cannot_do_is_refused_before_a_process_start
     assert refusal(workshop, "llama 96", WAYS["ring 2"] | {"ulysses_size": 4}).key == "ulysses_size"
     positions = refusal(workshop, "gpt2 64", WAYS["ring 2"] | {"sequence_len": 64})
     assert (positions.key, positions.hint) == ("sequence_len", "at most 32")
+
+
+@SLOW
+def test_the_config_of_the_page_trains_on_8_ranks_at_small_size(workshop: Workshop, plain, tmp_path):
+    """docs/context-parallel.md: 2 (FSDP) × 2 (context) × 2 (tensor parallelism), one long row at a time."""
+    page = Path(__file__).parents[2] / "docs" / "context-parallel.md"
+    keys = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL)[0])
+    keys = {key: value for key, value in keys.items() if key not in ("base_model", "datasets", "sequence_len")}
+    settings = workshop.settings(
+        "llama 64", tmp_path / "run", **THREE_STEPS | {"gradient_accumulation_steps": 2} | keys
+    )
+    rows = {"micro_batch_size": 2, "gradient_accumulation_steps": 2}
+    check(settings, run(settings), plain("llama 64", **THREE_STEPS, **rows))

@@ -177,11 +177,17 @@ def json_schema() -> dict[str, Any]:
     for key in SOURCES:
         one = {"anyOf": [{"$ref": f"#/$defs/{SECTIONS[key].__name__}"}, {"type": "string"}]}
         forms = [{"type": "array", "items": one, "minItems": 1}, *one["anyOf"]]
-        blank = [] if key in schema["required"] else [{"type": "null"}]
+        blank = [] if key == "datasets" else [{"type": "null"}]
         schema["properties"][key] = {
             "description": schema["properties"][key]["description"],
             "anyOf": [*forms, *blank],
         }
+    schema["properties"]["pretraining_dataset"] = {
+        "description": "Called datasets here, with streaming: true.",
+        "anyOf": schema["properties"]["datasets"]["anyOf"],
+    }
+    schema["required"].remove("datasets")
+    schema["anyOf"] = [{"required": [key]} for key in ("datasets", "pretraining_dataset")]
     _open(schema, compat.TOP)
     for name, table in (("DatasetConfig", compat.DATASETS), ("FsdpConfig", compat.FSDP)):
         part = schema["$defs"][name]

@@ -52,6 +52,12 @@ class MicroBatch:
         B, S = self.input_ids.shape
         return tuple(range(0, B * S, S)) if self.documents is None else document_starts(self.documents)
 
+    @property
+    def document_lengths(self) -> list[int]:
+        """The tokens of each document, padding among them."""
+        starts = self.document_starts
+        return [end - start for start, end in zip(starts, (*starts[1:], self.input_ids.numel()), strict=True)]
+
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch with its tensors on `device`."""
         moved: dict[str, Any] = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}

@@ -77,6 +77,24 @@ def fitted(context: ContextParallel, heads: int, inside: int | None = None) -> C
     return replace(context, ulysses=ulysses)
 
 
+def in_words(context: ContextParallel, heads: int, inside: int | None = None) -> str:
+    """How the ranks share a sequence and, of auto, why: for a `context` that `fitted` gives, other arguments as there.
+
+    E.g. "8 ranks = ulysses 2 × exchange 4: 2 is the most that the 6 query heads of a rank allow".
+    """
+    ring, ulysses = context.sizes["ring"], context.sizes["ulysses"]
+    parts = [f"ulysses {ulysses}"] * (ulysses > 1) + [f"{context.transport} {ring}"] * (ring > 1)
+    said = f"{context.size} ranks = {' × '.join(parts)}"
+    if context.mode != "auto":
+        return said
+    allowed = [n for n in divisors_of(context.size) if heads % n == 0]
+    if ulysses == allowed[-1]:
+        return f"{said}: {ulysses} is the most that the {heads} query heads of a rank allow"
+    if ulysses == [n for n in allowed if n <= (inside or context.size)][-1]:
+        return f"{said}: {ulysses} is the most that a machine has room for beside the tensor axes"
+    return f"{said}, as ulysses_size says"
+
+
 def query_heads(num_heads: int, axes: Mapping[str, int], by_heads: bool) -> int:
     """The query heads of a rank; `by_heads`: they are cut over inner too."""
     return num_heads // (axes["col"] * (axes["inner"] if by_heads else 1))

@@ -12,7 +12,7 @@ from tessera.layout.parallel import Parallel
 from tessera.models.config import ModelConfig
 from tessera.plan.traffic import step_transfers
 from tessera.train.links import Axes, groups_that_leave, leaving, traffic
-from tessera.train.settings import step_shape
+from tessera.train.settings import context_line, step_shape
 
 _CUTS = {
     "replicate": "rows of the batch",
@@ -35,6 +35,7 @@ def mesh_lines(config: TrainConfig, model: ModelConfig, parallel: Parallel) -> l
         rows = [(axis, str(mesh.sizes[axis]), _links((axis,), mesh, here), _CUTS[axis]) for axis in present]
         lines += table_lines([("axis", "ranks", "links", "cuts"), *rows])
         lines += _traffic(traffic(step_transfers(model, step_shape(config, parallel), parallel)), mesh, here)
+    lines += filter(None, [context_line(config, model, here)])
     data, micro, times = mesh.size(DATA_AXES), config.micro_batch_size, config.gradient_accumulation_steps
     tensor, context = mesh.size(MODEL_AXES), mesh.size(SEQUENCE_AXES)
     shared = f"{tensor} (tensor)" if context == 1 else f"({tensor} (tensor) × {context} (context))"

@@ -115,11 +115,14 @@ class Records:
         }
 
     def _mfu(self, batches: Sequence[MicroBatch], seconds: float) -> float | None:
-        """The share of all devices' peak that the model's arithmetic is (plan/flops.py); padding counts as tokens."""
+        """The share of all devices' peak that the model's arithmetic is (plan/flops.py); padding counts as tokens.
+
+        Other data ranks are taken to have documents as long as this one's.
+        """
         if self._peak is None:
             return None
-        mesh, shapes = self.built.mesh, [(len(batch.input_ids), batch.input_ids.shape[1]) for batch in batches]
-        done = step_flops(self.built.run.model, shapes) * mesh.size(DATA_AXES)
+        mesh, lengths = self.built.mesh, [length for batch in batches for length in batch.document_lengths]
+        done = step_flops(self.built.run.model, lengths) * mesh.size(DATA_AXES)
         return done / (seconds * self._peak * mesh.world)
 
     def write_config(self) -> None:

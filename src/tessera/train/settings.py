@@ -15,9 +15,9 @@ from tessera.engine.rates import learning_rates, options_of
 from tessera.layout import resolve
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import Fsdp, Savers, StepShape, padded_length
-from tessera.layout.streams import HIDDEN_BY_HEADS, attention_layout
+from tessera.layout.streams import HIDDEN_BY_HEADS, TOKEN_AXES, attention_layout
 from tessera.models.config import ModelConfig
-from tessera.sizes.context import fitted, query_heads
+from tessera.sizes.context import fitted, in_words, query_heads
 from tessera.sizes.numbers import nearest
 from tessera.sizes.schedule import Schedule
 
@@ -36,10 +36,26 @@ def fitting_layout(config: TrainConfig, model: ModelConfig, inside: int | None =
     joined = resolve.joins_rows(axes, batch)
     if context.size > 1 or joined:
         _check_shared_sequences(config, model, joined)
-    heads = query_heads(model.num_heads, axes, attention_layout(axes, batch) == HIDDEN_BY_HEADS)
-    room = None if inside is None else max(1, inside // math.prod(axes.values()))
-    fitting = fitted(context, heads, room)
+    fitting = fitted(context, *_heads_and_room(config, model, inside))
     return config.model_copy(update={"ulysses_size": fitting.ulysses}) if context.size > 1 else config
+
+
+def context_line(config: TrainConfig, model: ModelConfig, inside: int | None = None) -> str | None:
+    """How ranks share sequences and why, of a config that `fitting_layout` gives; None where none do."""
+    axes, context = config.axes, config.context_parallel
+    said = [in_words(context, *_heads_and_room(config, model, inside))] if context.size > 1 else []
+    if resolve.joins_rows(axes, config.micro_batch_size):
+        named = " · ".join(f"{axis} {axes[axis]}" for axis in TOKEN_AXES if axes[axis] > 1)
+        why = f"micro_batch_size {config.micro_batch_size} does not divide by them"
+        said.append(f"the ranks along {named} share sequences too, by {context.transport}: {why}")
+    return f"context: {'; '.join(said)}" if said else None
+
+
+def _heads_and_room(config: TrainConfig, model: ModelConfig, inside: int | None) -> tuple[int, int | None]:
+    """The query heads of a rank, and how many ranks of the sequence axes fit into a machine of so many ranks."""
+    axes = config.axes
+    heads = query_heads(model.num_heads, axes, attention_layout(axes, config.micro_batch_size) == HIDDEN_BY_HEADS)
+    return heads, None if inside is None else max(1, inside // math.prod(axes.values()))
 
 
 def _check_shared_sequences(config: TrainConfig, model: ModelConfig, joined: bool) -> None:

@@ -7,6 +7,7 @@ the streams' layouts cut them further as they cut any micro-batch.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -66,15 +67,17 @@ def streams_of(
     if tokens % (streams * owners * pieces):
         raise ValueError(f"{tokens} tokens do not divide by {streams} streams × {owners} owners × {pieces} pieces")
     length = tokens // streams
-    return tuple(_stream(starts, first, length, owners, windows) for first in range(0, tokens, length))
+    begins, kinds = tuple(starts), tuple(windows)
+    return tuple(_stream(begins, first, length, owners, kinds) for first in range(0, tokens, length))
 
 
 def _taken(vector: Tensor | None, index: Tensor, otherwise: Tensor) -> Tensor:
     return otherwise if vector is None else vector.reshape(-1)[index]
 
 
+@lru_cache(maxsize=8)  # rows that are not packed have the same in every step
 def _stream(
-    starts: Sequence[int], first: int, length: int, owners: int, windows: Sequence[tuple[int | None, int]]
+    starts: tuple[int, ...], first: int, length: int, owners: int, windows: tuple[tuple[int | None, int], ...]
 ) -> Stream:
     bounds = (*(start - first for start in starts if first <= start < first + length), length)
     return Stream(bounds, assign(bounds, owners, windows))
