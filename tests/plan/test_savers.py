@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 
 from distributed.model_cases import GPT2, LLAMA
+from plan.context_cases import Case as Shared
+from plan.context_cases import parallel_of, shape_of
 from plan.count_cases import Case
-from plan.test_memory import SHAPE, STEADY, check
+from plan.test_memory import SHAPE, SMALL_CHANGE, STEADY, check
 from tessera.core.mesh import Mesh
 from tessera.layout.shape import Savers
 from tessera.plan.count import counted_step
@@ -55,6 +57,21 @@ def test_of_offloaded_layers_two_are_on_the_device(shape):
     held = counted_step(model, shape, parallel).memory.activations
     assert saved_bytes(model, shape, parallel) == pytest.approx(held, rel=0.02)
     assert kept_by_layers(model, shape, parallel) == 2 * kept_by_layers(replace(model, num_layers=2), shape, parallel)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Shared("llama", {"ulysses": 2}, chunks=2),
+        Shared("llama", {"ulysses": 2}, recompute=True, savers=Savers(attention_once=True)),
+        Shared("llama", {"ulysses": 2}, chunks=2, recompute=True, savers=Savers(attention_once=True)),
+    ],
+    ids=str,
+)
+def test_what_layers_keep_of_shared_rows(case):
+    parallel = parallel_of(case, Mesh(case.sizes, rank=0))
+    held = counted_step(LLAMA, shape_of(case), parallel).memory.activations
+    assert 0 <= held - saved_bytes(LLAMA, shape_of(case), parallel) <= SMALL_CHANGE
 
 
 @pytest.mark.slow

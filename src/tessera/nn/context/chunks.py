@@ -91,8 +91,9 @@ class _InGroups(torch.autograd.Function):
         dq = torch.empty_like(q)
         dkv_TH2D = torch.zeros_like(torch.stack([k, v], 2), dtype=lse_NHT.dtype)
         for g, heads in enumerate(groups.queries):
-            both_TH2D = torch.stack([d_out_THD[:, heads], out[:, heads]], 2)
-            d_out_g, out_g = to_heads(both_TH2D, groups.group).unbind(2)
+            results = torch.stack([d_out_THD[:, heads], out[:, heads]], 2)
+            d_out_g, out_g = to_heads(results, groups.group).unbind(2)
+            del results  # of which the group's ranks have their parts now
             kv = groups.gather_keys(k, v, g)
             dq_g, dkv_g = backward_pass(d_out_g, groups.gather(q, g), kv, out_g, lse_NHT[g], *ctx.options)
             dq[:, heads] = to_tokens(dq_g, groups.group)
