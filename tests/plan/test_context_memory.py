@@ -50,7 +50,7 @@ def test_saved_activations_equal_the_closed_form(case):
 
 
 # activations dominate: more tokens than features, few words
-LONG = replace(LLAMA, num_layers=6, vocab_size=64, max_positions=8192)
+LONG = replace(LLAMA, num_layers=6, vocab_size=64, num_kv_heads=4, max_positions=8192)
 SHAPE = StepShape(batch=1, sequence=4096)
 WAYS = {
     "exchange 2": Case("", {"ring": 2}),
