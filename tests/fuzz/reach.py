@@ -34,6 +34,7 @@ NOT_READERS = {
     "data.added_tokens.TokenizerSettings.vocab_size",
     "data.formats.template.template_names",
     "data.make._write_rows",
+    "data.parts.Part.rows",  # counts, and reads nothing
     # what writes, or only says what others have found
     "data.prepare.Prepared.tokenizer_folder",
     "models.hub.StoredParameters.dtype",

@@ -186,7 +186,7 @@ def test_packing_that_changes_in_the_last_epoch_is_refused(workshop: Workshop, t
     run(settings)
     changes = {"resume_from_checkpoint": True, "max_steps": None, "sample_packing": False}
     (said,) = pool(1).run(said_on_rank, settings | changes)
-    assert "UserError: sample_packing: False" in said and "this is the last one" in said and "num_epochs" in said
+    assert "UserError: sample_packing: false" in said and "this is the last one" in said and "num_epochs" in said
 
 
 def test_a_run_of_the_order_before_goes_on_in_it(workshop: Workshop, tmp_path):
