@@ -372,3 +372,12 @@ def test_differences_of_versions_that_know_other_keys():
         "resuming without from_the_future, the checkpoint was made with [3]",
     ]
     assert differences({}, now, {}) == []
+
+
+def test_differences_are_shown_as_a_file_has_them():
+    then, now = {"num_epochs": 1.5, "tf32": True, "a": 1e300}, {"num_epochs": 45.0, "tf32": False, "a": 0.1}
+    assert differences(then, now, {}) == [
+        "resuming with num_epochs: 45, the checkpoint was made with 1.5",
+        "resuming with tf32: false, the checkpoint was made with true",
+        "resuming with a: 0.1, the checkpoint was made with 1e+300",
+    ]

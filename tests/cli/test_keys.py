@@ -1,5 +1,7 @@
 """Keys of the file as options of the commands that read it."""
 
+from pathlib import Path
+
 import pytest
 from typer.testing import CliRunner
 
@@ -86,6 +88,17 @@ def test_a_config_is_shown_with_keys_of_the_command_line(tmp_path):
     said = {line.partition("  # ")[0].rstrip(): line.rpartition("# ")[2] for line in run.stdout.splitlines()}
     assert said["learning_rate: 1.0e-05"] == said["seed: 3"] == "command line"
     assert any(line.startswith("datasets: [{path: b.txt") for line in said)
+
+
+def test_show_explains_a_key_or_every_key(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text(CONFIG)
+    said = [CliRunner().invoke(app, ["config", "show", *words]) for words in (["lora_r"], ["run.yaml", "--all"])]
+    assert [run.exit_code for run in said] == [0, 0]
+    assert said[0].stdout == "lora_r\n  Not supported (LoRA adapters): remove it to train every weight.\n"
+    assert "\n# The highest learning rate, reached after warm-up.\nlearning_rate: " in said[1].stdout
+    Path("seed").write_text(CONFIG)  # a file of that name
+    assert "learning_rate: " in CliRunner().invoke(app, ["config", "show", "seed"]).stdout
 
 
 @pytest.mark.parametrize("old", ["keys", "schema"])

@@ -279,7 +279,7 @@ base_model: {folder}
 model_type: AutoModelForCausalLM
 tokenizer_type: AutoTokenizer
 reinit_weights: true
-datasets:
+pretraining_dataset:
   - path: {rows}
     name: en
     type: pretrain
@@ -316,6 +316,7 @@ special_tokens:
 """,
         {
             "random_init": True,
+            "streaming": True,
             "optimizer": "muon",
             "learning_rate": 0.02,
             "max_steps": 305,
@@ -327,7 +328,7 @@ special_tokens:
             "datasets.name": "en",
             "datasets.type": "pretrain",
         },
-        ("model_type", "fsdp_config.transformer_layer_cls_to_wrap"),
+        ("model_type", "fsdp_config.transformer_layer_cls_to_wrap", "num_epochs", "train_on_inputs"),
     ),
     "rows that stream": Brought(
         """
@@ -357,6 +358,37 @@ special_tokens:
 """,
         {"max_steps": 1000, "save_steps": 100, "save_total_limit": 3, "save_strategy": "steps", "logging_steps": 10},
         ("streaming", "streaming_multipack_buffer_size", "pretrain_multipack_attn", "shuffle_merged_datasets"),
+    ),
+    "texts that stream": Brought(
+        """
+base_model: {folder}
+pretraining_dataset:
+  - path: {rows}
+    name:
+    type: pretrain
+    text_column: text
+    split: train
+max_steps: 1000
+streaming_multipack_buffer_size: 10000
+pretrain_multipack_attn: true
+output_dir: {out}/texts
+sequence_len: 1024
+sample_packing: true
+gradient_accumulation_steps: 2
+micro_batch_size: 2
+optimizer: adamw_torch
+lr_scheduler: cosine
+learning_rate: 5e-4
+bf16: auto
+num_epochs: 1
+warmup_steps: 10
+save_strategy: steps
+save_steps: 100
+special_tokens:
+  pad_token: "</s>"
+""",
+        {"streaming": True, "max_steps": 1000, "sample_packing": True, "datasets.type": "pretrain"},
+        ("streaming_multipack_buffer_size", "pretrain_multipack_attn", "num_epochs"),
     ),
     "a part of a model, in other words": Brought(
         """

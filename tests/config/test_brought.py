@@ -70,3 +70,44 @@ def test_a_stream_stands_in_place_of_datasets_and_needs_an_end(base, tmp_path):
         brought(text, base, tmp_path)
     assert caught.value.key == "max_steps"
     assert brought(text + "max_steps: 5\n", base, tmp_path)[0].streaming
+
+
+STREAM = "base_model: {folder}\npretraining_dataset: [{{path: '{rows}', type: pretrain}}]\nmax_steps: 5\n"
+IDLE_IN_STREAM = {
+    "shuffle: true": "in the order of its files",
+    "num_epochs: 3.0": "max_steps alone",
+    "min_sample_len: 7": "cut from documents",
+    "excess_length_strategy: truncate": "cut from documents",
+    "dataset_prepared_path: ./there": "never written",
+    "dataset_processes: 2": "dataloader_num_workers",
+    "train_on_inputs: true": "every token",
+    "shuffle_merged_datasets: true": "in the order of its files",
+    "dataloader_pin_memory: true": "worker processes",
+}
+OF_PREPARED = ("min_sample_len", "excess_length_strategy", "dataset_prepared_path", "dataset_processes")
+
+
+@pytest.mark.parametrize("asked", IDLE_IN_STREAM)
+def test_keys_that_a_stream_does_not_ask_say_so_in_one_line(asked, base, tmp_path):
+    def lines(text: str) -> list[str]:
+        return [line for line in brought(text, base, tmp_path)[1] if line.startswith(f"{asked} has no effect: ")]
+
+    (line,) = lines(f"{STREAM}{asked}\n")
+    assert IDLE_IN_STREAM[asked] in line
+    assert asked.startswith("shuffle_") or lines(f"{STREAM}") == []
+    if asked.startswith(OF_PREPARED):
+        held_out = "test_datasets: [{{path: '{rows}', type: completion}}]\n"
+        assert lines(f"{STREAM}{held_out}{asked}\n") == [], "rows to evaluate on are prepared"
+
+
+def test_documents_of_a_packed_stream_see_one_another_where_axolotl_lets_them(base, tmp_path):
+    packed, open_ = f"{STREAM}sample_packing: true\n", "pretrain_multipack_attn: false\n"
+    assert brought(packed, base, tmp_path)[0].sample_packing
+    config, notes = brought(packed + open_, base, tmp_path)
+    (line,) = [line for line in notes if line.startswith("pretrain_multipack_attn")]
+    assert not config.sample_packing and "attend to one another" in line
+    # axolotl heeds it in pretraining_dataset alone
+    sets = packed.replace("pretraining_dataset", "streaming: true\ndatasets")
+    config, notes = brought(sets + open_, base, tmp_path)
+    assert config.sample_packing
+    assert "pretrain_multipack_attn: false has no effect: it holds for pretraining_dataset alone" in notes

@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 
 from tessera.config import compat, describe
-from tessera.config.load import load_config, make_config
-from tessera.config.schema import TrainConfig
+from tessera.config.explain import explained
+from tessera.config.load import load_config, make_config, resolve_config
+from tessera.config.schema import SECTIONS, TrainConfig
+from tessera.config.show import shown
 from tessera.core.errors import UserError
 
 MINIMAL = {"base_model": "./my-llama", "datasets": [{"path": "a.jsonl"}]}
@@ -125,3 +127,44 @@ def test_the_schema_explains_every_key():
     assert all(part.get("description") for part in schema["properties"].values())
     assert "compiled" in schema["properties"]["torch_compile"]["description"]
     assert not fits({"base_model": "m"}, schema, schema)
+
+
+# ---- One key
+
+
+def test_every_key_of_every_place_is_explained():
+    places = {"": compat.TOP, "datasets.": compat.DATASETS, "fsdp_config.": compat.FSDP}
+    ours = {"": TrainConfig, **{f"{key}.": section for key, section in SECTIONS.items()}}
+    for prefix, section in ours.items():
+        for key, field in section.model_fields.items():
+            told = explained(prefix + key)
+            assert told is not None and told.startswith(f"{prefix}{key}\n  {(field.description or '')[:20]}")
+    for prefix, table in places.items():
+        for key, row in table.others.items():
+            told = " ".join((explained(prefix + key.replace("*", "x")) or "").split())
+            assert (row if isinstance(row, str) else row.what) in told, key
+        for key in table.ours:
+            assert f"{key} is called " in (explained(prefix + key) or ""), key
+    assert explained("no_such_key") is explained("datasets.no_such_key") is None
+
+
+def test_a_key_is_explained_with_values_default_and_other_names():
+    assert explained("--learning-rate".strip("-")) == (
+        "learning_rate\n  The highest learning rate, reached after warm-up.\n  Default: 2.0e-05.\n  Other names: lr."
+    )
+    assert "\n  Values: true, false.\n  Default: false." in (explained("sample_packing") or "")
+    assert explained("datasets[0].split") == explained("datasets.0.split") == explained("datasets.split")
+    assert (explained("lr") or "").endswith(explained("learning_rate") or "?")
+
+
+def test_a_config_with_every_key_explained_is_the_same_config(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("base_model: m\ndatasets: ./a.txt\nlr: 1e-4\nfsdp_config: {offload_params: true}\n")
+    resolved = resolve_config(path)
+    text = shown(resolved, explain=True)
+    path.write_text(text)
+    assert resolve_config(path).config == resolved.config
+    lines = text.splitlines()
+    for before, line in zip(lines, lines[1:], strict=False):
+        assert not re.match(r" *\w+:", line) or before.lstrip().startswith("# "), f"{line!r} is not explained"
+    assert shown(resolved).count("\n") < 0.5 * text.count("\n"), "unless it is asked for, no more than a line a key"

@@ -303,3 +303,17 @@ EVALUATED = {"val_set_size": 0.1}
 def test_keys_of_evaluation_that_change_nothing_say_so(keys, told):
     _, notes = make_config(MINIMAL | keys)
     assert [f"{next(iter(keys))}: true has no effect: {told}" in note for note in notes] == [True] * bool(told)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "hint"),
+    [
+        ("optimizer", "AdamW", "nearest: adamw_torch_fused or adamw_torch"),
+        ("optimizer", "SDG", "nearest: sgd"),
+        ("lr_scheduler", "Cosine", "nearest: cosine or cosine_with_restarts"),
+    ],
+)
+def test_a_choice_in_other_letters_names_the_nearest(key, value, hint):
+    with pytest.raises(UserError) as caught:
+        make_config(MINIMAL | {key: value})
+    assert caught.value.hint.splitlines()[0] == hint

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.data.chats import chat_tokenizer
 from tests.data.helpers import TEXT, all_rows, entry
 from tests.data.tokenizer_zoo import awkward, zoo
 
@@ -20,7 +21,7 @@ from tessera.data import prepare as module
 from tessera.data.documents import Document, Segment
 from tessera.data.encode import Encoder
 from tessera.data.order import Permutation
-from tessera.data.prepare import prepare
+from tessera.data.prepare import open_prepared, prepare
 from tessera.data.samples import HELD_OUT, Origin
 from tessera.data.tokenizer import TextTokenizer
 
@@ -172,7 +173,7 @@ def test_test_datasets_are_the_rows_to_evaluate_on(write, settings, tokenizer):
     with pytest.raises(UserError, match="b.jsonl"):
         prepare(config, 7) if write("a.jsonl", [{"input_ids": [1, 2]}]) else None
     text = settings(train, test_datasets=[entry(write("c.txt", TEXT))])
-    assert prepare(text, None).manifest.tokenizer == str(tokenizer.folder)
+    assert prepare(text, None).tokenizer_folder == tokenizer.folder
 
 
 # ---- Many left out
@@ -201,6 +202,21 @@ def test_runs_share_what_is_prepared_under_a_key(tmp_path, write, settings):
     split = prepare(settings(path, dataset_prepared_path=str(shared), val_set_size=2), None)
     assert split.folder != first.folder and prepare(settings(path, dataset_prepared_path=str(shared)), None).reused
     assert sorted(entry.name for entry in shared.iterdir()) == sorted([first.folder.name, split.folder.name])
+
+
+@pytest.mark.parametrize("type_", ["completion", "chat_template"])
+def test_copies_of_a_tokenizer_share_prepared_rows_and_each_run_hands_out_its_own(write, settings, tmp_path, type_):
+    one, two = (chat_tokenizer(tmp_path / name) for name in ("one", "two"))
+    talk = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "there"}]
+    path = write("a.jsonl", [{"text": "hello there", "messages": talk}])
+    keys = {"dataset_prepared_path": str(tmp_path / "shared"), "sequence_len": 400}
+    first, second = (prepare(settings(entry(path, type_), **keys, tokenizer=str(each)), None) for each in (one, two))
+    assert second.reused and second.folder == first.folder
+    assert (first.tokenizer_folder, second.tokenizer_folder) == (one, two)
+    on_rank = open_prepared(first.folder, settings(entry(path), tokenizer=None, base_model=str(two)))
+    assert on_rank.tokenizer_folder == two
+    other = chat_tokenizer(tmp_path / "other", eos="<|im_end|>")
+    assert not prepare(settings(entry(path, type_), **keys, tokenizer=str(other)), None).reused
 
 
 def test_a_shared_folder_that_holds_something_else_is_refused_under_its_key(tmp_path, write, settings):

@@ -355,6 +355,20 @@ def test_a_template_that_is_asked_for_goes_out_with_the_tokenizer(write, setting
     assert kept.tokenizer_folder == folder.resolve()
 
 
+def test_tokens_of_a_template_that_the_tokenizer_lacks_are_told_of(write, folder):
+    path = write("a.jsonl", [{"messages": TALK}])
+    lacking = "<|start_header_id|>, <|end_header_id|>, <|eot_id|>"
+
+    def told(**keys):
+        notes: list[str] = []
+        read_files([entry(path, **keys)] * 2, None, Reading(tokenizer=folder), notes)
+        return [note for note in notes if "pieces" in note]
+
+    (line,) = told(chat_template="llama3")
+    assert line.startswith(f"the tokenizer does not have {lacking} of the chat template: they are trained as pieces")
+    assert told() == told(chat_template="chatml") == []
+
+
 def test_tokens_that_the_config_adds_end_turns_too(write, settings, folder):
     rows = write("chat.jsonl", [{"messages": TALK}])
     template = "{% for m in messages %}{{ m['content'] }}<|over|>{{ eos_token }}{% endfor %}"

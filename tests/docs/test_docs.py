@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -185,6 +186,37 @@ def test_tests_that_are_named_exist():
     assert named
     for file, test in named:
         assert f"def {test}(" in (ROOT / file).read_text(), f"{file}::{test}"
+
+
+def test_the_page_of_examples_names_a_trained_file_or_a_refusal_for_each(tmp_path):
+    from config.brought import FILES
+    from tessera.config.load import make_config
+    from tessera.core.errors import UserError
+    from tessera.models.hub import read_model_config
+    from train.test_brought import TRAINED
+
+    text = (ROOT / "docs" / "axolotl-examples.md").read_text()
+    sections = {
+        part.partition("\n")[0]: re.findall(r"(?m)^\| `(.+?)` \| (.+) \|$", part) for part in text.split("\n## ")
+    }
+    runs = sections.pop("These run")
+    named = [name for rows in (runs, *sections.values()) for name, _ in rows]
+    assert len({*named}) == len(named) == int(re.search(r"comes with (\d+)", text)[1])
+    assert {like for _, like in runs} <= TRAINED.keys() <= FILES.keys()
+    refused = 0
+    for _, why in chain.from_iterable(sections.values()):
+        for asked in re.findall(r"`(\w+: .+?)`", why):
+            ((key, value),) = yaml.safe_load(asked).items()
+            if key == "sequence_len":
+                continue  # the way out
+            with pytest.raises(UserError) as caught:
+                if key == "model_type":
+                    (tmp_path / "config.json").write_text(json.dumps({"model_type": value, "text_config": {}}))
+                    read_model_config(tmp_path)
+                make_config({"base_model": "m", "datasets": ["a.txt"], key: value})
+            assert caught.value.key == key, asked
+            refused += 1
+    assert refused >= len(named) - len(runs) - 1
 
 
 def test_every_folder_of_tests_has_a_budget_and_they_make_ten_minutes():

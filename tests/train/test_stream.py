@@ -99,5 +99,5 @@ def test_a_packed_run_evaluates_on_other_rows_and_hands_out_the_tokenizer(worksh
     assert found[-1]["eval_loss"] > 0 and len(found) == 3
     assert json.loads((tmp_path / "run/config.json").read_text())["eos_token_id"] in (0, [0])
     assert (tmp_path / "run/tokenizer.json").is_file()
-    with pytest.raises(AssertionError, match="streaming is False"):
+    with pytest.raises(AssertionError, match="streaming is false"):
         run(settings | {"streaming": False, "resume_from_checkpoint": True, "max_steps": 5})

@@ -71,7 +71,9 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any], defaults: Mappi
 
 
 def _shown(value: object) -> str:
-    """A value on one line, whatever a checkpoint may hold."""
-    shown = "unset" if value is None else str(value)
+    """A value on one line as YAML has it, whatever a checkpoint may hold."""
+    if isinstance(value, float) and abs(value) < 2**53 and value.is_integer():
+        value = int(value)
+    shown = "unset" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     shown = shown if shown.isprintable() else ascii(shown)
     return shown if len(shown) <= LONGEST else f"{shown[:LONGEST]}…"

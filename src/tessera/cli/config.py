@@ -15,16 +15,19 @@ app = typer.Typer(no_args_is_help=True, help="Show what a YAML file comes to, an
 
 @app.command(cls=ReadsConfig)
 def show(
-    config: Annotated[Path, typer.Argument(help="The YAML file of the run.", metavar="CONFIG")],
+    config: Annotated[Path, typer.Argument(help="The YAML file of a run, or the name of a key.", metavar="CONFIG")],
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a key of the file (repeatable).")
     ] = None,
+    explain: Annotated[bool, typer.Option("--all", help="Say above each key what it does.")] = False,
 ) -> None:
-    """Print the resolved config: each key with its value and where the value comes from."""
+    """Print the resolved config: each key with its value and where the value comes from; or explain one key."""
+    from tessera.config.explain import explained
     from tessera.config.load import resolve_config
     from tessera.config.show import shown
 
-    terminal.say(shown(resolve_config(config, overrides or [])).removesuffix("\n"))
+    told = None if config.exists() else explained(str(config))
+    terminal.say(told or shown(resolve_config(config, overrides or []), explain=explain).removesuffix("\n"))
 
 
 @app.command()

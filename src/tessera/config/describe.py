@@ -5,9 +5,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from tessera.config import compat, deepspeed, fsdp1
+from tessera.config.explain import OTHER_FORMS
 from tessera.config.schema import SECTIONS, DatasetConfig, TrainConfig
 from tessera.config.sections.section import Section
 from tessera.config.settled import SOURCES
+from tessera.config.streamed import NO_EFFECT
 
 _FSDP1 = {
     "full_shard, FULL_SHARD, auto_wrap": "nothing more: FSDP2 does it",
@@ -50,6 +52,10 @@ def keys_page() -> str:
         "## No effect",
         "These keys are taken, and a run says in one line why they change nothing.",
         _table(("key", "why"), _no_effect_rows()),
+        "### In a stream",
+        "With `streaming: true` or `pretraining_dataset` these have no effect either, or have none for another reason. "
+        "Those on how rows are prepared hold for `test_datasets`.",
+        _table(("key", "why"), ([f"`{key}`", why] for key, why in NO_EFFECT.items())),
         "## Refused",
         "A run with one of these keys does not start.",
         _table(("key", "asks for", "instead"), _refused_rows()),
@@ -163,13 +169,13 @@ def json_schema() -> dict[str, Any]:
     schema["properties"] = _properties(schema["properties"], compat.TOP, schema.get("required", []))
     words = {"enum": [*fsdp1.WORDS]}
     schema["properties"] |= {
-        "fsdp": {"description": "FSDP in the words of FSDP1.", "anyOf": [{"type": "array", "items": words}, {}]},
+        "fsdp": {"description": OTHER_FORMS["fsdp"], "anyOf": [{"type": "array", "items": words}, {}]},
         "deepspeed": {
-            "description": "The path of a DeepSpeed config, or its values.",
+            "description": OTHER_FORMS["deepspeed"],
             "type": ["string", "object", "null"],
         },
         "plugins": {
-            "description": "Plugins of axolotl; those that may stand here have no effect.",
+            "description": OTHER_FORMS["plugins"],
             "type": ["array", "null"],
             "items": {"enum": [*compat.NO_EFFECT_PLUGINS]},
         },

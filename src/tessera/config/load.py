@@ -20,6 +20,7 @@ from tessera.config.problems import ConfigError, KeyPath, check_kind, fields_at,
 from tessera.config.reader import read_yaml
 from tessera.config.schema import TrainConfig
 from tessera.config.settled import SOURCES, Settled, judged, judged_sources
+from tessera.config.streamed import settle_stream, without_effect_in_stream
 from tessera.config.words import shown
 
 __all__ = ["ConfigError", "Resolved", "dump_config", "load_config", "make_config", "resolve_config", "written_values"]
@@ -76,7 +77,7 @@ def _made(values: Mapping[Any, Any], source: str) -> tuple[TrainConfig, Settled]
         raise problems[0]
     if problems:
         raise ConfigError(source, problems)
-    settled.notes += _without_effect(config)
+    settled.notes += [*_without_effect(config), *without_effect_in_stream(config, settled.given_as)]
     return config, settled
 
 
@@ -94,6 +95,7 @@ def settle(given: Mapping[Any, Any]) -> Settled:
         out.values["streaming"] = False
         why = f"rows of type {', '.join(kinds)} are prepared before the run, in bounded memory"
         out.notes.append(f"streaming: true has no effect: {why}")
+    settle_stream(given, out)
     asked = next((key for key in ("fsdp", "deepspeed") if not compat.asks_for_nothing(out.values.get(key))), None)
     settle_fsdp(out)
     settle_deepspeed(out)

@@ -125,9 +125,16 @@ def _problem(place: KeyPath, details: list[Any], given_as: Mapping[str, str]) ->
     if first["type"] == "literal_error":
         # as YAML writes them
         wanted = [re.sub(r"\b(True|False)\b", lambda word: word[0].lower(), choice) for choice in wanted]
-        meaning = nearest(value, re.findall(r"'([^']*)'", context["expected"])) or meaning
+        meaning = _nearest_choice(value, re.findall(r"'([^']*)'", context["expected"])) or meaning
     hint = "\n  ".join(filter(None, [meaning, _to_write(first, key, keys)]))
     return UserError(name, value, f"must be {' or '.join(dict.fromkeys(wanted))}", hint)
+
+
+def _nearest_choice(value: str, known: list[str]) -> str:
+    """As `nearest`, whatever the case of letters; those that begin with `value` before others."""
+    word = value.lower()
+    longer = [choice for choice in known if choice.startswith(word)] if len(word) > 2 else []
+    return f"nearest: {' or '.join(longer[:2])}" if longer else nearest(word, known)
 
 
 def _unknown(place: KeyPath, name: str, value: str) -> UserError:

@@ -2,6 +2,7 @@
 
 import yaml
 
+from tessera.config.explain import meaning
 from tessera.config.load import Resolved, written_values
 from tessera.config.sections.section import Section
 from tessera.config.settled import SOURCES
@@ -10,22 +11,24 @@ _WIDEST = 60
 """Characters of a line beyond which the comments of the others do not move."""
 
 
-def shown(resolved: Resolved) -> str:
+def shown(resolved: Resolved, *, explain: bool = False) -> str:
     """Each key with its value and where that comes from; what is to be said about other keys on top.
 
-    Of data sets, which have many keys, those that were given.
+    Of data sets, which have many keys, those that were given. With `explain`, what each key does stands above it.
     """
+    told = meaning if explain else lambda name, indent="": []
     config = resolved.config
     lines = [(f"# {note}", "") for note in resolved.notes]
     for key, value in written_values(config).items():
         section = getattr(config, key)
         if key in SOURCES and section:
             value = [entry.model_dump(exclude_unset=True) for entry in section]
+        lines += [("", ""), *((line, "") for line in told(key))] if explain else []
         if isinstance(section, Section):
             lines.append((f"{key}:", ""))
-            lines += [
-                (f"  {inner}: {_in_one_line(each)}", _origin(resolved, key, inner)) for inner, each in value.items()
-            ]
+            for inner, each in value.items():
+                lines += [(line, "") for line in told(f"{key}.{inner}", "  ")]
+                lines.append((f"  {inner}: {_in_one_line(each)}", _origin(resolved, key, inner)))
         else:
             lines.append((f"{key}: {_in_one_line(value)}", _origin(resolved, key)))
     width = max(len(line) for line, origin in lines if origin and len(line) <= _WIDEST)

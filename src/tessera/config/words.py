@@ -24,9 +24,14 @@ def key_name(name: str) -> str:
 
 def choices(name: str) -> str:
     """What a key with a closed set of values takes, as a hint."""
-    top, _, inner = name.partition(".")
-    values = _literals((SECTIONS[top] if inner else TrainConfig).model_fields[inner or top].annotation)
+    values = values_of(name)
     return f"supported: {', '.join(values)}" if values else "remove it"
+
+
+def values_of(name: str) -> list[str]:
+    """The closed set of values that a key of ours takes; of others none."""
+    top, _, inner = name.partition(".")
+    return _literals((SECTIONS[top] if inner else TrainConfig).model_fields[inner or top].annotation)
 
 
 def _literals(annotation: Any) -> list[str]:

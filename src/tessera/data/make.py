@@ -17,7 +17,7 @@ from tessera.data.assemble import DataSettings, Tally, assemble_samples, end_tok
 from tessera.data.auto_tokenizer import has_tokenizer, read_auto
 from tessera.data.columns import Written, sum_of
 from tessera.data.encode import in_pieces
-from tessera.data.manifest import MANIFEST, STREAM_TOKENIZER, TRAINED, Manifest
+from tessera.data.manifest import GIVEN, MANIFEST, STREAM_TOKENIZER, TRAINED, Manifest
 from tessera.data.order import Permutation
 from tessera.data.samples import HELD_OUT, Sample, SampleWriter, Split, read_rows
 from tessera.data.sources import SourceFile
@@ -87,7 +87,7 @@ def make(
         inner_masked=tally.counts["inner_masked"],
         largest_token=largest.largest if largest else 0,
         largest_token_place=largest.largest_place if largest else "",
-        tokenizer=None if tokenizer is None else str(tokenizer.folder or TRAINED),
+        tokenizer=None if tokenizer is None else GIVEN if tokenizer.folder else TRAINED,
         tokenizer_size=tokenizer.vocab_size if tokenizer else None,
         eos_token_id=tokenizer.eos_id if tokenizer else None,
         end_tokens=end_tokens(tokenizer, special, tally.closing),

@@ -13,7 +13,7 @@ from tessera.core.files import in_words, read_bytes, read_json
 from tessera.data.columns import Written, sum_of
 from tessera.data.samples import Split, open_samples
 
-TRAINED = "trained"
+TRAINED, GIVEN = "trained", "given"
 SPLITS: tuple[Split, Split] = ("train", "eval")
 WHOLE = 2**28
 """Bytes up to which prepared data are compared with their sums when a run starts; larger ones as they are read."""
@@ -29,10 +29,10 @@ class Manifest:
 
     Tokens count every token, targets those that are learnt. Short rows (below `min_sample_len`) and dull rows (no
     target left: a single token, a prompt that fills the row) were left out. `inner_masked` counts tokenized rows
-    whose attention_mask hides a token that later ones still see. `tokenizer` is the folder it came from, TRAINED
-    where it was trained on the data and lies in the prepared folder, or None where none was needed. `files` are all
-    others there but the sums of their blocks, and `sum` is that of the rest of this. `end_tokens` are those that the
-    rows teach to end on, `eos_token_id` first.
+    whose attention_mask hides a token that later ones still see. `tokenizer` is GIVEN where a folder had it, TRAINED
+    where it was trained on the data or changed and lies in the prepared folder, or None where none was needed. `files`
+    are all others there but the sums of their blocks, and `sum` is that of the rest of this. `end_tokens` are those
+    that the rows teach to end on, `eos_token_id` first.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)

@@ -19,15 +19,15 @@ import tokenizers
 from tessera.core import terminal
 from tessera.core.errors import UserError
 from tessera.core.writing import system_error, why
-from tessera.data.added_tokens import AddedTokens
+from tessera.data.added_tokens import AddedTokens, TokenizerKeys
 from tessera.data.alone import alone, put_in_place
 from tessera.data.assemble import DataSettings
 from tessera.data.formats.entry import Reading
 from tessera.data.make import Sources, check_vocabulary, make
-from tessera.data.manifest import MANIFEST, TRAINED, WHOLE, Manifest, damage, read_manifest
+from tessera.data.manifest import GIVEN, MANIFEST, TRAINED, WHOLE, Manifest, damage, read_manifest
 from tessera.data.sources import read_files
 from tessera.data.stream import Stream
-from tessera.data.tokenizer import TextTokenizer, given_tokenizer
+from tessera.data.tokenizer import TextTokenizer, given_tokenizer, named_folder
 
 FORMAT = 3
 """Part of the cache key: raise it when the same files and settings come to give other rows."""
@@ -39,7 +39,8 @@ MANY = 0.05
 class Prepared:
     """Rows ready to train on, in `folder`; `reused` when they were there already, `because` why those were not.
 
-    `notes` are lines about the sources that the user should read.
+    `notes` are lines about the sources that the user should read. `given` is the folder of the tokenizer that the
+    config names: the rows may have been made with a copy of it.
     """
 
     folder: Path
@@ -47,12 +48,12 @@ class Prepared:
     reused: bool
     because: str = ""
     notes: tuple[str, ...] = ()
+    given: Path | None = None
 
     @property
     def tokenizer_folder(self) -> Path | None:
         """Where the tokenizer's files lie, or None when the data came tokenized."""
-        name = self.manifest.tokenizer
-        return self.folder if name == TRAINED else Path(name) if name else None
+        return {TRAINED: self.folder, GIVEN: self.given}.get(self.manifest.tokenizer or "")
 
     def summary(self) -> str:
         """One line for the log, behind one for each note; below it a block where many samples were left out."""
@@ -130,7 +131,8 @@ def prepare(
                 put_in_place(beside, folder)
                 manifest = made
     check_vocabulary(manifest, vocab_size)
-    return Prepared(folder, manifest, reused, because, tuple(notes))
+    given = sources.tokenizer.folder if isinstance(sources.tokenizer, TextTokenizer) else None
+    return Prepared(folder, manifest, reused, because, tuple(notes), given)
 
 
 def prepared_folder(config: DataSettings, key: str) -> Path:
@@ -140,16 +142,17 @@ def prepared_folder(config: DataSettings, key: str) -> Path:
     return Path(config.dataset_prepared_path) / key
 
 
-def open_prepared(folder: Path) -> Prepared:
+def open_prepared(folder: Path, config: TokenizerKeys | None = None) -> Prepared:
     """What `prepare` left in `folder`, without reading the data again: for ranks other than the one that prepared.
 
+    `config` names the tokenizer that is handed out.
     UserError: there is none, or it is not as it was written; the rows themselves are checked when they are read.
     """
     manifest, because = read_manifest(folder)
     because = damage(folder, manifest, whole=0) if manifest else because or f"it has no {MANIFEST} of this version"
     if manifest is None or because:
         raise UserError("output_dir", folder, f"is not the prepared data of this run: {because}", "start the run again")
-    return Prepared(folder, manifest, reused=True)
+    return Prepared(folder, manifest, reused=True, given=None if config is None else named_folder(config))
 
 
 def _sources(config: DataSettings, notes: list[str], stream: Stream | None) -> Sources:

@@ -67,9 +67,9 @@ class TextTokenizer:
         return self.backend.decode(list(ids))
 
     def digest(self) -> str:
-        """Changes whenever the tokenizer gives other ids, or lies elsewhere."""
+        """Changes whenever the tokenizer gives other ids; not with the place where it lies."""
         split = "split" if self.backend.encode_special_tokens else ""  # which to_str leaves out
-        told = f"{self.folder} {self.eos_id} {self.backend.to_str()}{split}"
+        told = f"{self.eos_id} {self.backend.to_str()}{split}"
         files = [name.encode() + self.files[name] for name in sorted(self.files)]
         return blake2b(b"".join([told.encode(), *files]), digest_size=16).hexdigest()
 
@@ -99,6 +99,12 @@ def given_tokenizer(config: TokenizerKeys, added: AddedTokens) -> TextTokenizer 
     if isinstance(given, str | Path):
         return load_tokenizer(Path(given), "tokenizer", added)
     return given.vocab_size
+
+
+def named_folder(config: TokenizerKeys) -> Path | None:
+    """The folder of the tokenizer that `config` names; None where one is trained."""
+    given = config.base_model if config.tokenizer is None else config.tokenizer
+    return folder_of(Path(given)).resolve() if isinstance(given, str | Path) else None
 
 
 def _saved_and_read(auto: Any, folder: Path, key: str) -> TextTokenizer:

@@ -167,7 +167,7 @@ def _seen_by_all(run: Run, mesh: Mesh) -> Prepared:
     prepared, damage = None, None
     if not missing:
         try:
-            prepared = open_prepared(run.prepared)
+            prepared = open_prepared(run.prepared, run.config.model_copy(update={"base_model": str(run.model_folder)}))
         except UserError as error:
             damage = error.parts
     everyone = gathered((missing, damage, prepared and prepared.manifest.key), mesh.world)
@@ -271,7 +271,8 @@ def _go_on(built: Built, state: RunState) -> None:
     """
     config, loader = built.run.config, built.loader
     if config.streaming != (state.stream is not None) and state.samples:
-        reason = f"goes on {'from' if state.stream else 'without'} a place in a stream, streaming is {config.streaming}"
+        place, now = "from" if state.stream else "without", str(config.streaming).lower()
+        reason = f"goes on {place} a place in a stream, streaming is {now}"
         hint = "leave streaming as it was, or convert the checkpoint and begin anew from its weights"
         raise UserError("resume_from_checkpoint", built.run.resume, reason, hint)
     if isinstance(loader, StreamLoader):

@@ -24,6 +24,8 @@ Turns = Sequence[dict[str, Any]]
 
 _MARKS = ("\ue0f0\ue0f1", "\ue0f2\ue0f3", "\ue0f4\ue0f5")
 """Texts that nobody writes: of the private area of Unicode."""
+_TOKENS = re.compile(r"<\|\w+\|>|<｜[\w▁]+｜>|<(?:start|end)_of_turn>")
+"""Texts in templates that are special tokens of the models these were written for."""
 _PROBE = ({"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"})
 
 
@@ -141,6 +143,8 @@ def template_of(entry: Entry, reading: Reading, notes: list[str]) -> Template:
     asks = entry if entry.chat_template or entry.chat_template_jinja else reading
     text = template_text(asks.chat_template, asks.chat_template_jinja, tokenizer)
     check_powers(text)
+    if text != tokenizer.chat_template and (told := _in_pieces(text, tokenizer)) and told not in notes:
+        notes.append(told)
     end = tokenizer.eos_token or ""
     named = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     values = named | dict(reading.chat_template_kwargs)
@@ -157,6 +161,16 @@ def template_of(entry: Entry, reading: Reading, notes: list[str]) -> Template:
         told = f"turns end with {found}, as the chat template writes them (eot_tokens chooses another token)"
         notes.append(told if found else f"the chat template never writes {end}: eot_tokens names what ends a turn")
     return replace(plain, turn_ends=(found,) if found else ())
+
+
+def _in_pieces(text: str, tokenizer: Any) -> str:
+    """What to say of tokens in a template that `tokenizer` does not have; "" where it has all."""
+    found = dict.fromkeys(_TOKENS.findall(text))
+    lacking = [token for token in found if len(tokenizer.encode(token, add_special_tokens=False)) != 1]
+    if not lacking:
+        return ""
+    told = f"the tokenizer does not have {', '.join(lacking)}"
+    return f"{told} of the chat template: they are trained as pieces of text (tokens: [{', '.join(lacking)}] adds them)"
 
 
 def _end_of_turn(template: Template) -> str:
