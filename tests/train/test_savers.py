@@ -93,6 +93,7 @@ def test_a_run_says_what_each_saver_saves():
         ({"gradient_checkpointing": "offload"}, Savers(offload=True)),
         ({"gradient_checkpointing": True, "activation_offloading": True}, Savers(offload=True)),
         ({"tiled_mlp": True}, Savers(mlp_tiles=None)),
+        ({"activation_offloading": "legacy"}, Savers(offload=True)),
         ({"tiled_mlp": True, "tiled_mlp_num_shards": 5}, Savers(mlp_tiles=5)),
     ],
     ids=str,
@@ -106,7 +107,6 @@ def test_what_the_keys_come_to(keys, savers):
     ("key", "value", "way_out"),
     [
         ("activation_offloading", "disk", "write gradient_checkpointing: offload"),
-        ("activation_offloading", "legacy", "supported: true"),
         ("gradient_checkpointing", "offload_disk", "supported: true, false, selective, offload"),
         ("gradient_checkpointing", "unsloth", "supported: true, false, selective, offload"),
     ],

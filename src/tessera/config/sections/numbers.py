@@ -1,12 +1,17 @@
 """The keys that choose dtypes, and that save memory at the cost of time."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from tessera.config.sections.section import Section
 from tessera.core.errors import UserError
 from tessera.sizes import bounds
+
+
+def _kept_in_host_memory(value: object) -> object:
+    """axolotl's `legacy` names an older way to do the same."""
+    return True if value == "legacy" else value
 
 
 class NumbersKeys(Section):
@@ -38,10 +43,10 @@ class NumbersKeys(Section):
         description="Recompute each block in the backward instead of keeping its activations. selective: but for "
         "attention and its communication, whose result is kept. offload: its input is kept in host memory.",
     )
-    activation_offloading: bool = Field(
+    activation_offloading: Annotated[bool, BeforeValidator(_kept_in_host_memory)] = Field(
         False,
         description="Keep what each block saves for its backward in host memory; beside gradient_checkpointing that is "
-        "its input.",
+        "its input. legacy means the same as true.",
     )
     tiled_mlp: bool = Field(
         False, description="Compute each MLP over some of its tokens after the others, forward and backward."
