@@ -36,6 +36,9 @@ bench: $(INSTALLED)
 # Every figure of docs/, in some three minutes, most of them for `tessera count`.
 INSPECT := $(BIN)/tessera inspect docs/figures/small.yaml
 
+SHARED := $(INSPECT) --set tensor_parallel_size=1 --set context_parallel_size=4 --set context_parallel_mode=exchange \
+    --set sequence_len=128 --set micro_batch_size=1
+
 figures: $(INSTALLED)
 	$(BIN)/python docs/figures/one_rule.py
 	$(BIN)/python docs/figures/panels.py
@@ -43,6 +46,8 @@ figures: $(INSTALLED)
 	    $(INSPECT) --set tensor_parallel_mode=$$mode --picture docs/figures/$$mode.svg > /dev/null; done
 	$(INSPECT) --set tensor_parallel_mode=2d --set tensor_parallel_size=4 --set tensor_parallel_schedule=summa \
 	    --picture docs/figures/summa.svg > /dev/null
+	$(SHARED) --picture docs/figures/context-document.svg > /dev/null
+	$(SHARED) --documents 20,6,50,32 --picture docs/figures/context-packed.svg > /dev/null
 	$(BIN)/tessera count --output docs/figures > /dev/null
 	rm docs/figures/scale.png
 

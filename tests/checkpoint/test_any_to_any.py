@@ -48,11 +48,22 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "fsdp 2 × 1d 2": {"dp_shard_size": 2} | tensor("1d", 2) | rows(2, 2),
     "hsdp 2×2": {"dp_shard_size": 2, "dp_replicate_size": 2} | rows(2, 1),
 }
+SHARED: dict[str, dict[str, Any]] = {  # ranks share sequences; attention drops nothing there
+    "ring 2 × 1d 2": {"context_parallel_size": 2, "context_parallel_mode": "ring"} | tensor("1d", 2) | rows(4, 2),
+    "exchange 2 × ulysses 2": {"context_parallel_size": 4, "ulysses_size": 2} | rows(2, 4),
+    "2d 2×2, shared rows": tensor("2d", 4) | rows(1, 8),
+}
+SLOW = pytest.mark.slow
+LAYOUT_KEYS = ("tensor_parallel_", "dp_", "context_parallel_", "ulysses_")
 TIED = [  # the rest of what is peculiar to it: one tensor for embedding and head, gated, rotary, grouped
-    (ALONE, "2.5d 2×2×2"),
-    ("2d 2×2", "fsdp 2 × 1d 2"),
-    ("fsdp 2 × 1d 2", "3d 2×2×2"),
-    ("2d 2×2", "hsdp 2×2"),
+    pytest.param(ALONE, "2.5d 2×2×2", marks=SLOW),
+    pytest.param("2d 2×2", "fsdp 2 × 1d 2", marks=SLOW),
+    pytest.param("fsdp 2 × 1d 2", "3d 2×2×2", marks=SLOW),
+    pytest.param("2d 2×2", "hsdp 2×2", marks=SLOW),
+    ("ring 2 × 1d 2", "fsdp 2 × 1d 2"),
+    pytest.param("fsdp 2 × 1d 2", "exchange 2 × ulysses 2", marks=SLOW),
+    pytest.param("exchange 2 × ulysses 2", "2d 2×2, shared rows", marks=SLOW),
+    pytest.param("2d 2×2, shared rows", "ring 2 × 1d 2", marks=SLOW),
 ]
 MODELS = ("gpt2 64 dropout one layer", "llama 64 tied")
 
@@ -65,7 +76,7 @@ def whole(workshop: Workshop, tmp_path_factory):
     def of(layout: str, model: str = MODELS[0]) -> dict[str, Any]:
         output = tmp_path_factory.mktemp("whole") / "run"
         own = {"max_steps": LAST, "save_steps": SAVED, "shuffle": True, "check_replicas_steps": 1}
-        settings = workshop.settings(model, output, **LAYOUTS[layout] | own)
+        settings = workshop.settings(model, output, **(LAYOUTS | SHARED)[layout] | own)
         run(settings)
         return settings
 
@@ -78,10 +89,10 @@ def saved(settings: dict[str, Any]) -> Path:
 
 def gone_on(settings: dict[str, Any], layout: str, folder: Path, output: Path, **changes: Any) -> dict[str, Any]:
     """The settings of a run that goes on in `layout` from a checkpoint."""
-    others = {key: value for key, value in settings.items() if not key.startswith(("tensor_parallel_", "dp_"))}
+    others = {key: value for key, value in settings.items() if not key.startswith(LAYOUT_KEYS)}
     own = {"resume_from_checkpoint": str(folder), "output_dir": str(output), "save_steps": None}
     own |= {"check_replicas_steps": 100}
-    return others | LAYOUTS[layout] | own | changes
+    return others | (LAYOUTS | SHARED)[layout] | own | changes
 
 
 def worst(found: Metrics, want: Metrics) -> float:
@@ -121,7 +132,6 @@ def test_a_run_goes_on_in_any_layout(whole, tmp_path, then, now):
     assert apart(exported(settings), exported(whole(ALONE))) <= SAME
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("then", "now"), TIED)
 def test_a_tied_llama_goes_on_in_another_layout(whole, tmp_path, then, now):
     begun = whole(then, MODELS[1])

@@ -156,7 +156,10 @@ def test_the_command_starts_its_own_ranks(tmp_path):
 
 @pytest.mark.parametrize(
     ("fake", "code", "told"),
-    [("user error", 2, "base_model: m\n  does not fit\n"), ("run failed", 1, "the loss is not a number\n")],
+    [
+        ("user error", 2, "base_model: m\n  does not fit\n"),
+        pytest.param("run failed", 1, "the loss is not a number\n", marks=pytest.mark.slow),
+    ],
 )
 def test_what_the_ranks_have_to_say_is_told_once(tmp_path, fake, code, told):
     path = write_config(tmp_path)

@@ -102,6 +102,8 @@ def test_json_has_every_parameter_total_block_and_collective(config, capsys):
     assert report["ranks"] == 8 and report["mesh"] == {
         "replicate": 1,
         "shard": 1,
+        "ring": 1,
+        "ulysses": 1,
         "inner": 1,
         "depth": 2,
         "row": 2,
@@ -143,6 +145,32 @@ def test_json_has_every_parameter_total_block_and_collective(config, capsys):
         {"least": one_rank, "most": one_rank},
     )
     assert {row["axes"][0] for row in rows if row["site"] == "gradients"} == {"depth"}
+
+
+def test_shared_sequences_are_said_drawn_and_refused(config, capsys, tmp_path):
+    overrides = ["context_parallel_size=4", "ulysses_size=2", "tensor_parallel_size=2", "micro_batch_size=1"]
+    inspect(config, overrides, None, None, tmp_path / "a.svg", False, "7,3")
+    said = capsys.readouterr().out
+    for words in (
+        "context: 4 ranks = ulysses 2 × exchange 2, as ulysses_size says",
+        "who has which tokens of a stream (16 tokens, 3 documents, 1 row), and computes which tiles",
+        "attention: queries ↓, keys →",
+        "all-to-all",
+    ):
+        assert words in " ".join(said.split())
+    assert max(map(len, said.splitlines())) <= 100
+    assert 'id="panel4-rank7"' in (tmp_path / "a.svg").read_text()
+    inspect(config, overrides, None, None, None, True, "7,3")
+    found = json.loads(capsys.readouterr().out)["sequences"]
+    assert found["document_bounds"] == [0, 7, 10, 16] and found["streams"] == 1
+    assert [share["ranks"] for share in found["shares"]] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert sum(share["pairs_a_head"] for share in found["shares"]) == 2 * 3 * (28 + 6 + 21)  # two a place, three layers
+    for documents in ("7,x", "0", "7,6", ""):
+        with pytest.raises(UserError, match="--documents"):
+            inspect(config, overrides, None, None, None, True, documents)
+    with pytest.raises(UserError, match="in this layout none do"):
+        inspect(config, ["tensor_parallel_size=2"], None, None, None, True, "7,3")
+    assert reported(config, capsys, "tensor_parallel_size=2")["sequences"] is None
 
 
 def test_switches_of_the_config_change_what_is_said(config, capsys):

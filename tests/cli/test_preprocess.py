@@ -103,6 +103,12 @@ def test_mistakes_are_one_message(config, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_stream_is_refused_before_anything_is_written(config, tmp_path):
+    with pytest.raises(UserError, match="streaming: false prepares the same data") as caught:
+        preprocess(config, ["streaming=true", "max_steps=2", "datasets.0.type=completion"], 0)
+    assert caught.value.key == "streaming" and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(("key", "value"), [("dataset_processes", 0), ("dataset_prepared_path", 5)])
 def test_keys_of_preparation_are_checked(config, key, value):
     with pytest.raises(UserError, match=f"^{key}: {value}"):

@@ -273,6 +273,48 @@ special_tokens:
         },
         ("liger_layer_norm", "eta_min", "fsdp_config.cpu_ram_efficient_loading"),
     ),
+    "rows that ranks share": Brought(
+        """
+base_model: {folder}
+plugins:
+  - axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin
+dp_shard_size: 2
+context_parallel_size: 2
+tensor_parallel_size: 2
+tiled_mlp: true
+gradient_checkpointing: true
+activation_offloading: legacy
+dataset_prepared_path: {out}/prepared
+datasets:
+  - path: {rows}
+    type: alpaca
+output_dir: {out}/ndp
+sequence_len: 8192
+sample_packing: true
+attn_implementation: flash_attention_2
+gradient_accumulation_steps: 1
+micro_batch_size: 1
+optimizer: adamw_torch_fused
+lr_scheduler: constant_with_warmup
+learning_rate: 2e-6
+fsdp_version: 2
+fsdp_config:
+  offload_params: false
+  state_dict_type: FULL_STATE_DICT
+  auto_wrap_policy: TRANSFORMER_BASED_WRAP
+  transformer_layer_cls_to_wrap: LlamaDecoderLayer
+  reshard_after_forward: true
+""",
+        {
+            "context_parallel_size": 2,
+            "tensor_parallel_size": 2,
+            "dp_shard_size": 2,
+            "tiled_mlp": True,
+            "activation_offloading": True,
+            "gradient_checkpointing": True,
+        },
+        ("fsdp_config.state_dict_type", "fsdp_config.transformer_layer_cls_to_wrap"),
+    ),
     "from random weights with Muon": Brought(
         """
 base_model: {folder}
@@ -491,9 +533,9 @@ REFUSED = {
     "model_config: {output_router_logits: true}": "change config.json",
     "lisa_n_layers: 4\nlisa_step_interval: 20\nlisa_layers_attribute: model.layers": "remove it",
     "use_eaft: true\neaft_alpha: 1.0\neaft_k: 20": "remove it",
-    "tiled_mlp: true": "remove it",
-    "context_parallel_size: 8": "remove it",
-    "activation_offloading: legacy": "gradient_checkpointing: true",
+    "pipeline_parallel_size: 8": "remove it",
+    "activation_offloading: disk": "gradient_checkpointing: offload",
+    "gradient_checkpointing: offload_disk": "offload",
     "loss_watchdog_threshold: 5.0\nloss_watchdog_patience: 3": "nonfinite_step",
 }
 """What is asked for beside a plain file, and a part of the way out that the refusal names."""

@@ -61,13 +61,14 @@ def fits(value: Any, schema: Any, root: dict[str, Any]) -> bool:
         return False
     if isinstance(value, list):
         return len(value) >= schema.get("minItems", 0) and all(fits(v, schema.get("items", {}), root) for v in value)
+    if isinstance(value, dict) and not set(schema.get("required", ())) <= value.keys():
+        return False
     if isinstance(value, dict) and ("properties" in schema or "patternProperties" in schema):
         patterns, known = schema.get("patternProperties", {}), schema.get("properties", {})
         for key, inner in value.items():
             part = known.get(key) or next((p for name, p in patterns.items() if re.search(name, key)), None)
             if not fits(inner, schema.get("additionalProperties", {}) if part is None else part, root):
                 return False
-        return set(schema.get("required", ())) <= value.keys()
     return True
 
 
@@ -85,8 +86,8 @@ def fits(value: Any, schema: Any, root: dict[str, Any]) -> bool:
         ({"adapter": "lora"}, False),
         ({"adapter": None, "lora_r": None}, True),
         ({"lora_r": 8}, False),
-        ({"context_parallel_size": 1}, True),
-        ({"context_parallel_size": 2}, False),
+        ({"pipeline_parallel_size": 1}, True),
+        ({"pipeline_parallel_size": 2}, False),
         ({"use_liger_kernel": True, "liger_rope": True, "torch_compile": True}, True),
         ({"plugins": ["axolotl.integrations.liger.LigerPlugin"]}, True),
         ({"plugins": ["mine"]}, False),
@@ -113,9 +114,16 @@ def test_the_schema_lets_through_what_the_loader_does(keys, valid):
             make_config({**MINIMAL, **keys})
 
 
+@pytest.mark.parametrize("form", ["a.txt", [{"path": "a.jsonl", "text_column": "body"}]])
+def test_the_schema_takes_pretraining_dataset_in_the_place_of_datasets(form):
+    schema, keys = describe.json_schema(), {"base_model": "m", "pretraining_dataset": form, "max_steps": 2}
+    assert fits(keys, schema, schema)
+    make_config(keys)
+
+
 def test_the_schema_explains_every_key():
     schema = describe.json_schema()
-    assert set(schema["required"]) == {"base_model", "datasets"}
+    assert schema["required"] == ["base_model"]
     assert all(part.get("description") for part in schema["properties"].values())
     assert "compiled" in schema["properties"]["torch_compile"]["description"]
     assert not fits({"base_model": "m"}, schema, schema)

@@ -284,6 +284,27 @@ def test_a_warm_up_of_zero_beside_another_is_no_contradiction():
     assert config.warmup_steps == 3
 
 
+EVALUATED = {"val_set_size": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"eval_sample_packing": True}, "no rows are held out for evaluation"),
+        ({"eval_sample_packing": True} | EVALUATED, None),
+        ({"eval_sample_packing": False}, None),
+        ({"greater_is_better": True} | EVALUATED, "no key compares evaluations"),
+        ({"greater_is_better": True, "early_stopping_patience": 2} | EVALUATED, None),
+        ({"greater_is_better": True, "metric_for_best_model": "loss"} | EVALUATED, None),
+        ({"greater_is_better": False} | EVALUATED, None),
+    ],
+    ids=str,
+)
+def test_keys_of_evaluation_that_change_nothing_say_so(keys, told):
+    _, notes = make_config(MINIMAL | keys)
+    assert [f"{next(iter(keys))}: true has no effect: {told}" in note for note in notes] == [True] * bool(told)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "hint"),
     [

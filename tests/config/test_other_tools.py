@@ -71,7 +71,7 @@ def test_false_asks_for_something_where_true_does_not():
 
 
 def test_true_is_not_taken_for_the_size_one():
-    assert "not supported" in str(problem_of({**MINIMAL, "context_parallel_size": True}))
+    assert "not supported" in str(problem_of({**MINIMAL, "pipeline_parallel_size": True}))
 
 
 @pytest.mark.parametrize(("key", "value"), [(k, v) for k, found in compat.REFUSED_VALUES.items() for v in found])

@@ -28,6 +28,20 @@ def test_a_tensor_counts_until_it_is_freed():
         assert (memory.current, memory.peak) == (0, 5 * KIB)
 
 
+def test_a_storage_counts_as_large_as_it_was_made():
+    with PeakMemory() as memory:
+        a = kib(4)
+        a.untyped_storage().resize_(0)
+        assert (memory.current, memory.peak) == (0, 4 * KIB)
+        a.untyped_storage().resize_(6 * KIB)
+        assert (memory.current, memory.peak) == (6 * KIB, 6 * KIB)
+        del a
+        assert memory.current == 0
+    before = kib()
+    before.untyped_storage().resize_(0)
+    assert memory.current == 0
+
+
 def test_views_count_once_and_keep_what_they_view():
     with PeakMemory() as memory:
         a = kib(4)

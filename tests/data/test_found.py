@@ -1,15 +1,21 @@
 """Which files an entry names: folders of one format, chosen files, splits and their parts, saved and hub data sets."""
 
 import gzip
+import io
 import json
+from collections import Counter
+from unittest.mock import patch
 
 import datasets
 import huggingface_hub
+import pyarrow
+import pyarrow.parquet
 import pytest
 from tests.data.helpers import entry
 
 from tessera.core.errors import UserError
 from tessera.data import hub
+from tessera.data.formats import container, json_rows
 from tessera.data.sources import read_documents, read_files
 
 
@@ -166,9 +172,11 @@ TEN = [str(n) for n in range(10)]
         ({"split": "train[-30%:-10%]"}, TEN[-3:-1]),
         ({"split": "train[:99]"}, TEN),
         ({"split": "train[:]"}, TEN),
-        ({"shards": 3}, TEN[::3]),
-        ({"shards": 3, "shards_idx": 2}, TEN[2::3]),
-        ({"shards": 2, "shards_idx": 1, "split": "train[3:9]"}, TEN[3:9][1::2]),
+        ({"shards": 3}, TEN[:4]),
+        ({"shards": 3, "shards_idx": 2}, TEN[7:]),
+        ({"shards": 2, "shards_idx": 1, "split": "train[3:9]"}, TEN[6:9]),
+        ({"shards": 2, "shards_idx": 1, "split": "train[3:9]", "skip": 2}, TEN[8:9]),
+        ({"split": "train[4:]", "skip": 1}, TEN[5:]),
         ({"preprocess_shards": 4}, TEN),
     ],
 )
@@ -197,6 +205,52 @@ def test_parts_that_are_none_are_refused(write, keys, told):
         texts(write("a.jsonl", rows(*TEN)), **keys)
     with pytest.raises(UserError, match="is text: it has no rows"):
         texts(write("a.txt", "x"), split="train[:1]")
+
+
+@pytest.mark.parametrize("count", [1, 4, 10, 17])
+@pytest.mark.parametrize("shards", [1, 3, 4])
+def test_shards_are_those_of_the_datasets_library(write, count, shards):
+    names = [str(n) for n in range(count)]
+    path, library = write("a.jsonl", rows(*names)), datasets.Dataset.from_dict({"text": names})
+    for index in range(min(shards, count)):
+        assert texts(path, shards=shards, shards_idx=index) == library.shard(shards, index)["text"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "read"),
+    [
+        ({"split": "train[:3]"}, {"a": 3}),
+        ({"split": "train[3:7]"}, {"a": 4, "b": 1, "c": 1}),
+        ({"split": "train[:40%]"}, {"a": 4, "b": 1, "c": 5}),
+        ({"split": "train[:3]", "skip": 2}, {"a": 3}),
+    ],
+)
+def test_a_part_is_found_without_parsing_its_rows_and_reads_no_more_than_decides(write, keys, read):
+    """The lines that are looked at; of each file one row is parsed, which tells what its rows are."""
+    for name, part in {"a": TEN[:4], "b": TEN[4:5], "c": TEN[5:]}.items():
+        path = write(f"d/{name}.jsonl", rows(*part)).parent
+    seen, parsed = Counter(), []
+
+    def lines_of(file, path):
+        for line in json_rows.lines_of(file, path):
+            seen[path.stem] += 1
+            yield line
+
+    with (
+        patch.object(container, "lines_of", lines_of),
+        patch.object(json_rows, "parse_json", lambda line: parsed.append(line) or json.loads(line)),
+    ):
+        read_files([entry(path, **keys)])
+    assert seen == Counter(read) + Counter(a=3 if "skip" in keys else 0)
+    assert len(parsed) == 3
+
+
+def test_rows_of_parquet_are_counted_by_its_footer(write):
+    sink = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"text": TEN}), sink)
+    with patch("tessera.data.formats.tables._rows", side_effect=AssertionError):
+        assert container.count_rows(write("a.parquet", sink.getvalue()), container.Container("parquet")) == 10
+    assert texts(write("a.parquet", sink.getvalue()), split="train[-20%:]") == TEN[8:]
 
 
 def test_parts_and_settings_are_part_of_the_key(write):

@@ -1,6 +1,7 @@
 """Packing against first fit decreasing over the whole set; nothing is lost, and rows are equally full."""
 
 from functools import cache
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -136,6 +137,23 @@ def test_windows_of_a_large_set_are_packed_by_themselves():
     rest = Packed(drawn("uniform", 1700), LENGTH, 3, True, window=1000)
     alone = Packed(drawn("uniform", 1700), LENGTH, 3, True)
     assert rest.rows_in(0) == alone.rows_in(0), "what is left belongs to the last window"
+
+
+@pytest.mark.parametrize("shares", [1, 2, 5, 9])
+def test_windows_are_counted_in_shares(shares):
+    """More shares than windows too; who takes the counts packs nothing to know where an epoch ends."""
+    lengths = drawn("uniform", 6000)
+    alone, taking, others = (Packed(lengths, LENGTH, 3, True, window=1000) for _ in range(3))
+    for epoch in (0, 1):
+        assert taking.counted == epoch and not taking.counts_epoch(epoch) and not taking.counts_row(10**4 * epoch)
+        counts = [others.count_windows(epoch, share, shares) for share in range(shares)]
+        assert max(map(len, counts)) == -(-6 // shares)
+        taking.take_counts(counts)
+    with patch("tessera.data.epochs.pack", side_effect=AssertionError):
+        found = [taking.rows_before(epoch) for epoch in (0, 1, 2)]
+        assert taking.counts_row(found[2] - 1) and not taking.counts_row(found[2])
+    assert found == [alone.rows_before(epoch) for epoch in (0, 1, 2)]
+    assert [taking.samples(row) for row in range(found[2])] == [alone.samples(row) for row in range(found[2])]
 
 
 def test_without_shuffle_rows_come_in_the_order_of_their_first_samples():

@@ -11,6 +11,7 @@ from tests.data.helpers import entry
 
 from tessera.core.errors import UserError
 from tessera.data.documents import Segment
+from tessera.data.samples import Origin
 from tessera.data.sources import read_documents, read_files, read_token_samples
 
 
@@ -336,3 +337,7 @@ def test_ids_out_of_range_are_refused_with_their_line(write, ids):
 def test_json_nested_without_end_is_refused(write):
     with pytest.raises(UserError, match="line 1\n  not valid JSON: nested deeper"):
         read_files([entry(write("a.jsonl", '{"text": ' + "[" * 200_000 + "}\n"))])
+
+
+def test_a_name_that_is_no_text_is_written_as_its_bytes():
+    assert str(Origin(Path(os.fsdecode(b"data/a\xff.txt")), 3)) == r"data/a\xff.txt, line 3"

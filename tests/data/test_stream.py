@@ -3,6 +3,7 @@
 import gzip
 import os
 import signal
+from dataclasses import replace
 from itertools import islice
 from unittest.mock import patch
 
@@ -15,6 +16,7 @@ from tessera.data.place import Place
 from tessera.data.samples import IGNORED
 from tessera.data.stream import check_beginning, find_stream, rows_of, token_batches
 from tessera.data.stream_loader import StreamLoader, StreamShape
+from tessera.data.tokenizer import read_loaded, write_loaded
 
 LENGTH = 7
 TEXTS = ["def add", TEXT * 3, "  ", "x", "return a - b\n" * 4]
@@ -204,6 +206,17 @@ def test_the_files_are_not_read_whole_before_the_run(given):
         key = find_stream(given, []).key
     given.datasets.reverse()
     assert find_stream(given, []).key != key
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_tokenizer_is_handed_over_as_it_is_loaded(stream, tmp_path, split):
+    given = stream.tokenizer
+    given.backend.encode_special_tokens = split
+    write_loaded(given, tmp_path / "loaded.json")
+    found = read_loaded(tmp_path / "loaded.json")
+    assert found == replace(given, backend=found.backend) and found.digest() == given.digest()
+    assert len(found.backend.encode("<|endoftext|>").ids) == len(given.backend.encode("<|endoftext|>").ids)
+    assert found.backend.encode(TEXT).ids == given.backend.encode(TEXT).ids
 
 
 def test_skip_passes_over_the_first_rows(write, settings, tokenizer):

@@ -18,7 +18,7 @@ from tessera.engine.fsdp import build_decoder
 from tessera.engine.optimizer import build_optimizer
 from tessera.engine.step import Step
 from tessera.layout.parallel import Parallel
-from tessera.layout.shape import Fsdp
+from tessera.layout.shape import Fsdp, Savers
 from tessera.layout.streams import residual_layout
 from tessera.models.config import ModelConfig
 from tessera.models.decoder import Decoder
@@ -78,14 +78,15 @@ def batch_of(input_ids: Tensor, targets: Tensor, first_document: int = 0) -> Mic
 
 
 def batches(config: ModelConfig, count: int, seed: int = 3, size: int = 4, length: int = 12) -> list[MicroBatch]:
-    """Random token ids; a quarter of the targets ignored, among them the whole last sequence of each micro-batch."""
+    """Random token ids; a quarter of the targets ignored, among them the last sequence, if there are others."""
     generator = torch.Generator().manual_seed(seed)
     made = []
     for place in range(count):
         ids = torch.randint(0, config.vocab_size, (size, length), generator=generator)
         targets = ids.roll(-1, 1)
         targets[torch.rand(size, length, generator=generator) < 0.1] = -100
-        targets[-1] = -100
+        if size > 1:
+            targets[-1] = -100
         made.append(batch_of(ids, targets, place * size))
     return made
 
@@ -106,11 +107,11 @@ def share(batch: MicroBatch, mesh: Mesh) -> MicroBatch:
 def build(config: ModelConfig, mesh: Mesh, sequence_parallel: bool = True, **options: Any) -> Decoder:
     checkpointing = options.pop("gradient_checkpointing", False)
     dtype = options.pop("dtype", torch.float64)
-    asked = options.pop("asked", Fsdp())
+    asked, savers = options.pop("asked", Fsdp()), options.pop("savers", Savers())
     options.setdefault("compute", dtype)
     residual = residual_layout(sequence_parallel, options.get("schedule", Schedule()).name)
     parallel = Parallel(mesh, residual, dtype=dtype, **options)
-    model = build_decoder(config, parallel, asked, gradient_checkpointing=checkpointing)
+    model = build_decoder(config, parallel, asked, gradient_checkpointing=checkpointing, savers=savers)
     model.initialize(seed=5)
     return model
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from distributed.model_cases import GPT2, LLAMA, batches, build
+from distributed.model_cases import GPT2, LLAMA, batch_of, batches, build
 from support.compare import error
 from support.mesh import shared_mesh
 from tessera.core.collectives import Record, Recorder
@@ -26,12 +26,16 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Case:
-    """A model on a mesh, with a micro-batch of so many sequences and options of `model_cases.build`."""
+    """A model on a mesh, with a micro-batch of so many sequences and options of `model_cases.build`.
+
+    `documents` are the lengths of those that it is packed of, row after row; none: each sequence of four tokens is one.
+    """
 
     model: str
     sizes: dict[str, int] = field(hash=False)
     options: dict[str, Any] = field(default_factory=dict, hash=False)
     batch: int = 4
+    documents: tuple[int, ...] = ()
 
 
 class NoUpdate(torch.optim.Optimizer):
@@ -47,8 +51,18 @@ class NoUpdate(torch.optim.Optimizer):
 class Repeated:
     """The same step of a model, any number of times."""
 
-    def __init__(self, model: Decoder, size: int) -> None:
-        self.model, self.data = model, batches(model.config, 1, size=size, length=4)
+    def __init__(self, model: Decoder, case: Case) -> None:
+        length = sum(case.documents) // case.batch or 4
+        self.model, self.data = model, batches(model.config, 1, size=case.batch, length=length)
+        if case.documents:
+            names = torch.arange(len(case.documents)).repeat_interleave(torch.tensor(case.documents))
+            positions = torch.cat([torch.arange(n) for n in case.documents])
+            (batch,) = self.data
+            targets = batch.input_ids.roll(-1, 1)
+            targets[:, 1::5] = -100
+            documents, positions = names.view(case.batch, -1), positions.view(case.batch, -1)
+            made = batch_of(batch.input_ids, targets)
+            self.data = [replace(made, documents=documents, positions=positions)]
         self.step = Step(model, NoUpdate(model.parameters()), max_grad_norm=0.5, label_smoothing=0.1)
 
     def run(self) -> dict[str, torch.Tensor]:
@@ -82,10 +96,10 @@ def steps_of(case: Case) -> tuple[Repeated, dict[str, torch.Tensor]]:
     """The step on this rank, and what it should give."""
     mesh, options = shared_mesh(case.sizes), dict(case.options)
     ours = build(MODELS[case.model], mesh, options.pop("sequence_parallel", True), **options)
-    slices = {n: spec.local_slices(mesh) for n, _, spec in named_specs(ours)}
-    whole = Repeated(build(MODELS[case.model], Mesh(rank=0)), case.batch).run()
+    slices = {n: spec.stored_slices(mesh) for n, _, spec in named_specs(ours)}
+    whole = Repeated(build(MODELS[case.model], Mesh(rank=0)), case).run()
     mine = {n: value[slices[n]] if n in slices else value for n, value in whole.items()}
-    step = Repeated(ours, case.batch)
+    step = Repeated(ours, case)
     step.run()  # which learns the order in which products ask for weights
     return step, mine
 

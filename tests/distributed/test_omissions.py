@@ -6,6 +6,7 @@ import pytest
 
 from distributed.omission_cases import Case, collectives, omissions
 from support.pool import pool
+from tessera.layout.context import Context
 from tessera.layout.streams import HIDDEN_BY_HEADS
 from tessera.sizes.schedule import Schedule
 
@@ -49,6 +50,22 @@ THIRD = [
 ]
 
 
+# what moves where ranks share sequences, of documents of which some are over all ranks
+FSDP = {"fsdp": ("shard", "ring", "ulysses", "row"), "weights_over": ()}
+EXCHANGE, RING = (FSDP | {"context": Context(transport)} for transport in ("exchange", "ring"))
+ONE_ROW = {"context": Context("ring", joined=True), "attention": HIDDEN_BY_HEADS}
+SHARED = {
+    "exchange 2 × ulysses 2": Case("llama", {"ring": 2, "ulysses": 2}, EXCHANGE, 2, (12, 5, 7)),
+    "ring 4": Case("llama", {"ring": 4}, RING, 2, (1, 15, 3, 13)),
+}
+SHARED_TOO = {
+    "ring 2": Case("llama", {"ring": 2}, RING, 2, (12, 5, 7)),
+    "exchange 4": Case("llama", {"ring": 4}, EXCHANGE, 2, (1, 15, 3, 13)),
+    "2d 2×2, one row": Case("llama", {"row": 2, "col": 2}, ONE_ROW, 1, (16,)),
+    "ring 2 × tp 2": Case("llama", {"ring": 2, "col": 2}, RING, 2, (12, 5, 7)),
+}
+
+
 def name(value):
     if isinstance(value, str):
         return f"along {value}"
@@ -79,6 +96,17 @@ def check(case, axis=None):
 
 @pytest.mark.parametrize("case", EACH, ids=name)
 def test_leaving_out_any_collective_is_seen(case):
+    check(case)
+
+
+@pytest.mark.parametrize("case", SHARED.values(), ids=SHARED)
+def test_leaving_out_any_collective_of_shared_sequences_is_seen(case):
+    check(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SHARED_TOO.values(), ids=SHARED_TOO)
+def test_leaving_out_any_collective_of_other_shared_sequences_is_seen(case):
     check(case)
 
 

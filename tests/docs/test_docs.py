@@ -77,13 +77,14 @@ def llama_3_8b(folder: Path) -> Path:
 
 def test_the_configs_of_the_quick_reference_fit_so_many_processes(tmp_path):
     from tessera.config.load import load_config
-    from tessera.train.run import fitting_model
+    from tessera.train.run import model_of
+    from tessera.train.settings import fitting_layout
 
     model, processes = llama_3_8b(tmp_path / "my-llama"), []
     for block in blocks("yaml", [ROOT / "docs" / "quick-reference.md"]):
         (tmp_path / "config.yaml").write_text(block.values[1])
         config, _notes = load_config(tmp_path / "config.yaml", [f"base_model={model}"])
-        fitting_model(config)
+        fitting_layout(config, model_of(config))
         processes.append(config.world_size)
     assert processes == [1, 1, 8, 8, 8, 16, 8, 32, 32]  # as the page says above each
 

@@ -9,7 +9,7 @@ import random
 import re
 import shutil
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ KINDS = {
     23: "rows with other meanings",
     24: "containers",
     25: "templates and prompts",
+    26: "streams",
 }
 MESSAGE = 20_000
 """Characters of the longest message that a person may be asked to read."""
@@ -74,7 +75,6 @@ class Case:
     world: World
     here: Path
     dice: random.Random
-    watched: Mapping[Any, str] = field(default_factory=dict)
     limit: float = HANG
     turn: int = 0
     """How often its group has had a case before: what is cycled through comes in turn, what is picked by chance."""
@@ -111,7 +111,7 @@ class Case:
     ) -> Seen:
         """The same for a Python function. `free`: it may write anywhere, and be refused after it has written."""
         before = snapshot(self.here)
-        seen = run(target, self.here, watched=self.watched, limit=self.limit, **how)
+        seen = run(target, self.here, limit=self.limit, **how)
         self.reached |= set(seen.reached)
         self.seconds += seen.seconds
         self._judge(seen, name[:200], before, codes, free, heard=how.get("terminal", ("file", "file"))[1] == "file")
@@ -201,14 +201,14 @@ def schedule() -> list[str]:
     return names
 
 
-def solve(seed: int, world: World, watched: Mapping[Any, str] | None = None, limit: float = HANG) -> Case:
+def solve(seed: int, world: World, limit: float = HANG) -> Case:
     """Case number `seed`, done; its folder is gone again."""
     names = schedule()
     name = names[seed % len(names)]
     here = world.place  # always the same, for what the world's files say of paths
     shutil.rmtree(here.parent, ignore_errors=True)
     shutil.copytree(world.folder, here, symlinks=True)
-    case = Case(seed, name, world, here, random.Random(seed), watched or {}, limit)
+    case = Case(seed, name, world, here, random.Random(seed), limit)
     case.turn = names[: seed % len(names)].count(name) + seed // len(names) * names.count(name)
     try:
         GROUPS[name][1](case)

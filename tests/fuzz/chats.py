@@ -40,6 +40,10 @@ def write_rows(case: Case, made: list[Any]) -> None:
 FORMATS: dict[str, tuple[Any, dict[str, Any]]] = {
     "chat_template": ("chat_template", {"messages": TURNS, "system": "be", "tools": [{"type": "function"}]}),
     "sharegpt": ("sharegpt", {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}),
+    "learnt parts": (
+        "chat_template",
+        {"messages": [TURNS[0], {"role": "assistant", "content": [{"text": "wind", "train": True}, {"text": "sea"}]}]},
+    ),
     "pair of chats": (None, {"prompt": TURNS[:1], "completion": TURNS[1:2]}),
     "input_output": (
         "input_output",
@@ -55,7 +59,7 @@ FORMATS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-@group(3)
+@group(6)
 def row_formats(case: Case) -> None:
     """Rows of every format, one of them with what is hostile at any depth."""
     case.kind = 23

@@ -15,7 +15,7 @@ from fuzz.world import LINE, SETTINGS, write_yaml
 
 SHORT = SETTINGS | {"max_steps": 1, "save_steps": None, "sequence_len": 64}
 BOMB = 1 << 28
-"""Bytes that a bomb unpacks to: a thousand times as many as it has, or more."""
+"""Bytes that a bomb unpacks to: some thousand times as many as it has."""
 
 
 def train(case: Case, path: Any, more: dict[str, Any] | None = None, **entry: Any) -> Any:
@@ -234,7 +234,7 @@ def prepared_path(case: Case) -> None:
 @group(1)
 def hub(case: Case) -> None:
     """Names of data sets, and folders made like those of the hub, where no network is."""
-    case.kind, form = 19, case.cycle("name", "folder", "model", "saved")
+    case.kind, form = 19, case.cycle("name", "folder", "model")
     path: Any = case.pick(
         "tatsu-lab/alpaca", "owner/name", "squad", "a" * 90, "a/b/c", "-x/y", "x..y/z", "a--b/c", "x@y/z"
     )
@@ -249,12 +249,6 @@ def hub(case: Case) -> None:
         (folder / "set.py").write_text("open('ran', 'w')\n")
         (folder / "a.jsonl").write_bytes((case.here / "lines.jsonl").read_bytes())
         path = "./set"
-    elif form == "saved":
-        folder.mkdir()
-        files: Any = case.pick([{"filename": "../book.txt"}], [{"filename": "a.arrow"}], [3], {}, None, "x")
-        (folder / "state.json").write_text(json.dumps(case.pick({"_data_files": files}, [], {"_data_files": 3})))
-        (folder / case.pick("dataset_dict.json", "a.arrow")).write_text(json.dumps({"splits": case.pick(["train"], 3)}))
-        path, entry = "./set", case.pick({}, entry)
     case.what = f"{form} {path[:40]} {entry}"
     if form == "model":
         write_yaml(case.here / "run.yaml", SHORT | {"base_model": path, **case.pick({}, {"tokenizer": path})})
@@ -263,3 +257,43 @@ def hub(case: Case) -> None:
         train(case, path, **entry)
     if (case.here / "ran").exists():
         case.wrong("code that lay beside the data was run")
+
+
+PATTERNS = [
+    "*.jsonl", ["a.jsonl", "b.jsonl"], "*", "**/*.jsonl", "../*.jsonl", "no.jsonl", "[", "[!", "a.jsonl/*", "/dev/*",
+    "/dev/zero", "\0", ["*.jsonl", "c.csv"], "deep", "." * 5000,
+]  # fmt: skip
+SLICES = ["train[2:4]", "train[:50%]", "train[-3:]", "train[9:1]", "train[:0]", "train[99%:]", "train[1:2"]
+
+
+@group(4)
+def named_files(case: Case) -> None:
+    """Files as an entry names them: patterns, slices, shards, what `datasets` has saved; and names that say nothing."""
+    case.kind, folder = 22, case.here / "set"
+    folder.mkdir()
+    form = case.cycle("pattern", "saved", "slice", "unnamed", "saved splits")
+    entry: dict[str, Any] = {}
+    if form == "pattern":
+        (folder / "deep").mkdir()
+        for name in ("a.jsonl", "b.jsonl", "deep/d.jsonl"):
+            (folder / name).write_bytes(content_of(case, ".jsonl"))
+        (folder / "c.csv").write_bytes(content_of(case, ".csv"))
+        entry = {"data_files": case.pick(*PATTERNS)}
+    elif form == "slice":
+        (folder / "a.jsonl").write_bytes((case.here / "alpaca.jsonl").read_bytes())
+        entry = {"split": case.pick(*SLICES)} | case.pick({}, {"shards": 3, "shards_idx": case.pick(0, 2, 3)})
+    elif form == "unnamed":
+        odd = case.cycle(gzip.compress(LINE.encode()), b"\0" * 99, content_of(case, ".json"), columns(case, ".parquet"))
+        (folder / case.pick("part-0", "data.shard", ".hidden", "README")).write_bytes(odd)
+        (folder / "part-1").write_bytes(odd)
+    else:
+        inner = folder if form == "saved" else folder / "train"
+        inner.mkdir(exist_ok=True)
+        named: Any = case.pick([{"filename": "a.arrow"}], [{"filename": "../../book.txt"}], [3], {}, None)
+        (inner / "a.arrow").write_bytes(columns(case, ".arrow"))
+        (inner / "state.json").write_text(json.dumps(case.pick({"_data_files": named}, {"_data_files": named}, [], 3)))
+        if form == "saved splits":
+            splits = case.pick(["train"], ["train"], ["test"], 3)
+            (folder / "dataset_dict.json").write_text(json.dumps({"splits": splits}))
+    case.what += f"{form} {entry!r:.100}"
+    train(case, "./set", **entry)

@@ -163,7 +163,7 @@ def other_tools(case: Case) -> None:
     case.kind = 17
     tables = [compat.TOP.refused, compat.TOP.ours, compat.TOP.no_effect]
     settings = SETTINGS | {case.pick(*case.pick(*tables)): hostile.value(case.dice) for _ in range(3)}
-    if case.dice.random() < 0.3:
+    if case.turn % 2:
         settings["fsdp_config"] = {case.pick(*compat.FSDP.others): hostile.value(case.dice)}
     if case.dice.random() < 0.3:
         settings["datasets"] = [{"path": "./book.txt", case.pick(*compat.DATASETS.others): hostile.value(case.dice)}]
@@ -341,7 +341,7 @@ def words(case: Case) -> None:
     case.tessera(*chosen)
 
 
-@group(1)
+@group(5)
 def written(case: Case) -> None:
     """Files that a command is asked to write, where that cannot be, and well-formed questions of every command."""
     case.kind = 19

@@ -1,10 +1,12 @@
 """Which openers, readers and validators there are, found by their names in the modules that read from outside."""
 
+import ast
+import builtins
 import importlib
 import inspect
 import re
-from types import CodeType
-from typing import Any
+from collections.abc import Iterator
+from types import CodeType, FunctionType
 
 MODULES = (
     "core.files", "config.load", "config.compat", "config.schema", "config.problems", "config.settled",
@@ -32,6 +34,7 @@ NOT_READERS = {
     "data.added_tokens.TokenizerSettings.vocab_size",
     "data.formats.template.template_names",
     "data.make._write_rows",
+    "data.parts.Part.rows",  # counts, and reads nothing
     # what writes, or only says what others have found
     "data.prepare.Prepared.tokenizer_folder",
     "models.hub.StoredParameters.dtype",
@@ -42,38 +45,70 @@ NOT_READERS = {
     "data.samples.read_rows",
 }
 
-RARELY = {
-    "config.fsdp1._settle_section",
-    "config.schema._check_stream",
-    "data.formats.chat._parts_within",
-    "data.formats.container.refuse_rows",
-    "data.formats.pairs.prompt_completion",
-    "data.found._chosen",
-    "data.found._matching",
-    "data.found._saved",
-    "data.parts.parts_of",
-}
-"""Readers that no case which always runs comes to, only tests of their own: cases for them are still to be written."""
+
+reached: set[str] = set()
+"""The readers that this process has called since it was last cleared, once `note_readers` has been called."""
 
 
-def readers() -> dict[CodeType, str]:
-    """The code of each, with its name."""
-    found: dict[CodeType, str] = {}
+def readers() -> set[str]:
+    """The name of each."""
+    return {name for module in MODULES for name, _ in _functions(module)}
+
+
+def note_readers() -> None:
+    """From now on in this process: each reader, when it is called, puts its name into `reached`.
+
+    They begin with a line that does so; a tracer would slow down all that is called.
+    """
+    setattr(builtins, _NOTE, reached.add)
     for module in MODULES:
         loaded = importlib.import_module(f"tessera.{module}")
-        for name, member in vars(loaded).items():
-            if inspect.isclass(member) and member.__module__ == loaded.__name__:
-                for inner, method in vars(member).items():
-                    _enter(found, f"{module}.{name}.{inner}", inner, method)
-            elif getattr(member, "__module__", None) == loaded.__name__:
-                _enter(found, f"{module}.{name}", name, member)
-    return found
+        tree = _Noting(module).visit(ast.parse(inspect.getsource(loaded)))
+        codes = dict(_codes(compile(ast.fix_missing_locations(tree), str(loaded.__file__), "exec")))
+        for _, function in _functions(module):
+            function.__code__ = codes[_place(function.__code__)]
 
 
-def _enter(found: dict[CodeType, str], whole_name: str, name: str, member: Any) -> None:
-    member = getattr(member, "wrapped", getattr(member, "__wrapped__", getattr(member, "__func__", member)))
-    if isinstance(member, property):
-        member = member.fget
-    code = getattr(member, "__code__", None)
-    if code is not None and NAMES.search(name) and whole_name not in NOT_READERS:
-        found[code] = whole_name
+_NOTE = "_note_of_a_reader"
+
+
+class _Noting(ast.NodeTransformer):
+    """Has every function of a module, and every method of its classes, begin with a note of its name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
+        node.body = [_Noting(f"{self.name}.{node.name}").visit(inner) for inner in node.body]
+        return node
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        note = ast.parse(f"{_NOTE}({f'{self.name}.{node.name}'!r})").body
+        node.body[:0] = [ast.copy_location(line, node.body[0]) for line in note]
+        return node
+
+
+def _codes(code: CodeType) -> Iterator[tuple[tuple[str, int], CodeType]]:
+    yield _place(code), code
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _codes(inner)
+
+
+def _place(code: CodeType) -> tuple[str, int]:
+    return code.co_qualname, code.co_firstlineno
+
+
+def _functions(module: str) -> Iterator[tuple[str, FunctionType]]:
+    """The readers of a module with their names."""
+    loaded = importlib.import_module(f"tessera.{module}")
+    for name, member in vars(loaded).items():
+        if getattr(member, "__module__", None) != loaded.__name__:
+            continue
+        members = vars(member) if inspect.isclass(member) else {"": member}
+        for inner, function in members.items():
+            for wrapper in ("wrapped", "__wrapped__", "__func__", "fget"):
+                function = getattr(function, wrapper, function)
+            whole = f"{module}.{name}.{inner}".rstrip(".")
+            if isinstance(function, FunctionType) and NAMES.search(inner or name) and whole not in NOT_READERS:
+                yield whole, function

@@ -1,6 +1,7 @@
 """Cases of data: JSONL of all kinds, names, encodings, what is no data at all."""
 
 import gzip
+import io
 import json
 import os
 from pathlib import Path
@@ -10,6 +11,7 @@ from tokenizers import Tokenizer
 
 from fuzz import hostile
 from fuzz.case import Case, group
+from fuzz.chats import FORMATS, write_rows
 from fuzz.folders import put_odd_file
 from fuzz.world import LINE, SETTINGS, write_yaml
 
@@ -180,20 +182,54 @@ def output_inside(case: Case) -> None:
         case.wrong(f"{first} tokens at first, {tokens} once the run's own output lies there")
 
 
-@group(2)
+def table(kind: str, columns: dict[str, list[Any]]) -> bytes:
+    """A Parquet or Arrow file."""
+    import pyarrow
+    from pyarrow import ipc, parquet
+
+    made, sink = pyarrow.table(columns), io.BytesIO()
+    if kind == "parquet":
+        parquet.write_table(made, sink)
+    else:
+        with ipc.new_file(sink, made.schema) as writer:
+            writer.write_table(made)
+    return sink.getvalue()
+
+
+@group(7)
 def well_formed(case: Case) -> None:
     """What is right, of every family and kind of data, in every mode: trained on, or refused for its sizes alone."""
     case.kind = 16
     file = case.here / "model/config.json"
     content = json.loads(file.read_text())
-    turn = case.cycle("alpaca", "gpt2", "tied", "qwen3", "misfit", "loop", "lines", "epochs", "held out")
+    turn = case.cycle(
+        "alpaca",
+        "gpt2",
+        "tied",
+        "qwen3",
+        "misfit",
+        "loop",
+        "lines",
+        "epochs",
+        "held out",
+        "parquet",
+        "arrow",
+        "chats",
+        "mistral",
+    )
     settings: dict[str, Any] = dict(SHORT)
-    if turn in ("gpt2", "qwen3", "tied"):
+    if turn in ("gpt2", "qwen3", "mistral", "tied"):
         content |= {"model_type": "llama" if turn == "tied" else turn, "tie_word_embeddings": turn == "tied"}
         file.write_text(json.dumps(content))
         settings["random_init"] = turn != "tied"
     elif turn in ("alpaca", "lines"):
         settings |= {"datasets": [{"path": f"./{turn}.jsonl"}], "sequence_len": 512}
+    elif turn in ("parquet", "arrow"):
+        (case.here / f"table.{turn}").write_bytes(table(turn, {"text": [f"{LINE} {i}" for i in range(8)]}))
+        settings["datasets"] = [{"path": f"./table.{turn}"}]
+    elif turn == "chats":
+        write_rows(case, [FORMATS["learnt parts"][1]] * 6)
+        settings |= {"datasets": [{"path": "./made.jsonl"}], "chat_template": "chatml", "sequence_len": 512}
     elif turn == "misfit":
         settings |= {
             "tensor_parallel_size": case.pick(3, 5, 16),

@@ -9,7 +9,7 @@ from fuzz.subject import BROKEN, NO_PERMISSION, NO_SPACE, Fault
 from fuzz.world import SETTINGS, digest, snapshot, write_yaml
 
 
-@group(3)
+@group(2)
 def killed(case: Case) -> None:
     """SIGKILL at any operation on files; the next start leaves nothing of it and ends as if nothing had been."""
     case.kind = 4
@@ -19,7 +19,7 @@ def killed(case: Case) -> None:
     case.ends_as_if_nothing_had_been()
 
 
-@group(4)
+@group(2)
 def no_space(case: Case) -> None:
     """From some operation on nothing can be written, or no file beyond a size; then there is space again."""
     case.kind = 2
@@ -52,7 +52,7 @@ TARGETS = [
 ]
 
 
-@group(3)
+@group(2)
 def forbidden(case: Case) -> None:
     """Permission denied, or an error of the disk, for one of the files of a run."""
     case.kind, target = 6, case.cycle(*TARGETS)
@@ -62,7 +62,7 @@ def forbidden(case: Case) -> None:
     case.ends_as_if_nothing_had_been(lines=target != "metrics.jsonl")
 
 
-@group(3)
+@group(2)
 def folders_for_files(case: Case) -> None:
     """A folder, a link or bytes that are no text in the place of a file that a run writes."""
     case.kind, out = 6, case.here / "out"
@@ -106,7 +106,7 @@ def folders_for_files(case: Case) -> None:
         case.wrong("what a link in the output folder leads to is lost")
 
 
-@group(3)
+@group(2)
 def leftovers(case: Case) -> None:
     """Links and files where a run leaves folders, and checkpoints moved to another disk: saves go on."""
     case.kind, out, disk = 3, case.here / "out", case.here / "disk"
@@ -157,7 +157,7 @@ def leftovers(case: Case) -> None:
         case.wrong(f"left in out: {', '.join(odd)}")
 
 
-@group(3)
+@group(2)
 def terminal(case: Case) -> None:
     """A terminal that is closed, full, gone after three lines, or knows ASCII alone: the run goes on."""
     case.kind = 14
@@ -187,7 +187,7 @@ def terminal(case: Case) -> None:
         case.is_the_run("new")
 
 
-@group(2)
+@group(1)
 def signals(case: Case) -> None:
     """Each signal to stop, at any step: the run saves and ends well, and goes on as if it had not been."""
     case.kind, number = 14, case.cycle(signal.SIGHUP, signal.SIGTERM, signal.SIGINT)

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from fuzz.reach import reached
+
 HANG = 20.0
 """Seconds after which a command counts as hanging."""
 LONGEST = 120
@@ -70,7 +72,6 @@ def run(
     stdin: bytes | None = None,
     terminal: tuple[Terminal, Terminal] = ("file", "file"),
     fault: Fault | None = None,
-    watched: Mapping[Any, str] | None = None,
     limit: float = HANG,
 ) -> Seen:
     """Do `target` in folder `here`. With a fault whose signal is SIGSTOP it is left stopped, and `pid` is set."""
@@ -84,7 +85,7 @@ def run(
             os.setsid()
             _die_with_parent()
             _stage(here, said, variables or {}, stdin, terminal)
-            code = _do(target, said[2], fault or Fault(), watched or {}, here)
+            code = _do(target, said[2], fault or Fault(), here)
         finally:
             os._exit(code)
     began = time.monotonic()
@@ -204,10 +205,11 @@ def _connect(number: int, kind: Terminal, file: Path) -> None:
     setattr(sys, f"__{name}__", getattr(sys, name))
 
 
-def _do(target: Callable[[], object], notes: Path, fault: Fault, watched: Mapping[Any, str], here: Path) -> int:
+def _do(target: Callable[[], object], notes: Path, fault: Fault, here: Path) -> int:
     """The exit code of a Python process that does `target`."""
     descriptor = os.open(notes, os.O_WRONLY)
-    operations, reached = [0], set[str]()
+    operations = [0]
+    reached.clear()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.addaudithook(_operations(operations, fault, str(here)))
@@ -215,13 +217,6 @@ def _do(target: Callable[[], object], notes: Path, fault: Fault, watched: Mappin
         _at_step(fault)
     if fault.file_size:
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault.file_size, fault.file_size))
-    if watched:
-
-        def note(frame: Any, event: str, argument: object) -> None:
-            if frame.f_code in watched:
-                reached.add(watched[frame.f_code])
-
-        sys.settrace(note)
     try:
         target()
         code = 0
@@ -232,7 +227,6 @@ def _do(target: Callable[[], object], notes: Path, fault: Fault, watched: Mappin
         if sys.stderr is not None:
             _quietly(traceback.print_exc)
     finally:
-        sys.settrace(None)
         os.write(descriptor, "\n".join([str(operations[0]), *sorted(reached)]).encode())
     for stream in (sys.stdout, sys.stderr):  # as the interpreter does at its end
         if stream is not None and not _quietly(stream.flush):

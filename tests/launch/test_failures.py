@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from models.hub_models import rewritten
-from support.forked import tessera
+from support.forked import Running, start, tessera
 from support.pool import pool
 from tessera.checkpoint.folder import latest
 from tessera.cli.main import main
@@ -23,7 +23,7 @@ from tessera.config.schema import TrainConfig
 from tessera.core.errors import UserError
 from tessera.launch import launch
 from tessera.train.run import resolve
-from train.runs import Workshop, command, environment, exported, metrics, refusal_on_rank, run, run_command
+from train.runs import Workshop, command, environment, exported, metrics, refusal_on_rank, run
 
 # ---- Mistakes of the user: exit code 2, one message, nothing written, no process started
 
@@ -150,16 +150,17 @@ def test_a_mistake_in_a_shell(workshop: Workshop, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(workshop.model("llama"), folder)
     cut_weights(folder)
-    done = run_command(workshop.settings("llama", tmp_path / "run", base_model=str(folder), tensor_parallel_size=2))
-    assert done.returncode == 2
-    assert "is truncated: tensor" in done.stderr and "Traceback" not in done.stderr
+    settings = workshop.settings("llama", tmp_path / "run", base_model=str(folder), tensor_parallel_size=2)
+    done = tessera(*command(settings)[3:])
+    assert done.codes == [2]
+    assert "is truncated: tensor" in done.err[0] and "Traceback" not in done.err[0]
     assert not (tmp_path / "run").exists()
 
 
 # ---- Signals
 
 
-def wait_for(true: Callable[[], object], process: "subprocess.Popen[str]") -> None:
+def wait_for(true: Callable[[], object], process: "Running | subprocess.Popen[str]") -> None:
     """Up to two minutes; a machine may be busy."""
     for _ in range(12_000):
         if true():
@@ -169,14 +170,10 @@ def wait_for(true: Callable[[], object], process: "subprocess.Popen[str]") -> No
     raise AssertionError("waited in vain")
 
 
-def start(settings: dict[str, Any]) -> "subprocess.Popen[str]":
-    """A run in its own processes, at a moment when it has done a step and is far from its last."""
-    run = subprocess.Popen(
-        command(settings), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def wait_for_a_step(settings: dict[str, Any], run: "Running | subprocess.Popen[str]") -> None:
+    """Until it has done a step, when it is far from its last."""
     log = Path(settings["output_dir"]) / "metrics.jsonl"
     wait_for(lambda: log.exists() and log.stat().st_size, run)
-    return run
 
 
 def rank_process(launcher: int, rank: int) -> int:
@@ -201,7 +198,8 @@ def long_settings(workshop: Workshop, tmp_path_factory) -> dict[str, Any]:
 
 def test_a_stopped_run_saves_and_goes_on_as_if_it_had_not_stopped(long_settings, tmp_path):
     settings = long_settings | {"output_dir": str(tmp_path / "run")}
-    process = start(settings)
+    process = start(*command(settings)[3:], variables=environment())
+    wait_for_a_step(settings, process)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 0, err
@@ -222,7 +220,9 @@ def test_a_stopped_run_saves_and_goes_on_as_if_it_had_not_stopped(long_settings,
 def test_a_run_whose_terminal_is_closed_saves_though_a_rank_was_held(long_settings, tmp_path):
     """Nobody reads what it prints; SIGSTOP holds rank 0; then SIGHUP: the rank is woken, and saves."""
     settings = long_settings | {"output_dir": str(tmp_path / "run"), "max_steps": 10_000}
-    process = start(settings)
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command(settings), env=environment(), **pipes)
+    wait_for_a_step(settings, process)
     assert process.stdout is not None
     process.stdout.close()
     before = len(metrics(settings))
@@ -237,7 +237,9 @@ def test_a_run_whose_terminal_is_closed_saves_though_a_rank_was_held(long_settin
 
 
 def test_a_killed_rank_ends_the_run_and_is_named(long_settings, tmp_path):
-    process = start(long_settings | {"output_dir": str(tmp_path / "run"), "max_steps": 10_000})
+    settings = long_settings | {"output_dir": str(tmp_path / "run"), "max_steps": 10_000}
+    process = start(*command(settings)[3:], variables=environment())
+    wait_for_a_step(settings, process)
     victim = rank_process(process.pid, 1)
     began = time.monotonic()
     os.kill(victim, signal.SIGKILL)

@@ -9,7 +9,6 @@ import os
 import random
 import re
 import shutil
-import subprocess
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 
+from support.forked import Running, start
 from tessera.checkpoint.folder import latest, read_state, verify
 from train.runs import Workshop, command, environment, exported, metrics, run
 
@@ -83,7 +83,7 @@ def gone(pid: int) -> bool:
         return True
 
 
-def wait_for(true: Callable[[], bool], process: "subprocess.Popen[str] | None", pause: float = 0.001) -> None:
+def wait_for(true: Callable[[], bool], process: Running | None, pause: float = 0.001) -> None:
     """Up to two minutes; a machine may be busy."""
     end = time.monotonic() + 120
     while not true():
@@ -102,8 +102,7 @@ def killed(settings: dict[str, Any], kill: Kill, variables: dict[str, str]) -> s
     """What the terminal of an attempt shows that goes on where it can and is killed; none of its processes is left."""
     output, already = Path(settings["output_dir"]), latest(Path(settings["output_dir"]))
     done = int(already.name.partition("-")[2]) if already else 0
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen(command(settings, "--num-processes", "2"), env=variables, **pipes)
+    process = start(*command(settings, "--num-processes", "2")[3:], variables=variables)
     if kill.moment == "at the start":
         time.sleep(0.5 + 3 * kill.wait)
         assert process.poll() is None, process.communicate()
@@ -124,7 +123,7 @@ def killed(settings: dict[str, Any], kill: Kill, variables: dict[str, str]) -> s
     for pid in victims:
         with suppress(ProcessLookupError):
             os.kill(pid, SIGKILL)
-    said, _ = process.communicate(timeout=60)
+    said = "".join(process.communicate(timeout=60))
     assert process.returncode != 0, said
     wait_for(lambda: all(gone(pid) for pid in processes.values()), None)
     return said
@@ -155,8 +154,9 @@ def test_a_run_killed_again_and_again_is_the_run_that_never_was(workshop: Worksh
         assert resume or not before, "the checkpoint that there was is gone"
         assert len(list(temporary.glob("tessera-*"))) <= 2, "each start sweeps what dead ones have left"
         assert left_alive(temporary) == []
-    done = subprocess.run(command(settings, "--num-processes", "2"), env=variables, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = start(*command(settings, "--num-processes", "2")[3:], variables=variables)
+    told = done.communicate(timeout=300)
+    assert done.returncode == 0, told
     assert list(temporary.glob("tessera-*")) == [] and left_alive(temporary) == []
     check(settings, tmp_path / "whole")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from support.forked import python, tessera
+from support.forked import python, start, tessera
 from tessera.checkpoint import lock as locks
 from tessera.checkpoint.lock import RunLock
 from tessera.core.errors import UserError
@@ -49,8 +49,7 @@ def test_a_stopped_holder_wakes_and_stops_without_writing(workshop: Workshop, tm
     monkeypatch.setattr(locks, "PATIENCE", 0.2)
     monkeypatch.setattr(locks, "LETTING_GO", 0.5)
     settings = workshop.settings("llama", tmp_path / "run", max_steps=1_000_000, save_steps=50)
-    pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    first = subprocess.Popen(command(settings), env=environment(), **pipes)
+    first = start(*command(settings)[3:], variables=environment())
     log = tmp_path / "run" / "metrics.jsonl"
     until = time.monotonic() + 100
     while not (log.exists() and log.stat().st_size) and time.monotonic() < until:

@@ -273,7 +273,7 @@ def test_a_look_at_a_rank_that_ended_leaves_it_to_the_agent():
 @pytest.mark.parametrize(
     ("end", "told", "attempts"),
     [
-        ("hung", r"^rank 1 \(process \d+\) hung: (?s:.*)line \d+ in work", 2),
+        pytest.param("hung", r"^rank 1 \(process \d+\) hung: (?s:.*)line \d+ in work", 2, marks=pytest.mark.slow),
         ("hung in training", r"^rank 1 \(process \d+\) hung: (?s:.*)line \d+ in work", 2),
         ("mistake", "^key: 1\n  does not fit", 1),
         ("diverged", "^the loss is not a number$", 1),

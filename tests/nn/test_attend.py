@@ -155,20 +155,29 @@ def test_each_kernel_of_documents_equals_the_formula(name, heads):
     assert len(found) == 9 and max(found) <= TOLERANCE
 
 
-def test_memory_grows_with_the_row_and_not_with_its_square():
+MEMORY = {
+    "documents": ({}, {}, 2.05),
+    "window": ({"window": 100}, {}, 2.05),
+    "window that no document fills": ({"window": 1000}, {}, 2.05),
+    "soft cap": ({}, {"softcap": 2.0}, 2.05),
+    "eager": ({}, {"eager": True}, None),
+}
+
+
+@pytest.mark.parametrize("name", MEMORY)
+def test_memory_grows_with_the_row_and_not_with_its_square(name):
     """Bytes of live tensors at their peak, forward and backward: twice the row is twice the bytes."""
-    growth = []
-    for window in (None, 1000):  # which nobody sees, but no tile knows it
-        peaks = []
-        for length in (1024, 2048):
-            documents = Documents.of((torch.arange(length) // 100).unsqueeze(0))
-            q, k, v = (torch.randn(1, heads, length, D, requires_grad=True) for heads in (4, 2, 2))
-            with PeakMemory() as memory:
-                out, _ = attend(q, k, v, Mask(True, window, documents))
-                out.sum().backward()
-            peaks.append(memory.peak)
-        growth.append(peaks[1] / peaks[0])
-    assert growth[0] < 2.05 and growth[1] > 3.5
+    window, options, most = MEMORY[name]
+    peaks = []
+    for length in (1024, 2048):
+        documents = Documents.of((torch.arange(length) // 300).unsqueeze(0))
+        q, k, v = (torch.randn(1, heads, length, D, requires_grad=True) for heads in (4, 2, 2))
+        with PeakMemory() as memory:
+            out, _ = attend(q, k, v, Mask(True, documents=documents, **window), **options)
+            out.sum().backward()
+        peaks.append(memory.peak)
+    growth = peaks[1] / peaks[0]
+    assert growth > 3.5 if most is None else growth < most
 
 
 def test_documents_are_found_in_their_rows():
@@ -182,13 +191,14 @@ def test_documents_are_found_in_their_rows():
 
 def test_the_kernel_of_gpus_gives_shapes_without_one():
     """On tensors without values: its operators take these arguments, forward and backward."""
-    q, k, v, gradient = (x.to("meta", torch.bfloat16).requires_grad_() for x in drawn(4, 2))
     documents = Documents(DOCUMENTS.ids.to("meta"), DOCUMENTS.bounds)
-    out, lse = varlen(q, k, v, documents, causal=True, scale=None)
-    assert out.shape == q.shape and out.dtype == q.dtype and out.transpose(1, 2).is_contiguous()
-    assert lse.shape == q.shape[:3] and lse.dtype == torch.float32 and not lse.requires_grad
-    out.backward(gradient)
-    assert (q.grad.shape, k.grad.shape, v.grad.shape) == (q.shape, k.shape, v.shape)
+    for own, window in ((documents, None), (documents, 3), (None, 3)):
+        q, k, v, gradient = (x.to("meta", torch.bfloat16).requires_grad_() for x in drawn(4, 2))
+        out, lse = varlen(q, k, v, own, causal=True, scale=None, window=window)
+        assert out.shape == q.shape and out.dtype == q.dtype and out.transpose(1, 2).is_contiguous()
+        assert lse.shape == q.shape[:3] and lse.dtype == torch.float32 and not lse.requires_grad
+        out.backward(gradient)
+        assert (q.grad.shape, k.grad.shape, v.grad.shape) == (q.shape, k.shape, v.shape)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)], ids=str)
@@ -222,8 +232,11 @@ def test_who_chooses_makes_no_dense_mask_without_need():
         for mask in (PLAIN | BY_DOCUMENT).values():
             attend(q, k, v, mask)
             attend(q, k, v, mask, with_lse=True)
+        for mask in MASKS.values():
+            if mask.causal:
+                attend(q, k, v, mask, softcap=2.0)
         with pytest.raises(AssertionError):
-            attend(q, k, v, Mask(True, S - 1))
+            attend(q, k, v, Mask(False, S - 1))
 
 
 @pytest.mark.parametrize("name", MASKS)

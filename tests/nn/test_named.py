@@ -1,5 +1,7 @@
 """The kernel of attention that a run names is the one that runs."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -23,7 +25,7 @@ CASES = {
         "explicit",
     ),
     "(attention_dropout 0.25)": ({"attention_dropout": 0.25}, "explicit"),
-    "a window of 3 tokens": ({"layer_kinds": (LayerKind(3),)}, "explicit"),
+    "flash attention within a window of 3 tokens": ({"layer_kinds": (LayerKind(3),)}, "tiled"),
 }
 
 
@@ -34,7 +36,7 @@ def test_the_kernel_that_is_named_runs(monkeypatch, said):
     parallel = Parallel(Mesh(rank=0), residual_layout(True))
     assert said in attention_line(model, parallel, 12)
     ran = []
-    for name in ("fused", "explicit"):
+    for name in ("fused", "explicit", "tiled"):
         real = getattr(__import__("tessera.nn.attend", fromlist=[name]), name)
 
         def spy(*args, name=name, real=real, **kwargs):
@@ -53,6 +55,9 @@ def test_packed_rows_are_told():
     model = ModelConfig("llama", 31, 16, 1, 4, 2, 4, 24, 32, rope=RopeConfig(1e4))
     parallel = Parallel(Mesh(rank=0), residual_layout(True))
     assert attention_line(model, parallel, 12, packed=True) == "attention: flash attention, each document by itself"
+    model = replace(model, layer_kinds=(LayerKind(5), LayerKind(3), LayerKind()))
+    said = "attention: flash attention within a window of 3 tokens, each document by itself"
+    assert attention_line(model, parallel, 12, packed=True) == said
 
 
 def test_why_it_is_not_flash_on_a_gpu():

@@ -83,7 +83,7 @@ def held_elements(model: ModelConfig, parallel: Parallel) -> dict[str, int]:
 
 def run_step(model: ModelConfig, case: Case, mesh: Mesh, steps: int = 1) -> tuple[Any, Decoder]:
     """The totals of the last of `steps` optimizer steps, and the model."""
-    decoder = Decoder(model, case.parallel(mesh), gradient_checkpointing=case.shape.recompute)
+    decoder = Decoder(model, case.parallel(mesh), gradient_checkpointing=case.shape.recompute, savers=case.shape.savers)
     decoder.initialize(seed=5)
     optimizer = build_optimizer(decoder, "adamw_torch_fused", (0.9, 0.95), 1e-8, 0.0)
     step = Step(decoder, optimizer, max_grad_norm=1.0, label_smoothing=0.1 if case.shape.label_smoothing else 0.0)

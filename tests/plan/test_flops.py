@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.hub_models import MODELS, random_model
 from tessera.models.families.table import model_config
-from tessera.plan.flops import row_flops, step_flops
+from tessera.plan.flops import document_flops, step_flops
 
 
 @pytest.mark.parametrize("case", ["llama", "llama tied", "qwen2", "gpt2", "gpt2 untied n_inner gelu"])
@@ -20,12 +20,12 @@ def test_the_formula_is_what_torch_counts(case, tmp_path):
         model.set_attn_implementation("sdpa")
         model.zero_grad()
     own = model_config(MODELS[case].to_dict(), tmp_path)
-    assert step_flops(own, [(1, 20), (2, 20)]) == 3 * row_flops(own, 20) == counter.get_total_flops()
+    assert step_flops(own, [20] * 3) == 3 * document_flops(own, 20) == counter.get_total_flops()
 
 
-def test_attention_grows_with_the_square_of_a_row_up_to_its_window(tmp_path):
+def test_attention_grows_with_the_square_of_a_document_up_to_its_window(tmp_path):
     whole, windowed = (
         model_config(MODELS[name].to_dict(), tmp_path) for name in ("mistral", "mistral head_dim window")
     )
-    assert row_flops(whole, 64) > 2 * row_flops(whole, 32)
-    assert row_flops(windowed, 64) == 2 * row_flops(windowed, 32)  # its window is 16
+    assert document_flops(whole, 64) > 2 * document_flops(whole, 32)
+    assert document_flops(windowed, 64) == 2 * document_flops(windowed, 32)  # its window is 16

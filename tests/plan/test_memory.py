@@ -13,6 +13,7 @@ from support.pool import pool
 from tessera.core.mesh import Mesh
 from tessera.layout.shape import StepShape
 from tessera.layout.streams import HIDDEN_BY_HEADS
+from tessera.models.config import LayerKind
 from tessera.plan.count import counted_step
 from tessera.plan.memory import saved_bytes, state_bytes
 from tessera.plan.peak import peak_bytes
@@ -63,6 +64,10 @@ def test_saved_activations_and_states_equal_the_closed_form(sizes):
     for case in cases(sizes):
         check(LLAMA, case)
     check(STEADY, Case(sizes, shape=SHAPE))
+
+
+def test_saved_activations_do_not_grow_with_windows():
+    check(replace(LLAMA, layer_kinds=(LayerKind(8), LayerKind())), Case({}, shape=SHAPE))
 
 
 def test_saved_activations_of_every_schedule_and_of_heads_over_inner():

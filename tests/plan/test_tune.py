@@ -75,6 +75,20 @@ def test_a_slow_collective_changes_the_choice(tmp_path):
     assert choice(0.015, "broadcast", "shift") == "gather"
 
 
+def test_one_row_whose_sequence_is_shared_is_measured_as_others_are(tmp_path):
+    one = {"micro_batch_size": 1, "sequence_len": 32, "context_parallel_mode": "ring"}
+    for _, times, lines, _ in pool(4).run(told, tmp_path, UNSLICED, one):
+        assert list(times) == names(UNSLICED, **one) == ["gather", "summa", "cannon"]
+        assert "measured" in lines[0] and "32 tokens" in lines[0]
+
+
+def test_beside_sequence_axes_there_is_one():
+    config = config_of(context_parallel_size=2)
+    mesh, context = Mesh(config.mesh_sizes, rank=0), config.context_parallel
+    (only,) = candidates(*asked(config), MODEL, mesh, torch.float32, context)
+    assert (only.name, only.parallel.fsdp) == ("gather", ("shard", "ring", "ulysses", "row"))
+
+
 def test_what_is_above_the_memory_limit_is_not_run(tmp_path):
     limit = {"tensor_parallel_scratch_gib": gib_without(UNSLICED, "gather")}
     ranks = pool(4).run(told, tmp_path, UNSLICED, limit)
@@ -248,7 +262,7 @@ def test_prefetch_and_defer_hold_a_weight_more():
 def key_of(model=MODEL, compute=torch.float32, **changes):
     config = config_of(**changes)
     scratch = config.tensor_parallel_scratch_gib
-    return _key(*asked(config), model, mesh_of(config), compute, scratch, config.tf32)
+    return _key(*asked(config), model, mesh_of(config), compute, scratch, config.tf32, config.context_parallel)
 
 
 @pytest.mark.parametrize(
@@ -264,6 +278,7 @@ def key_of(model=MODEL, compute=torch.float32, **changes):
         key_of(gradient_checkpointing=True),
         key_of(sequence_parallel=False),
         key_of(tensor_parallel_scratch_gib=1.0),
+        key_of(context_parallel_mode="ring"),
         key_of() | {"hardware": ["another"]},
         key_of() | {"torch": "0.1"},
     ],

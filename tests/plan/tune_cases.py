@@ -93,7 +93,8 @@ def tuned(
     delay = (lambda record: seconds if record.kind in slow else 0.0) if slow else None
     with cache_at(folder), FEW_ROUNDS, Recorder(delay=delay) as recorder:
         compute = torch.bfloat16 if bf16 else torch.float32
-        tuning = tune(*asked(config), model, mesh, compute, config.tensor_parallel_scratch_gib)
+        limit, context = config.tensor_parallel_scratch_gib, config.context_parallel
+        tuning = tune(*asked(config), model, mesh, compute, limit, context=context)
     return tuning, len(recorder.records)
 
 

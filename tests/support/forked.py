@@ -8,7 +8,9 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import runpy
+import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -29,6 +31,13 @@ PRELOAD = [
     "tessera.cli.main",
     "tessera.verify.session",
     "tessera.train.trainer",
+    "tessera.launch.launch",
+    "tessera.launch.workers",
+    "torch.distributed.elastic.agent.server.local_elastic_agent",
+    "transformers.models.auto.tokenization_auto",
+    "matplotlib.figure",
+    "matplotlib.backends.backend_agg",
+    "support.frozen",
 ]
 
 
@@ -59,6 +68,56 @@ def python(script: Path, ranks: int | None = None) -> Ended:
 def tessera(*words: str, ranks: int | None = None, user: int | None = None) -> Ended:
     """As `tessera words...`, as `user` if given; with `ranks`, as torchrun runs that command in so many processes."""
     return _run(_command if user is None else partial(_command_of, user), ["tessera", *words], ranks)
+
+
+class Running:
+    """A command that goes on beside the test: of `subprocess.Popen` what tests need, with its output in files."""
+
+    def __init__(self, words: list[str], variables: dict[str, str]) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="tessera-forked-")
+        self._said = Path(self._folder.name, "out"), Path(self._folder.name, "err")
+        given = (words, variables, self._said)
+        self._process = forkserver().Process(target=_begin_alone, args=given, name=" ".join(words[:2]), daemon=True)
+        self._process.start()
+        self.pid: int = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(self._process.name, timeout or 0)
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """What it has written, once it has ended."""
+        self.wait(timeout)
+        out, err = (file.read_text() for file in self._said)
+        self._folder.cleanup()
+        return out, err
+
+
+def start(*words: str, variables: dict[str, str]) -> Running:
+    """As `tessera words...` with these variables alone; what torch reads of them when it is imported comes too late."""
+    return Running(["tessera", *words], variables)
+
+
+def _begin_alone(words: list[str], variables: dict[str, str], said: tuple[Path, Path]) -> None:
+    os.environ.clear()
+    tempfile.tempdir = None
+    _begin(_command, words, variables, said)
 
 
 def _script(words: list[str]) -> None:

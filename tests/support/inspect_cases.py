@@ -90,7 +90,7 @@ def activations_of(model: Decoder, batch: int) -> dict[str, torch.Tensor]:
     def keep_products(names: list[str]):
         def run(layers, x, **options):
             products = parallel_linear(layers, x, **options)
-            if layers[0] in (layer.attention.q, layer.mlp.gate):
+            if layers[0] in (layer.attention.q, layer.mlp.into[0]):
                 made.update(zip(names, products, strict=True))
             return products
 
@@ -98,13 +98,11 @@ def activations_of(model: Decoder, batch: int) -> dict[str, torch.Tensor]:
 
     hooked = {"residual": layer.attention_norm, "attention": layer.attention.out, "hidden": layer.mlp.down}
     hooks = [module.register_forward_pre_hook(keep(name)) for name, module in hooked.items()]
-    if layer.mlp.gate is None:
-        hooks.append(layer.mlp.up.register_forward_hook(lambda module, args, y: made.__setitem__("up", y)))
     ids = torch.randint(0, model.config.vocab_size, (batch, LENGTH), generator=torch.Generator().manual_seed(3))
     with (
         torch.no_grad(),
         patch.object(attention, "parallel_linear", keep_products(["q", "k", "v"])),
-        patch.object(mlp, "parallel_linear", keep_products(["gate", "up"])),
+        patch.object(mlp, "parallel_linear", keep_products(["up"] if layer.mlp.gate is None else ["gate", "up"])),
     ):
         model.logits(ids)
     for hook in hooks:

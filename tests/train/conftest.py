@@ -17,3 +17,16 @@ def plain(workshop, tmp_path_factory):
         return plain_loop(workshop.settings(case, tmp_path_factory.mktemp("nothing"), **changes))
 
     return of
+
+
+@pytest.fixture(scope="session")
+def plain_packed(workshop, tmp_path_factory):
+    """The plain loop over the samples of each step of packed rows, a sample at a time."""
+    from train.test_packing import PACKED, steps_of  # which pytest rewrites first
+
+    @cache
+    def of(case: str) -> Plain:
+        settings = workshop.settings(case, tmp_path_factory.mktemp("nothing"), **PACKED)
+        return plain_loop(settings, steps=steps_of(workshop, 5))
+
+    return of

@@ -6,7 +6,7 @@ from tessera.core.mesh import Mesh
 from tessera.layout.shape import StepShape
 from tessera.plan.traffic import received_bytes, step_transfers
 from tessera.train.announce import mesh_lines
-from tessera.train.settings import parallel_for
+from tessera.train.settings import parallel_for, step_shape
 
 
 def lines_of(monkeypatch, here, **keys):
@@ -41,6 +41,33 @@ def test_a_busy_axis_between_machines_is_told(monkeypatch):
     assert all("between machines" not in line for line in together if line.split()[0] == "col")
 
 
+def test_shared_sequences_are_said_with_their_reason(monkeypatch):
+    keys = {"context_parallel_size": 8, "ulysses_size": 2, "micro_batch_size": 1}
+    _, _, lines = lines_of(monkeypatch, 8, **keys)
+    assert "context: 8 ranks = ulysses 2 × exchange 4, as ulysses_size says" in lines
+    grid = {"tensor_parallel_mode": "2d", "tensor_parallel_size": 4, "micro_batch_size": 1}
+    _, _, lines = lines_of(monkeypatch, 4, **grid)
+    why = "micro_batch_size 1 does not divide by them"
+    assert f"context: the ranks along row 2 share sequences too, by exchange: {why}" in lines
+    assert not any("context" in line for line in lines_of(monkeypatch, 2, tensor_parallel_size=2)[2])
+
+
 def test_one_process_says_its_batch_alone(monkeypatch):
     _, _, lines = lines_of(monkeypatch, 1)
     assert len(lines) == 2 and lines[1].endswith("= 4 rows")
+
+
+def test_what_moves_along_sequence_axes_is_told(monkeypatch):
+    keys = {"context_parallel_size": 4, "context_parallel_mode": "ring", "ulysses_size": 2, "tensor_parallel_size": 2}
+    long = {"micro_batch_size": 1, "sequence_len": 4096}
+    config, parallel, lines = lines_of(monkeypatch, 4, **keys, **long)
+    told = {line.split()[0]: " ".join(line.split()[1:]) for line in lines if line.startswith("  ")}
+    assert told["ring"].startswith("between machines ") and told["ulysses"].startswith("in a machine ")
+    cuts = [line for line in lines if "tokens of each sequence" in line]
+    assert [line.split()[:2] for line in cuts] == [["ring", "2"], ["ulysses", "2"]]
+    moved = step_transfers(LLAMA, step_shape(config, parallel), parallel)
+    for axis in ("ring", "ulysses"):
+        of_axis = received_bytes(each for each in moved if each.axis == axis) / 2**20
+        assert of_axis > 0.1 and abs(float(told[axis].split()[-1]) - of_axis) < 0.051
+    batch = "effective batch: 1 (micro) × 1 (accumulation) × 8 (ranks) / (2 (tensor) × 4 (context)) = 1 row"
+    assert batch in lines

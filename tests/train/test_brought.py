@@ -59,7 +59,7 @@ def test_a_brought_file_trains_as_transformers_does(workshop: Workshop, tmp_path
     assert plain.losses[2] != pytest.approx(plain.losses[0], rel=100 * SAME)
 
 
-# ---- Each kind of file, with tensor parallelism over two ranks
+# ---- Each kind of file, with tensor parallelism over two ranks, beside context parallelism where it asks for it
 
 FEW: dict[str, Any] = {"sequence_len": 400, "max_steps": 2, "learning_rate": 1e-3, "warmup_steps": 0, "bf16": False}
 FEW |= {"micro_batch_size": 1, "gradient_accumulation_steps": 2, "random_init": False, "wandb_project": None}
@@ -72,6 +72,7 @@ TRAINED = {
     "an old file with many blanks": "llama 64",
     "tokenized rows for a hub": "llama 64 tied",
     "FSDP2 in words of FSDP1": "qwen2 64",
+    "rows that ranks share": "llama 64",
     "from random weights with Muon": "qwen2 64 tied",
     "rows that stream": "llama 64 tied",
 }
@@ -145,7 +146,7 @@ def test_every_kind_of_file_trains_as_transformers_does(name, workshop: Workshop
     rows.write_text("".join(json.dumps(rows_of(source.type, number)) + "\n" for number in range(40)))
     few = {key: value for key, value in written_values(config).items() if key != "warmup_ratio"} | FEW
     few["datasets"] = [written | {"split": None, "name": None} for written in few["datasets"]]
-    pool(2).run(train_recorded_on_rank, few, str(seen))
+    pool(2 * config.context_parallel_size).run(train_recorded_on_rank, few, str(seen))
     found = metrics(few)
     ours, rates = [step["loss"] for step in found], [step["learning_rate"] for step in found]
     theirs = plain_losses(base, config, seen, rates)

@@ -21,7 +21,13 @@ from tessera.train.output import FILES, check_output
 from tessera.train.run import resolve
 from train.on_rank import said_on_rank
 from train.runs import Workshop, exported, metrics, run
-from train.writes_on_rank import failing_export_on_rank, filling_on_rank, removing_on_rank, unloggable_on_rank
+from train.writes_on_rank import (
+    failing_end_on_rank,
+    failing_export_on_rank,
+    filling_on_rank,
+    removing_on_rank,
+    unloggable_on_rank,
+)
 
 FULL = "no space is left on the disk"
 
@@ -102,6 +108,19 @@ def test_a_checkpoint_is_left_where_the_model_cannot_be_written(workshop: Worksh
     shutil.rmtree(tmp_path / "run")
     run(settings)
     assert all(torch.equal(tensor, model[name]) for name, tensor in exported(settings).items())
+
+
+def test_no_checkpoint_is_made_of_the_best_weights_and_the_last_step(workshop: Workshop, tmp_path):
+    """The greater loss is the better here: an early step is the best, whose model cannot be written."""
+    best = {"load_best_model_at_end": True, "greater_is_better": True, "val_set_size": 4, "eval_steps": 1}
+    own = {"max_steps": 3, "save_strategy": "best", "learning_rate": 1e-2}
+    settings = workshop.settings("llama", tmp_path / "run", **best | own)
+    (said,) = pool(1).run(failing_end_on_rank, settings, OSError(errno.EIO, "x"))
+    losses = [m["eval_loss"] for m in metrics(settings)]
+    kept = tmp_path / f"run/checkpoint-{1 + losses.index(max(losses))}"
+    assert kept.name != "checkpoint-3" and latest(tmp_path / "run") == kept
+    assert f"its weights are kept in {kept}: " in said and "checkpoint-3 was not saved" in said
+    assert not (tmp_path / "run/checkpoint-3").exists()
 
 
 @pytest.mark.parametrize("size", [1, 2])

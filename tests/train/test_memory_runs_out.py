@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -185,3 +186,21 @@ def test_copies_of_a_save_count_where_they_lie(workshop: Workshop):
     lines = less_memory(config, model, torch.float32, copies=True)
     assert any(line.split()[:2] == ["save_async:", "false"] for line in lines), lines
     assert not any("save_async" in line for line in less_memory(config, model, torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("gpus", "has", "named"),
+    [
+        (0, {"gradient_checkpointing": "selective", "tiled_mlp": True}, "gradient_checkpointing: true"),
+        (0, {"gradient_checkpointing": True, "bf16": True}, "tiled_mlp: true"),
+        (1, {"gradient_checkpointing": True, "tiled_mlp": True}, "gradient_checkpointing: offload"),
+    ],
+)
+def test_savers_are_named_where_they_apply(workshop: Workshop, monkeypatch, gpus, has, named):
+    """Host memory takes what layers keep from a GPU alone; of a wide MLP tiles leave a part."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    config, model = config_of(workshop, **{"micro_batch_size": 1, "sequence_len": 4096, "dp_shard_size": 2} | has)
+    model = replace(model, ffn_size=512, num_layers=32, max_positions=4096)
+    lines = less_memory(config, model, torch.float32)
+    assert any(named in line for line in lines), lines
+    assert gpus or not any("offload" in line for line in lines)

@@ -2,7 +2,6 @@
 
 import json
 import re
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -10,10 +9,13 @@ import pytest
 
 from support.pool import pool
 from tessera.checkpoint import folder as checkpoints
+from tessera.config.schema import TrainConfig
 from tessera.data.epochs import Packed, Singles
+from tessera.plan.flops import step_flops
+from tessera.train.run import model_of
 from train.on_rank import said_on_rank
-from train.packing_on_rank import shapes_on_rank
-from train.runs import Plain, Workshop, forget_last, metrics, plain_loop, run
+from train.packing_on_rank import counted_on_rank, shapes_on_rank
+from train.runs import Workshop, forget_last, metrics, run
 from train.test_parity import SAME, check, worst_difference
 
 LENGTH, ROWS = 32, 4
@@ -26,6 +28,8 @@ LAYOUTS = {
     "fsdp 2 × tp 2": {"dp_shard_size": 2, "tensor_parallel_size": 2, "micro_batch_size": 1},
 }
 TIED, UNTIED = "llama 64 tied", "llama 64"
+ALWAYS = {("2d 2×2", "gpt2 64"), ("fsdp 2 × tp 2", "gpt2 64")}
+"""Beside the tied model in every layout: positions that are learnt, where rows are cut among ranks."""
 
 
 class Rows:
@@ -54,20 +58,14 @@ def steps_of(workshop: Workshop, steps: int) -> list[list[int]]:
     return [[sample for row in range(ROWS) for sample in epochs.samples(step * ROWS + row)] for step in range(steps)]
 
 
-@pytest.fixture(scope="module")
-def plain_packed(workshop, tmp_path_factory):
-    """The plain loop, a sample at a time, over the samples of each step."""
-
-    @cache
-    def of(case: str) -> Plain:
-        settings = workshop.settings(case, tmp_path_factory.mktemp("nothing"), **PACKED)
-        return plain_loop(settings, steps=steps_of(workshop, 5))
-
-    return of
-
-
-@pytest.mark.parametrize("case", [TIED, pytest.param(UNTIED, marks=pytest.mark.slow), "gpt2 64"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "case"),
+    [
+        pytest.param(layout, case, marks=[] if case == TIED or (layout, case) in ALWAYS else [pytest.mark.slow])
+        for layout in LAYOUTS
+        for case in (TIED, UNTIED, "gpt2 64")
+    ],
+)
 def test_a_packed_run_equals_the_plain_loop_over_single_samples(workshop, plain_packed, tmp_path, layout, case):
     settings = workshop.settings(case, tmp_path / "run", **PACKED | LAYOUTS[layout])
     check(settings, run(settings), plain_packed(case))
@@ -102,6 +100,37 @@ def test_the_first_lines_say_how_full_rows_are(workshop: Workshop, tmp_path):
     assert f"{steps} steps of 4 rows" in said and "= 4 rows" in said
     last = metrics(settings)[-1]
     assert (last["step"], last["epoch"], last["tokens"]) == (steps, 1.0, workshop.targets())
+
+
+def test_mfu_counts_what_each_document_sees_of_itself(workshop: Workshop, tmp_path):
+    own = {"device_peak_tflops": 0.5, "max_steps": 2}
+    settings = workshop.settings(TIED, tmp_path / "run", **PACKED | own)
+    found, model, lengths = run(settings), model_of(TrainConfig.model_validate(settings)), Rows(workshop).all
+    for m, samples in zip(found, steps_of(workshop, 2), strict=True):
+        padding = ROWS * LENGTH - lengths[samples].sum()
+        documents = sum(step_flops(model, [int(length)]) for length in lengths[samples])
+        done, least = m["mfu"] * 0.5e12 * m["step_seconds"], documents + padding * step_flops(model, [1])
+        # padding is a document in each row: more than that of tokens alone, and less than that of whole rows
+        assert least <= done * (1 + 1e-9) < step_flops(model, [LENGTH] * ROWS)
+        assert done - least < step_flops(model, [int(padding)])
+        if not padding:
+            assert done == pytest.approx(documents, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("keys", "epochs"), [({"max_steps": None, "num_epochs": 2.5}, 3), ({"max_steps": 2}, 1)], ids=str
+)
+def test_ranks_share_the_windows_that_are_counted_at_the_start(workshop: Workshop, tmp_path, keys, epochs):
+    """26 samples are five windows of five; the steps are those that one rank counts."""
+    settings = workshop.settings(TIED, tmp_path / "run", **PACKED | {"shuffle": True} | keys)
+    ((whole, rows, steps),) = pool(1).run(counted_on_rank, settings)
+    assert whole == [(epoch, window) for epoch in range(epochs) for window in range(5)]
+    shared = settings | {"tensor_parallel_size": 2}
+    (first, *others), (second, *same) = pool(2).run(counted_on_rank, shared)
+    assert others == same == [rows, steps] and not {*first} & {*second}
+    assert sorted(first + second) == whole and len(second) == 2 * epochs
+    if epochs == 3:
+        assert steps == -(-(rows[2] + -(-(rows[3] - rows[2]) // 2)) // ROWS)
 
 
 # ---- Going on
@@ -157,7 +186,7 @@ def test_packing_that_changes_in_the_last_epoch_is_refused(workshop: Workshop, t
     run(settings)
     changes = {"resume_from_checkpoint": True, "max_steps": None, "sample_packing": False}
     (said,) = pool(1).run(said_on_rank, settings | changes)
-    assert "UserError: sample_packing: False" in said and "this is the last one" in said and "num_epochs" in said
+    assert "UserError: sample_packing: false" in said and "this is the last one" in said and "num_epochs" in said
 
 
 def test_a_run_of_the_order_before_goes_on_in_it(workshop: Workshop, tmp_path):

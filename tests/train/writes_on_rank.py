@@ -9,6 +9,7 @@ from typing import Any
 from unittest.mock import patch
 
 from support.disk import leave_free
+from tessera.checkpoint.saver import Writer
 from tessera.models import hub
 from tessera.train.log import Log
 from tessera.train.notes import METRICS
@@ -81,3 +82,16 @@ def failing_export_on_rank(settings: dict[str, Any], error: OSError) -> str:
 
     with patch.object(hub, "write_tensors", fail):
         return said_on_rank(settings)
+
+
+def failing_end_on_rank(settings: dict[str, Any], error: OSError) -> str:
+    """What a run prints whose model cannot be written, nor its last checkpoint when that is first tried."""
+    write_data, failures = Writer.write_data, [error]
+
+    def fail_once(self: Writer, *arguments: Any) -> Any:
+        if self.final.name == f"checkpoint-{settings['max_steps']}" and failures:
+            raise failures.pop()
+        return write_data(self, *arguments)
+
+    with patch.object(Writer, "write_data", fail_once):
+        return failing_export_on_rank(settings, error)

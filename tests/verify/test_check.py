@@ -154,11 +154,12 @@ def test_needless_traffic_is_told_though_the_numbers_are_right(models):
 def test_every_layout_of_four_ranks(models):
     results, said = pool(4).run(check_every_layout, settings(models["llama"]), 4, deadline=300)[0]
     names = [result.name for result in results]
-    assert len(set(names)) == len(names) == 40
+    assert len(set(names)) == len(names) == 40 + 13
     for name in (
         "1d col 4, gather, no sequence parallel",
         "2d row 2 × col 2, cannon",
         "3d inner 4, summa, heads over inner",
+        "1d ring 2 × ulysses 2, gather",
     ):
         assert name in names and name in said
     assert all(result.ok for result in results)

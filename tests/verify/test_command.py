@@ -74,6 +74,21 @@ def test_a_fault_ends_with_code_1_and_its_name(config):
     assert "Traceback" not in result.err[0]
 
 
+def test_shared_sequences_are_verified_and_said(tmp_path):
+    path = tmp_path / "run.yaml"
+    keys = {"context_parallel_size": 2, "sample_packing": True, "sequence_len": 48}
+    path.write_text(yaml.safe_dump(settings(save_models(tmp_path)["llama"], **keys)))
+    result = tessera("verify", str(path), ranks=2)
+    assert (result.codes, result.err) == ([0, 0], ["", ""])
+    for said in (
+        "micro-batches of 2 rows of 11 tokens, each of several documents, then padded",
+        "context: 2 ranks = ulysses 2: 2 is the most that the 8 query heads of a rank allow",
+        "1d ulysses 2, gather, packed",
+        "all_to_all",
+    ):
+        assert said in " ".join(result.out[0].split())
+
+
 @pytest.mark.parametrize(
     "asked, said",
     [

@@ -15,9 +15,14 @@ from rich.console import Console
 
 from tessera.config.load import make_config
 from tessera.core.collectives import Pending, all_gather
+from tessera.data.batch import MicroBatch
 from tessera.engine.gradients import sum_replicated_gradients
+from tessera.layout.parallel import Parallel
 from tessera.layout.spec import ParameterSpec
 from tessera.models.hub import read_model_config
+from tessera.nn.context.cut import cut
+from tessera.nn.context.route import ExchangeRoute, exchange_route
+from tessera.nn.context.tiles import tiles
 from tessera.nn.linear import RowParallelLinear
 from tessera.nn.norm import Norm, RMSNorm
 from tessera.nn.parameter import named_specs, to_local
@@ -90,6 +95,11 @@ def leave_out_each(keys: dict[str, Any]) -> list[tuple[str, str, bool]]:
     case = case_of(keys, layers=1, micro_batches=1)
     omissions = checker().omissions(case)
     return [(o.kind, o.axis, checker().catches(case, o)) for o in omissions]
+
+
+def collectives_of(keys: dict[str, Any]) -> list[str]:
+    """Every collective of a short step, in words."""
+    return list(map(str, checker().omissions(case_of(keys, layers=1, micro_batches=1))))
 
 
 def leave_out_at_full_size(keys: dict[str, Any]) -> dict[tuple[str, str], Result]:
@@ -178,9 +188,54 @@ def gathered_for_nothing() -> Iterator[None]:
         yield
 
 
+def _cut_otherwise(change: Callable[[MicroBatch], MicroBatch], change_after: bool) -> Any:
+    """A rank's part of a micro-batch whose sequences ranks share, changed before or after it is taken."""
+
+    def otherwise(batch: MicroBatch, parallel: Parallel, windows: Any) -> MicroBatch:
+        if not parallel.cuts_sequences or batch.streams is not None:
+            return cut(batch, parallel, windows)
+        return change(cut(batch, parallel, windows)) if change_after else cut(change(batch), parallel, windows)
+
+    return mock.patch("tessera.models.decoder.cut", otherwise)
+
+
+def positions_not_permuted() -> Any:
+    """As if a rank's tokens were the first of their sequence."""
+    counted = lambda ids: torch.arange(ids.shape[1]).expand_as(ids)  # noqa: E731
+    return _cut_otherwise(lambda batch: replace(batch, positions=counted(batch.input_ids)), change_after=True)
+
+
+def documents_forgotten() -> Any:
+    return _cut_otherwise(lambda batch: replace(batch, documents=None), change_after=False)
+
+
+def a_tile_left_out() -> Any:
+    return mock.patch("tessera.nn.context.route.tiles", lambda *given: tiles(*given)[:-1])
+
+
+def keys_of_the_wrong_owner() -> Any:
+    """What arrives lies rank by rank, not as the stream has it."""
+
+    def unordered(*given: Any) -> ExchangeRoute:
+        route = exchange_route(*given)
+        return replace(route, order=((0, sum(route.received)),))
+
+    return mock.patch("tessera.nn.context.route.exchange_route", unordered)
+
+
 FAULTS: dict[str, Callable[[], Any]] = {
     f.__name__: f
-    for f in (no_sum_over_depth, bias_on_each_rank, norms_not_summed, no_sum_over_col, gathered_for_nothing)
+    for f in (
+        no_sum_over_depth,
+        bias_on_each_rank,
+        norms_not_summed,
+        no_sum_over_col,
+        gathered_for_nothing,
+        positions_not_permuted,
+        documents_forgotten,
+        a_tile_left_out,
+        keys_of_the_wrong_owner,
+    )
 } | {"none": nullcontext}
 
 

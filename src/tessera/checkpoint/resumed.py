@@ -28,6 +28,8 @@ QUIET = {
     # the layout: any reads any
     "tensor_parallel_*",
     "sequence_parallel",
+    "context_parallel_*",
+    "ulysses_*",
     "dp_*",
     "fsdp*",
     "group_timeout_minutes",
@@ -42,6 +44,8 @@ QUIET = {
     # of no effect once weights come from a checkpoint, or on memory alone
     "random_init",
     "gradient_checkpointing",
+    "activation_offloading",
+    "tiled_mlp*",
 }
 """Patterns of keys that change neither the course of a run nor its numbers (but for rounding)."""
 

@@ -16,7 +16,7 @@ from tessera.config.load import load_config
 from tessera.config.schema import TrainConfig
 from tessera.core import device as devices
 from tessera.core import terminal
-from tessera.core.axes import AXES, DATA_AXES, MODEL_AXES
+from tessera.core.axes import AXES, DATA_AXES, MODEL_AXES, SEQUENCE_AXES
 from tessera.core.errors import UserError
 from tessera.core.files import writing_target
 from tessera.core.mesh import Mesh
@@ -31,11 +31,13 @@ from tessera.inspect.held import (
     traffic,
 )
 from tessera.inspect.picture import Grid, check_picture, draw
+from tessera.inspect.sequences import Sequences, documents_of, shared_sequences
 from tessera.inspect.tables import WIDTH, Report, print_report
+from tessera.layout.parallel import Parallel
 from tessera.plan.peak import peak_bytes
 from tessera.sizes.bounds import RANKS_SHOWN, at_most
-from tessera.train.run import fitting_model
-from tessera.train.settings import compute_dtype, parallel_for, step_shape
+from tessera.train.run import model_of
+from tessera.train.settings import compute_dtype, context_line, fitting_layout, parallel_for, step_shape
 
 
 def inspect(
@@ -45,12 +47,13 @@ def inspect(
     activation: str | None,
     picture: Path | None,
     as_json: bool,
+    documents: str | None = None,
 ) -> None:
     """Print the report on the config, as tables or JSON, and draw it into `picture`. Raises UserError first."""
     if picture is not None:
         check_picture(picture)
     config, notes = load_config(config_path, overrides)
-    report = report_on(config, weight, activation)
+    report = report_on(config, weight, activation, documents)
     if picture is not None:
         with writing_target(picture, "--picture"):
             draw(report.title, report.inspection.mesh, report.grids, picture)
@@ -67,13 +70,21 @@ def inspect(
         console.print(f"drawn into {picture}", markup=False)
 
 
-def report_on(config: TrainConfig, weight: str | None = None, activation: str | None = None) -> Report:
-    """What there is to say of `config`. UserError: sizes that do not fit, no such model, weight or activation."""
+def report_on(
+    config: TrainConfig, weight: str | None = None, activation: str | None = None, documents: str | None = None
+) -> Report:
+    """What there is to say of `config`. UserError: sizes that do not fit, no such model, weight or activation.
+
+    `documents`: the tokens of the documents of a row, with commas between; None: it is one.
+    """
     at_most("processes", config.world_size, RANKS_SHOWN, "is the number of ranks, each of which is listed")
-    model = fitting_model(config)
+    model = model_of(config)
+    config = fitting_layout(config, model)
     mesh = Mesh(config.mesh_sizes, device="meta", rank=0)
     parallel = parallel_for(config, mesh, compute=compute_dtype(config, devices.local_device()))
     inspection, shape = inspect_model(model, parallel), step_shape(config, parallel)
+    if documents is not None:
+        shape = documents_of(_lengths(documents, config, parallel), shape)
     ranks = f"{mesh} = {mesh.world} ranks" if mesh.world > 1 else str(mesh)
     shown = pictured = streams(model, inspection, shape)
     if activation is not None:
@@ -90,7 +101,22 @@ def report_on(config: TrainConfig, weight: str | None = None, activation: str | 
         pictured,
         peak=peak_bytes(model, shape, parallel, offload=config.fsdp_config.offload_params),
         device_bytes=devices.memory_bytes(devices.local_device()),
+        context=context_line(config, model),
+        sequences=shared_sequences(model, inspection, shape),
     )
+
+
+def _lengths(documents: str, config: TrainConfig, parallel: Parallel) -> tuple[int, ...]:
+    """The tokens of the documents of a row."""
+    if not parallel.cuts_sequences:
+        reason = "says what ranks have that share sequences, and in this layout none do"
+        raise UserError("--documents", documents, reason, "context_parallel_size: 2 or more, or leave it out")
+    words = documents.split(",")
+    lengths = tuple(int(word) for word in words if word.strip().isdecimal())
+    if len(lengths) < len(words) or 0 in lengths or sum(lengths) > config.sequence_len:
+        reason = f"are the tokens of each document of a row, at most sequence_len {config.sequence_len} together"
+        raise UserError("--documents", documents, reason, "for example 3000,1000,4096")
+    return lengths
 
 
 def _chosen(parameters: Sequence[Held], name: str | None) -> Held:
@@ -116,7 +142,7 @@ def json_report(report: Report) -> dict[str, Any]:
     inspection, mesh, parallel = report.inspection, report.inspection.mesh, report.inspection.parallel
     return {
         "layout": report.title,
-        "mesh": {axis: mesh.sizes[axis] for axis in (*DATA_AXES, *MODEL_AXES)},
+        "mesh": {axis: mesh.sizes[axis] for axis in (*DATA_AXES, *SEQUENCE_AXES, *MODEL_AXES)},
         "ranks": mesh.world,
         "schedule": str(parallel.schedule),
         "parameters": [_json_held(held, inspection, parallel.dtype) for held in inspection.parameters],
@@ -146,6 +172,28 @@ def json_report(report: Report) -> dict[str, Any]:
                 "times_a_step": move.transfer.times,
             }
             for move in report.traffic
+        ],
+        "sequences": None if report.sequences is None else _json_sequences(report.context, report.sequences),
+    }
+
+
+def _json_sequences(context: str | None, sequences: Sequences) -> dict[str, Any]:
+    return {
+        "how": context,
+        "streams": sequences.streams,
+        "document_bounds": sequences.stream.bounds,
+        "shares": [
+            {
+                "ranks": share.ranks,
+                "tokens": share.holds,
+                "queries": share.computes,
+                "tiles": share.tiles,
+                "pairs_a_head": share.pairs,
+                "share_of_the_mean": round(share.pairs / sequences.mean, 4),
+                "key_value_tokens_received": share.tokens,
+                "received_bytes_a_layer": share.bytes,
+            }
+            for share in sequences.shares
         ],
     }
 

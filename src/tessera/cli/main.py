@@ -175,12 +175,19 @@ def inspect(
         typer.Option(help="Picture residual, q, k, v, attention, gate, up or hidden; without it the streams."),
     ] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw who holds which block into this .svg or .png.")] = None,
+    documents: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TOKENS,TOKENS,…",
+            help="Where ranks share sequences: the documents of a row, such as 3000,1000,4096; without it one.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Show what each rank of a layout holds and receives: parameters, bytes, blocks, collectives. Starts no ranks."""
     from tessera.cli.inspect import inspect
 
-    inspect(config, overrides or [], weight, activation, picture, as_json)
+    inspect(config, overrides or [], weight, activation, picture, as_json, documents)
 
 
 @app.command()

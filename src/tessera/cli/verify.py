@@ -23,6 +23,7 @@ from tessera.launch.workers import Restarts, run_workers
 from tessera.models.config import ModelConfig
 from tessera.sizes.bounds import RANKS_HERE, at_most
 from tessera.train.run import model_of
+from tessera.train.settings import context_line, fitting_layout
 from tessera.verify import report
 from tessera.verify.cases import Case, cases_of, every_case
 from tessera.verify.check import Checker, count_collectives
@@ -125,8 +126,11 @@ def _run_rank(config: TrainConfig, model: ModelConfig, asked: Asked) -> None:
         first = dist.get_rank() == 0
         session = Session(Checker(device), report.console() if first else None)
         omit = None if asked.inject in (None, EVERY) else int(asked.inject)
-        several = len(work.cases) > 1
-        results = session.several(work.cases, work.unfit) if several else session.one(work.cases[0], omit)
+        if len(work.cases) > 1:
+            results = session.several(work.cases, work.unfit)
+        else:
+            context = None if asked.all_layouts else context_line(fitting_layout(config, model), model)
+            results = session.one(work.cases[0], omit, context)
         right = all(result.ok for result in results)
         unseen = session.leave_out_each(work.cases) if asked.inject == EVERY and right else []
         if omit is not None and right:

@@ -5,7 +5,7 @@ the reason given in one line, or it is refused, with what to do instead.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
@@ -50,10 +50,18 @@ class Refused:
 
 @dataclass(frozen=True)
 class OurName:
-    """The key of ours that means the same as one of another tool, and by what the value of that one is divided."""
+    """The key of ours that means the same as one of another tool; by what the value of that one is divided, or what
+    its values are called here."""
 
     key: str
     divisor: int = 1
+    values: Mapping[str, str] = field(default_factory=dict)
+
+    def meant(self, value: object) -> object:
+        """The value of our key that `value` means."""
+        if self.divisor != 1 and isinstance(value, int | float) and not isinstance(value, bool):
+            return value / self.divisor
+        return self.values.get(value, value) if isinstance(value, str) else value
 
 
 @dataclass(frozen=True)
@@ -83,12 +91,18 @@ def _refused(row: str | list[Any]) -> Refused:
     return Refused(what, tuple(given.get("neutral", ())), given.get("instead", "remove it"))
 
 
+def _our_name(row: str | list[Any]) -> OurName:
+    name, *more = [row] if isinstance(row, str) else row
+    given: dict[str, Any] = {"values" if isinstance(part, dict) else "divisor": part for part in more}
+    return OurName(name, **given)
+
+
 def _verdicts(place: str) -> Verdicts:
     refused, no_effect, ours = (_TABLES.get(table + place) or {} for table in ("refused", "no_effect", "spelled_here"))
     return Verdicts(
         {key: _refused(row) for key, row in refused.items()},
         no_effect,
-        {key: OurName(name) if isinstance(name, str) else OurName(*name) for key, name in ours.items()},
+        {key: _our_name(row) for key, row in ours.items()},
     )
 
 
@@ -97,4 +111,5 @@ _TABLES: dict[str, Any] = yaml.load(Path(__file__).with_name("other_tools.yaml")
 
 TOP, DATASETS, FSDP, DEEPSPEED = map(_verdicts, ("", "_in_datasets", "_in_fsdp", "_in_deepspeed"))
 REFUSED_VALUES: dict[str, list[str]] = _TABLES["refused_values"]
+INSTEAD_OF_VALUES: dict[str, str] = _TABLES["instead_of_values"]
 NO_EFFECT_PLUGINS: dict[str, str] = _TABLES["no_effect_plugins"]

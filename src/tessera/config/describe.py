@@ -106,8 +106,12 @@ def _refused_rows() -> Iterable[list[str]]:
             what = row.what + (f" ({passes} may stay)" if passes else "")
             yield [f"`{_written(prefix + key)}`", what, row.instead]
     for key, values in compat.REFUSED_VALUES.items():
-        yield [f"`{key}`", f"one of {', '.join(f'`{value}`' for value in values)}", "another value"]
+        yield [f"`{key}`", f"one of {', '.join(f'`{value}`' for value in values)}", _instead_of(key)]
     yield ["`plugins`", "any other plugin", "remove it"]
+
+
+def _instead_of(key: str) -> str:
+    return compat.INSTEAD_OF_VALUES.get(key, "another value").removeprefix("supported: ")
 
 
 def _written(key: str) -> str:
@@ -179,11 +183,17 @@ def json_schema() -> dict[str, Any]:
     for key in SOURCES:
         one = {"anyOf": [{"$ref": f"#/$defs/{SECTIONS[key].__name__}"}, {"type": "string"}]}
         forms = [{"type": "array", "items": one, "minItems": 1}, *one["anyOf"]]
-        blank = [] if key in schema["required"] else [{"type": "null"}]
+        blank = [] if key == "datasets" else [{"type": "null"}]
         schema["properties"][key] = {
             "description": schema["properties"][key]["description"],
             "anyOf": [*forms, *blank],
         }
+    schema["properties"]["pretraining_dataset"] = {
+        "description": "Called datasets here, with streaming: true.",
+        "anyOf": schema["properties"]["datasets"]["anyOf"],
+    }
+    schema["required"].remove("datasets")
+    schema["anyOf"] = [{"required": [key]} for key in ("datasets", "pretraining_dataset")]
     _open(schema, compat.TOP)
     for name, table in (("DatasetConfig", compat.DATASETS), ("FsdpConfig", compat.FSDP)):
         part = schema["$defs"][name]

@@ -185,10 +185,15 @@ def _without_effect(config: TrainConfig) -> list[str]:
         value = getattr(config, key)
         if config.optimizer == "sgd" and value != TrainConfig.model_fields[key].default:
             lines.append(f"{key}: {value:g} has no effect: optimizer is sgd")
-    for key in ("evals_per_epoch", "eval_strategy"):
+    for key in ("evals_per_epoch", "eval_strategy", "eval_sample_packing"):
         value = getattr(config, key)
         if value and value != "no" and not config.evaluates:
-            lines.append(f"{key}: {value} has no effect: no rows are held out for evaluation (val_set_size)")
+            lines.append(f"{key}: {shown(value)} has no effect: no rows are held out for evaluation (val_set_size)")
+    if config.greater_is_better and not config.compares_evaluations:
+        why = "no key compares evaluations (metric_for_best_model, load_best_model_at_end, save_strategy: best, …)"
+        lines.append(f"greater_is_better: true has no effect: {why}")
+    if config.tiled_mlp_num_shards is not None and not config.tiled_mlp:
+        lines.append(f"tiled_mlp_num_shards: {config.tiled_mlp_num_shards} has no effect: tiled_mlp is not asked for")
     if config.sample_packing and config.pad_to_sequence_len is False:
         lines += ["pad_to_sequence_len: false has no effect: rows of packed samples are always padded to sequence_len"]
     return lines

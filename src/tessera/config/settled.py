@@ -110,7 +110,8 @@ def judged(given: Mapping[str, Any], verdicts: compat.Verdicts, prefix: str, out
                 told = "…" if key.endswith(_SECRET) else shown(value)
                 out.notes.append(f"{name}: {told} has no effect: {row}")
         elif isinstance(value, str) and value in compat.REFUSED_VALUES.get(key_name(name), ()):
-            out.refuse(name, value, "is not supported", choices(key_name(name)))
+            hint = compat.INSTEAD_OF_VALUES.get(name) or choices(key_name(name))
+            out.refuse(name, value, "is not supported", hint)
         else:
             kept[key] = value
     for key, value in given.items():  # after all of ours
@@ -123,10 +124,9 @@ def _take_as_ours(
     key: str, value: object, ours: compat.OurName, prefix: str, kept: dict[str, Any], out: Settled
 ) -> None:
     """Put the value of a key that has another name here where that name's belongs."""
-    meant = value
-    if ours.divisor != 1 and isinstance(value, int | float) and not isinstance(value, bool):
-        meant = value / ours.divisor
-    said = f"is called {prefix + ours.key} here" + (f": {meant:g}" if meant is not value else "")
+    meant = ours.meant(value)
+    named = f": {meant:g}" if isinstance(meant, float) else f": {meant}"
+    said = f"is called {prefix + ours.key} here" + (named if meant is not value else "")
     if not asks_for_nothing(kept.get(ours.key)) and not compat.is_same(kept[ours.key], meant):
         told = f"{said}, and {ours.key}: {shown(kept[ours.key])} is given too"
         out.refuse(prefix + key, value, told, "keep one of the two")

@@ -3,10 +3,12 @@
 Which samples a row holds is a pure function of the data, the seed and the row's number; any row is found without those
 before it. Packing works in windows: WINDOW consecutive samples of the epoch's order are packed by themselves (the last
 window has what is left too), so that a row costs a window, whatever the size of the data. How many rows the windows of
-an epoch make is counted from their lengths, once.
+an epoch make is counted from their lengths, once; to count costs what packing does, 20 ms a window, so that ranks of a
+run share it.
 """
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal, Protocol
 
@@ -117,11 +119,35 @@ class Packed:
         window = int(np.searchsorted(starts, place, "right")) - 1
         return self._rows(epoch, window)[place - int(starts[window])].tolist()
 
+    @property
+    def counted(self) -> int:
+        """How many epochs are counted; all have as many rows where there is one window."""
+        return len(self._starts)
+
+    def counts_epoch(self, epoch: int) -> bool:
+        """Whether the rows of `epoch` are counted."""
+        return self.counted > (0 if self._windows == 1 else epoch)
+
+    def counts_row(self, row: int) -> bool:
+        """Whether the epoch of `row` is counted."""
+        return self.counted > 0 and (self._windows == 1 or self.rows_before(self.counted) > row)
+
+    def count_windows(self, epoch: int, share: int = 0, shares: int = 1) -> list[int]:
+        """The rows of each window of an epoch or, of `shares` who take turns, of the windows of one."""
+        windows = range(share, self._windows, shares)
+        return [int(self._row_of(self._window_of(epoch, window)).max()) + 1 for window in windows]
+
+    def take_counts(self, counts: Sequence[Sequence[int]]) -> None:
+        """The rows of the first epoch that is not counted, by what `count_windows` gave to every share."""
+        rows = np.empty(self._windows, np.int64)
+        for share, own in enumerate(counts):
+            rows[share :: len(counts)] = own
+        self._starts.append(np.cumsum([0, *rows]))
+
     def _count(self, epoch: int) -> Ints:
         """The place in the epoch at which each window's rows begin, and the number of them all."""
-        for one in range(len(self._starts), epoch + 1):
-            counts = [int(self._row_of(self._window_of(one, w)).max()) + 1 for w in range(self._windows)]
-            self._starts.append(np.cumsum([0, *counts]))
+        for one in range(self.counted, epoch + 1):
+            self.take_counts([self.count_windows(one)])
         return self._starts[epoch]
 
     def _window_of(self, epoch: int, window: int) -> Ints:

@@ -17,11 +17,11 @@ from tessera.data.assemble import DataSettings, Tally, assemble_samples, end_tok
 from tessera.data.auto_tokenizer import has_tokenizer, read_auto
 from tessera.data.columns import Written, sum_of
 from tessera.data.encode import in_pieces
-from tessera.data.manifest import GIVEN, MANIFEST, TRAINED, Manifest
+from tessera.data.manifest import GIVEN, MANIFEST, STREAM_TOKENIZER, TRAINED, Manifest
 from tessera.data.order import Permutation
 from tessera.data.samples import HELD_OUT, Sample, SampleWriter, Split, read_rows
 from tessera.data.sources import SourceFile
-from tessera.data.tokenizer import TextTokenizer, save_tokenizer, special_ids, train_bpe, with_tokens
+from tessera.data.tokenizer import TextTokenizer, save_tokenizer, special_ids, train_bpe, with_tokens, write_loaded
 
 
 class Sources(NamedTuple):
@@ -64,9 +64,11 @@ def make(
     written = {f"{split}/{name}": one for split, part in parts.items() for name, one in part.files.items()}
     if tokenizer and tokenizer.folder is None:
         save_tokenizer(tokenizer, folder)
-        for file in folder.glob("*.json"):
-            content = file.read_bytes()
-            written[file.name] = Written(len(content), sum_of(content))
+    if tokenizer and not sources.train:  # of a stream
+        write_loaded(tokenizer, folder / STREAM_TOKENIZER)
+    for file in folder.glob("*.json"):
+        content = file.read_bytes()
+        written[file.name] = Written(len(content), sum_of(content))
     special = _special_ids(config, tokenizer) if tally.closing else set()
     train, held_out = parts.get("train"), parts.get("eval")
     manifest = Manifest(

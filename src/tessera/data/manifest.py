@@ -18,6 +18,8 @@ SPLITS: tuple[Split, Split] = ("train", "eval")
 WHOLE = 2**28
 """Bytes up to which prepared data are compared with their sums when a run starts; larger ones as they are read."""
 MANIFEST = "manifest.json"
+STREAM_TOKENIZER = "stream_tokenizer.json"
+"""The tokenizer of a stream, as it is loaded: for the ranks, which tokenize it."""
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 
 
@@ -114,7 +116,8 @@ def _written_by_us(folder: Path, inside: set[str]) -> bool:
         rows = {entry.name for split in SPLITS if split in inside for entry in os.scandir(folder / split)}
     except OSError:
         return False
-    return bool(rows) and rows <= columns and inside <= {MANIFEST, *SPLITS, "tokenizer.json", "tokenizer_config.json"}
+    files = {MANIFEST, STREAM_TOKENIZER, "tokenizer.json", "tokenizer_config.json"}
+    return bool(rows) and rows <= columns and inside <= {*files, *SPLITS}
 
 
 def damage(folder: Path, manifest: Manifest, whole: int) -> str:

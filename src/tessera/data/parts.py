@@ -1,7 +1,9 @@
 """The part of a data set that is read: `split: train[10%:50%]`, and one of `shards`."""
 
 import re
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import NamedTuple, TypeVar
 
 from tessera.core.errors import UserError
@@ -11,26 +13,30 @@ T = TypeVar("T")
 
 
 class Part(NamedTuple):
-    """Rows first, first + step, … of a file, below last (None: to its end); by default all."""
+    """Rows first, …, below last (None: to its end) of a file; by default all."""
 
     first: int = 0
     last: int | None = None
-    step: int = 1
 
     def of(self, rows: Iterator[T]) -> Iterator[T]:
         """Those of `rows` that belong to the part; what lies behind it is not read."""
-        for number, row in enumerate(rows):
-            if self.last is not None and number >= self.last:
-                return
-            if number >= self.first and (number - self.first) % self.step == 0:
-                yield row
+        return islice(rows, self.first, self.last)
+
+    def rows(self, count: int) -> int:
+        """How many it has of a file of `count` rows."""
+        return max(0, (count if self.last is None else min(count, self.last)) - self.first)
 
 
 class Slice(NamedTuple):
     """The rows [start, stop) of a split, each a number of rows or, with `percent`, of hundredths; None: to the end."""
 
-    start: tuple[int, bool] | None
-    stop: tuple[int, bool] | None
+    start: tuple[int, bool] | None = None
+    stop: tuple[int, bool] | None = None
+
+    @property
+    def needs_total(self) -> bool:
+        """Whether its rows depend on how many there are."""
+        return any(bound is not None and (bound[1] or bound[0] < 0) for bound in self)
 
     def bounds(self, total: int) -> tuple[int, int]:
         """The first row and the one behind the last, of `total`; percentages are rounded to the nearest row."""
@@ -63,15 +69,37 @@ def slice_of(entry: Entry) -> Slice | None:
     )
 
 
-def parts_of(entry: Entry, counts: Sequence[int]) -> list[Part | None]:
-    """The part of each file, of which `counts` has the rows, that `split` and `shards` leave; None: no row of it."""
-    chosen, total = slice_of(entry), sum(counts)
-    first, last = chosen.bounds(total) if chosen else (0, total)
-    step, parts, before = entry.shards or 1, [], 0
-    for count in counts:
-        start = max(first + entry.shards_idx, before)
-        start += -(start - first - entry.shards_idx) % step  # the first of the shard's rows from there on
-        stop = min(last, before + count)
-        parts.append(Part(start - before, stop - before, step) if start < stop else None)
-        before += count
+def shard_of(first: int, last: int, shards: int, index: int) -> tuple[int, int]:
+    """Part `index` of the rows [first, last), cut into `shards` that follow one another, the larger ones first.
+
+    As `Dataset.shard` of the `datasets` library does.
+    """
+    size, larger = divmod(last - first, shards)
+    start = first + size * index + min(index, larger)
+    return start, start + size + (index < larger)
+
+
+def parts_of(entry: Entry, files: int, count: Callable[[int, int | None], int]) -> list[Part | None]:
+    """The part of each of so many files that `split` and `shards` leave; None: no row of it.
+
+    `count` is given a file's number and a limit, and returns the rows that it has, at most so many: no more is read
+    than is needed. E.g. train[:100] reads no file behind row 100, train[:10%] counts the rows of all.
+    """
+    chosen, counts = slice_of(entry) or Slice(), None
+    if chosen.needs_total or entry.shards:
+        counts = [count(file, None) for file in range(files)]
+        first, last = chosen.bounds(sum(counts))
+        if entry.shards:
+            first, last = shard_of(first, last, entry.shards, entry.shards_idx)
+    else:
+        first, last = chosen.bounds(sys.maxsize)
+    parts, before = list[Part | None](), 0
+    for file in range(files):
+        start, end = max(0, first - before), last - before
+        # of the last file it is enough to know that the part has a row there
+        decides = counts is not None or file < files - 1
+        rows = counts[file] if counts is not None else count(file, max(0, end if decides else min(end, start + 1)))
+        found = start < min(end, rows)
+        parts.append(Part(start, min(end, rows) if decides else end) if found else None)
+        before += rows
     return parts

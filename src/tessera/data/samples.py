@@ -29,14 +29,18 @@ Split = Literal["train", "eval"]
 
 
 class Origin(NamedTuple):
-    """Where a row comes from, for messages: a file, and the line or row in it (None: the whole file)."""
+    """Where a row comes from, for messages: a file, and the line or row in it (None: the whole file).
+
+    As text, bytes of a name that are no text are written as \\xff: what is said goes to files of UTF-8 too.
+    """
 
     path: Path
     line: int | None = None
     unit: str = "line"
 
     def __str__(self) -> str:
-        return f"{self.path}" if self.line is None else f"{self.path}, {self.unit} {self.line}"
+        path = os.fsencode(self.path).decode(errors="backslashreplace")
+        return path if self.line is None else f"{path}, {self.unit} {self.line}"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 
 from tessera.core.errors import UserError
 from tessera.data.documents import Document, Segment
-from tessera.data.formats.container import Container, identify, opened, rows_of
+from tessera.data.formats.container import Container, count_rows, identify, opened, rows_of
 from tessera.data.formats.entry import Entry, Reading
 from tessera.data.formats.json_rows import TO_UTF8
 from tessera.data.formats.known import CHATS, TOKENIZED, format_of, reader_of
@@ -116,7 +116,7 @@ def _of_entry(
     text = next((file for file in found if file.kind == "text"), None)
     if text:
         raise UserError("datasets.split", entry.split or "unset", f"{text.path} is text: it has no rows to choose from")
-    parts = parts_of(entry, [sum(1 for _ in rows_of(file.path, file.container)) for file in found])
+    parts = parts_of(entry, len(found), lambda n, most: count_rows(found[n].path, found[n].container, most))
     chosen = [replace(file, part=part) for file, part in zip(found, parts, strict=True) if part is not None]
     if not chosen:
         raise UserError("datasets.split", entry.split or "unset", f"leaves no row of {entry.path}")
@@ -131,11 +131,12 @@ def _without_first(files: list[SourceFile], entry: Entry) -> list[SourceFile]:
             left -= 1
             continue
         if left:
-            rows = sum(1 for _ in islice(file.part.of(rows_of(file.path, file.container)), left + 1))
+            part = file.part
+            rows = part.rows(count_rows(file.path, file.container, part.first + left + 1))
             if rows <= left:
                 left -= rows
                 continue
-            file, left = replace(file, part=file.part._replace(first=file.part.first + left * file.part.step)), 0
+            file, left = replace(file, part=part._replace(first=part.first + left)), 0
         kept.append(file)
     if not kept:
         raise UserError("datasets.skip", entry.skip, f"leaves no row of {entry.path}", f"below {entry.skip - left}")

@@ -63,16 +63,19 @@ class Stream:
         return f"data: a stream of {counted(len(self.files), 'file')} in their order, tokenized while the run goes"
 
 
-def find_stream(config: StreamSettings, notes: list[str]) -> Stream:
-    """The stream that `config` names; of its files the beginnings are read. UserError: there is none, or no text."""
+def find_stream(config: StreamSettings, notes: list[str], tokenizer: TextTokenizer | None = None) -> Stream:
+    """The stream that `config` names; of its files the beginnings are read. UserError: there is none, or no text.
+
+    `tokenizer`: where that is loaded already.
+    """
     files = read_files(config.datasets, config.output_dir, Reading.of(config), notes, stream=True)
     for file in files:
         if file.format not in TEXTS:
             reason = f"holds rows of {file.format}; a stream takes whole texts alone (type: completion)"
             raise UserError("datasets", file.path, reason, "leave streaming out: such rows are prepared before the run")
-    tokenizer = given_tokenizer(config, AddedTokens.of(config))
-    assert not isinstance(tokenizer, int)  # none is trained: the config says so
-    return Stream(tuple(files), replace(tokenizer, made=None))
+    given = tokenizer or given_tokenizer(config, AddedTokens.of(config))
+    assert not isinstance(given, int)  # none is trained: the config says so
+    return Stream(tuple(files), replace(given, made=None))
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tessera.core.errors import UserError
-from tessera.core.files import read_object
+from tessera.core.files import read_json, read_object
 from tessera.data.added_tokens import AddedTokens, TokenizerKeys, written
-from tessera.data.auto_tokenizer import folder_of, has_tokenizer, read_auto
+from tessera.data.auto_tokenizer import LARGEST, folder_of, has_tokenizer, read_auto
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_BPE = 257
@@ -225,3 +225,18 @@ def save_tokenizer(tokenizer: TextTokenizer, folder: Path) -> None:
         "clean_up_tokenization_spaces": False,  # it would join " ." and " 's" when it decodes
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def write_loaded(tokenizer: TextTokenizer, path: Path) -> None:
+    """Write a tokenizer as it is loaded: `read_loaded` has no need of transformers, which takes seconds to import."""
+    folder = None if tokenizer.folder is None else str(tokenizer.folder)
+    settings = {"eos_id": tokenizer.eos_id, "folder": folder, "split": tokenizer.backend.encode_special_tokens}
+    path.write_text(json.dumps({"backend": tokenizer.backend.to_str(), **settings}))
+
+
+def read_loaded(path: Path) -> TextTokenizer:
+    """The tokenizer that `write_loaded` has written. UserError: it cannot be read."""
+    found = read_json(path, "output_dir", limit=2 * LARGEST)
+    backend = Tokenizer.from_str(found["backend"])
+    backend.encode_special_tokens = found["split"]
+    return TextTokenizer(backend, found["eos_id"], None if found["folder"] is None else Path(found["folder"]))

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from tessera.core.collectives import all_reduce, gather_into, reduce_scatter_into
 from tessera.core.mesh import Group
 from tessera.layout.parallel import Parallel
-from tessera.layout.shape import Fsdp
+from tessera.layout.shape import Fsdp, Savers
 from tessera.models.config import ModelConfig
 from tessera.models.decoder import Decoder
 from tessera.nn.parameter import named_specs
@@ -34,13 +34,14 @@ def build_decoder(
     fsdp: Fsdp = Fsdp(),
     *,
     gradient_checkpointing: bool = False,
+    savers: Savers = Savers(),
     trained: Collection[str] | None = None,
 ) -> Decoder:
     """The model, its parameters in FSDP2's hands where `parallel` says so; they are empty, as in `Decoder`.
 
     Only the parameters `trained` get a gradient; None: all do.
     """
-    decoder = Decoder(model, parallel, gradient_checkpointing=gradient_checkpointing)
+    decoder = Decoder(model, parallel, gradient_checkpointing=gradient_checkpointing, savers=savers)
     if trained is not None:
         for name, parameter, _ in named_specs(decoder):
             parameter.requires_grad_(name in trained)

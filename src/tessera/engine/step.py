@@ -64,6 +64,7 @@ class Step:
 
         `valid` is what `valid_tokens` gives, where it is known.
         """
+        batches = [self.model.cut(batch) for batch in batches]
         denominator = float(max(1, self.valid_tokens(batches) if valid is None else valid))
         self.optimizer.zero_grad(set_to_none=True)
         losses = []
@@ -95,6 +96,7 @@ class Step:
 
         `stop` is asked as late as possible; when it says yes on any rank, the result's `stop` is true on all.
         """
+        batches = [self.model.cut(batch) for batch in batches]
         valid = self.valid_tokens(batches)
         loss = self.gradients(batches, step, valid)
         own_part = loss if first_copy(self.mesh, self.streams.loss) else torch.zeros_like(loss)

@@ -6,13 +6,14 @@ plan/traffic.py.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
-from tessera.core.axes import AXES
+from tessera.core.axes import AXES, SEQUENCE_AXES
 from tessera.core.mesh import Mesh
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape
@@ -156,7 +157,9 @@ def activations(model: ModelConfig, inspection: Inspection, shape: StepShape) ->
     parallel, held = inspection.parallel, {}
 
     def make(name: str, title: str, layout: Layout, dim: str, features: int) -> None:
-        spec = ParameterSpec((shape.tokens, features), layout.cuts, layout, Init())
+        # where ranks share sequences, tokens are counted in the order in which these have them (nn/context/cut.py)
+        cuts = ((*SEQUENCE_AXES, *layout.tokens), layout.features)
+        spec = ParameterSpec((shape.tokens, features), cuts, layout, Init())
         shapes = tuple(map(spec.stored_shape, inspection.ranks))
         held[name] = Held(title, spec, ("T", dim), shapes, _copies(spec, parallel.mesh))
 
@@ -203,11 +206,30 @@ class Collective:
 def traffic(model: ModelConfig, inspection: Inspection, shape: StepShape) -> list[Collective]:
     """Every collective of one optimizer step, in the order of plan/traffic.py.
 
-    Ranks receive the same, but for the skew of cannon and for uneven vocabularies.
+    Ranks receive the same, but for the skew of cannon, for uneven vocabularies, and for keys and values of shared
+    sequences, of which some ranks receive none.
     """
     of_ranks = [step_transfers(model, shape, replace(inspection.parallel, mesh=mesh)) for mesh in inspection.ranks]
     sites = {site for layer, _ in anatomy_of(model).kinds for block in layer for site in block.sites}
-    return [Collective(each, each[0].site in sites) for each in zip(*of_ranks, strict=True)]
+    return [Collective(each, each[0].site in sites) for each in _aligned(of_ranks)]
+
+
+def _aligned(of_ranks: Sequence[Sequence[Transfer]]) -> list[tuple[Transfer, ...]]:
+    """The same transfer of every rank together; of a rank that takes no part, one without calls."""
+    by_rank: list[dict[tuple[object, ...], Transfer]] = []
+    for transfers in of_ranks:
+        met: Counter[tuple[object, ...]] = Counter()
+        own: dict[tuple[object, ...], Transfer] = {}
+        for each in transfers:
+            which = (each.site, each.phase, each.what, each.kind, each.axes)
+            own[*which, met[which]] = each
+            met[which] += 1
+        by_rank.append(own)
+    fullest = max(by_rank, key=len)
+    every = dict.fromkeys([*fullest, *(which for own in by_rank for which in own)])
+    anyone = {which: next(own[which] for own in by_rank if which in own) for which in every}
+    idle = {which: replace(each, calls=0, received=0) for which, each in anyone.items()}
+    return [tuple(own.get(which, idle[which]) for own in by_rank) for which in every]
 
 
 def _copies(spec: ParameterSpec, mesh: Mesh) -> int:

@@ -30,7 +30,8 @@ _DISTINCT = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#edc948", "
 class Grid:
     """`ranks[i][j]` hold the block of `rows[i]` × `columns[j]` of a tensor; both run over it in order, without gaps.
 
-    `title` has one line or two. Rows are called by their first index, or by `row_names`.
+    `title` has one line or two. Rows are called by their first index, or by `row_names`. `causal`: of a block that has
+    the same indices down and across, the part above the diagonal is nobody's.
     """
 
     title: str
@@ -38,6 +39,7 @@ class Grid:
     columns: tuple[slice, ...]
     ranks: tuple[tuple[tuple[int, ...], ...], ...]
     row_names: tuple[str, ...] = ()
+    causal: bool = False
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -117,7 +119,8 @@ def coarsened(grid: Grid, rows: int, columns: int) -> Grid:
     )
     joined_rows = tuple(slice(grid.rows[g[0]].start, grid.rows[g[-1]].stop) for g in row_groups)
     joined_columns = tuple(slice(grid.columns[g[0]].start, grid.columns[g[-1]].stop) for g in column_groups)
-    return Grid(grid.title, joined_rows, joined_columns, ranks, tuple(grid.heads[g[0]] for g in row_groups))
+    names = tuple(grid.heads[g[0]] for g in row_groups)
+    return replace(grid, rows=joined_rows, columns=joined_columns, ranks=ranks, row_names=names)
 
 
 def _groups(count: int, most: int) -> list[range]:
@@ -127,6 +130,8 @@ def _groups(count: int, most: int) -> list[range]:
 
 def label(ranks: Sequence[int]) -> str:
     """Ranks in ascending order in short; `LABELS` says how."""
+    if not ranks:
+        return ""
     first, last, count = ranks[0], ranks[-1], len(ranks)
     if count > 2 and last - first == count - 1:
         return f"{first}–{last}"
@@ -237,11 +242,13 @@ def _draw_grid(axis: Any, grid: Grid, palette: Sequence[str], name: str, *, name
     """
     for row, blocks in zip(grid.rows, grid.ranks, strict=True):
         for column, ranks in zip(grid.columns, blocks, strict=True):
-            _fill(axis, row, column, ranks, palette, name)
+            _fill(axis, row, column, ranks, palette, name, below_diagonal=grid.causal and row == column)
     shown = legible(grid, lambda g: _font_size(g) >= _SMALLEST)
     size = max(_font_size(shown), _SMALLEST)
     for row, blocks in zip(shown.rows, shown.ranks, strict=True):
         for column, ranks in zip(shown.columns, blocks, strict=True):
+            if not ranks:
+                continue
             middle = ((column.start + column.stop) / 2, (row.start + row.stop) / 2)
             axis.text(*middle, label(ranks), ha="center", va="center", fontsize=size, bbox=_BEHIND)
     height, width = grid.rows[-1].stop, grid.columns[-1].stop
@@ -263,11 +270,19 @@ def _draw_grid(axis: Any, grid: Grid, palette: Sequence[str], name: str, *, name
         spine.set_visible(False)
 
 
-def _fill(axis: Any, row: slice, column: slice, ranks: Sequence[int], palette: Sequence[str], name: str) -> None:
+def _fill(
+    axis: Any,
+    row: slice,
+    column: slice,
+    ranks: Sequence[int],
+    palette: Sequence[str],
+    name: str,
+    below_diagonal: bool,
+) -> None:
     """Paint one block, in slanting stripes where several ranks hold it, so that they do not look like blocks."""
     from matplotlib.patches import Polygon  # as above
 
-    stripe = (column.stop - column.start) / len(ranks)
+    stripe = (column.stop - column.start) / max(1, len(ranks))
     slant = 0.45 * stripe
     for place, rank in enumerate(ranks):
         left, right = column.start + place * stripe, column.start + (place + 1) * stripe
@@ -281,6 +296,9 @@ def _fill(axis: Any, row: slice, column: slice, ranks: Sequence[int], palette: S
         patch = Polygon(corners, facecolor=palette[rank], linewidth=0)
         patch.set_gid(f"{name}-rank{rank}")
         axis.add_patch(patch)
+        if below_diagonal:
+            triangle = [(column.start, row.start), (column.stop, row.stop), (column.start, row.stop)]
+            patch.set_clip_path(Polygon(triangle, transform=axis.transData))
 
 
 def _font_size(grid: Grid) -> float:

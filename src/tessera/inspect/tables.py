@@ -14,9 +14,10 @@ from rich.text import Text
 from tessera.core.axes import AXES
 from tessera.core.device import dtype_name
 from tessera.core.mesh import Mesh
-from tessera.core.text import human, human_range, number_range
+from tessera.core.text import counted, human, human_range, number_range
 from tessera.inspect.held import MOMENTS, Collective, Held, Inspection, Totals, cut_in_words, placements_in_words
-from tessera.inspect.picture import LABELS, Grid, colours, grid_of, mesh_grid, text_picture
+from tessera.inspect.picture import LABELS, Grid, colours, grid_of, label, mesh_grid, text_picture
+from tessera.inspect.sequences import Sequences
 from tessera.layout.shape import StepShape
 from tessera.plan.peak import RESERVED, Peak
 
@@ -25,7 +26,10 @@ WIDTH = 100
 
 @dataclass(frozen=True)
 class Report:
-    """All there is to say of a layout; `weight` is the parameter to picture, `pictured` the activations."""
+    """All there is to say of a layout; `weight` is the parameter to picture, `pictured` the activations.
+
+    Where ranks share sequences, `context` says how and why, and `sequences` who has what of them.
+    """
 
     title: str
     inspection: Inspection
@@ -37,15 +41,18 @@ class Report:
     peak: Peak
     device_bytes: int | None = None
     """The memory of this machine's device, where it has one that is known."""
+    context: str | None = None
+    sequences: Sequences | None = None
 
     @property
     def grids(self) -> list[Grid]:
-        """Who holds which block of the chosen weight and activations."""
+        """Who holds which block of the chosen weight and activations; who computes which of shared attention."""
         mesh, ranks = self.inspection.mesh, self.inspection.ranks
-        return [
+        held = [
             grid_of(f"{held.name}\n{_cut(held, mesh)}", held.spec.shape, held.spec.cuts, ranks, held.spec.stored_over)
             for held in (self.weight, *self.pictured)
         ]
+        return held + ([] if self.sequences is None else [self.sequences.grid])
 
     @property
     def totals(self) -> dict[str, Totals]:
@@ -64,15 +71,20 @@ def print_report(console: Console, report: Report) -> None:
     if mesh.world > 1:
         console.print(f"rank = {_rank_formula(mesh)}")
     console.print(f"{shape.micro_batches} × {shape.batch} × {shape.sequence} tokens a step, products in {compute}")
+    if report.context is not None:
+        console.print(report.context, markup=False)
     placed = f"placements on ({', '.join(mesh.present(AXES))}), " if mesh.world > 1 else ""
     title = f"parameters: {placed}bytes of each on a rank"
     _print_table(console, title, parameter_table(inspection))
     _print_table(console, "on each rank", totals_table(report.totals))
     console.print(share_in_words(inspection))
     console.print(peak_in_words(report.peak, report.device_bytes))
-    _print_table(console, "activations of a micro-batch", stream_table(report))
+    ordered = ", tokens counted rank after rank" if report.sequences is not None else ""
+    _print_table(console, f"activations of a micro-batch{ordered}", stream_table(report))
     if mesh.world == 1:
         return
+    if report.sequences is not None:
+        _print_table(console, sequences_title(report.sequences), sequences_table(report.sequences))
     console.print(Text("\nwho holds which block: rows and columns are called by their first index", style="bold"))
     console.print(Text(LABELS, style="dim"))
     width, palette = min(console.width, WIDTH), colours(mesh)
@@ -180,6 +192,41 @@ def stream_table(report: Report) -> Table:
         cut = Text(_cut(held, report.inspection.mesh))
         table.add_row(held.name, cut, _by(held.spec.shape), _local(held), str(held.copies), size)
     return table
+
+
+SHARES = 32  # that are listed; --json has all
+
+
+def sequences_title(sequences: Sequences) -> str:
+    """What the table of shares is about."""
+    bounds, rows = sequences.stream.bounds, sequences.rows
+    of = "" if sequences.streams == 1 else f", the first of {sequences.streams} in a micro-batch"
+    what = f"{bounds[-1]:,} tokens, {counted(len(bounds) - 1, 'document')}, {counted(round(rows), 'row')}"
+    left = f"; the first {SHARES} of {len(sequences.shares)}" if len(sequences.shares) > SHARES else ""
+    return f"who has which tokens of a stream ({what}{of}), and computes which tiles of attention{left}"
+
+
+def sequences_table(sequences: Sequences) -> Table:
+    """What the ranks at each place have: tokens, tiles, work beside the mean, and what a layer's attention receives."""
+    headings = ("ranks", "tokens", "tiles", "pairs a head", "of the mean", "k·v tokens received", "a layer receives")
+    table = _table(*headings, numbers=5)
+    for share in sequences.shares[:SHARES]:
+        table.add_row(
+            label(share.ranks),
+            chunks_in_words(share.holds),
+            f"{share.tiles:,}",
+            f"{share.pairs:,}",
+            f"{share.pairs / sequences.mean:.3f}",
+            f"{share.tokens:,}",
+            human(share.bytes),
+        )
+    return table
+
+
+def chunks_in_words(chunks: Sequence[tuple[int, int]], most: int = 4) -> str:
+    """`0–3, 12–15`: the tokens of chunks; of many the first ones and how many there are."""
+    words = [f"{first}–{end - 1}" if end - first > 1 else str(first) for first, end in chunks]
+    return ", ".join(words) if len(words) <= most else f"{', '.join(words[:most])} … ({len(words)} chunks)"
 
 
 def traffic_table(collectives: Sequence[Collective]) -> Table:

@@ -6,8 +6,9 @@ from functools import cached_property
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from tessera.core.axes import MODEL_AXES
+from tessera.core.axes import MODEL_AXES, SEQUENCE_AXES
 from tessera.core.mesh import Mesh
+from tessera.layout.context import Context
 from tessera.layout.streams import HIDDEN, Layout, LinearPlan, Streams, column_parallel, row_parallel
 from tessera.product.overlap import Overlap
 from tessera.sizes.schedule import Schedule
@@ -19,8 +20,9 @@ class Parallel:
 
     Parameters are held in `dtype`; products run in `compute` (bf16 over fp32 parameters, or the same). `attention` is
     the hidden stream inside attention; `weights_over` the token axes along which weights are stored cut, and gathered
-    by the products; `overlap` moves weights early and their gradients late. `fsdp`, where data axes are above 1, are
-    the axes over which FSDP2 stores parameters cut (engine/fsdp.py); it gathers them layer by layer.
+    by the products; `overlap` moves weights early and their gradients late. `fsdp`, where data or sequence
+    axes are above 1, are the axes over which FSDP2 stores parameters cut (engine/fsdp.py); it gathers them layer by
+    layer. `context` says how attention reaches keys and values where several ranks share a sequence.
     """
 
     mesh: Mesh
@@ -32,11 +34,22 @@ class Parallel:
     weights_over: tuple[str, ...] = ("row",)
     overlap: Overlap = field(default_factory=Overlap, compare=False)
     fsdp: tuple[str, ...] | None = None
+    context: Context = Context()
 
     @property
     def streams(self) -> Streams:
         """The layouts of the streams, as one value."""
         return Streams(self.residual, self.attention)
+
+    @property
+    def owners(self) -> tuple[str, ...]:
+        """The axes along which ranks own parts of one stream of tokens, the first major."""
+        return ("ring", *(self.attention.tokens if self.context.joined else ()))
+
+    @property
+    def cuts_sequences(self) -> bool:
+        """Whether a rank has a part of each sequence alone."""
+        return self.mesh.size(SEQUENCE_AXES) * self.mesh.size(self.owners) > 1
 
     @property
     def served(self) -> tuple[str, ...]:

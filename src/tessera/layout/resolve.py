@@ -4,11 +4,13 @@ from collections.abc import Mapping
 
 import torch
 
-from tessera.core.axes import DATA_AXES
+from tessera.core.axes import DATA_AXES, SEQUENCE_AXES
 from tessera.core.errors import UserError
 from tessera.core.mesh import Mesh
+from tessera.layout.context import Context
 from tessera.layout.parallel import Parallel
 from tessera.layout.streams import attention_layout, residual_layout
+from tessera.sizes.context import WHOLE, ContextParallel
 from tessera.sizes.remedies import check_sizes
 from tessera.sizes.rules import TensorParallel
 from tessera.sizes.schedule import LOOPS, Schedule
@@ -21,18 +23,22 @@ def parallel_of(
     schedule: Schedule | None = None,
     dtype: torch.dtype = torch.float32,
     compute: torch.dtype | None = None,
+    *,
+    context: ContextParallel = WHOLE,
 ) -> Parallel:
     """The layouts of `tensor` on `mesh` for micro-batches of `batch` sequences: the one builder of `Parallel`.
 
     `schedule` where auto has chosen one; `compute` is `dtype` unless given. Where the mesh has data axes, FSDP2 serves
-    `row` (and depth, if weights are cut over it) beside `shard`: only loops move weights along row themselves.
+    `row` (and depth, if weights are cut over it) beside `shard`: only loops move weights along row themselves. Sequence
+    axes are data axes to weights. `context`: how attention reaches its keys along them.
     """
     schedule = schedule or tensor.as_schedule
     weights_over: tuple[str, ...] = ("depth", "row") if tensor.depth_weights == "shard" else ("row",)
     fsdp = None
-    if mesh.size(DATA_AXES) > 1:
+    if mesh.size((*DATA_AXES, *SEQUENCE_AXES)) > 1:
         loop = schedule.name in LOOPS
-        fsdp, weights_over = ("shard", *(() if loop else weights_over)), weights_over if loop else ()
+        stored = ("shard", *SEQUENCE_AXES)
+        fsdp, weights_over = (*stored, *(() if loop else weights_over)), weights_over if loop else ()
     return Parallel(
         mesh,
         residual_layout(tensor.sequence_parallel, schedule.name),
@@ -42,7 +48,13 @@ def parallel_of(
         attention_layout(mesh.sizes, batch),
         weights_over,
         fsdp=fsdp,
+        context=Context(context.transport, context.chunks, joins_rows(mesh.sizes, batch)),
     )
+
+
+def joins_rows(sizes: Mapping[str, int], batch: int) -> bool:
+    """Whether `batch` rows are too few for the token axes, which then share each sequence."""
+    return batch % (sizes["depth"] * sizes["row"]) != 0
 
 
 def check_layout(
@@ -50,7 +62,8 @@ def check_layout(
 ) -> None:
     """Raise UserError, with the nearest sizes that fit, when a layout does not fit a model or FSDP2.
 
-    `data_sizes` are those of the data axes; `dimensions` and `batch` as `sizes.remedies.check_sizes` takes them.
+    `data_sizes` are those of the data and sequence axes; `dimensions` and `batch` as `sizes.remedies.check_sizes`
+    takes them.
     """
     beside_data = {axis: size for axis, size in data_sizes.items() if size > 1}
     if beside_data:

@@ -1,5 +1,6 @@
 """What one decoder needs to know of a model; families/ reads it from a Hugging Face config.json."""
 
+from collections import Counter
 from dataclasses import dataclass, replace
 
 from tessera.nn.rope import RopeConfig
@@ -63,6 +64,11 @@ class ModelConfig:
     def kind_of(self, layer: int) -> LayerKind:
         """What layer `layer`, counted from 0, has of its own."""
         return self.layer_kinds[layer % len(self.layer_kinds)]
+
+    @property
+    def windows(self) -> tuple[tuple[int | None, int], ...]:
+        """The windows of its layers, each with the number of layers that have it; None: all tokens."""
+        return tuple(Counter(self.kind_of(layer).window for layer in range(self.num_layers)).items())
 
     @property
     def dimensions(self) -> dict[str, int]:

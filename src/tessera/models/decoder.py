@@ -9,19 +9,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tessera.core.host_memory import HostMemory
 from tessera.data.batch import MicroBatch
 from tessera.layout.parallel import Parallel
+from tessera.layout.shape import Savers
 from tessera.layout.spec import Init, ParameterSpec
 from tessera.layout.streams import Layout, check_chain
 from tessera.models.config import ModelConfig
 from tessera.nn.attention import Attention, AttentionConfig
+from tessera.nn.context.cut import cut
 from tessera.nn.dropout import dropout
 from tessera.nn.embedding import LearnedPositions, VocabParallelEmbedding
 from tessera.nn.initialize import initialize
 from tessera.nn.loss import LossSpec, linear_cross_entropy
 from tessera.nn.mlp import MLP
 from tessera.nn.norm import LayerNorm, Norm, RMSNorm
-from tessera.nn.parameter import ParallelModule, gather_whole
+from tessera.nn.once import Once
+from tessera.nn.parameter import ParallelModule, gather_whole, to_local
 from tessera.nn.rope import rope_table
 from tessera.nn.tokens import Tokens
 from tessera.product.gathered import distributed_product
@@ -36,8 +40,9 @@ def _norm(config: ModelConfig, parallel: Parallel) -> Norm:
 class DecoderLayer(nn.Module):
     """Pre-norm attention and MLP, each added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, parallel: Parallel, index: int) -> None:
+    def __init__(self, config: ModelConfig, parallel: Parallel, index: int, savers: Savers = Savers()) -> None:
         super().__init__()
+        self.savers = savers
         self.name, self.p = f"layers.{index}", config.residual_dropout
         init = Init(std=config.initializer_range)
         # projections into the residual stream start smaller, by the number of them (GPT-2, Radford et al. 2019, 2.3)
@@ -71,22 +76,43 @@ class DecoderLayer(nn.Module):
             bias=config.mlp_bias,
             init=init,
             out_init=out_init,
+            tiles=savers.mlp_tiles,
         )
         check_chain("attention_norm", self.attention_norm.output, "attention", self.attention.input)
         check_chain("attention", self.attention.output, "mlp_norm", self.mlp_norm.input)
         check_chain("mlp_norm", self.mlp_norm.output, "mlp", self.mlp.input)
 
     def forward(
-        self, x_TF: Tensor, tokens: Tokens, rope: tuple[Tensor, Tensor] | None, recompute: bool = False
+        self,
+        x_TF: Tensor,
+        tokens: Tokens,
+        rope: tuple[Tensor, Tensor] | None,
+        recompute: bool = False,
+        host: HostMemory | None = None,
     ) -> Tensor:
-        """x_TF and the result lie in the residual layout; `recompute` keeps x_TF alone for the backward."""
+        """x_TF and the result lie in the residual layout; `recompute` keeps x_TF alone for the backward, and what the
+        `savers` say. With `host` what is kept lies in host memory.
+        """
+        if host is None:
+            return self._kept(x_TF, tokens, rope, recompute, None)
+        with host.saving([*map(to_local, self.parameters()), *(rope or ())]):
+            return self._kept(x_TF, tokens, rope, recompute, host)
+
+    def _kept(
+        self, x_TF: Tensor, tokens: Tokens, rope: tuple[Tensor, Tensor] | None, recompute: bool, host: HostMemory | None
+    ) -> Tensor:
         if recompute:  # inside the layer, so that FSDP2, which wraps it, gathers its weights once for both
             # masks come from indices, not from a generator: there is no RNG state to preserve
-            return checkpoint(self._run, x_TF, tokens, rope, use_reentrant=False, preserve_rng_state=False)
+            once = Once(host) if self.savers.attention_once else None
+            return checkpoint(self._run, x_TF, tokens, rope, once, use_reentrant=False, preserve_rng_state=False)
         return self._run(x_TF, tokens, rope)
 
-    def _run(self, x_TF: Tensor, tokens: Tokens, rope: tuple[Tensor, Tensor] | None) -> Tensor:
-        attended = self.attention(self.attention_norm(x_TF), tokens, rope)
+    def _run(
+        self, x_TF: Tensor, tokens: Tokens, rope: tuple[Tensor, Tensor] | None, once: Once | None = None
+    ) -> Tensor:
+        if once is not None:
+            once.begin()
+        attended = self.attention(self.attention_norm(x_TF), tokens, rope, once)
         x_TF = x_TF + drop(attended, tokens, self.p, self.attention_norm, f"{self.name}.attention")
         fed = self.mlp(self.mlp_norm(x_TF))
         return x_TF + drop(fed, tokens, self.p, self.mlp_norm, f"{self.name}.mlp")
@@ -122,10 +148,18 @@ class Decoder(nn.Module):
     keeps_gathered = False
     """Whether FSDP2 keeps gathered weights from the forward until gradients are summed (engine/fsdp.py)."""
 
-    def __init__(self, config: ModelConfig, parallel: Parallel, *, gradient_checkpointing: bool = False) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        parallel: Parallel,
+        *,
+        gradient_checkpointing: bool = False,
+        savers: Savers = Savers(),
+    ) -> None:
         super().__init__()
         parallel = replace(parallel, overlap=Overlap())  # which knows the order of this model's weights
         self.config, self.parallel, self.gradient_checkpointing = config, parallel, gradient_checkpointing
+        self.savers = savers
         init = Init(std=config.initializer_range)
         self.embedding = VocabParallelEmbedding(config.vocab_size, config.hidden_size, parallel, init=init)
         self.embedding.used_twice = config.tied
@@ -133,7 +167,8 @@ class Decoder(nn.Module):
         if config.rope is None:
             self.positions = LearnedPositions(config.max_positions, config.hidden_size, parallel, init=init)
         # by their index in the whole model, so that names are the same where some layers are elsewhere
-        self.layers = nn.ModuleDict({str(i): DecoderLayer(config, parallel, i) for i in range(config.num_layers)})
+        layers = {str(i): DecoderLayer(config, parallel, i, savers) for i in range(config.num_layers)}
+        self.layers = nn.ModuleDict(layers)
         self.norm = _norm(config, parallel)
         self.head = OutputHead(config, parallel)
         check_chain("embedding", self.embedding.output, "the layers", self.norm.input)
@@ -146,6 +181,10 @@ class Decoder(nn.Module):
     def initialize(self, seed: int) -> None:
         """Random weights from (seed, parameter name, global index), the same on every mesh."""
         initialize(self, self.parallel.mesh, seed)
+
+    def cut(self, batch: MicroBatch) -> MicroBatch:
+        """This rank's part of a micro-batch of its data rank: where several ranks share sequences, else all of it."""
+        return cut(batch, self.parallel, self.config.windows)
 
     def begin(self, batch: MicroBatch, dropout_key: int | None = None) -> Tokens:
         """The tokens of `batch`, the same on every model rank, for a forward that begins."""
@@ -161,11 +200,13 @@ class Decoder(nn.Module):
 
     def run_layers(self, x_TF: Tensor, tokens: Tokens) -> Tensor:
         """The residual stream after the layers that are here."""
-        rope, recompute = None, self.gradient_checkpointing and torch.is_grad_enabled()
+        grad = torch.is_grad_enabled()
+        rope, recompute = None, self.gradient_checkpointing and grad
+        host = HostMemory(x_TF.device) if self.savers.offload and grad else None
         if self.config.rope is not None:
             rope = rope_table(tokens.positions, self.config.head_dim, self.config.rope, self.parallel.compute)
         for layer in self.layers.values():
-            x_TF = layer(x_TF, tokens, rope, recompute)
+            x_TF = layer(x_TF, tokens, rope, recompute, host)
         return x_TF
 
     def loss(self, x_TF: Tensor, tokens: Tokens, denominator: float, label_smoothing: float = 0.0) -> Tensor:

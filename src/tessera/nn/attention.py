@@ -17,20 +17,16 @@ from tessera.layout.parallel import Parallel
 from tessera.layout.spec import Init
 from tessera.layout.streams import check_chain
 from tessera.nn.attend import attend
+from tessera.nn.context.attention import shared_attention
+from tessera.nn.context.heads import kv_heads_of as kv_heads_of
 from tessera.nn.dropout import keep_mask
 from tessera.nn.linear import ColumnParallelLinear, RowParallelLinear, parallel_linear
 from tessera.nn.mask import Mask
 from tessera.nn.norm import HeadNorm
+from tessera.nn.once import Once
 from tessera.nn.rope import rotate
 from tessera.nn.tokens import Tokens
 from tessera.product.moves import gather_then_reduce_scatter
-
-
-def kv_heads_of(query_heads: range, num_heads: int, num_kv_heads: int) -> list[int]:
-    """The kv heads these query heads need: each once if all are read equally often in a row, else one a query."""
-    read = [head * num_kv_heads // num_heads for head in query_heads]
-    once = list(dict.fromkeys(read))
-    return once if read == [h for h in once for _ in range(len(read) // len(once))] else read
 
 
 @dataclass(frozen=True)
@@ -100,8 +96,13 @@ class Attention(nn.Module):
         k, v = both
         return k, v
 
-    def forward(self, x_TF: Tensor, tokens: Tokens, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """x_TF in the residual layout; `rope` the table of `rope_table`, or None for positions learned elsewhere."""
+    def forward(
+        self, x_TF: Tensor, tokens: Tokens, rope: tuple[Tensor, Tensor] | None = None, once: Once | None = None
+    ) -> Tensor:
+        """x_TF in the residual layout; `rope` the table of `rope_table`, or None for positions learned elsewhere.
+
+        `once`: of a layer that runs again; attention itself, between the products, does not.
+        """
         q, k, v = parallel_linear([self.q, self.k, self.v], x_TF)
         shape = (q.shape[0] // tokens.sequence, tokens.sequence)
         if q.stride(-1) != 1:  # scattered over features: fused kernels want each head's features side by side
@@ -112,12 +113,21 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
+        if tokens.stream is not None:
+            return self.out(self._shared(q, k, v, tokens, once).flatten(1))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         mask = Mask(self.config.causal, self.config.window, tokens.documents)
         p, key = self.config.dropout, tokens.dropout
         keep = None if not p or key is None else self._keep(tokens, key)
-        out, _ = attend(q, k, v, mask, keep=keep, p=p, eager=self.config.eager)
+        out, _ = attend(q, k, v, mask, keep=keep, p=p, eager=self.config.eager, once=once)
         return self.out(out.transpose(1, 2).reshape(shape[0] * shape[1], -1))
+
+    def _shared(self, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, tokens: Tokens, once: Once | None) -> Tensor:
+        """Attention over sequences that several ranks share, [T, H, D]: this rank's tokens are one row."""
+        if not self.config.causal or (self.config.dropout and tokens.dropout is not None):
+            raise ValueError("ranks share sequences in causal attention without dropout alone")
+        (q,), (k,), (v,) = q_BSHD, k_BSHD, v_BSHD
+        return shared_attention(q, k, v, tokens.route(self.parallel, self.config.window), self.parallel, once=once)
 
     def _keep(self, tokens: Tokens, key: int) -> Tensor:
         """The mask [B, H, S, S] of probabilities kept: rows are (document, position), columns (head, position)."""

@@ -83,10 +83,23 @@ def parallel_linear(layers: Sequence[ParallelLinear], x: Tensor, *, uncut: bool 
         x, roles = _cut_for(plan, x, roles, parallel)
     weights = [layer.local("weight") for layer in layers]
     biases = [layer.local_bias() for layer in layers]
-    if parallel.schedule.in_panels:
-        Y = panel_product(x, weights, roles, parallel.schedule, column=plan.outputs_axis == "col")
+    return product_of(layers[0], x, weights, biases, roles, _site(layers, parallel))
+
+
+def product_of(
+    layer: ParallelLinear,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    roles: Roles,
+    site: Site | None = None,
+) -> tuple[Tensor, ...]:
+    """The product of layers such as `layer` with these local weights and biases, as its schedule moves them."""
+    schedule = layer.parallel.schedule
+    if schedule.in_panels:
+        Y = panel_product(x, weights, roles, schedule, column=layer.plan.outputs_axis == "col")
         return tuple(y if b is None else y + b for y, b in zip(Y, biases, strict=True))
-    return distributed_product(x, weights, biases, roles, parallel.schedule, _site(layers, parallel))
+    return distributed_product(x, weights, biases, roles, schedule, site)
 
 
 def _site(layers: Sequence[ParallelLinear], parallel: Parallel) -> Site:

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from tessera.core.mesh import Mesh
-from tessera.data.batch import MicroBatch
+from tessera.data.batch import MicroBatch, Stream
+from tessera.layout.parallel import Parallel
 from tessera.layout.streams import Layout, Streams
+from tessera.nn.context.route import Route, route_of
 from tessera.nn.documents import Documents
 
 
@@ -81,10 +83,28 @@ class Tokens:
             return torch.arange(self.sequence, device=self.batch.input_ids.device)
         return self.attention.positions.view(-1, self.sequence)
 
+    @property
+    def stream(self) -> Stream | None:
+        """The stream of which these are a part, where several ranks share sequences; None where rows are whole."""
+        if self.batch.streams is None:
+            return None
+        return self.batch.streams[min(self.attention.span.start // self.sequence, len(self.batch.streams) - 1)]
+
+    def route(self, parallel: Parallel, window: int | None) -> Route:
+        """What attention over `stream` moves and computes on this rank, made once for all layers of a window."""
+        assert self.stream is not None
+        if window not in self._routes:
+            self._routes[window] = route_of(self.stream, parallel, window)
+        return self._routes[window]
+
+    @cached_property
+    def _routes(self) -> dict[int | None, Route]:
+        return {}
+
     @cached_property
     def documents(self) -> Documents | None:
         """The documents in attention's rows, made once for all layers; None where every row is one."""
-        if self.batch.documents is None:
+        if self.batch.documents is None or self.batch.streams is not None:
             return None
         span = self.attention.span  # of whole rows
         bounds = (start - span.start for start in self.batch.document_starts if span.start <= start < span.stop)

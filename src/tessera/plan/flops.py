@@ -2,18 +2,20 @@
 
 PaLM (Chowdhery et al. 2022), appendix B: forward and backward of a token are 6 N + 12 L H Q T operations, of floats.
 N are the weights of matrix products: an embedding that is looked up multiplies nothing, a tied head multiplies all the
-same. L layers have H heads of Q features over rows of T tokens. The half of the keys that a causal mask hides is not
-deducted, and what is computed again in the backward is not added.
+same. L layers have H heads of Q features over documents of T tokens: a row, or each of several in one, which do not see
+one another. The half of the keys that a causal mask hides is not deducted, and what is computed again in the backward
+is not added.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable
 
 from tessera.models.anatomy import anatomy_of
 from tessera.models.config import ModelConfig
 
 
-def row_flops(model: ModelConfig, length: int) -> int:
-    """Floating-point operations, forward and backward, of one row of `length` tokens."""
+def document_flops(model: ModelConfig, length: int) -> int:
+    """Floating-point operations, forward and backward, of one document of `length` tokens."""
     anatomy = anatomy_of(model)
     products = [*anatomy.products, (anatomy.head, 1)]
     weights = sum(product.features * product.width * count for product, count in products)
@@ -25,6 +27,6 @@ def row_flops(model: ModelConfig, length: int) -> int:
     return length * (6 * weights + 12 * seen)
 
 
-def step_flops(model: ModelConfig, micro_batches: Sequence[tuple[int, int]]) -> int:
-    """The same of micro-batches, each of so many rows of so many tokens."""
-    return sum(rows * row_flops(model, length) for rows, length in micro_batches)
+def step_flops(model: ModelConfig, lengths: Iterable[int]) -> int:
+    """The same of documents of these lengths."""
+    return sum(count * document_flops(model, length) for length, count in Counter(lengths).items())

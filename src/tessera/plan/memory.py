@@ -13,6 +13,14 @@ kv, f the features of queries, keys, and gate (or up) in the hidden stream H:
 t h stands for T h / P with sequence parallelism, and t q, t kv, t f for T q / P, T kv / P, T f / P: each rank's shard.
 With copies kept, a product saves what it gathered instead of the shards. Beside these: statistics of the norms and of
 the softmax, one float32 a token and norm or head.
+
+Where ranks share sequences, T are the tokens of this rank, and attention saves t (2q + 2kv): its own q, k, v and the
+result, nothing of what comes from others. Along ulysses kv counts repeated heads, and the result is saved once more, as
+it comes back; in groups of heads neither. The rank's part of the ids, targets, positions and documents is kept beside.
+
+A layer that runs again in the backward keeps its input, t h; with attention run once also attention's result, t q, and
+statistics, and along ulysses what is traded, t (2q + 2kv). An MLP in tiles keeps its input and its norm's, 2 t h. What
+is offloaded is on the device for at most two layers.
 """
 
 from dataclasses import dataclass
@@ -22,9 +30,11 @@ import torch
 
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape
-from tessera.models.anatomy import Attention, Block, anatomy_of
+from tessera.models.anatomy import Anatomy, Attention, Block, Layer, Norm, anatomy_of
 from tessera.models.config import ModelConfig
-from tessera.nn.attention import kv_heads_of
+from tessera.plan.sequences import kv_heads_on, query_heads_on, traded_kv_heads
+from tessera.plan.tiles import mlp_tiles
+from tessera.plan.traffic import padded_shard
 
 
 @dataclass(frozen=True)
@@ -54,25 +64,79 @@ def state_bytes(model: ModelConfig, parallel: Parallel) -> int:
 def saved_bytes(model: ModelConfig, shape: StepShape, parallel: Parallel) -> int:
     """What one micro-batch leaves for its backward on the rank of `parallel.mesh`, when the forward has ended.
 
-    The gradients of the head, formed in the forward, are among it. Without dropout and windows, whose kernel saves
-    more, as do slices that are kept.
+    The gradients of the head, formed in the forward, are among it. Without dropout, which saves more, as do slices that
+    are kept.
     """
     mesh, element, index, anatomy = parallel.mesh, parallel.compute.itemsize, torch.int64.itemsize, anatomy_of(model)
-    t = shape.tokens // mesh.size(parallel.residual.tokens)
+    t = shape.tokens_on(mesh, parallel.residual.tokens)
     stream = t * model.hidden_size // mesh.size(parallel.residual.features) * element
     statistic = t * _statistic(parallel)
-    layers = 0
-    for layer, count in anatomy.kinds:
-        blocks = (
-            _saved_by_block(block, shape, parallel, stream) + block.norm.statistics * statistic for block in layer
-        )
-        layers += count * (stream if shape.recompute else sum(blocks))
+    layers = kept_by_layers(model, shape, parallel)
+    if shape.savers.offload:
+        layers = min(layers, 2 * max(_kept(layer, shape, parallel) for layer, _ in anatomy.kinds))
 
     # the embedding saves ids and which of them lie here; learned positions save positions
-    ids = shape.tokens // mesh.size(parallel.streams.ids) * (index + 1) if mesh.sizes["col"] > 1 else 0
-    positions = shape.sequence * model.head_dim * element if anatomy.positions is None else t * index
+    ids = shape.tokens_on(mesh, parallel.streams.ids) * (index + 1) if mesh.sizes["col"] > 1 else 0
+    shared, tables = parallel.cuts_sequences, anatomy.positions is None
+    ids += 4 * shape.tokens_on(mesh, ()) * index if shared else 0
+    row = shape.tokens_on(mesh, parallel.attention.tokens) if shared else shape.sequence
+    positions = row * model.head_dim * element if tables else t * index
     head = sum(prod(parameter.spec.local_shape(mesh)) for parameter in anatomy.head.parameters(parallel))
-    return layers + 2 * stream + anatomy.norm.statistics * statistic + ids + positions + head * element
+    last = anatomy.norm.statistics * statistic + _widened_gains(anatomy.norm, None, parallel)
+    return layers + 2 * stream + last + ids + positions + head * element + _gathered(anatomy, shape, parallel)
+
+
+def _gathered(anatomy: Anatomy, shape: StepShape, parallel: Parallel) -> int:
+    """Weights that FSDP2 has gathered and keeps after the forward: those of no layer; of layers unless resharded."""
+    if parallel.fsdp is None:
+        return 0
+    *layers, outside = [
+        times * sum(padded_shard(each, parallel.mesh) * parallel.mesh.size(each.spec.stored_over) for each in unit)
+        for unit, times in anatomy.units(parallel)
+    ]
+    kept = outside + (0 if shape.reshard and shape.by_layer else sum(layers))
+    return kept * parallel.compute.itemsize
+
+
+def _widened_gains(norm: Norm, attention: Attention | None, parallel: Parallel) -> int:
+    """What norms save of their gains where FSDP2 gathers these in another dtype than theirs: a copy in theirs."""
+    if parallel.fsdp is None or parallel.dtype == parallel.compute:
+        return 0
+    of_heads = len(attention.norms) * attention.head_dim if attention else 0
+    return (norm.width // parallel.mesh.size(parallel.residual.features) + of_heads) * parallel.dtype.itemsize
+
+
+def kept_by_layers(model: ModelConfig, shape: StepShape, parallel: Parallel) -> int:
+    """What the layers among it keep for one micro-batch's backward, on the device or in host memory."""
+    return sum(count * _kept(layer, shape, parallel) for layer, count in anatomy_of(model).kinds)
+
+
+def _kept(layer: Layer, shape: StepShape, parallel: Parallel) -> int:
+    """Bytes of one layer."""
+    t = shape.tokens_on(parallel.mesh, parallel.residual.tokens)
+    width = layer[0].column.width // parallel.mesh.size(parallel.residual.features)
+    stream = t * width * parallel.compute.itemsize
+    if not shape.recompute:
+        statistic = t * _statistic(parallel)
+        return sum(
+            _saved_by_block(block, shape, parallel, stream)
+            + block.norm.statistics * statistic
+            + _widened_gains(block.norm, block.attention, parallel)
+            for block in layer
+        )
+    if not shape.savers.attention_once:
+        return stream
+    return stream + sum(_result(block.attention, shape, parallel) for block in layer if block.attention is not None)
+
+
+def _result(attention: Attention, shape: StepShape, parallel: Parallel) -> int:
+    """Bytes that a layer keeps which runs again while attention does not."""
+    mesh, head = parallel.mesh, attention.head_dim * parallel.compute.itemsize
+    queries = query_heads_on(attention, parallel)
+    kept = queries * (head + _statistic(parallel))
+    if mesh.sizes["ulysses"] > 1 and parallel.context.chunks == 1:
+        kept += 2 * (queries + traded_kv_heads(attention, parallel)) * head
+    return shape.tokens_on(mesh, parallel.attention.tokens) * kept
 
 
 def _statistic(parallel: Parallel) -> int:
@@ -84,15 +148,21 @@ def _saved_by_block(block: Block, shape: StepShape, parallel: Parallel, stream: 
     """The part of the table above that one block has, in bytes, its norm's statistics left out; `stream` is t h."""
     mesh, schedule, element = parallel.mesh, parallel.schedule, parallel.compute.itemsize
     inner, rows, hidden = mesh.sizes["inner"], mesh.size(parallel.weights_over), block.row.hidden(parallel)
-    width, tokens = block.column.width // inner, shape.tokens // mesh.size(hidden.tokens)
+    width, tokens = block.column.width // inner, shape.tokens_on(mesh, hidden.tokens)
     matrices = sum(p.features for p in block.products) // mesh.sizes["col"] * (width // rows) * element
-    weights = matrices if parallel.dtype != parallel.compute else 0  # copies in the compute dtype
+    copies = parallel.dtype != parallel.compute and parallel.fsdp is None  # which gathers them in the compute dtype
+    weights = matrices if copies else 0
+    if block.attention is None and len(mlp_tiles(block, shape, parallel)) > 1:
+        return 2 * stream + weights
     into_column, into_row = stream, tokens * (block.row.features // mesh.size(hidden.features)) * element
     inside = len(block.column.linears) * into_row
     if block.attention is not None:
-        inside = tokens * _saved_by_attention(block.attention, parallel)
+        traded = mesh.sizes["ulysses"] > 1 and parallel.context.chunks == 1
+        shared = parallel.cuts_sequences and (traded or mesh.sizes["ulysses"] == 1)
+        inside = tokens * (_saved_by_shared_attention if shared else _saved_by_attention)(block.attention, parallel)
+        inside += into_row if traded else 0
     if schedule.keep:
-        into_column = shape.tokens // mesh.size(parallel.streams.ids) * width * element  # brought together along col
+        into_column = shape.tokens_on(mesh, parallel.streams.ids) * width * element  # brought together along col
         if block.attention is not None and inner > 1:
             inside += into_row  # attention keeps its own result beside what is brought together along inner
         into_row *= inner
@@ -103,13 +173,14 @@ def _saved_by_block(block: Block, shape: StepShape, parallel: Parallel, stream: 
 def _saved_by_attention(attention: Attention, parallel: Parallel) -> int:
     """Bytes of a token: queries, keys, values, the softmax's statistics; where heads are normed what that saves."""
     head, statistic = attention.head_dim * parallel.compute.itemsize, _statistic(parallel)
-    queries, keys = attention.heads // parallel.mesh.size(parallel.attention.features), _kv_heads(attention, parallel)
+    queries, keys = query_heads_on(attention, parallel), kv_heads_on(attention, parallel)
     saved = (queries + (3 if attention.rotary else 2) * keys) * head + queries * statistic
     return saved + ((queries + keys) * (head + statistic) if attention.norms else 0)
 
 
-def _kv_heads(attention: Attention, parallel: Parallel) -> int:
-    """The key and value heads that this rank's queries read."""
-    local = attention.heads // parallel.mesh.size(parallel.attention.features)
-    first = parallel.mesh.index(parallel.attention.features) * local
-    return len(kv_heads_of(range(first, first + local), attention.heads, attention.kv_heads))
+def _saved_by_shared_attention(attention: Attention, parallel: Parallel) -> int:
+    """The same where ranks share sequences: queries, keys and values as traded for tokens, softmax's statistics."""
+    head, statistic = attention.head_dim * parallel.compute.itemsize, _statistic(parallel)
+    queries, keys = query_heads_on(attention, parallel), kv_heads_on(attention, parallel)
+    saved = (queries + 2 * traded_kv_heads(attention, parallel)) * head + queries * statistic
+    return saved + ((queries + 2 * keys) * head + (queries + keys) * statistic if attention.norms else 0)

@@ -9,7 +9,8 @@
                   checkpointing all of that, computed again. The loss: its input along col and the gradient of that, W
                   and dW, a chunk of logits, that in float32, and its gradient
 
-Not counted: the CUDA context (about half a GiB), NCCL's buffers and what the allocator cannot join.
+Not counted: the CUDA context (about half a GiB), NCCL's buffers, what the allocator cannot join, and keys and values
+that ranks which share sequences receive.
 """
 
 from dataclasses import dataclass, replace
@@ -45,8 +46,9 @@ class Peak:
 
 def peak_bytes(model: ModelConfig, shape: StepShape, parallel: Parallel, *, offload: bool = False) -> Peak:
     """The estimate for the rank of `parallel.mesh`; `offload`: FSDP2 keeps the states on the host."""
-    whole = saved_bytes(replace(model, num_layers=1), replace(shape, recompute=False), parallel)
-    bare = saved_bytes(replace(model, num_layers=1), replace(shape, recompute=True), parallel)
+    one, kept = replace(model, num_layers=1), replace(shape, savers=replace(shape.savers, offload=False))
+    whole = saved_bytes(one, replace(kept, recompute=False), parallel)
+    bare = saved_bytes(one, replace(kept, recompute=True), parallel)
     of_layer = max(0, whole - bare)
     # gradients, and what is computed again
     beside = of_layer // 2 + (of_layer if shape.recompute else 0)
@@ -76,7 +78,7 @@ def _loss(model: ModelConfig, shape: StepShape, parallel: Parallel) -> int:
     """What the fused head and loss hold."""
     mesh, element, inner = parallel.mesh, parallel.compute.itemsize, parallel.mesh.sizes["inner"]
     wide = torch.promote_types(parallel.compute, torch.float32).itemsize
-    rows = shape.tokens // mesh.size(parallel.streams.ids)
+    rows = shape.tokens_on(mesh, parallel.streams.ids)
     stream = 2 * rows * (model.hidden_size // inner) * element
     vocabulary = -(-model.vocab_size // mesh.sizes["col"])
     weights = 2 * vocabulary * (model.hidden_size // inner) * element

@@ -49,9 +49,15 @@ def every_mesh(ranks: int) -> Iterator[TensorParallel]:
 
 
 def misfit(model: ModelConfig, shape: StepShape, tensor: TensorParallel) -> str | None:
-    """Why a layout does not fit the model and the batch; None when it does."""
-    found = first_misfit(Ask(tensor, model.dimensions, shape.batch))
-    return None if found is None else found.reason
+    """Why a layout does not fit the model and the batch; None when it does. Ranks that share rows are left out."""
+    if found := first_misfit(Ask(tensor, model.dimensions, shape.batch)):
+        return found.reason
+    axes = tensor.axes
+    if resolve.joins_rows(axes, shape.batch):
+        return (
+            f"cuts micro_batch_size = {shape.batch} depth × row = {axes['depth'] * axes['row']} ways: ranks share rows"
+        )
+    return None
 
 
 def held_bytes(model: ModelConfig, shape: StepShape, tensor: TensorParallel) -> tuple[int, int]:

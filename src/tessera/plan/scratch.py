@@ -23,6 +23,7 @@ that join several weights or make a tensor contiguous, and those of the backend.
 
 from dataclasses import dataclass
 
+from tessera.core.axes import SEQUENCE_AXES
 from tessera.layout.parallel import Parallel
 from tessera.models.anatomy import Layer, anatomy_of
 from tessera.models.config import ModelConfig
@@ -42,7 +43,8 @@ class Operands:
 def operands_of(layer: Layer, tokens: int, parallel: Parallel) -> list[Operands]:
     """The operands of each product of a layer, in order, for a micro-batch of `tokens` (padded)."""
     mesh, itemsize = parallel.mesh, parallel.compute.itemsize
-    rows, col, inner = tokens // mesh.size(parallel.streams.ids), mesh.sizes["col"], mesh.sizes["inner"]
+    rows, col = tokens // mesh.size((*SEQUENCE_AXES, *parallel.streams.ids)), mesh.sizes["col"]
+    inner = mesh.sizes["inner"]
     moves_r = col > 1 and parallel.residual.stored_dim("col") is not None
     moves_w, moves_h = mesh.size(parallel.weights_over) > 1, inner > 1
     return [

@@ -17,8 +17,8 @@ With n ranks along the axes and b bytes a rank of the operand as it is stored cu
     cannon               shifts           (n−1 + [s]) b    shifts           (n−1 + [e]) b
 
 where [s] is 1 on the ranks that the skew moves and [e] on those that the way home does. H moves by all-gather and
-reduce-scatter in every schedule, and so do the embedding and the head. `tests/plan` holds all of this, exactly,
-against what a recorder counts.
+reduce-scatter in every schedule, and so do the embedding and the head. What attention moves where ranks share
+sequences is in sequences.py. `tests/plan` holds all of this, exactly, against what a recorder counts.
 """
 
 from collections import Counter, defaultdict
@@ -28,13 +28,17 @@ from math import prod
 
 import torch
 
-from tessera.core.axes import AXES, DATA_AXES
+from tessera.core.axes import AXES
+from tessera.core.mesh import Mesh
 from tessera.engine.gradients import LARGE
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape
 from tessera.layout.spec import local_slice
-from tessera.models.anatomy import EMBEDDING, HEAD, LOSS, Attention, Norm, Parameter, Product, anatomy_of
+from tessera.models.anatomy import EMBEDDING, HEAD, LOSS, Attention, Block, Norm, Parameter, Product, anatomy_of
 from tessera.models.config import ModelConfig
+from tessera.nn.context.cut import streams_of
+from tessera.plan.sequences import attention_moves
+from tessera.plan.tiles import mlp_tiles
 from tessera.sizes.schedule import GATHER, Schedule
 
 
@@ -130,9 +134,10 @@ class _Step:
 
     def __init__(self, model: ModelConfig, shape: StepShape, parallel: Parallel) -> None:
         self.anatomy, self.shape, self.parallel, self.mesh = anatomy_of(model), shape, parallel, parallel.mesh
+        self.windows, self.dropout = model.windows, model.residual_dropout > 0
         self.element, self.stored = parallel.compute.itemsize, parallel.dtype.itemsize
         self.statistic = torch.promote_types(parallel.compute, torch.float32).itemsize
-        self.tokens = shape.tokens // self.mesh.size(parallel.streams.ids)
+        self.tokens = shape.tokens_on(self.mesh, parallel.streams.ids)
         self.features = model.hidden_size // self.mesh.sizes["inner"]
         vocabulary = local_slice(model.vocab_size, ("col",), self.mesh)
         self.vocabulary = vocabulary.stop - vocabulary.start
@@ -164,20 +169,39 @@ class _Step:
         whole = self.tokens * features * self.element
         return _MovedOperand(what, ("inner",), self.mesh.sizes["inner"], whole, pieces=pieces)
 
-    def product(self, product: Product, forwards: int, backwards: int) -> None:
-        """A matrix product of every layer of a kind."""
+    def tiled(self, block: Block, tiles: list[int], backwards: int) -> None:
+        """The products of an MLP in tiles of so many tokens, which runs once more in the backward (nn/mlp_tiles.py).
+
+        In a layer that runs again that run ends before them, unless dropout follows, which saves its mask. Weights move
+        once in each pass, unless they come in panels.
+        """
+        again = self.shape.recompute and self.dropout
+        in_panels, whole = self.parallel.schedule.in_panels, self.tokens
+        for self.tokens, count in Counter(tiles).items():
+            for product in block.products:
+                self.product(product, count * backwards * (3 if again else 2), count * backwards, weights=in_panels)
+        self.tokens = whole
+        for product in () if in_panels else block.products:
+            W = self.weight(product.features // self.mesh.sizes["col"], self.element, self.parallel.schedule)
+            self.add(product.site, "forward", W.what, W.axes, backwards * (2 if again else 1), W.into())
+            self.add(product.site, "backward", W.what, W.axes, backwards, W.into())
+            self.add(product.site, "backward", f"d{W.what}", W.axes, backwards, W.out())
+
+    def product(self, product: Product, forwards: int, backwards: int, weights: bool = True) -> None:
+        """A matrix product of every layer of a kind; `weights`: its weights move for it."""
         schedule, site, local = self.parallel.schedule, product.site, product.features // self.mesh.sizes["col"]
         R = self.residual("X" if product.column else "Y", schedule)
         H = self.hidden("Y" if product.column else "X", local, self.pieces(product))
         W = self.weight(local, self.element, schedule)
         X, Y = (R, H) if product.column else (H, R)
-        for operand, move in ((X, X.into()), (W, W.into()), (Y, Y.out())):
+        moving = [X, W] if weights else [X]
+        for operand, move in [*((operand, operand.into()) for operand in moving), (Y, Y.out())]:
             self.add(site, "forward", operand.what, operand.axes, forwards, move)
         self.add(site, "backward", "dY", Y.axes, backwards, Y.into())
         if not schedule.keep:
-            for operand in (X, W):
+            for operand in moving:
                 self.add(site, "backward", operand.what, operand.axes, backwards, operand.into())
-        for operand in (X, W):
+        for operand in moving:
             self.add(site, "backward", f"d{operand.what}", operand.axes, backwards, operand.out())
 
     def pieces(self, product: Product) -> int:
@@ -190,7 +214,7 @@ class _Step:
     def norm(self, norm: Norm, forwards: int, backwards: int) -> None:
         """Statistics of each token, where axes cut the features: one sum, or two, in float64 in LayerNorm's forward."""
         residual = self.parallel.residual
-        tokens = self.shape.tokens // self.mesh.size(residual.tokens)
+        tokens = self.shape.tokens_on(self.mesh, residual.tokens)
         forward = tokens * (2 * 8 if norm.centred else self.statistic)
         backward = tokens * norm.statistics * self.statistic
         self.one(norm.site, "forward", "statistics", residual.features, forwards, "all_reduce", forward)
@@ -199,12 +223,25 @@ class _Step:
     def key_value_heads(self, attention: Attention, forwards: int, backwards: int) -> None:
         """k and v come together along the minor axes of the heads until no head is cut."""
         layout, heads = self.parallel.attention, attention.kv_heads
-        tokens, axes = self.shape.tokens // self.mesh.size(layout.tokens), list(layout.features)
+        tokens, axes = self.shape.tokens_on(self.mesh, layout.tokens), list(layout.features)
         while heads % self.mesh.size(axes):
             axis = axes.pop()
             whole = 2 * tokens * (heads * attention.head_dim // self.mesh.size(axes)) * self.element
             self.one(attention.site, "forward", "k·v", (axis,), forwards, "all_gather", whole)
             self.one(attention.site, "backward", "dk·dv", (axis,), backwards, "reduce_scatter", whole)
+
+    def shared_sequences(self, attention: Attention, forwards: int, backwards: int) -> None:
+        """Heads for tokens, and keys and values between owners, of every micro-batch as its documents lie."""
+        if not self.parallel.cuts_sequences:
+            return
+        parallel, tokens = self.parallel, self.shape.tokens_on(self.mesh, self.parallel.attention.tokens)
+        for starts, batches in Counter(self.shape.document_starts).items():
+            streams = streams_of(starts, self.shape.tokens, parallel, self.windows)
+            own = streams[self.mesh.index(parallel.attention.tokens) if len(streams) > 1 else 0]
+            times = {"forward": forwards, "backward": backwards}
+            for phase, what, kind, axes, calls, received in attention_moves(attention, own, tokens, parallel):
+                count = times[phase] * batches // self.shape.micro_batches
+                self.add(attention.site, phase, what, axes, count, (kind, calls, received))
 
     def embedding(self, times: int) -> None:
         """A row-parallel product whose X is free; its weight is looked up in the dtype it is stored in."""
@@ -246,7 +283,7 @@ class _Step:
             received = sum(ring("all_reduce", whole, self.mesh.size(axes)) for whole in wholes)
             self.add("gradients", "step", "replicas", axes, 1, ("all_reduce", len(wholes), received))
         self.one("gradients", "step", "norm, loss, stop", AXES, 1, "all_reduce", 3 * 8)
-        self.one(LOSS, "forward", "targets", DATA_AXES, 1, "all_reduce", 8)
+        self.one(LOSS, "forward", "targets", self.parallel.streams.batch, 1, "all_reduce", 8)
 
     def data(self) -> None:
         """What FSDP2 moves: the weights of each layer together, those of the rest together, padded to equal shards.
@@ -258,12 +295,13 @@ class _Step:
         assert parallel.fsdp is not None
         ranks = self.mesh.size(parallel.fsdp)
         copies = tuple(axis for axis in parallel.served if axis not in parallel.fsdp)
-        shards = [(sum(map(self.padded, unit)), times) for unit, times in self.anatomy.units(parallel)]
-        units = [(LAYERS, shard, times) for shard, times in shards[:-1]] + [(OUTSIDE, *shards[-1])]
+        units = self.anatomy.units(parallel)
+        shards = [(sum(padded_shard(each, self.mesh) for each in unit), times) for unit, times in units]
+        sites = [(LAYERS, shard, times) for shard, times in shards[:-1]] + [(OUTSIDE, *shards[-1])]
         if not shape.by_layer:
-            units = [(OUTSIDE, sum(shard * times for shard, times in shards), 1)]
+            sites = [(OUTSIDE, sum(shard * times for shard, times in shards), 1)]
         forwards = shape.micro_batches if shape.reshard else 1
-        for site, shard, times in units:
+        for site, shard, times in sites:
             again = forwards * times if shape.reshard and site == LAYERS else 0
             weights, sums = shard * ranks * self.element, shard * ranks * self.stored
             self.one(site, "forward", "W", parallel.fsdp, forwards * times, "all_gather", weights)
@@ -271,10 +309,11 @@ class _Step:
             self.one(site, "backward", "dW", parallel.fsdp, times, "reduce_scatter", sums)
             self.one(site, "backward", "dW", copies, times, "all_reduce", shard * self.stored)
 
-    def padded(self, parameter: Parameter) -> int:
-        """Elements of a parameter's longest shard over the axes that FSDP2 stores it over."""
-        rows, *width = parameter.spec.local_shape(self.mesh)
-        return -(-rows // self.mesh.size(parameter.spec.stored_over)) * prod(width)
+
+def padded_shard(parameter: Parameter, mesh: Mesh) -> int:
+    """Elements of a parameter's longest shard over the axes that FSDP2 stores it over."""
+    rows, *width = parameter.spec.local_shape(mesh)
+    return -(-rows // mesh.size(parameter.spec.stored_over)) * prod(width)
 
 
 def step_transfers(model: ModelConfig, shape: StepShape, parallel: Parallel) -> list[Transfer]:
@@ -289,9 +328,14 @@ def step_transfers(model: ModelConfig, shape: StepShape, parallel: Parallel) -> 
         forwards = backwards * (2 if shape.recompute else 1)
         for block in layer:
             step.norm(block.norm, forwards, backwards)
+            if block.attention is None and len(tiles := mlp_tiles(block, shape, parallel)) > 1:
+                step.tiled(block, tiles, backwards)
+                continue
             step.product(block.column, forwards, backwards)
             if block.attention is not None:
                 step.key_value_heads(block.attention, forwards, backwards)
+                once_only = backwards if shape.savers.attention_once else forwards
+                step.shared_sequences(block.attention, once_only, backwards)
             step.product(block.row, forwards, backwards)
     step.norm(step.anatomy.norm, once, once)
     step.head(once)

@@ -24,7 +24,7 @@ import torch
 
 import tessera
 from tessera.core import device as devices
-from tessera.core.axes import DATA_AXES, MODEL_AXES
+from tessera.core.axes import MODEL_AXES
 from tessera.core.collectives import all_reduce, largest
 from tessera.core.mesh import Mesh
 from tessera.data.batch import MicroBatch
@@ -32,11 +32,13 @@ from tessera.engine.step import Step
 from tessera.layout.parallel import Parallel
 from tessera.layout.resolve import parallel_of
 from tessera.layout.shape import StepShape, padded_length
+from tessera.layout.streams import Streams
 from tessera.models.config import ModelConfig
 from tessera.models.decoder import Decoder
 from tessera.nn.parameter import to_local
 from tessera.plan.remembered import Remembered
 from tessera.plan.scratch import scratch_bytes
+from tessera.sizes.context import WHOLE, ContextParallel
 from tessera.sizes.rules import Ask, TensorParallel, first_misfit
 from tessera.sizes.schedule import Schedule
 
@@ -106,15 +108,16 @@ def tune(
     scratch_gib: float,
     *,
     tf32: bool = False,
+    context: ContextParallel = WHOLE,
 ) -> Tuning:
     """The fastest schedule that `tensor` allows on `mesh`; every rank calls it, and gets the same.
 
     `shape` is that of full-length rows, not padded. Candidates may hold `scratch_gib` GiB of gathered operands.
     """
-    every, limit = candidates(tensor, shape, model, mesh, compute), int(scratch_gib * 2**30)
+    every, limit = candidates(tensor, shape, model, mesh, compute, context), int(scratch_gib * 2**30)
     running = [c for c in every if c.scratch <= limit]
     if len(running) > 1:
-        key = _key(tensor, shape, model, mesh, compute, scratch_gib, tf32)
+        key = _key(tensor, shape, model, mesh, compute, scratch_gib, tf32, context)
         return _fastest(running, every, limit, Remembered(key))
     asked = f"tensor_parallel_scratch_gib: {scratch_gib:g}"
     if len(every) == 1:
@@ -142,19 +145,24 @@ def _fastest(running: list[Candidate], every: list[Candidate], limit: int, remem
 
 
 def kinds(data_ranks: int) -> Sequence[tuple[str, int]]:
-    """The schedules, with slices, that auto chooses from; beside data axes FSDP2 moves the weights: one."""
+    """The schedules, with slices, that auto chooses from; beside data or sequence axes FSDP2 moves weights: one."""
     return KINDS if data_ranks == 1 else KINDS[:1]
 
 
 def candidates(
-    tensor: TensorParallel, shape: StepShape, model: ModelConfig, mesh: Mesh, compute: torch.dtype
+    tensor: TensorParallel,
+    shape: StepShape,
+    model: ModelConfig,
+    mesh: Mesh,
+    compute: torch.dtype,
+    context: ContextParallel = WHOLE,
 ) -> list[Candidate]:
     """The schedules that fit the other switches and the model; one is enough where nothing moves."""
     found = []
-    for name, slices in kinds(mesh.size(DATA_AXES)) if mesh.world > 1 else KINDS[:1]:
+    for name, slices in kinds(mesh.size(Streams.batch)) if mesh.world > 1 else KINDS[:1]:
         asked = replace(tensor, schedule=name, slices=slices)
         if first_misfit(Ask(asked, model.dimensions, shape.batch)) is None:
-            parallel = parallel_of(asked, mesh, shape.batch, compute=compute)
+            parallel = parallel_of(asked, mesh, shape.batch, compute=compute, context=context)
             length = padded_length(shape.sequence, shape.batch, parallel.residual, mesh)
             found.append(Candidate(model, parallel, shape.batch, length, shape.recompute))
     return found
@@ -168,6 +176,7 @@ def _key(
     compute: torch.dtype,
     scratch_gib: float,
     tf32: bool,
+    context: ContextParallel = WHOLE,
 ) -> dict[str, Any]:
     """Everything that the times, and which candidates there are, depend on."""
     return {
@@ -180,7 +189,7 @@ def _key(
         "batch": [shape.batch, shape.sequence],
         "switches": asdict(tensor.as_schedule) | {"recompute": shape.recompute},
         "compute": [str(compute), tf32],
-        "layout": [tensor.sequence_parallel, tensor.depth_weights],
+        "layout": [tensor.sequence_parallel, tensor.depth_weights, context.transport],
         "scratch_gib": scratch_gib,
     }
 

@@ -165,14 +165,17 @@ def _fitting_meshes(ask: Ask) -> list[Axes]:
     dimensions, own = ask.dimensions, geometry_axes(ask.tensor.mode)
     whole = {
         "inner": dimensions["hidden_size"],
-        "depth": ask.batch,
-        "row": math.gcd(dimensions["hidden_size"], ask.batch),
+        "row": dimensions["hidden_size"],
         "col": math.gcd(dimensions["intermediate_size"], *(dimensions[name] for name in HEADS)),
     }
     if _no_mesh_mends(ask.tensor):
         return []
     asked = math.prod((ask.tensor.mesh or {"size": ask.tensor.size or 1}).values()) ** (1 / len(own))
-    of_each = [divisors_of(whole[axis]) if axis in own else [1] for axis in MODEL_AXES]
+    depths = {1, ask.tensor.depth or 2, (ask.tensor.mesh or {}).get("depth", 1), *divisors_of(ask.batch)}
+    every = {"depth": sorted(depths)} | {
+        axis: divisors_of(size) for axis, size in whole.items()
+    }  # depth divides nothing
+    of_each = [every[axis] if axis in own else [1] for axis in MODEL_AXES]
     while math.prod(map(len, of_each)) > _MESHES:
         longest = max(of_each, key=len)
         longest.remove(max(longest, key=lambda n: abs(math.log(n / asked))))
@@ -240,14 +243,14 @@ def _models(ask: Ask) -> Iterator[str]:
         changes["vocab_size"] = nearest_on_both_sides(
             ask.dimensions["vocab_size"], lambda n: every_rank_has_a_row(n, col)
         )
-    step = parts if heads_divide(ask.dimensions, col * inner) else parts * inner
+    step = 1 if inner == 1 or heads_divide(ask.dimensions, col * inner) else parts * inner
     batches = multiples_near(ask.batch, step) if ask.batch % step else [ask.batch]
     first = {name: values[0] for name, values in changes.items()}
     if not _fits(replace(ask, dimensions={**ask.dimensions, **first}, batch=batches[0])):
         return  # switches are wrong
     batch = [f"micro_batch_size: {either(batches)}"] if ask.batch % step else []
     yield ", ".join([_model(changes)] * bool(changes) + batch)
-    if batch and not changes and ask.batch % parts == 0:
+    if batch and not changes:
         yield _model(_changes(ask, dict.fromkeys(HEADS, col * inner)))
 
 

@@ -5,7 +5,7 @@
     num_attention_heads   col; where the batch does not divide by inner: col · inner
     kv_features           the same                                           (num_key_value_heads × head_dim)
     intermediate_size     col
-    micro_batch_size      depth · row · inner, or depth · row with heads cut over inner instead
+    micro_batch_size      depth · row · inner where inner is above 1, or heads are cut over inner instead
     vocab_size            nothing, but each rank of col has a row of it
     row × col             a square grid for the loops of summa and cannon
 
@@ -166,11 +166,10 @@ def _model_misfits(ask: Ask, axes: Mapping[str, int]) -> Iterator[Misfit]:
 
 
 def _batch_misfits(ask: Ask, axes: Mapping[str, int]) -> Iterator[Misfit]:
-    """Attention needs whole sequences: they are cut over depth, row and inner, or heads are cut over inner."""
+    """Attention's rows are cut over depth, row and inner, or heads are cut over inner; too few rows for depth and row
+    are shared by their ranks (nn/context)."""
     parts, ways = axes["depth"] * axes["row"], axes["col"] * axes["inner"]
-    if ask.batch % parts:
-        yield Misfit("micro_batch_size", ask.batch, f"does not divide over depth × row = {parts}")
-    elif ask.batch % (parts * axes["inner"]) and not heads_divide(ask.dimensions, ways):
+    if axes["inner"] > 1 and ask.batch % (parts * axes["inner"]) and not heads_divide(ask.dimensions, ways):
         heads = " and ".join(f"{in_words(name)} = {ask.dimensions[name]}" for name in HEADS)
         reason = f"does not divide over depth × row × inner = {parts * axes['inner']}"
         yield Misfit("micro_batch_size", ask.batch, f"{reason}, nor do {heads} over col × inner = {ways}")

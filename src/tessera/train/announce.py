@@ -5,18 +5,20 @@ from collections.abc import Mapping
 
 from tessera.config.schema import TrainConfig
 from tessera.core import device as devices
-from tessera.core.axes import AXES, DATA_AXES
+from tessera.core.axes import AXES, DATA_AXES, MODEL_AXES, SEQUENCE_AXES
 from tessera.core.mesh import Mesh
 from tessera.core.text import counted, mib, table_lines
 from tessera.layout.parallel import Parallel
 from tessera.models.config import ModelConfig
 from tessera.plan.traffic import step_transfers
 from tessera.train.links import Axes, groups_that_leave, leaving, traffic
-from tessera.train.settings import step_shape
+from tessera.train.settings import context_line, step_shape
 
 _CUTS = {
     "replicate": "rows of the batch",
     "shard": "rows of the batch, parameters",
+    "ring": "tokens of each sequence, parameters",
+    "ulysses": "tokens of each sequence, in attention heads; parameters",
     "inner": "features of the residual stream",
     "depth": "tokens",
     "row": "tokens, parameters",
@@ -33,10 +35,12 @@ def mesh_lines(config: TrainConfig, model: ModelConfig, parallel: Parallel) -> l
         rows = [(axis, str(mesh.sizes[axis]), _links((axis,), mesh, here), _CUTS[axis]) for axis in present]
         lines += table_lines([("axis", "ranks", "links", "cuts"), *rows])
         lines += _traffic(traffic(step_transfers(model, step_shape(config, parallel), parallel)), mesh, here)
+    lines += filter(None, [context_line(config, model, here)])
     data, micro, times = mesh.size(DATA_AXES), config.micro_batch_size, config.gradient_accumulation_steps
-    tensor = mesh.world // data
+    tensor, context = mesh.size(MODEL_AXES), mesh.size(SEQUENCE_AXES)
+    shared = f"{tensor} (tensor)" if context == 1 else f"({tensor} (tensor) × {context} (context))"
     lines.append(
-        f"effective batch: {micro} (micro) × {times} (accumulation) × {mesh.world} (ranks) / {tensor} (tensor) "
+        f"effective batch: {micro} (micro) × {times} (accumulation) × {mesh.world} (ranks) / {shared} "
         f"= {counted(micro * times * data, 'row')}"
     )
     return lines

@@ -22,11 +22,13 @@ from tessera.core.errors import UserError
 from tessera.core.mesh import Mesh
 from tessera.data.epochs import ORDER, Epochs, Packed, Singles
 from tessera.data.loader import Loader
+from tessera.data.manifest import STREAM_TOKENIZER
 from tessera.data.place import Place
 from tessera.data.prepare import Prepared, open_prepared
 from tessera.data.samples import Samples, Split, open_samples
 from tessera.data.stream import Stream, find_stream
 from tessera.data.stream_loader import StreamLoader, StreamShape
+from tessera.data.tokenizer import read_loaded
 from tessera.engine.fsdp import build_decoder
 from tessera.engine.optimizer import build_optimizer
 from tessera.engine.step import Step
@@ -37,7 +39,7 @@ from tessera.models.trained import trained_parameters
 from tessera.plan.tune import tune
 from tessera.train.links import run_mesh
 from tessera.train.run import Run
-from tessera.train.settings import compute_dtype, fsdp_of, parallel_for, rates, row_shape
+from tessera.train.settings import compute_dtype, fsdp_of, parallel_for, rates, row_shape, savers_of
 
 
 @dataclass
@@ -117,12 +119,27 @@ def build(run: Run, device: torch.device) -> Built:
     stream = _stream_seen_by_all(run, mesh) if config.streaming else None
     tuning = None
     if config.tensor_parallel_schedule == "auto":
-        limit = config.tensor_parallel_scratch_gib
-        tuning = tune(config.tensor_parallel, row_shape(config), run.model, mesh, compute, limit, tf32=config.tf32)
+        tuning = tune(
+            config.tensor_parallel,
+            row_shape(config),
+            run.model,
+            mesh,
+            compute,
+            config.tensor_parallel_scratch_gib,
+            tf32=config.tf32,
+            context=config.context_parallel,
+        )
     parallel = parallel_for(config, mesh, tuning.schedule if tuning else None, compute=compute)
-    recompute, chosen = config.gradient_checkpointing, config.unfrozen_parameters
+    chosen = config.unfrozen_parameters
     trained = trained_parameters(run.model, chosen) if chosen else None
-    model = build_decoder(run.model, parallel, fsdp_of(config), gradient_checkpointing=recompute, trained=trained)
+    model = build_decoder(
+        run.model,
+        parallel,
+        fsdp_of(config),
+        gradient_checkpointing=config.recompute,
+        savers=savers_of(config),
+        trained=trained,
+    )
     betas = (config.adam_beta1, config.adam_beta2)
     step = Step(
         model,
@@ -165,12 +182,13 @@ def _seen_by_all(run: Run, mesh: Mesh) -> Prepared:
 
 
 def _stream_seen_by_all(run: Run, mesh: Mesh) -> Stream:
-    """The stream, found by the first rank: loading a tokenizer takes seconds. Raises UserError on every rank when that
-    cannot be read, or some do not see its files."""
+    """The stream, found by the first rank, with the tokenizer that whoever made the run has loaded. Raises UserError on
+    every rank when that cannot be read, or some do not see its files."""
     found, refusal = None, None
     if mesh.rank == 0:
         try:
-            found = find_stream(run.config.model_copy(update={"base_model": str(run.model_folder)}), [])
+            config = run.config.model_copy(update={"base_model": str(run.model_folder)})
+            found = find_stream(config, [], read_loaded(run.prepared / STREAM_TOKENIZER))
         except UserError as error:
             refusal = error.parts
     stream, refused = gathered((found, refusal), mesh.world)[0]
@@ -267,7 +285,9 @@ def _go_on(built: Built, state: RunState) -> None:
         loader.start_at(state.step, state.samples)
         return
     before = epochs_of(loader.samples, config, packing=state.unit == "row", **options)
+    _count(before, built.mesh, lambda known: known.counts_row(state.samples - 1))
     epoch, last = before.place(state.samples - 1)
+    _count(loader.epochs, built.mesh, lambda known: known.counts_epoch(epoch))
     left = before.rows_in(epoch) - last - 1
     if left and config.max_steps is None and epoch + 1 >= config.num_epochs:
         reason = "is not what the checkpoint was made with, and changes with the next epoch; this is the last one"
@@ -277,9 +297,23 @@ def _go_on(built: Built, state: RunState) -> None:
     built.said.append(f"sample_packing has changed: the run goes on with epoch {epoch + 2}, {what} are left out")
 
 
+def _count(epochs: Epochs, mesh: Mesh, enough: Callable[[Packed], bool]) -> None:
+    """Count the rows of packed epochs until that is `enough`: of each every rank some windows. Every rank calls it."""
+    while isinstance(epochs, Packed) and not enough(epochs):
+        own = epochs.count_windows(epochs.counted, mesh.rank, mesh.world)
+        epochs.take_counts(gathered(own, mesh.world))
+
+
 def _set_course(built: Built) -> None:
     """How long the run is, and its warm-up."""
     config, loader = built.run.config, built.loader
+    if not isinstance(loader, StreamLoader):
+        last = math.ceil(config.num_epochs) - 1
+        _count(
+            loader.epochs,
+            built.mesh,
+            lambda known: known.counts_row(loader.first_sample) if config.max_steps else known.counts_epoch(last),
+        )
     if isinstance(loader, StreamLoader) or config.max_steps is not None:
         assert config.max_steps is not None
         built.total_steps = config.max_steps

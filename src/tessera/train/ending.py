@@ -24,6 +24,8 @@ class Ending:
     ) -> None:
         self.built, self.notes, self.saver, self.say, self.save = built, notes, saver, say, save
         self.step = built.progress.step
+        self.best: Path | None = None
+        """The checkpoint whose weights the model has taken in place of the last step's."""
 
     def leave(self) -> list[str]:
         """Stopped before the last step: leave a checkpoint, or else the weights. Returns what went wrong."""
@@ -71,6 +73,10 @@ class Ending:
         """Where the model cannot be handed out: a checkpoint of this step, and what it is good for."""
         folder = self.built.output / f"checkpoint-{self.step}"
         if self.saver.newest() != folder:
+            if self.best is not None:  # these weights and the optimizer are of two steps
+                return [
+                    f"  its weights are kept in {self.best}: write it elsewhere with tessera convert {self.best} FOLDER"
+                ]
             self.save()
             self.saver.wait()
         if self.saver.failure is not None:

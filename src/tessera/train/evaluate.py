@@ -14,7 +14,7 @@ def evaluate(built: Built) -> float:
     mesh, model = built.mesh, built.model
     batches = built.held_out.eval_batches()
     total, valid = torch.zeros(2, dtype=torch.float64, device=mesh.device), 0
-    for batch in batches:
+    for batch in map(model.cut, batches):
         total[0] += model(batch.to(mesh.device), 1.0)
         valid += batch.valid
     total[1] = valid

@@ -10,10 +10,15 @@ from tessera.config.schema import TrainConfig
 from tessera.core.errors import UserError
 from tessera.core.mesh import Mesh
 from tessera.core.text import human, table_lines
+from tessera.layout.parallel import Parallel
+from tessera.layout.shape import Savers, StepShape
+from tessera.models.anatomy import anatomy_of
 from tessera.models.config import ModelConfig
 from tessera.plan.memory import saved_bytes, state_bytes
 from tessera.plan.scratch import scratch_bytes
-from tessera.train.settings import check_layout, parallel_for, step_shape
+from tessera.plan.tiles import mlp_tiles
+from tessera.train.saved import gathered_bytes
+from tessera.train.settings import fitting_layout, parallel_for, step_shape
 
 MOST = 3
 """So many keys are named."""
@@ -23,16 +28,39 @@ def held_bytes(config: TrainConfig, model: ModelConfig, compute: torch.dtype, co
     """What rank 0 holds at the peak of a step by formula; `copies`: with those of a save beside training."""
     parallel = parallel_for(config, Mesh(config.mesh_sizes, "meta", rank=0), compute=compute)
     shape = step_shape(config, parallel)
+    if not _on_gpu():  # host memory is what ran out
+        shape = replace(shape, savers=replace(shape.savers, offload=False))
     states, saved = state_bytes(model, parallel), saved_bytes(model, shape, parallel)
     mesh, working = parallel.mesh, scratch_bytes(model, shape.tokens, parallel, recompute=shape.recompute)
-    if shape.recompute:  # and what the layer that is computed again saves
-        whole = replace(shape, recompute=False)
-        two, one = (saved_bytes(replace(model, num_layers=n), whole, parallel) for n in (2, 1))
-        working += two - one
+    working += _layer_running(model, shape, parallel)
     rows = min(shape.chunk_tokens, shape.tokens // mesh.size(parallel.streams.ids))
     logits = rows * model.vocab_size // mesh.sizes["col"] * torch.float32.itemsize
     beside = states * 3 // 4 if copies and config.save_async else 0  # all but gradients
     return states + saved + max(working, logits) + beside
+
+
+def _layer_running(model: ModelConfig, shape: StepShape, parallel: Parallel) -> int:
+    """What the layer that is computed again saves meanwhile, one tile of its MLP, and one group of its heads."""
+
+    def layer(savers: Savers) -> int:
+        whole = replace(shape, recompute=False, savers=savers)
+        two, one = (saved_bytes(replace(model, num_layers=n), whole, parallel) for n in (2, 1))
+        return two - one
+
+    attention, mlp = anatomy_of(model).kinds[0][0]
+    chunks, tiles = parallel.context.chunks, len(mlp_tiles(mlp, shape, parallel))
+    in_tiles = layer(Savers(mlp_tiles=shape.savers.mlp_tiles))
+    running = in_tiles if shape.recompute else 0
+    if tiles > 1:
+        running += (layer(Savers()) - in_tiles) // tiles
+    if chunks > 1 and attention.attention is not None:
+        tokens = shape.tokens_on(parallel.mesh, parallel.attention.tokens)
+        running += gathered_bytes(attention.attention, tokens, parallel, chunks)
+    return running
+
+
+def _on_gpu() -> bool:
+    return torch.cuda.device_count() > 0  # asks no GPU for a context
 
 
 def _changes(config: TrainConfig, compute: torch.dtype, copies: bool) -> Iterator[tuple[dict[str, Any], str]]:
@@ -40,6 +68,14 @@ def _changes(config: TrainConfig, compute: torch.dtype, copies: bool) -> Iterato
     times, rows, tensor = config.gradient_accumulation_steps, config.micro_batch_size, config.tensor_parallel_size or 1
     if not config.gradient_checkpointing:
         yield {"gradient_checkpointing": True}, "the numbers stay"
+    elif _on_gpu():
+        yield {"gradient_checkpointing": "offload"}, "the numbers stay"
+    elif config.gradient_checkpointing == "selective":
+        yield {"gradient_checkpointing": True}, "attention runs again; the numbers stay"
+    if not config.tiled_mlp:
+        yield {"tiled_mlp": True}, "the numbers stay"
+    if config.context_parallel.sizes["ulysses"] > 1:
+        yield {"ulysses_chunks": 2 * config.ulysses_chunks}, "the numbers stay"
     if rows > 1 and rows % 2 == 0:
         more = {"micro_batch_size": rows // 2, "gradient_accumulation_steps": times * 2}
         yield more, "the numbers stay"
@@ -69,7 +105,7 @@ def less_memory(config: TrainConfig, model: ModelConfig, compute: torch.dtype, *
     for change, meaning in _changes(config, compute, copies):
         other = config.model_copy(update=change)
         try:
-            check_layout(other, model.dimensions)
+            fitting_layout(other, model)
             then = held_bytes(other, model, torch.bfloat16 if change.get("bf16") else compute, copies)
         except (UserError, ValueError, ArithmeticError):  # a size that does not fit
             continue

@@ -25,6 +25,7 @@ from tessera.train.kernel import attention_line
 from tessera.train.log import perplexity
 from tessera.train.notes import CARD, PLOT, RESOLVED, SUMMARY, Notes
 from tessera.train.plots import plot_loss, read_metrics
+from tessera.train.saved import saver_lines
 
 LESS = "the traffic given below is that of training all"
 
@@ -55,6 +56,7 @@ class Records:
             *([f"{trained:,} of them are trained (unfrozen_parameters); {LESS}"] if trained < parameters else []),
             attention_line(run.model, parallel, run.config.sequence_len, packed=run.config.sample_packing),
             *mesh_lines(run.config, run.model, parallel),
+            *saver_lines(run.config, run.model, parallel),
             *self._packing(),
             *self._positions(),
             f"run: {counted(self.built.total_steps, 'step')} of {counted(loader.samples_per_step, 'row')}, {begun}; "
@@ -113,11 +115,14 @@ class Records:
         }
 
     def _mfu(self, batches: Sequence[MicroBatch], seconds: float) -> float | None:
-        """The share of all devices' peak that the model's arithmetic is (plan/flops.py); padding counts as tokens."""
+        """The share of all devices' peak that the model's arithmetic is (plan/flops.py); padding counts as tokens.
+
+        Other data ranks are taken to have documents as long as this one's.
+        """
         if self._peak is None:
             return None
-        mesh, shapes = self.built.mesh, [(len(batch.input_ids), batch.input_ids.shape[1]) for batch in batches]
-        done = step_flops(self.built.run.model, shapes) * mesh.size(DATA_AXES)
+        mesh, lengths = self.built.mesh, [length for batch in batches for length in batch.document_lengths]
+        done = step_flops(self.built.run.model, lengths) * mesh.size(DATA_AXES)
         return done / (seconds * self._peak * mesh.world)
 
     def write_config(self) -> None:

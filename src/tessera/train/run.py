@@ -26,7 +26,7 @@ from tessera.models.hub import check_weights, dtype_of_folder, read_model_config
 from tessera.models.trained import trained_parameters
 from tessera.sizes.bounds import RANKS_HERE, VOCABULARY, at_most
 from tessera.train.output import check_output
-from tessera.train.settings import check_layout, check_optimizer, rates
+from tessera.train.settings import check_optimizer, fitting_layout, rates
 from tessera.train.trackers.all import check_trackers
 
 
@@ -79,8 +79,11 @@ class Run:
 _JSON = TypeAdapter(Run)
 
 
-def resolve(config: TrainConfig) -> Run:
-    """Read what the config names and check that the sizes fit; writes nothing, starts nothing. Raises UserError."""
+def resolve(config: TrainConfig, processes: int | None = None) -> Run:
+    """Read what the config names and check that the sizes fit; writes nothing, starts nothing. Raises UserError.
+
+    `processes`: how many a machine has, where it is known.
+    """
     output = Path(config.output_dir)
     check_output(output)
     check_trackers(config)
@@ -92,22 +95,19 @@ def resolve(config: TrainConfig) -> Run:
     rates(config, 1, config.max_steps or 10_000)  # refuses options that the schedule does not take
     read_generation_config(folder)  # it goes beside the trained weights: what is wrong with it is said before
     prepared = Path(config.dataset_prepared_path or output / "prepared")  # a folder in it, once the data are read
-    model = fitting_model(config, folder)
+    model = model_of(config, folder)
+    config = fitting_layout(config, model, processes)
     if config.unfrozen_parameters:
         trained_parameters(model, config.unfrozen_parameters)  # refuses names that there are not
     own = "float32" if config.random_init else dtype_of_folder(folder)
     return Run(config, folder, model, prepared, checkpoint_to_resume(config), config.save_dtype or own)
 
 
-def fitting_model(config: TrainConfig, folder: Path | None = None) -> ModelConfig:
-    """The model of base_model (of config.json in `folder`, where known); UserError when it does not fit `config`."""
-    model = model_of(config, folder)
-    check_layout(config, model.dimensions)
-    return model
-
-
 def model_of(config: TrainConfig, folder: Path | None = None) -> ModelConfig:
-    """The same, whatever the layout; UserError when its positions, or those in its window, are below `sequence_len`."""
+    """The model of base_model (of config.json in `folder`, where known), whatever the layout.
+
+    UserError when its positions, or those in its window, are below `sequence_len`.
+    """
     folder = folder or resolve_model_folder(config.base_model, weights=False)
     model = _with_room(config, read_model_config(folder), folder)
     if model.rope is None and config.sequence_len > model.max_positions:
@@ -166,7 +166,7 @@ def check_gpus(processes: int) -> None:
 def check(config: TrainConfig, processes: int) -> Run:
     """Check everything for a machine with so many `processes`; writes nothing. Raises UserError."""
     check_gpus(processes)
-    run = resolve(config)
+    run = resolve(config, processes)
     run.check_weights()
     return run
 

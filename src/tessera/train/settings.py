@@ -1,6 +1,7 @@
 """What a config asks of the rooms below `train`, in their own values: none of them sees the config."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -13,13 +14,66 @@ from tessera.engine.optimizer import OPTIONS, check_options, missing_package
 from tessera.engine.rates import learning_rates, options_of
 from tessera.layout import resolve
 from tessera.layout.parallel import Parallel
-from tessera.layout.shape import Fsdp, StepShape, padded_length
+from tessera.layout.shape import Fsdp, Savers, StepShape, padded_length
+from tessera.layout.streams import HIDDEN_BY_HEADS, TOKEN_AXES, attention_layout
+from tessera.models.config import ModelConfig
+from tessera.sizes.context import fitted, in_words, query_heads
+from tessera.sizes.numbers import nearest
 from tessera.sizes.schedule import Schedule
 
 
-def check_layout(config: TrainConfig, dimensions: Mapping[str, int]) -> None:
-    """Raise UserError, with the nearest sizes that fit, when the config's layout does not fit a model or FSDP2."""
-    resolve.check_layout(config.tensor_parallel, config.data_sizes, dimensions, config.micro_batch_size)
+def fitting_layout(config: TrainConfig, model: ModelConfig, inside: int | None = None) -> TrainConfig:
+    """The config with ulysses_size filled in, once the layout is seen to fit `model` and FSDP2.
+
+    `inside`: the ranks of a machine, where it is known; ulysses stays in one. Raises UserError, with the nearest sizes
+    that fit.
+    """
+    tensor, batch = config.tensor_parallel, config.micro_batch_size
+    context = config.context_parallel
+    sizes = config.data_sizes | context.sizes
+    resolve.check_layout(tensor, sizes, model.dimensions, batch)
+    axes = tensor.axes
+    joined = resolve.joins_rows(axes, batch)
+    if context.size > 1 or joined:
+        _check_shared_sequences(config, model, joined)
+    fitting = fitted(context, *_heads_and_room(config, model, inside))
+    return config.model_copy(update={"ulysses_size": fitting.ulysses}) if context.size > 1 else config
+
+
+def context_line(config: TrainConfig, model: ModelConfig, inside: int | None = None) -> str | None:
+    """How ranks share sequences and why, of a config that `fitting_layout` gives; None where none do."""
+    axes, context = config.axes, config.context_parallel
+    said = [in_words(context, *_heads_and_room(config, model, inside))] if context.size > 1 else []
+    if resolve.joins_rows(axes, config.micro_batch_size):
+        named = " · ".join(f"{axis} {axes[axis]}" for axis in TOKEN_AXES if axes[axis] > 1)
+        why = f"micro_batch_size {config.micro_batch_size} does not divide by them"
+        said.append(f"the ranks along {named} share sequences too, by {context.transport}: {why}")
+    return f"context: {'; '.join(said)}" if said else None
+
+
+def _heads_and_room(config: TrainConfig, model: ModelConfig, inside: int | None) -> tuple[int, int | None]:
+    """The query heads of a rank, and how many ranks of the sequence axes fit into a machine of so many ranks."""
+    axes = config.axes
+    heads = query_heads(model.num_heads, axes, attention_layout(axes, config.micro_batch_size) == HIDDEN_BY_HEADS)
+    return heads, None if inside is None else max(1, inside // math.prod(axes.values()))
+
+
+def _check_shared_sequences(config: TrainConfig, model: ModelConfig, joined: bool) -> None:
+    """Raise UserError where the model's attention does not go where several ranks share a sequence."""
+    key, value, why = "context_parallel_size", config.context_parallel_size, "shares each sequence between ranks"
+    if joined and config.context_parallel_size == 1:
+        axes = config.axes
+        parts = axes["depth"] * axes["row"]
+        key, value = "micro_batch_size", config.micro_batch_size
+        why = f"does not divide over depth × row = {parts}, so that ranks share sequences"
+    remedy = "1" if key == "context_parallel_size" else nearest(value, parts)
+    if model.attention_dropout:
+        reason = f"{why}, and the model drops attention probabilities ({model.attention_dropout:g})"
+        hint = f"set attn_pdrop or attention_dropout to 0 in config.json, or {key}: {remedy}"
+        raise UserError(key, value, reason, hint)
+    if config.eager:
+        reason = f"{why}, which the step-by-step kernel of attn_implementation: eager does not do"
+        raise UserError(key, value, reason, f"attn_implementation: sdpa, or {key}: {remedy}")
 
 
 def parallel_for(
@@ -34,7 +88,8 @@ def parallel_for(
     Parameters are held in `dtype`, unless given as the config says.
     """
     dtype = dtype or (torch.bfloat16 if config.full_bf16 else torch.float32)
-    return resolve.parallel_of(config.tensor_parallel, mesh, config.micro_batch_size, schedule, dtype, compute)
+    tensor, context = config.tensor_parallel, config.context_parallel
+    return resolve.parallel_of(tensor, mesh, config.micro_batch_size, schedule, dtype, compute, context=context)
 
 
 def fsdp_of(config: TrainConfig) -> Fsdp:
@@ -44,6 +99,12 @@ def fsdp_of(config: TrainConfig) -> Fsdp:
     return Fsdp(keys.reshard_after_forward, keys.forward_prefetch, keys.offload_params, by_layer)
 
 
+def savers_of(config: TrainConfig) -> Savers:
+    """How the config's layers get by with less memory, beside whether they run again."""
+    tiles = config.tiled_mlp_num_shards if config.tiled_mlp else 1
+    return Savers(config.gradient_checkpointing == "selective", config.offloads, tiles)
+
+
 def row_shape(config: TrainConfig) -> StepShape:
     """What a step of `config` runs on a data rank: full-length rows, not padded."""
     fsdp = fsdp_of(config)
@@ -51,10 +112,11 @@ def row_shape(config: TrainConfig) -> StepShape:
         config.micro_batch_size,
         config.sequence_len,
         config.gradient_accumulation_steps,
-        recompute=config.gradient_checkpointing,
+        recompute=config.recompute,
         label_smoothing=config.label_smoothing_factor > 0,
         reshard=fsdp.reshard,
         by_layer=fsdp.by_layer,
+        savers=savers_of(config),
     )
 
 

@@ -172,11 +172,11 @@ class Trainer:
         self.health.check_weights()
         self.share.check()
         self.saver.wait()  # one that is in flight, or about to fail, holds disk space that the model may need
-        failed = self._load_best()
+        failed = self._load_best(ending)
         self.where.enter("export")
         return [*failed, *ending.finish(self.records.write_rest)]
 
-    def _load_best(self) -> list[str]:
+    def _load_best(self, ending: Ending) -> list[str]:
         """Take the weights of the best checkpoint where they are asked for. Returns what went wrong."""
         best, run = self.progress.best, self.built.run
         if not self.config.load_best_model_at_end or best is None or best.checkpoint == self.progress.step:
@@ -193,6 +193,6 @@ class Trainer:
             return [
                 f"the best checkpoint (eval_loss {best.eval_loss:.4f}): {name}; the last step's model is handed out"
             ]
-        self.records.handed_out = best
+        self.records.handed_out, ending.best = best, folder
         self.log.say(f"the model of {folder} is handed out: its eval_loss was the best, {best.eval_loss:.4f}")
         return []

@@ -1,5 +1,6 @@
 """One layout against one process, on every rank: numbers in float64 and in the training dtype, and traffic."""
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
@@ -7,19 +8,18 @@ import torch
 
 from tessera.config.schema import TrainConfig
 from tessera.core import collectives
-from tessera.core.axes import DATA_AXES
 from tessera.core.collectives import Recorder, gathered
 from tessera.core.mesh import Mesh
 from tessera.layout.parallel import Parallel
 from tessera.layout.streams import residual_layout
 from tessera.plan.traffic import Transfer, step_transfers, totals
-from tessera.train.settings import compute_dtype, parallel_for, step_shape
+from tessera.train.settings import compute_dtype, parallel_for
 from tessera.verify.cases import Case, in_miniature
 from tessera.verify.compare import Comparison, Traffic, compare
 from tessera.verify.diagnose import diagnose
-from tessera.verify.inject import Omission, Program, omissions
+from tessera.verify.inject import APART, Omission, Program, omissions
 from tessera.verify.problem import Problem
-from tessera.verify.steps import StepsTaken, take
+from tessera.verify.steps import StepsTaken, shape_of, take
 
 EXACT = torch.float64
 
@@ -141,16 +141,19 @@ def formula(case: Case, parallel: Parallel) -> Traffic:
 
 
 def _transfers(case: Case, parallel: Parallel) -> list[Transfer]:
-    problem, rows = case.problem, case.problem.batch // parallel.mesh.size(DATA_AXES)
-    shape = step_shape(case.config, parallel, rows, problem.length, problem.micro_batches)
-    return step_transfers(problem.model, shape, parallel)
+    return step_transfers(case.problem.model, shape_of(case.problem, parallel, case.config), parallel)
 
 
 def count_collectives(case: Case) -> int:
     """How many collectives of a step can be left out: by formula, for which no rank has to run."""
     meshes = [Mesh(case.config.mesh_sizes, rank=rank) for rank in range(case.config.world_size)]
     everyone = [_transfers(case, parallel_for(case.config, mesh, dtype=torch.float32)) for mesh in meshes]
-    return sum(max(each.times * each.calls for each in of_ranks) for of_ranks in zip(*everyone, strict=True))
+    together = ([each for each in own if each.kind not in APART] for own in everyone)
+    apart: Counter[tuple[str, str]] = Counter()
+    for own in everyone:
+        apart |= Counter({which: n for which, (n, _) in totals(own).items() if which[1] in APART})
+    same = sum(max(each.times * each.calls for each in of_ranks) for of_ranks in zip(*together, strict=True))
+    return same + apart.total()
 
 
 def _checks(own: Traffic, expected: Traffic, mesh: Mesh) -> list[TrafficCheck]:

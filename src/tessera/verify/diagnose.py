@@ -1,8 +1,8 @@
 """From numbers that differ to the parameter, the mesh axis and the sum that is likely missing.
 
-One step is run again with what passes between the products in view, in float64 and on sequences enough that every rank
-has whole ones, beside the same step in one process. Where things first go wrong, and what the wrong numbers are instead
-of the right ones, tells the fault:
+One step is run again with what passes between the products in view, in float64, beside the same step in one process: on
+sequences enough that every rank has whole ones, unless ranks share them. Where things first go wrong, and what the
+wrong numbers are instead of the right ones, tells the fault:
 
     the first wrong tensor    lies behind one product or norm, whose collectives `plan.traffic` lists
     each rank's own part      of a sum over an axis: that sum was not taken
@@ -16,6 +16,7 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from tessera.core.axes import AXES, DATA_AXES
@@ -24,18 +25,18 @@ from tessera.core.mesh import Mesh
 from tessera.data.batch import MicroBatch
 from tessera.engine.step import Step
 from tessera.layout.parallel import Parallel
+from tessera.layout.shape import length_multiple
 from tessera.layout.spec import ParameterSpec, local_slice
 from tessera.models.anatomy import HEAD
 from tessera.models.decoder import Decoder
 from tessera.nn.parameter import named_specs, to_local
 from tessera.plan.traffic import LAYERS, OUTSIDE, Transfer, step_transfers
-from tessera.train.settings import step_shape
 from tessera.verify import own
 from tessera.verify.cases import Case
-from tessera.verify.steps import batches_of, build, stepper
+from tessera.verify.steps import batches_of, build, shape_of, stepper
 from tessera.verify.trace import Operation, Point, Trace, behind, operations, part, traced
 
-ARRIVING = ("all_gather", "broadcast", "shift")
+ARRIVING = ("all_gather", "broadcast", "shift", "all_to_all", "receive")
 SUMMING = ("reduce_scatter", "all_reduce", "reduce", "shift")
 ROOTED = ("broadcast", "reduce", "shift")
 ROUNDING = 1e-10  # of a whole tensor's norm, in float64
@@ -52,6 +53,7 @@ class Beside:
     gradients: dict[str, Tensor]  # the reference's, whole
     batches: Sequence[MicroBatch]
     transfers: list[Transfer]
+    own_tokens: Sequence[Tensor]  # of each micro-batch: which of its data rank's tokens this rank has, in its order
 
     @property
     def mesh(self) -> Mesh:
@@ -107,19 +109,21 @@ def diagnose(case: Case, parallel: Parallel, alone: Parallel, leave_out: int | N
 
 
 def _run_beside(case: Case, parallel: Parallel, alone: Parallel, leave_out: int | None) -> Beside:
-    problem, config = replace(case.problem, batch=2 * parallel.mesh.world, steps=1), case.config
+    problem, config = replace(case.problem, steps=1), case.config
+    if not problem.shared:
+        problem = replace(problem, batch=2 * parallel.mesh.world)
+    padded = length_multiple(problem.batch // parallel.mesh.size(DATA_AXES), parallel.residual, parallel.mesh)
     model, reference = (build(problem, p, config) for p in (parallel, alone))
     step, reference_step = (stepper(m, problem, config) for m in (model, reference))
-    batches = problem.batches(0)
+    batches, mine = problem.batches(0, padded), batches_of(problem, parallel, 0)
     with Recorder(leave_out):
-        trace = traced(step, batches_of(problem, model, 0))
+        trace = traced(step, mine)
     expected = traced(reference_step, batches)
     gradients = {name: to_local(parameter.grad).clone() for name, parameter, _ in named_specs(reference)}
-    shape = step_shape(
-        config, parallel, problem.batch // parallel.mesh.size(DATA_AXES), problem.length, problem.micro_batches
+    transfers = step_transfers(problem.model, shape_of(problem, parallel, config), parallel)
+    return Beside(
+        model, trace, reference_step, expected, gradients, batches, transfers, [_own_tokens(model, b) for b in mine]
     )
-    transfers = step_transfers(problem.model, shape, parallel)
-    return Beside(model, trace, reference_step, expected, gradients, batches, transfers)
 
 
 def _at(beside: Beside, point: Point) -> tuple[Tensor, Tensor, float]:
@@ -131,7 +135,14 @@ def _at(beside: Beside, point: Point) -> tuple[Tensor, Tensor, float]:
 def _here(beside: Beside, whole: Tensor, point: Point) -> Tensor:
     """This rank's part of what is at a point: of its data rank's sequences, as its layout cuts them."""
     mesh = beside.mesh
-    return part(whole.chunk(mesh.size(DATA_AXES))[mesh.index(DATA_AXES)], beside.trace.layouts[point], mesh)
+    of_data_rank = whole.chunk(mesh.size(DATA_AXES))[mesh.index(DATA_AXES)]
+    return part(of_data_rank[beside.own_tokens[point.micro_batch]], beside.trace.layouts[point], mesh)
+
+
+def _own_tokens(model: Decoder, batch: MicroBatch) -> Tensor:
+    """Where the tokens of this rank of the sequence axes come from, by the permutation that the ids go through too."""
+    ids = batch.input_ids
+    return model.cut(replace(batch, input_ids=torch.arange(ids.numel()).view_as(ids))).input_ids.flatten()
 
 
 def _gradient(beside: Beside, name: str, spec: ParameterSpec) -> tuple[Tensor, Tensor, float]:
@@ -166,7 +177,7 @@ def _of_point(beside: Beside, point: Point) -> list[str]:
         _zero_or_multiple(beside, ours, want, scale)
         or _own_part(beside, ours, want, scale, own_part, candidates)
         or _bias(beside, point, ours - want, scale)
-        or _one_place(beside, ours, want, scale)
+        or (_one_place(beside, ours, want, scale) if _may_be_one_place(beside, transfers) else None)
     )
     return [f"parameter: {', '.join(names)}", f"first wrong: {point}", *_told(hint or Hint(), transfers)]
 
@@ -178,14 +189,17 @@ def _on_the_way(beside: Beside, operation: Operation) -> tuple[str, ...]:
         right = abs(parts - beside.expected.loss) <= ROUNDING * abs(beside.expected.loss)
         return ("dX", "dlogits") if right else ("X", "W", "logits", "log-sum-exp", "targets")
     if operation.phase == "forward":
-        return ("X", "W", "Y", "k·v", "statistics")
-    return ("dY", "W", "dX", "dk·dv", "statistics")
+        return ("X", "W", "Y", "q", "k·v", "result", "statistics")
+    return ("dY", "W", "dX", "k·v", "dq", "dk·dv", "dresult", "statistics")
 
 
 def _of_gradients(beside: Beside, wrong: dict[str, ParameterSpec]) -> list[str]:
     name, spec = next(iter(wrong.items()))
     ours, want, scale = _gradient(beside, name, spec)
-    tokens = (*DATA_AXES, *spec.acts_on.tokens)
+    # where ranks share sequences, the loss on some tokens has gradients at others' keys and values
+    parallel = beside.model.parallel
+    shared = {"inner", "col", *parallel.owners} if parallel.cuts_sequences else ()
+    tokens = tuple(axis for axis in (*DATA_AXES, *spec.acts_on.tokens) if axis not in shared)
 
     def own_part(axes: tuple[str, ...]) -> Tensor:
         whole = own.of_parameter(name, axes, tokens, beside.mesh, beside.reference, beside.batches)
@@ -268,6 +282,11 @@ def _bias(beside: Beside, point: Point, difference: Tensor, scale: float) -> Hin
             likely = f"likely: each of the {times} ranks of {axis} adds it; it is added once, after the sum over {axis}"
             return Hint(f"it is off by {times - 1} times {point.name}.bias at every token", likely=likely)
     return None
+
+
+def _may_be_one_place(beside: Beside, transfers: Sequence[Transfer]) -> bool:
+    """Whether ranks at one place are likely to be wrong alone: of shared sequences some are whole where they are."""
+    return not beside.model.parallel.cuts_sequences or any(transfer.kind in ROOTED for transfer in transfers)
 
 
 def _one_place(beside: Beside, ours: Tensor, want: Tensor, scale: float) -> Hint | None:

@@ -44,7 +44,10 @@ def say_problem(out: Console, case: Case, *, batch: str = "") -> None:
     out.print(f"vocabulary {model.vocab_size}{', tied' if model.tied else ''}; dropout: {dropped}")
     steps = "1 step" if problem.steps == 1 else f"{problem.steps} steps"
     rows = batch or f"{problem.batch} rows"
-    out.print(f"{steps} of {problem.micro_batches} micro-batches of {rows} of {problem.length} tokens, then padded")
+    packed = ", each of several documents" if problem.packed else ""
+    out.print(
+        f"{steps} of {problem.micro_batches} micro-batches of {rows} of {problem.length} tokens{packed}, then padded"
+    )
 
 
 def numbers_table(result: Result) -> Table:

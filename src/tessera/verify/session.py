@@ -22,9 +22,14 @@ class Session:
         self.checker = checker
         self.out = out or Console(quiet=True)
 
-    def one(self, case: Case, omit: int | None = None) -> list[Result]:
-        """One layout in full; `omit` (from 1) is the collective left out of its first step."""
+    def one(self, case: Case, omit: int | None = None, context: str | None = None) -> list[Result]:
+        """One layout in full; `omit` (from 1) is the collective left out of its first step.
+
+        `context` says how ranks share sequences, where they do.
+        """
         report.say_problem(self.out, case)
+        if context is not None:
+            self.out.print(context, markup=False)
         omission = None
         if omit is not None:
             omission = self.checker.omissions(case)[omit - 1]

@@ -1,6 +1,6 @@
 """The trainer's own optimizer steps on one mesh, and what is compared of them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -14,15 +14,15 @@ from tessera.engine.fsdp import build_decoder
 from tessera.engine.optimizer import EXACT, build_optimizer
 from tessera.engine.step import Step
 from tessera.layout.parallel import Parallel
-from tessera.layout.shape import length_multiple
+from tessera.layout.shape import StepShape, length_multiple
 from tessera.layout.spec import ParameterSpec
 from tessera.models.decoder import Decoder
 from tessera.nn.initialize import hash_seed
 from tessera.nn.parameter import named_specs, to_local
-from tessera.train.settings import fsdp_of
+from tessera.train.settings import fsdp_of, savers_of, step_shape
 from tessera.verify.problem import Problem
 
-LEARNING_RATE = 1e-3  # large enough for a wrong update to show, too small for AdamW to make rounding large
+LEARNING_RATE = 1e-4  # large enough for a wrong update to show, too small for AdamW to make rounding large
 CLIPPED_TO = 0.1  # below any norm that occurs, so that clipping takes place
 
 
@@ -42,8 +42,8 @@ class StepsTaken:
 
 def build(problem: Problem, parallel: Parallel, config: TrainConfig) -> Decoder:
     """The model of `problem`, every parameter random: biases and gains too, so that one in the wrong place shows."""
-    recompute = config.gradient_checkpointing
-    model = build_decoder(problem.model, parallel, fsdp_of(config), gradient_checkpointing=recompute)
+    recompute, savers = config.recompute, savers_of(config)
+    model = build_decoder(problem.model, parallel, fsdp_of(config), gradient_checkpointing=recompute, savers=savers)
     model.initialize(problem.seed)
     with torch.no_grad():
         for name, parameter, spec in named_specs(model):
@@ -65,20 +65,30 @@ def stepper(model: Decoder, problem: Problem, config: TrainConfig) -> Step:
     )
 
 
-def batches_of(problem: Problem, model: Decoder, step: int) -> list[MicroBatch]:
+def batches_of(problem: Problem, parallel: Parallel, step: int) -> list[MicroBatch]:
     """This data rank's share of the micro-batches of a step, padded as its mesh needs it."""
-    mesh = model.parallel.mesh
+    mesh = parallel.mesh
     rows = problem.batch // mesh.size(DATA_AXES)
     first = mesh.index(DATA_AXES) * rows
-    whole = problem.batches(step, length_multiple(rows, model.residual, mesh))
+    whole = problem.batches(step, length_multiple(rows, parallel.residual, mesh))
     return [_rows_of(batch, slice(first, first + rows)) for batch in whole]
 
 
 def _rows_of(batch: MicroBatch, rows: slice) -> MicroBatch:
-    targets = batch.targets[rows]
-    return MicroBatch(
-        batch.input_ids[rows], targets, int((targets != IGNORED).sum()), batch.first_document + rows.start
-    )
+    targets, documents = batch.targets[rows], None if batch.documents is None else batch.documents[rows]
+    positions = None if batch.positions is None else batch.positions[rows]
+    first = batch.first_document + (rows.start if documents is None else 0)  # else they are numbered within the step
+    valid = int((targets != IGNORED).sum())
+    return MicroBatch(batch.input_ids[rows], targets, valid, first, positions, documents)
+
+
+def shape_of(problem: Problem, parallel: Parallel, config: TrainConfig) -> StepShape:
+    """What the first step of `problem` runs on this data rank, with the documents of its rows."""
+    rows = problem.batch // parallel.mesh.size(DATA_AXES)
+    shape = step_shape(config, parallel, rows, problem.length, problem.micro_batches)
+    if not problem.packed:
+        return shape
+    return replace(shape, documents=tuple(batch.document_starts for batch in batches_of(problem, parallel, 0)))
 
 
 def take(problem: Problem, parallel: Parallel, config: TrainConfig, recorder: Recorder | None = None) -> StepsTaken:
@@ -87,7 +97,7 @@ def take(problem: Problem, parallel: Parallel, config: TrainConfig, recorder: Re
     step = stepper(model, problem, config)
     taken = StepsTaken(specs={name: spec for name, _, spec in named_specs(model)})
     for index in range(problem.steps):
-        batches = batches_of(problem, model, index)
+        batches = batches_of(problem, parallel, index)
         if index == 0 and recorder is not None:
             with recorder:
                 result = step(batches, index, LEARNING_RATE)

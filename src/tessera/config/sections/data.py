@@ -80,7 +80,10 @@ class DatasetConfig(Section):
     )
     revision: str | None = Field(None, description="The version of a data set of the hub: a branch, tag or commit.")
     shards: int | None = Field(
-        None, ge=1, le=bounds.STEPS, description="Read one of this many equal parts: every shards-th row."
+        None,
+        ge=1,
+        le=bounds.STEPS,
+        description="Read one of this many equal parts, which follow one another in the data set.",
     )
     shards_idx: int | None = Field(
         None, ge=0, le=bounds.STEPS, description="Which of the shards is read, from 0. Unset: 0."

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from tessera.config.sections.section import Section
 from tessera.core.errors import UserError
 from tessera.sizes import bounds
+from tessera.sizes.context import ContextParallel
 from tessera.sizes.geometries import GEOMETRIES
 from tessera.sizes.rules import TensorParallel
 from tessera.sizes.schedule import Schedule
@@ -152,6 +153,32 @@ class LayoutKeys(Section):
         le=bounds.GIB,
         description="Limit in GiB per device for temporary gathered matrices; used by schedule auto only.",
     )
+    context_parallel_size: int = Field(
+        1,
+        ge=1,
+        le=bounds.RANKS,
+        description="Devices that share each sequence (context parallelism); parameters are sharded over them too.",
+    )
+    context_parallel_mode: Literal["auto", "ulysses", "exchange", "ring"] = Field(
+        "auto",
+        description="How attention reaches the rest of its sequence: heads are traded for tokens (ulysses), each "
+        "device is sent the keys and values that its masks need (exchange), or they pass from neighbour to neighbour "
+        "(ring). auto: ulysses as far as the heads of a device and a machine allow, exchange for the rest.",
+    )
+    ulysses_size: int | None = Field(
+        None,
+        ge=1,
+        le=bounds.RANKS,
+        description="Of context_parallel_size, the devices that trade heads for tokens; the others exchange, or form "
+        "a ring. Unset: follows context_parallel_mode.",
+    )
+    ulysses_chunks: int = Field(
+        1,
+        ge=1,
+        le=bounds.WIDTH,
+        description="Trade heads in so many groups one after another: less memory for attention, more and smaller "
+        "messages.",
+    )
     sequence_parallel: bool = Field(
         True, description="Split the residual stream over tokens along col, instead of repeating it there."
     )
@@ -166,6 +193,7 @@ class LayoutKeys(Section):
     def _sizes_make_a_world(self) -> Self:
         mesh = self.tensor_parallel_mesh
         sizes = {"dp_replicate_size": self.dp_replicate_size, "dp_shard_size": self.dp_shard_size or 1}
+        sizes |= {"context_parallel_size": self.context_parallel_size}
         if mesh is None:
             sizes |= {"tensor_parallel_size": self.tensor_parallel_size or 1}
         else:
@@ -188,25 +216,33 @@ class LayoutKeys(Section):
     @property
     def mesh_sizes(self) -> dict[str, int]:
         """The sizes of all axes. Raises UserError as `axes`."""
-        return self.data_sizes | self.axes
+        return self.data_sizes | self.context_parallel.sizes | self.axes
+
+    @property
+    def context_parallel(self) -> ContextParallel:
+        """The sequence axes as the keys ask for them; `fitting_layout` of train/settings.py fills in what is open."""
+        return ContextParallel(
+            self.context_parallel_size, self.context_parallel_mode, self.ulysses_size, self.ulysses_chunks
+        )
 
     def filled_in(self, processes: int | None, key: str = "processes") -> Self:
         """With dp_shard_size, where it is unset, as large as so many processes make it.
 
         Raises UserError, naming `key`, which gave the number, when no size does.
         """
-        others = self.dp_replicate_size * math.prod(self.axes.values())
+        others = self.dp_replicate_size * self.context_parallel_size * math.prod(self.axes.values())
         if self.dp_shard_size is not None or processes is None:
             return self
         if processes % others:
             nearest = sorted({max(1, processes // others) * others, -(-processes // others) * others})
-            reason = f"does not divide by dp_replicate_size × tensor axes = {others}"
+            context = " × context_parallel_size" if self.context_parallel_size > 1 else ""
+            reason = f"does not divide by dp_replicate_size{context} × tensor axes = {others}"
             raise UserError(key, processes, reason, f"use {' or '.join(map(str, nearest))} processes")
         return self.model_copy(update={"dp_shard_size": processes // others})
 
     def idle_fsdp_keys(self) -> list[str]:
         """One line on the keys of fsdp_config that were given, where there is nothing over which FSDP2 could shard."""
-        if max(self.data_sizes.values()) > 1:
+        if max(*self.data_sizes.values(), self.context_parallel_size) > 1:
             return []
         given = [
             f"fsdp_config.{key}" for key, value in self.fsdp_config if value != FsdpConfig.model_fields[key].default

@@ -1,11 +1,17 @@
 """The keys that choose dtypes, and that save memory at the cost of time."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from tessera.config.sections.section import Section
 from tessera.core.errors import UserError
+from tessera.sizes import bounds
+
+
+def _kept_in_host_memory(value: object) -> object:
+    """axolotl's `legacy` names an older way to do the same."""
+    return True if value == "legacy" else value
 
 
 class NumbersKeys(Section):
@@ -32,14 +38,40 @@ class NumbersKeys(Section):
     flash_attention: bool | None = Field(None, description="The same as attn_implementation: flash_attention_2.")
     sdp_attention: bool | None = Field(None, description="The same as attn_implementation: sdpa.")
     eager_attention: bool | None = Field(None, description="The same as attn_implementation: eager.")
-    gradient_checkpointing: bool = Field(
-        False, description="Recompute each block in the backward instead of keeping its activations."
+    gradient_checkpointing: bool | Literal["selective", "offload"] = Field(
+        False,
+        description="Recompute each block in the backward instead of keeping its activations. selective: but for "
+        "attention and its communication, whose result is kept. offload: its input is kept in host memory.",
+    )
+    activation_offloading: Annotated[bool, BeforeValidator(_kept_in_host_memory)] = Field(
+        False,
+        description="Keep what each block saves for its backward in host memory; beside gradient_checkpointing that is "
+        "its input. legacy means the same as true.",
+    )
+    tiled_mlp: bool = Field(
+        False, description="Compute each MLP over some of its tokens after the others, forward and backward."
+    )
+    tiled_mlp_num_shards: int | None = Field(
+        None,
+        ge=1,
+        le=bounds.WIDTH,
+        description="Parts into which tiled_mlp cuts tokens. Unset: a device's tokens / hidden_size, rounded up.",
     )
 
     @property
     def full_bf16(self) -> bool:
         """Whether parameters, gradients and optimizer state are bfloat16."""
         return self.bfloat16 or self.bf16 == "full"
+
+    @property
+    def recompute(self) -> bool:
+        """Whether blocks run again in the backward."""
+        return bool(self.gradient_checkpointing)
+
+    @property
+    def offloads(self) -> bool:
+        """Whether what blocks keep for their backward lies in host memory."""
+        return self.activation_offloading or self.gradient_checkpointing == "offload"
 
     @property
     def eager(self) -> bool:

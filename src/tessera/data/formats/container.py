@@ -20,13 +20,14 @@ import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 from tessera.core.errors import UserError
 from tessera.core.files import SMALL, in_words, open_file, parse_json
-from tessera.data.formats.json_rows import TO_UTF8, json_lines, json_rows
-from tessera.data.formats.tables import arrow_rows, csv_rows, parquet_rows
+from tessera.data.formats.json_rows import TO_UTF8, json_lines, json_rows, lines_of
+from tessera.data.formats.tables import arrow_rows, csv_rows, parquet_count, parquet_rows
 from tessera.data.samples import Origin
 
 Kind = Literal["text", "lines", "json", "csv", "tsv", "parquet", "arrow", "foreign"]
@@ -161,6 +162,20 @@ def rows_of(path: Path, container: Container) -> Rows:
             yield from csv_rows(file, path, "," if container.kind == "csv" else "\t")
         else:
             yield from (parquet_rows if container.kind == "parquet" else arrow_rows)(file, path)
+
+
+def count_rows(path: Path, container: Container, most: int | None = None) -> int:
+    """The number of rows of a file, or `most` where there are more, after which no more is read.
+
+    Lines are not parsed, and of a Parquet file the footer alone is read.
+    """
+    if container.kind not in ("lines", "parquet"):
+        return sum(1 for _ in islice(rows_of(path, container), most))
+    with opened(path, container.packed) as file:
+        if container.kind == "lines":
+            return sum(1 for _ in islice(lines_of(file, path), most))
+        count = parquet_count(file, path)
+        return count if most is None else min(count, most)
 
 
 @contextmanager

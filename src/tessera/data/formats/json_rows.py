@@ -21,13 +21,7 @@ TO_UTF8 = "convert it, for example: iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW_FI
 
 def json_lines(file: BinaryIO, path: Path) -> Iterator[tuple[Origin, dict[str, Any]]]:
     """Origin and object of every line that is not blank."""
-    # one byte more than a row may have: of a longer line no more is read
-    for number, line in enumerate(iter(lambda: file.readline(SMALL + 1), b""), start=1):
-        origin = Origin(path, number)
-        if len(line) > SMALL:
-            raise UserError("datasets", origin, f"longer than {SMALL:,} bytes", "one JSON object per line")
-        if not line.strip():
-            continue
+    for origin, line in lines_of(file, path):
         try:
             row = parse_json(line.removesuffix(b"\n"))
         except ValueError as error:
@@ -35,6 +29,17 @@ def json_lines(file: BinaryIO, path: Path) -> Iterator[tuple[Origin, dict[str, A
         if not isinstance(row, dict):
             raise UserError("datasets", origin, "not a JSON object", "one JSON object per line")
         yield origin, row
+
+
+def lines_of(file: BinaryIO, path: Path) -> Iterator[tuple[Origin, bytes]]:
+    """Origin and content of every line that is not blank."""
+    # one byte more than a row may have: of a longer line no more is read
+    for number, line in enumerate(iter(lambda: file.readline(SMALL + 1), b""), start=1):
+        if len(line) > SMALL:
+            origin = Origin(path, number)
+            raise UserError("datasets", origin, f"longer than {SMALL:,} bytes", "one JSON object per line")
+        if line.strip():
+            yield Origin(path, number), line
 
 
 def json_rows(file: BinaryIO, path: Path) -> Iterator[tuple[Origin, dict[str, Any]]]:

@@ -3,6 +3,7 @@
 import csv
 import io
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -59,35 +60,46 @@ def _names(record: list[str], path: Path) -> list[str]:
 
 def parquet_rows(file: BinaryIO, path: Path) -> Iterator[tuple[Origin, dict[str, Any]]]:
     """Every row of a Parquet file, row group by row group."""
-    try:
-        from pyarrow import ArrowException, parquet  # on demand: it takes a third of a second
-    except ImportError as error:
-        raise _missing(path) from error
-    try:
+    with _pyarrow(path, "Parquet"):
+        from pyarrow import parquet  # on demand: it takes a third of a second
+
         table = parquet.ParquetFile(file, page_checksum_verification=True)
         yield from _rows(table.iter_batches(batch_size=BATCH, use_threads=False), path)
-    except (ArrowException, OSError) as error:
-        raise UserError("datasets", path, f"cannot be read as Parquet: {error}") from error
+
+
+def parquet_count(file: BinaryIO, path: Path) -> int:
+    """The number of rows of a Parquet file, which its footer says."""
+    with _pyarrow(path, "Parquet"):
+        from pyarrow import parquet
+
+        count: int = parquet.ParquetFile(file).metadata.num_rows
+        return count
 
 
 def arrow_rows(file: BinaryIO, path: Path) -> Iterator[tuple[Origin, dict[str, Any]]]:
     """Every row of an Arrow file, in either of its forms."""
-    try:
-        from pyarrow import ArrowException, ipc  # on demand, as above
-    except ImportError as error:
-        raise _missing(path) from error
-    try:
+    with _pyarrow(path, "Arrow"):
+        from pyarrow import ipc
+
         if file.peek(6)[:6] == b"ARROW1":  # type: ignore[attr-defined]
             table = ipc.open_file(file)
             yield from _rows((table.get_batch(index) for index in range(table.num_record_batches)), path)
         else:
             yield from _rows(ipc.open_stream(file), path)
+
+
+@contextmanager
+def _pyarrow(path: Path, format: str) -> Iterator[None]:
+    """What pyarrow raises within, or that it is missing, as a UserError."""
+    try:
+        from pyarrow import ArrowException
+    except ImportError as error:
+        reason = "needs the package pyarrow, which is not installed"
+        raise UserError("datasets", path, reason, "pip install pyarrow") from error
+    try:
+        yield
     except (ArrowException, OSError) as error:
-        raise UserError("datasets", path, f"cannot be read as Arrow: {error}") from error
-
-
-def _missing(path: Path) -> UserError:
-    return UserError("datasets", path, "needs the package pyarrow, which is not installed", "pip install pyarrow")
+        raise UserError("datasets", path, f"cannot be read as {format}: {error}") from error
 
 
 def _rows(batches: Any, path: Path) -> Iterator[tuple[Origin, dict[str, Any]]]:

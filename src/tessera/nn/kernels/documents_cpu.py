@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tessera.nn.documents import Documents
+from tessera.nn.once import Once, run_once
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -16,17 +17,16 @@ from tessera.nn.documents import Documents
 class _EachDocument(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, documents: Documents, causal: bool, scale: float | None
+        ctx,
+        q_BHSD: Tensor,
+        k_BHSD: Tensor,
+        v_BHSD: Tensor,
+        documents: Documents,
+        causal: bool,
+        scale: float | None,
+        once: Once | None,
     ):
-        B, H, S, D = q_BHSD.shape
-        operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-        out = q_BHSD.new_empty(B, S, H, D).transpose(1, 2)  # as the next product reads it
-        lse = q_BHSD.new_empty(B, H, S, dtype=torch.promote_types(q_BHSD.dtype, torch.float32))
-        for row, first, end in documents:
-            own = (x[row : row + 1, :, first:end] for x in (q_BHSD, k_BHSD, v_BHSD))
-            out[row : row + 1, :, first:end], lse[row : row + 1, :, first:end] = operator(
-                *own, 0.0, causal, scale=scale
-            )
+        out, lse = run_once(once, lambda: _forward(q_BHSD, k_BHSD, v_BHSD, documents, causal, scale))
         ctx.save_for_backward(q_BHSD, k_BHSD, v_BHSD, out, lse)
         ctx.options = documents, causal, scale
         ctx.mark_non_differentiable(lse)
@@ -36,7 +36,7 @@ class _EachDocument(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_out_BHSD: Tensor | None, _: Tensor | None):
         if d_out_BHSD is None:
-            return (None,) * 6
+            return (None,) * 7
         saved, (documents, causal, scale) = ctx.saved_tensors, ctx.options
         operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
         gradients = [torch.empty_like(x) for x in saved[:3]]
@@ -44,11 +44,31 @@ class _EachDocument(torch.autograd.Function):
             own = (x[row : row + 1, :, first:end] for x in (d_out_BHSD, *saved))
             for whole, part in zip(gradients, operator(*own, 0.0, causal, scale=scale), strict=True):
                 whole[row : row + 1, :, first:end] = part
-        return *gradients, None, None, None
+        return *gradients, None, None, None, None
+
+
+def _forward(
+    q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, documents: Documents, causal: bool, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    B, H, S, D = q_BHSD.shape
+    operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    out = q_BHSD.new_empty(B, S, H, D).transpose(1, 2)  # as the next product reads it
+    lse = q_BHSD.new_empty(B, H, S, dtype=torch.promote_types(q_BHSD.dtype, torch.float32))
+    for row, first, end in documents:
+        own = (x[row : row + 1, :, first:end] for x in (q_BHSD, k_BHSD, v_BHSD))
+        out[row : row + 1, :, first:end], lse[row : row + 1, :, first:end] = operator(*own, 0.0, causal, scale=scale)
+    return out, lse
 
 
 def documents_cpu(
-    q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, documents: Documents, *, causal: bool, scale: float | None
+    q_BHSD: Tensor,
+    k_BHSD: Tensor,
+    v_BHSD: Tensor,
+    documents: Documents,
+    *,
+    causal: bool,
+    scale: float | None,
+    once: Once | None = None,
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale · q kᵀ) v within each document, causal or not, and the log-sum-exp [B, H, S] without gradient."""
-    return _EachDocument.apply(q_BHSD, k_BHSD, v_BHSD, documents, causal, scale)
+    return _EachDocument.apply(q_BHSD, k_BHSD, v_BHSD, documents, causal, scale, once)

@@ -25,7 +25,7 @@ def kernel_name(
 ) -> str:
     """The kernel of `attend` for query and kv `heads` on this device, as torch itself chooses it; not flash: why.
 
-    `window` is the shortest of the layers', `documents` whether rows hold several. What `attend` gives the kernel of
+    `window` is the shortest of the layers', `documents` whether rows hold several. What `attend` gives the kernels of
     this package is named first.
     """
     own = "the step-by-step kernel, with scores of sequence_len² for each head"
@@ -33,16 +33,21 @@ def kernel_name(
         return f"{own} (attn_implementation: eager)"
     if dropout:
         return f"{own}, not flash: the model drops attention probabilities (attention_dropout {dropout:g})"
-    if window is not None and window < sequence:
-        return f"{own}, not flash: a window of {window} tokens is shorter than sequence_len"
     length = min(sequence, 1024)
     q, kv = (torch.empty(1, count, length, head_dim, dtype=dtype, device=device, requires_grad=True) for count in heads)
+    several = ", each document by itself" if documents else ""
+    if window is not None and window < sequence:
+        if q.is_cpu or takes_varlen(q):
+            return f"flash attention within a window of {window} tokens{several}"
+        why = f"it takes heads of a multiple of 8 features, not {head_dim}" if head_dim % 8 else None
+        name = f"plain products in blocks within a window of {window} tokens{several}"
+        return f"{name}, not flash: {why or _why(dtype, device, head_dim)}"
     grouped = heads[0] != heads[1] and reads_grouped_heads(q)
     kv = q if heads[0] != heads[1] and not grouped else kv
     found = torch._fused_sdp_choice(q, kv, kv, is_causal=True, enable_gqa=grouped)
     if documents and (q.is_cpu or takes_varlen(q)):
-        return "flash attention, each document by itself"
-    name = _NAMES.get(found, f"torch's kernel {found}") + (", each document by itself" if documents else "")
+        return f"flash attention{several}"
+    name = _NAMES.get(found, f"torch's kernel {found}") + several
     return name if found == 1 else f"{name}, not flash: {_why(dtype, device, head_dim)}"
 
 

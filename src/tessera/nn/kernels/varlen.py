@@ -1,14 +1,15 @@
 """Attention of each document by itself in one kernel: flash attention over lengths that vary (Dao 2023), on GPUs.
 
 The rows of a micro-batch are joined into one sequence of T = B · S tokens, in which the kernel finds the documents by
-their bounds. It reads grouped kv heads as they are. torch's own `varlen_attn` does the same; its arguments differ
-between the versions of torch that are supported, those of the operators do not.
+their bounds. It reads grouped kv heads as they are, and computes no more than a window shows. torch's own `varlen_attn`
+does the same; its arguments differ between the versions of torch that are supported, those of the operators do not.
 """
 
 import torch
 from torch import Tensor
 
 from tessera.nn.documents import Documents
+from tessera.nn.once import Once, run_once
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -22,31 +23,54 @@ def takes_varlen(q_BHSD: Tensor) -> bool:
 class _Varlen(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, documents: Documents, causal: bool, scale: float | None
+        ctx,
+        q_THD: Tensor,
+        k_THD: Tensor,
+        v_THD: Tensor,
+        bounds: tuple[Tensor, Tensor, int, int],
+        causal: bool,
+        scale: float | None,
+        window: int | None,
+        once: Once | None,
     ):
-        bounds = (documents.offsets, documents.offsets, documents.longest, documents.longest)
-        out, lse, *random, _ = torch.ops.aten._flash_attention_forward.default(
-            q_THD, k_THD, v_THD, *bounds, 0.0, causal, False, scale=scale
-        )
+        seen = {} if window is None else {"window_size_left": window - 1}
+        options = (*bounds, 0.0, causal, False)
+        operator = torch.ops.aten._flash_attention_forward.default
+        out, lse, *random = run_once(once, lambda: operator(q_THD, k_THD, v_THD, *options, scale=scale, **seen)[:-1])
         ctx.save_for_backward(q_THD, k_THD, v_THD, out, lse, *random)
-        ctx.options = bounds, causal, scale
+        ctx.options = bounds, causal, scale, seen
         ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
     def backward(ctx, d_out_THD: Tensor, _: Tensor):
-        (q, k, v, out, lse, *random), (bounds, causal, scale) = ctx.saved_tensors, ctx.options
+        (q, k, v, out, lse, *random), (bounds, causal, scale, seen) = ctx.saved_tensors, ctx.options
         dq, dk, dv = torch.ops.aten._flash_attention_backward.default(
-            d_out_THD.contiguous(), q, k, v, out, lse, *bounds, 0.0, causal, *random, scale=scale
+            d_out_THD.contiguous(), q, k, v, out, lse, *bounds, 0.0, causal, *random, scale=scale, **seen
         )
-        return dq, dk, dv, None, None, None
+        return dq, dk, dv, None, None, None, None, None
 
 
 def varlen(
-    q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, documents: Documents, *, causal: bool, scale: float | None
+    q_BHSD: Tensor,
+    k_BHSD: Tensor,
+    v_BHSD: Tensor,
+    documents: Documents | None,
+    *,
+    causal: bool,
+    scale: float | None,
+    window: int | None = None,
+    once: Once | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(scale · q kᵀ) v within each document, causal or not, and the log-sum-exp [B, H, S] without gradient."""
+    """softmax(scale · q kᵀ) v within each document (None: each row is one), and the log-sum-exp [B, H, S].
+
+    Causal or not; causal with a `window` over those keys that are fewer tokens behind. The log-sum-exp has no gradient.
+    """
     B, _, S, _ = q_BHSD.shape
+    if documents is None:
+        offsets, longest = torch.arange(0, B * S + 1, S, dtype=torch.int32, device=q_BHSD.device), S
+    else:
+        offsets, longest = documents.offsets, documents.longest
     joined = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHSD, k_BHSD, v_BHSD))
-    out_THD, lse_HT = _Varlen.apply(*joined, documents, causal, scale)
+    out_THD, lse_HT = _Varlen.apply(*joined, (offsets, offsets, longest, longest), causal, scale, window, once)
     return out_THD.unflatten(0, (B, S)).transpose(1, 2), lse_HT.unflatten(1, (B, S)).transpose(0, 1)

@@ -1,0 +1,244 @@
+"""Steps of long rows, cut in every way: `python benchmarks/sequences.py --lengths 4096 16384`.
+
+A small Llama trains on one row of each length, whole on one rank, and shared by ranks in every way that there is. All
+ranks of all ways start first; then each way takes a step in turn, round after round, and the best wall counts, for
+noise only ever adds. CPU seconds are of the slowest rank, waiting not among them; bytes are what a rank is handed by
+collectives in a step; the peak is of live tensors, counted in a step of its own. `--documents 2048` packs documents of
+that mean length (exponential) into the row.
+"""
+
+import argparse
+import contextlib
+import math
+import multiprocessing
+import random
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+MODES = {"ulysses": "ulysses", "ring": "ring", "exchange": "exchange"}
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to cut a row over `ranks`: the sizes of its axes, and what brings keys and values along ring."""
+
+    name: str
+    sizes: dict[str, int] = field(default_factory=dict)
+    mode: str = "exchange"
+
+    @property
+    def ranks(self) -> int:
+        return math.prod(self.sizes.values())
+
+
+def ways(ranks: int) -> list[Way]:
+    """One rank alone, and everything that so many ranks can do."""
+    found = [Way("one rank"), Way("Megatron SP", {"col": ranks}), Way("Ulysses", {"ulysses": ranks}, "ulysses")]
+    found += [Way("ring", {"ring": ranks}, "ring"), Way("exchange", {"ring": ranks})]
+    if ranks > 2:
+        half = ranks // 2
+        found += [Way(f"Ulysses {half} × exchange 2", {"ring": 2, "ulysses": half})]
+    return found
+
+
+def model_of(arguments: argparse.Namespace) -> Any:
+    """A Llama of the sizes that are asked for."""
+    from tessera.models.config import ModelConfig
+    from tessera.nn.rope import RopeConfig
+
+    return ModelConfig(
+        "llama",
+        vocab_size=arguments.vocabulary,
+        hidden_size=arguments.hidden,
+        num_layers=arguments.layers,
+        num_heads=arguments.heads,
+        num_kv_heads=arguments.kv_heads,
+        head_dim=arguments.hidden // arguments.heads,
+        ffn_size=arguments.ffn,
+        max_positions=2**20,
+        rope=RopeConfig(),
+    )
+
+
+def row(length: int, mean: int, vocabulary: int) -> Any:
+    """A row of `length` tokens, of one document or of many of `mean` tokens."""
+    import torch
+
+    from tessera.data.batch import MicroBatch
+
+    ids = torch.randint(0, vocabulary, (1, length), generator=torch.Generator().manual_seed(length))
+    if not mean:
+        return MicroBatch(ids, ids.roll(-1, 1), length)
+    dice, positions, documents, number = random.Random(1), [], [], 0
+    while len(positions) < length:
+        own = min(length - len(positions), max(1, int(dice.expovariate(1 / mean))))
+        positions += range(own)
+        documents += [number] * own
+        number += 1
+    return MicroBatch(ids, ids.roll(-1, 1), length, 0, torch.tensor([positions]), torch.tensor([documents]))
+
+
+class Rank:
+    """One rank of a way, inside its process."""
+
+    def __init__(self, way: Way, arguments: argparse.Namespace, rank: int, folder: Path) -> None:
+        import torch
+        import torch.distributed as dist
+
+        from tessera.core.device import prepare
+        from tessera.core.mesh import Mesh
+        from tessera.engine.fsdp import build_decoder
+        from tessera.engine.optimizer import build_optimizer
+        from tessera.engine.step import Step
+        from tessera.layout.resolve import parallel_of
+        from tessera.sizes.context import ContextParallel
+        from tessera.sizes.rules import TensorParallel
+
+        prepare(torch.device("cpu"), tf32=False)
+        torch.set_num_threads(1)
+        if way.ranks > 1:
+            store = dist.FileStore(str(folder / way.name.replace(" ", "-")), way.ranks)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=way.ranks)
+        mesh, col = Mesh(way.sizes), way.sizes.get("col", 1)
+        ulysses = way.sizes.get("ulysses", 1)
+        context = ContextParallel(way.sizes.get("ring", 1) * ulysses, way.mode, ulysses)
+        parallel = parallel_of(TensorParallel(size=col), mesh, 1, context=context)
+        model = build_decoder(model_of(arguments), parallel, gradient_checkpointing=arguments.recompute)
+        model.initialize(1)
+        self.step = Step(model, build_optimizer(model, "adamw_torch_fused", (0.9, 0.95), 1e-8, 0.0))
+        self.arguments, self.number = arguments, 0
+
+    def run(self, length: int) -> tuple[float, float]:
+        """Wall and CPU seconds of a step."""
+        batch = row(length, self.arguments.documents, self.arguments.vocabulary)
+        wall, cpu = time.perf_counter(), time.process_time()
+        self.step([batch], self.number, 1e-4)
+        self.number += 1
+        return time.perf_counter() - wall, time.process_time() - cpu
+
+    def count(self, length: int) -> tuple[int, int]:
+        """Bytes received, and the peak of live tensors beside those of before, in a step."""
+        from tessera.core.collectives import Recorder
+        from tessera.core.live_memory import PeakMemory
+
+        with Recorder() as recorder, PeakMemory() as memory:
+            self.run(length)
+        return sum(record.received for record in recorder.records), memory.peak
+
+
+def serve(way: Way, arguments: argparse.Namespace, rank: int, folder: Path, pipe: Connection) -> None:
+    """A rank: does what it is told until the pipe closes."""
+    try:
+        own = Rank(way, arguments, rank, folder)
+        while True:
+            name, length = pipe.recv()
+            pipe.send(getattr(own, name)(length))
+    except EOFError:
+        return
+    except Exception:
+        pipe.send(traceback.format_exc())
+
+
+class Group:
+    """The ranks of a way."""
+
+    def __init__(self, way: Way, arguments: argparse.Namespace, folder: Path) -> None:
+        self.pipes = []
+        context = multiprocessing.get_context("spawn")
+        for rank in range(way.ranks):
+            ours, theirs = context.Pipe()
+            context.Process(target=serve, args=(way, arguments, rank, folder, theirs), daemon=True).start()
+            self.pipes.append(ours)
+
+    def ask(self, name: str, length: int) -> list[Any]:
+        """What each rank answers."""
+        for pipe in self.pipes:
+            pipe.send((name, length))
+        answers = [pipe.recv() for pipe in self.pipes]
+        if failed := [answer for answer in answers if isinstance(answer, str)]:
+            raise SystemExit(failed[0])
+        return answers
+
+
+def table(arguments: argparse.Namespace, folder: Path) -> list[tuple[int, Way, float, float, int, int]]:
+    """Length, way, best wall and CPU of the slowest rank, bytes received and peak of the rank that has most."""
+    chosen = [way for way in ways(arguments.ranks) if not arguments.only or way.name in arguments.only]
+    groups = {way.name: Group(way, arguments, folder) for way in chosen}
+    found = []
+    for length in arguments.lengths:
+        times: dict[str, list[tuple[float, float]]] = {way.name: [] for way in chosen}
+        for number in range(arguments.rounds + 1):
+            for way in chosen:
+                each = groups[way.name].ask("run", length)
+                if number:  # the first one makes the memory warm
+                    times[way.name].append((max(wall for wall, _ in each), max(cpu for _, cpu in each)))
+        for way in chosen:
+            counted = groups[way.name].ask("count", length)
+            received, peak = (max(each) for each in zip(*counted, strict=True))
+            wall, cpu = (min(each) for each in zip(*times[way.name], strict=True))
+            found.append((length, way, wall, cpu, received, peak))
+    return found
+
+
+def draw(found: list[tuple[int, Way, float, float, int, int]], path: str) -> None:
+    """Tokens a second, peak and bytes against the length of a row, a line for each way."""
+    from matplotlib import pyplot
+
+    figure, panes = pyplot.subplots(1, 3, figsize=(12, 3.6))
+    titles = ("tokens a second", "peak MiB of a rank", "MiB received a rank")
+    for pane, title, value in zip(
+        panes, titles, (lambda f: f[0] / f[2], lambda f: f[5] / 2**20, lambda f: f[4] / 2**20), strict=True
+    ):
+        for name in dict.fromkeys(f[1].name for f in found):
+            rows = [f for f in found if f[1].name == name]
+            pane.plot([f[0] for f in rows], [value(f) for f in rows], marker="o", label=name)
+        pane.set(title=title, xlabel="tokens of a row", xscale="log", yscale="log")
+    panes[0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main() -> None:
+    """Print the table, and draw it where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384])
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--documents", type=int, default=0, help="mean tokens of a document; 0: one a row")
+    parser.add_argument("--only", nargs="+", default=[], help="names of ways")
+    parser.add_argument("--recompute", action="store_true")
+    parser.add_argument("--plot", default="")
+    for name, value in (
+        ("layers", 2),
+        ("hidden", 256),
+        ("heads", 8),
+        ("kv-heads", 2),
+        ("ffn", 704),
+        ("vocabulary", 2048),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(KeyboardInterrupt):
+        found = table(arguments, Path(folder))
+    sizes = f"{arguments.layers} layers, hidden {arguments.hidden}, {arguments.heads} heads ({arguments.kv_heads} kv)"
+    print(f"{sizes}, ffn {arguments.ffn}, vocabulary {arguments.vocabulary}; best of {arguments.rounds} rounds\n")
+    print("| tokens | way | ranks | wall s | of one rank | tokens/s | CPU s, slowest rank | peak MiB | MiB received |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    alone = {length: wall for length, way, wall, *_ in found if way.ranks == 1}
+    for length, way, wall, cpu, received, peak in found:
+        share = f"{wall / alone[length]:.3f}" if length in alone else ""
+        print(
+            f"| {length:,} | {way.name} | {way.ranks} | {wall:.3f} | {share} | {length / wall:,.0f} | {cpu:.3f} "
+            f"| {peak / 2**20:,.1f} | {received / 2**20:,.2f} |"
+        )
+    if arguments.plot:
+        draw(found, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()

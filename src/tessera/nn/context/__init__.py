@@ -1,0 +1,1 @@
+"""Context parallelism: attention over sequences that several ranks share, moving only what its masks need."""
