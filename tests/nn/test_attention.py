@@ -12,7 +12,8 @@ from tessera.core.mesh import Mesh
 from tessera.layout.parallel import Parallel
 from tessera.layout.streams import residual_layout
 from tessera.nn.attend import attend
-from tessera.nn.attention import Attention, AttentionConfig, kv_heads_of
+from tessera.nn.attention import Attention, AttentionConfig
+from tessera.nn.context.heads import kv_heads_of
 from tessera.nn.mask import Mask
 
 TOLERANCE = 1e-12

@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from tessera.core.axes import MODEL_AXES, SEQUENCE_AXES
+from tessera.core.axes import MODEL_AXES
 from tessera.core.mesh import Mesh
 from tessera.layout.context import Context
 from tessera.layout.streams import HIDDEN, Layout, LinearPlan, Streams, column_parallel, row_parallel
@@ -49,7 +49,7 @@ class Parallel:
     @property
     def cuts_sequences(self) -> bool:
         """Whether a rank has a part of each sequence alone."""
-        return self.mesh.size(SEQUENCE_AXES) * self.mesh.size(self.owners) > 1
+        return self.mesh.size(("ulysses", *self.owners)) > 1
 
     @property
     def served(self) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from tessera.layout.spec import Init
 from tessera.layout.streams import check_chain
 from tessera.nn.attend import attend
 from tessera.nn.context.attention import shared_attention
-from tessera.nn.context.heads import kv_heads_of as kv_heads_of
+from tessera.nn.context.heads import kv_heads_of
 from tessera.nn.dropout import keep_mask
 from tessera.nn.linear import ColumnParallelLinear, RowParallelLinear, parallel_linear
 from tessera.nn.mask import Mask

@@ -26,8 +26,7 @@ import torch
 from tessera.data.batch import Stream
 from tessera.layout.parallel import Parallel
 from tessera.models.anatomy import Attention
-from tessera.nn.attention import kv_heads_of
-from tessera.nn.context.heads import repeats
+from tessera.nn.context.heads import kv_heads_of, repeats
 from tessera.nn.context.route import ExchangeRoute, RingRoute, length, route_of
 
 

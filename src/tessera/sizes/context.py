@@ -14,8 +14,6 @@ from dataclasses import dataclass, replace
 from tessera.core.errors import UserError
 from tessera.sizes.numbers import divisors_of, either
 
-MODES = ("auto", "ulysses", "exchange", "ring")
-
 
 @dataclass(frozen=True)
 class ContextParallel:

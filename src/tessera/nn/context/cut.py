@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from tessera.data.batch import MicroBatch, Stream
+from tessera.data.samples import IGNORED
 from tessera.layout.parallel import Parallel
 from tessera.nn.context.assign import assign
-
-IGNORED = -100
 
 
 def cut(batch: MicroBatch, parallel: Parallel, windows: Sequence[tuple[int | None, int]]) -> MicroBatch:

@@ -37,8 +37,7 @@ class Exchange:
             yield rows(arriving.wait(), self.route.order), self.route.others.tiles
 
     def _start(self) -> Pending:
-        leaving = rows(self.kv, [part for reader in self.route.sent for part in reader])
-        return start_all_to_all(leaving, self.route.sizes_sent, self.route.received, self.group)
+        return start_all_to_all(rows(self.kv, self._leaving), self.route.sizes_sent, self.route.received, self.group)
 
     def add(self, gradient_T2HD: Tensor) -> None:
         """The gradient of what the iterator gave last."""
@@ -49,19 +48,31 @@ class Exchange:
         own, *others = self._gradients
         for gradient in others:
             placed = torch.empty_like(gradient, dtype=self.kv.dtype)
-            start = 0
-            for first, end in self.route.order:
-                placed[first:end] = gradient[start : start + end - first]
-                start += end - first
+            for place, part in _each(placed, self.route.order, gradient):
+                place.copy_(part)
             returning = start_all_to_all(placed, self.route.received, self.route.sizes_sent, self.group).wait()
-            start = 0
-            for first, end in (part for reader in self.route.sent for part in reader):
-                own[first:end] += returning[start : start + end - first]
-                start += end - first
+            add_rows(own, self._leaving, returning)
         return own
+
+    @property
+    def _leaving(self) -> list[Chunk]:
+        """The slices of this owner's tokens that go to others, reader by reader."""
+        return [part for reader in self.route.sent for part in reader]
 
 
 def rows(x: Tensor, slices: Sequence[Chunk]) -> Tensor:
     """These rows of x, one behind another: a view where they already are."""
     parts = [x[first:end] for first, end in slices]
     return torch.cat(parts) if len(parts) > 1 else parts[0] if parts else x[:0]
+
+
+def add_rows(x: Tensor, slices: Sequence[Chunk], more: Tensor) -> None:
+    """The conjugate of `rows`: add to these rows of x those of `more`, one behind another."""
+    for place, part in _each(x, slices, more):
+        place += part
+
+
+def _each(x: Tensor, slices: Sequence[Chunk], other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each slice of x beside its rows of `other`, where they lie one behind another."""
+    parts = other.split([end - first for first, end in slices])
+    yield from zip((x[first:end] for first, end in slices), parts, strict=True)

@@ -7,6 +7,7 @@ One all-to-all of equal parts each way; the backward of one way is the other.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,11 +18,12 @@ from tessera.nn.once import Once, run_once
 
 # mypy: disable-error-code="no-untyped-def"
 
+Trade = Callable[[Tensor, Group], Tensor]
+
 
 def to_heads(x_THD: Tensor, group: Group) -> Tensor:
     """All tokens of the ranks of `group`, of this rank's part of the heads; not differentiable."""
-    T, heads, *rest = x_THD.shape
-    parts = x_THD.unflatten(1, (group.size, heads // group.size)).transpose(0, 1)
+    parts = x_THD.unflatten(1, (group.size, -1)).transpose(0, 1)
     equal = [1] * group.size
     return all_to_all(parts, equal, equal, group).flatten(0, 1)
 
@@ -33,38 +35,28 @@ def to_tokens(x_THD: Tensor, group: Group) -> Tensor:
     return parts.transpose(0, 1).flatten(1, 2)
 
 
-class _TokensForHeads(torch.autograd.Function):
+class _Trade(torch.autograd.Function):
+    """`there` in the forward, `back` in the backward: the two are each other's conjugate."""
+
     @staticmethod
-    def forward(ctx, x_THD: Tensor, group: Group, once: Once | None):
-        ctx.group = group
-        (traded,) = run_once(once, lambda: [to_heads(x_THD, group)])
+    def forward(ctx, x_THD: Tensor, group: Group, there: Trade, back: Trade, once: Once | None):
+        ctx.back, ctx.group = back, group
+        (traded,) = run_once(once, lambda: [there(x_THD, group)])
         return traded
 
     @staticmethod
     def backward(ctx, gradient_THD: Tensor):
-        return to_tokens(gradient_THD, ctx.group), None, None
-
-
-class _HeadsForTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_THD: Tensor, group: Group, once: Once | None):
-        ctx.group = group
-        (traded,) = run_once(once, lambda: [to_tokens(x_THD, group)])
-        return traded
-
-    @staticmethod
-    def backward(ctx, gradient_THD: Tensor):
-        return to_heads(gradient_THD, ctx.group), None, None
+        return ctx.back(gradient_THD, ctx.group), None, None, None, None
 
 
 def tokens_for_heads(x_THD: Tensor, group: Group | None, once: Once | None = None) -> Tensor:
     """All tokens of the ranks of `group`, of this rank's part of the heads; heads are dim 1 and divide by the ranks."""
-    return x_THD if group is None else _TokensForHeads.apply(x_THD, group, once)
+    return x_THD if group is None else _Trade.apply(x_THD, group, to_heads, to_tokens, once)
 
 
 def heads_for_tokens(x_THD: Tensor, group: Group | None, once: Once | None = None) -> Tensor:
     """The way back: this rank's tokens, of all heads."""
-    return x_THD if group is None else _HeadsForTokens.apply(x_THD, group, once)
+    return x_THD if group is None else _Trade.apply(x_THD, group, to_tokens, to_heads, once)
 
 
 def repeats(kv_heads: int, ranks: int) -> int:

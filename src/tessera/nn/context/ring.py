@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tessera.core.collectives import Pending, start_exchange
 from tessera.core.mesh import Group
-from tessera.nn.context.exchange import Arrival, rows
+from tessera.nn.context.exchange import Arrival, add_rows, rows
 from tessera.nn.context.route import RingRoute, length
 
 
@@ -83,10 +83,7 @@ class Ring:
         returned, own = iter(self._returned), self._own
         for hop in self.route.hops:
             if hop.home:
-                coming, start = next(returned).wait(), 0
-                for first, end in hop.home:
-                    own[first:end] += coming[start : start + end - first]
-                    start += end - first
+                add_rows(own, hop.home, next(returned).wait())
         _finish(self._sums_sent)
         return own
 

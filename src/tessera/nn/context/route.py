@@ -7,7 +7,8 @@ no rank asks another what it needs.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from functools import cache
+from itertools import accumulate, chain, pairwise
 
 from tessera.data.batch import Stream
 from tessera.layout.parallel import Parallel
@@ -82,12 +83,7 @@ def exchange_route(stream: Stream, owner: int, window: int | None) -> ExchangeRo
     """What owner number `owner` sends and receives at once, for a layer whose queries see `window` tokens."""
     needed = reads(stream.owned, stream.bounds, window)
     mine = stream.owned[owner]
-    starts = _starts(map(length, needed[owner]))
-    placed = sorted(
-        (chunk, (at[0] + start, at[1] + start))
-        for part, start in zip(needed[owner], starts, strict=True)
-        for chunk, at in _places(part)
-    )
+    placed = sorted(_places(list(chain.from_iterable(needed[owner]))))
     keys = tuple(chunk for chunk, _ in placed)
     return ExchangeRoute(
         _round(mine, mine, stream, window),
@@ -103,16 +99,19 @@ def ring_route(stream: Stream, owner: int, window: int | None) -> RingRoute:
     """What passes through owner number `owner`: tokens travel as far as somebody reads them, and no further."""
     needed, ranks = reads(stream.owned, stream.bounds, window), len(stream.owned)
     mine = stream.owned[owner]
+    distances = (
+        (reader - source) % ranks for reader, row in enumerate(needed) for source, read in enumerate(row) if read
+    )
+    furthest = max(distances, default=0)
 
+    @cache
     def travelling(source: int, distance: int) -> tuple[Chunk, ...]:
         """The tokens of `source` that the owner so many places further on, or one behind it, reads."""
         readers = (needed[(source + far) % ranks][source] for far in range(distance, ranks))
         return _joined(chain.from_iterable(readers))
 
     hops = []
-    for distance in range(1, ranks):
-        if not any(travelling(source, distance) for source in range(ranks)):
-            break
+    for distance in range(1, furthest + 1):
         source, before = (owner - distance) % ranks, (owner - distance + 1) % ranks
         keys, on = travelling(source, distance), travelling(source, distance + 1)
         held = mine if distance == 1 else travelling(before, distance - 1)
@@ -137,18 +136,10 @@ def _round(mine: Sequence[Chunk], keys: Sequence[Chunk], stream: Stream, window:
     return Round(tuple(keys), tuple(tiles(mine, keys, stream.bounds, window)))
 
 
-def _starts(sizes: Iterable[int]) -> list[int]:
-    starts, total = [], 0
-    for size in sizes:
-        starts.append(total)
-        total += size
-    return starts
-
-
 def _places(chunks: Sequence[Chunk]) -> list[tuple[Chunk, Chunk]]:
     """Each chunk, and where its tokens are when the chunks lie one behind another."""
-    starts = _starts(end - first for first, end in chunks)
-    return [(chunk, (at, at + chunk[1] - chunk[0])) for chunk, at in zip(chunks, starts, strict=True)]
+    edges = accumulate((end - first for first, end in chunks), initial=0)
+    return list(zip(chunks, pairwise(edges), strict=True))
 
 
 def _slices(held: Sequence[Chunk], wanted: Iterable[Chunk]) -> tuple[Chunk, ...]:
