@@ -22,35 +22,8 @@ from tessera.nn.context.heads import heads_for_tokens, repeats, tokens_for_heads
 from tessera.nn.context.passes import Pass, backward_pass, forward_pass
 from tessera.nn.context.ring import Ring
 from tessera.nn.context.route import RingRoute, Route
-from tessera.nn.once import Once, run_once
-
-# mypy: disable-error-code="no-untyped-def"
-
-
-class _Shared(torch.autograd.Function):
-    """Attention of the owner's queries to keys and values wherever they are.
-
-    q [T, H, D], k and v as kv [T, 2, kv heads, D] → [T, H, D]; all of this owner.
-    """
-
-    @staticmethod
-    def forward(
-        ctx,
-        q_THD: Tensor,
-        kv_T2HD: Tensor,
-        begin: Pass,
-        scale: float | None,
-        softcap: float | None,
-        once: Once | None,
-    ):
-        out, lse = run_once(once, lambda: forward_pass(q_THD, kv_T2HD, begin, scale, softcap))
-        ctx.save_for_backward(q_THD, kv_T2HD, out, lse)
-        ctx.options = begin, scale, softcap
-        return out
-
-    @staticmethod
-    def backward(ctx, d_out_THD: Tensor):
-        return *backward_pass(d_out_THD, *ctx.saved_tensors, *ctx.options), None, None, None, None
+from tessera.nn.kernels.function import attention
+from tessera.nn.once import Once
 
 
 def shared_attention(
@@ -81,7 +54,14 @@ def shared_attention(
         kv_T2HD = kv_T2HD.repeat_interleave(again, 2)
     q = tokens_for_heads(q_THD, ulysses, once)
     kv = tokens_for_heads(kv_T2HD.transpose(1, 2), ulysses, once).transpose(1, 2)
-    out = _Shared.apply(q, kv, _beginning(route, owners), scale, softcap, once)
+    options = _beginning(route, owners), scale, softcap
+    out, _ = attention(
+        lambda q, kv: forward_pass(q, kv, *options),
+        lambda d_out, q, kv, out, lse: backward_pass(d_out, q, kv, out, lse, *options),
+        q,
+        kv,
+        once=once,
+    )
     return heads_for_tokens(out, ulysses, once)
 
 

@@ -24,9 +24,8 @@ from torch import Tensor
 from tessera.core.mesh import Group
 from tessera.nn.context.heads import kv_heads_of, repeats, to_heads, to_tokens
 from tessera.nn.context.passes import Pass, backward_pass, forward_pass
-from tessera.nn.once import Once, run_once
-
-# mypy: disable-error-code="no-untyped-def"
+from tessera.nn.kernels.function import attention
+from tessera.nn.once import Once
 
 
 class _Groups:
@@ -56,52 +55,6 @@ class _Groups:
         dkv_TH2D.index_add_(1, index, own.unflatten(1, (len(index), -1)).sum(2, dtype=dkv_TH2D.dtype))
 
 
-class _InGroups(torch.autograd.Function):
-    """q [T, H, D], k and v [T, K, D] of this rank's tokens → [T, H, D]."""
-
-    @staticmethod
-    def forward(
-        ctx,
-        q_THD: Tensor,
-        k_THD: Tensor,
-        v_THD: Tensor,
-        groups: _Groups,
-        begin: Pass,
-        scale: float | None,
-        softcap: float | None,
-        once: Once | None,
-    ):
-        def compute() -> list[Tensor]:
-            out_THD, found = torch.empty_like(q_THD), []
-            for g, heads in enumerate(groups.queries):
-                kv = groups.gather_keys(k_THD, v_THD, g)
-                out, lse = forward_pass(groups.gather(q_THD, g), kv, begin, scale, softcap)
-                out_THD[:, heads] = to_tokens(out, groups.group)
-                found.append(lse)
-            return [out_THD, torch.stack(found)]
-
-        out, lse_NHT = run_once(once, compute)
-        ctx.save_for_backward(q_THD, k_THD, v_THD, out, lse_NHT)
-        ctx.groups, ctx.options = groups, (begin, scale, softcap)
-        return out
-
-    @staticmethod
-    def backward(ctx, d_out_THD: Tensor):
-        (q, k, v, out, lse_NHT), groups = ctx.saved_tensors, ctx.groups
-        dq = torch.empty_like(q)
-        dkv_TH2D = torch.zeros_like(torch.stack([k, v], 2), dtype=lse_NHT.dtype)
-        for g, heads in enumerate(groups.queries):
-            results = torch.stack([d_out_THD[:, heads], out[:, heads]], 2)
-            d_out_g, out_g = to_heads(results, groups.group).unbind(2)
-            del results  # of which the group's ranks have their parts now
-            kv = groups.gather_keys(k, v, g)
-            dq_g, dkv_g = backward_pass(d_out_g, groups.gather(q, g), kv, out_g, lse_NHT[g], *ctx.options)
-            dq[:, heads] = to_tokens(dq_g, groups.group)
-            groups.add_keys(dkv_TH2D, dkv_g, g)
-        dk, dv = dkv_TH2D.to(k.dtype).unbind(2)
-        return dq, dk, dv, None, None, None, None, None
-
-
 def attention_in_groups(
     q_THD: Tensor,
     k_THD: Tensor,
@@ -117,5 +70,28 @@ def attention_in_groups(
 
     The query heads divide by `count` · ranks, and by the kv heads.
     """
-    groups = _Groups(count, ulysses, q_THD.shape[1], k_THD.shape[1])
-    return _InGroups.apply(q_THD, k_THD, v_THD, groups, begin, scale, softcap, once)
+    groups, options = _Groups(count, ulysses, q_THD.shape[1], k_THD.shape[1]), (begin, scale, softcap)
+
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+        out_THD, found = torch.empty_like(q), []
+        for g, heads in enumerate(groups.queries):
+            kv = groups.gather_keys(k, v, g)
+            out, lse = forward_pass(groups.gather(q, g), kv, *options)
+            out_THD[:, heads] = to_tokens(out, groups.group)
+            found.append(lse)
+        return [out_THD, torch.stack(found)]
+
+    def backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse_NHT: Tensor) -> tuple[Tensor, ...]:
+        dq = torch.empty_like(q)
+        dkv_TH2D = torch.zeros_like(torch.stack([k, v], 2), dtype=lse_NHT.dtype)
+        for g, heads in enumerate(groups.queries):
+            results = torch.stack([d_out[:, heads], out[:, heads]], 2)
+            d_out_g, out_g = to_heads(results, groups.group).unbind(2)
+            del results  # of which the group's ranks have their parts now
+            kv = groups.gather_keys(k, v, g)
+            dq_g, dkv_g = backward_pass(d_out_g, groups.gather(q, g), kv, out_g, lse_NHT[g], *options)
+            dq[:, heads] = to_tokens(dq_g, groups.group)
+            groups.add_keys(dkv_TH2D, dkv_g, g)
+        return dq, *dkv_TH2D.to(k.dtype).unbind(2)
+
+    return attention(forward, backward, q_THD, k_THD, v_THD, once=once)[0]

@@ -1,5 +1,7 @@
 """One tile of attention: which kernel computes it, forward and backward."""
 
+from types import ModuleType
+
 from torch import Tensor
 
 from tessera.nn.context.tiles import Tile
@@ -16,10 +18,10 @@ def tile_forward(
     heads. `scale` is 1/√D unless given; `softcap` c makes z = c · tanh(z / c). The result is in q's dtype or wider, the
     log-sum-exp in promote_types(dtype, float32), finite everywhere. `tile` has a form that `tiles` makes.
     """
-    if softcap is None and (q_THD.is_cpu or takes_varlen(q_THD)):
-        kernel = tile_cpu if q_THD.is_cpu else tile_cuda
-        return kernel.forward(q_THD, k_THD, v_THD, tile, scale)
-    return blockwise.forward(q_THD, k_THD, v_THD, tile, scale, softcap)
+    tensors = q_THD, k_THD, v_THD
+    if softcap is not None or (fused := _fused(q_THD)) is None:
+        return blockwise.forward(*tensors, tile, scale, softcap)
+    return fused.forward(*tensors, tile, scale)
 
 
 def tile_backward(
@@ -39,7 +41,11 @@ def tile_backward(
     `out` (in q's dtype) and `lse` are those of the queries over all their keys, in this tile or not.
     """
     tensors = d_out_THD, q_THD, k_THD, v_THD, out_THD, lse_HT
-    if softcap is None and (q_THD.is_cpu or takes_varlen(q_THD)):
-        kernel = tile_cpu if q_THD.is_cpu else tile_cuda
-        return kernel.backward(*tensors, tile, scale)
-    return blockwise.backward(*tensors, tile, scale, softcap)
+    if softcap is not None or (fused := _fused(q_THD)) is None:
+        return blockwise.backward(*tensors, tile, scale, softcap)
+    return fused.backward(*tensors, tile, scale)
+
+
+def _fused(q_THD: Tensor) -> ModuleType | None:
+    """The kernel with flash attention for queries such as these."""
+    return tile_cpu if q_THD.is_cpu else tile_cuda if takes_varlen(q_THD) else None

@@ -10,16 +10,22 @@ from torch import Tensor
 from tessera.nn.context.tiles import Tile
 
 
-def _bounds(x_THD: Tensor) -> Tensor:
-    return torch.arange(0, x_THD.shape[0] + 1, x_THD.shape[0], dtype=torch.int32, device=x_THD.device)
+def _bounds(*tensors_THD: Tensor) -> tuple[Tensor | int, ...]:
+    """Where the one sequence of each tensor begins and ends, then their lengths."""
+    lengths = [x.shape[0] for x in tensors_THD]
+    ends = [torch.arange(0, T + 1, T, dtype=torch.int32, device=tensors_THD[0].device) for T in lengths]
+    return (*ends, *lengths)
+
+
+def _window(tile: Tile) -> int | None:
+    return None if tile.window is None else 0
 
 
 def forward(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, tile: Tile, scale: float | None) -> tuple[Tensor, Tensor]:
     """The tile's softmax(scale · q kᵀ) v and log-sum-exp [H, T]."""
-    bounds = (_bounds(q_THD), _bounds(k_THD), q_THD.shape[0], k_THD.shape[0])
-    left = None if tile.window is None else 0
+    bounds = _bounds(q_THD, k_THD)
     out, lse, *_ = torch.ops.aten._flash_attention_forward.default(
-        q_THD, k_THD, v_THD, *bounds, 0.0, tile.causal, False, scale=scale, window_size_left=left
+        q_THD, k_THD, v_THD, *bounds, 0.0, tile.causal, False, scale=scale, window_size_left=_window(tile)
     )
     return out, lse
 
@@ -35,8 +41,6 @@ def backward(
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the tile adds to the gradients of q, k and v."""
-    bounds = (_bounds(q_THD), _bounds(k_THD), q_THD.shape[0], k_THD.shape[0])
-    left = None if tile.window is None else 0
     unused = torch.empty(2, dtype=torch.uint64, device=q_THD.device)  # the random state: nothing is dropped
     dq, dk, dv = torch.ops.aten._flash_attention_backward.default(
         d_out_THD.contiguous(),
@@ -45,12 +49,12 @@ def backward(
         v_THD,
         out_THD,
         lse_HT.contiguous(),
-        *bounds,
+        *_bounds(q_THD, k_THD),
         0.0,
         tile.causal,
         unused,
         unused[:0],
         scale=scale,
-        window_size_left=left,
+        window_size_left=_window(tile),
     )
     return dq, dk, dv

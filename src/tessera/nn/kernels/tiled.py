@@ -8,39 +8,8 @@ from torch import Tensor
 from tessera.nn.context.consume import backward_tiles, forward_tiles
 from tessera.nn.context.tiles import Tile, tiles
 from tessera.nn.documents import Documents
-from tessera.nn.once import Once, run_once
-
-# mypy: disable-error-code="no-untyped-def"
-
-
-class _Tiled(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx,
-        q_THD: Tensor,
-        k_THD: Tensor,
-        v_THD: Tensor,
-        plan: list[Tile],
-        scale: float | None,
-        softcap: float | None,
-        once: Once | None,
-    ):
-        block = k_THD, v_THD, plan
-        out, lse = run_once(once, lambda: forward_tiles(q_THD, [block], scale=scale, softcap=softcap))
-        ctx.save_for_backward(q_THD, k_THD, v_THD, out, lse)
-        ctx.options = plan, scale, softcap
-        ctx.mark_non_differentiable(lse)
-        ctx.set_materialize_grads(False)
-        return out, lse
-
-    @staticmethod
-    def backward(ctx, d_out_THD: Tensor | None, _: Tensor | None):
-        if d_out_THD is None:
-            return (None,) * 7
-        (q, k, v, out, lse), (plan, scale, softcap) = ctx.saved_tensors, ctx.options
-        dq = torch.zeros_like(q, dtype=lse.dtype)
-        dk, dv = backward_tiles(d_out_THD, q, out, lse, dq, (k, v, plan), scale=scale, softcap=softcap)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
+from tessera.nn.kernels.function import attention
+from tessera.nn.once import Once
 
 
 @lru_cache(maxsize=16)
@@ -68,6 +37,17 @@ def tiled(
     B, _, S, _ = q_BHSD.shape
     bounds = tuple(range(0, B * S + 1, S)) if documents is None else documents.bounds
     plan = _plan(bounds, window)
+
+    def forward(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor) -> tuple[Tensor, Tensor]:
+        return forward_tiles(q_THD, [(k_THD, v_THD, plan)], scale=scale, softcap=softcap)
+
+    def backward(
+        d_out_THD: Tensor, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, out_THD: Tensor, lse_HT: Tensor
+    ) -> tuple[Tensor, ...]:
+        dq, block = torch.zeros_like(q_THD, dtype=lse_HT.dtype), (k_THD, v_THD, plan)
+        dk, dv = backward_tiles(d_out_THD, q_THD, out_THD, lse_HT, dq, block, scale=scale, softcap=softcap)
+        return dq.to(q_THD.dtype), dk.to(k_THD.dtype), dv.to(v_THD.dtype)
+
     joined = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHSD, k_BHSD, v_BHSD))
-    out_THD, lse_HT = _Tiled.apply(*joined, plan, scale, softcap, once)
+    out_THD, lse_HT = attention(forward, backward, *joined, once=once)
     return out_THD.unflatten(0, (B, S)).transpose(1, 2), lse_HT.unflatten(1, (B, S)).transpose(0, 1)

@@ -5,50 +5,20 @@ their bounds. It reads grouped kv heads as they are, and computes no more than a
 does the same; its arguments differ between the versions of torch that are supported, those of the operators do not.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from tessera.nn.documents import Documents
-from tessera.nn.once import Once, run_once
-
-# mypy: disable-error-code="no-untyped-def"
+from tessera.nn.kernels.function import attention
+from tessera.nn.once import Once
 
 
 def takes_varlen(q_BHSD: Tensor) -> bool:
     """Whether the kernel is there for `q`: of two bytes an element, heads of a size that it has, a GPU since Ampere."""
     fits = q_BHSD.dtype in (torch.bfloat16, torch.float16) and q_BHSD.shape[-1] % 8 == 0 and q_BHSD.shape[-1] <= 256
     return fits and q_BHSD.is_cuda and torch.cuda.get_device_capability(q_BHSD.device) >= (8, 0)
-
-
-class _Varlen(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx,
-        q_THD: Tensor,
-        k_THD: Tensor,
-        v_THD: Tensor,
-        bounds: tuple[Tensor, Tensor, int, int],
-        causal: bool,
-        scale: float | None,
-        window: int | None,
-        once: Once | None,
-    ):
-        seen = {} if window is None else {"window_size_left": window - 1}
-        options = (*bounds, 0.0, causal, False)
-        operator = torch.ops.aten._flash_attention_forward.default
-        out, lse, *random = run_once(once, lambda: operator(q_THD, k_THD, v_THD, *options, scale=scale, **seen)[:-1])
-        ctx.save_for_backward(q_THD, k_THD, v_THD, out, lse, *random)
-        ctx.options = bounds, causal, scale, seen
-        ctx.mark_non_differentiable(lse)
-        return out, lse
-
-    @staticmethod
-    def backward(ctx, d_out_THD: Tensor, _: Tensor):
-        (q, k, v, out, lse, *random), (bounds, causal, scale, seen) = ctx.saved_tensors, ctx.options
-        dq, dk, dv = torch.ops.aten._flash_attention_backward.default(
-            d_out_THD.contiguous(), q, k, v, out, lse, *bounds, 0.0, causal, *random, scale=scale, **seen
-        )
-        return dq, dk, dv, None, None, None, None, None
 
 
 def varlen(
@@ -71,6 +41,17 @@ def varlen(
         offsets, longest = torch.arange(0, B * S + 1, S, dtype=torch.int32, device=q_BHSD.device), S
     else:
         offsets, longest = documents.offsets, documents.longest
+    bounds, seen = (offsets, offsets, longest, longest), {} if window is None else {"window_size_left": window - 1}
+
+    def forward(*tensors_THD: Tensor) -> Sequence[Tensor]:
+        operator = torch.ops.aten._flash_attention_forward.default
+        return operator(*tensors_THD, *bounds, 0.0, causal, False, scale=scale, **seen)[:-1]
+
+    def backward(d_out_THD: Tensor, *saved: Tensor) -> Sequence[Tensor]:
+        *tensors, first, second = saved  # the last two: the random state of dropout, though nothing is dropped
+        operator = torch.ops.aten._flash_attention_backward.default
+        return operator(d_out_THD.contiguous(), *tensors, *bounds, 0.0, causal, first, second, scale=scale, **seen)
+
     joined = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHSD, k_BHSD, v_BHSD))
-    out_THD, lse_HT = _Varlen.apply(*joined, (offsets, offsets, longest, longest), causal, scale, window, once)
+    out_THD, lse_HT = attention(forward, backward, *joined, once=once)
     return out_THD.unflatten(0, (B, S)).transpose(1, 2), lse_HT.unflatten(1, (B, S)).transpose(0, 1)
