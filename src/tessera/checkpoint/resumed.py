@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
+from tessera.core.errors import as_yaml
+
 QUIET = {
     # where things go, and how often they are said or saved
     "output_dir",
@@ -74,6 +76,6 @@ def _shown(value: object) -> str:
     """A value on one line as YAML has it, whatever a checkpoint may hold."""
     if isinstance(value, float) and abs(value) < 2**53 and value.is_integer():
         value = int(value)
-    shown = "unset" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    shown = "unset" if value is None else as_yaml(value)
     shown = shown if shown.isprintable() else ascii(shown)
     return shown if len(shown) <= LONGEST else f"{shown[:LONGEST]}…"

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from typer.core import TyperCommand
@@ -58,7 +58,7 @@ def _setting(name: str, value: str | None, rest: list[str], options: Mapping[str
     if value is None:
         word = rest[0] if rest else None
         given = word is not None and not word.startswith("--")
-        if bool in kinds and (not given or str(word).lower() not in _choices(key, kinds)):
+        if bool in kinds and not (given and _is_value(str(word), key, kinds)):
             value = "true"
         elif given:
             value = rest.pop(0)
@@ -83,26 +83,15 @@ def _find(key: str) -> set[Any] | None:
     return {bool, object} if known else None
 
 
-def _choices(key: str, kinds: set[Any]) -> Container[str]:
-    """The words that a switch of these types can be set to; any word, where it takes more than those of a list."""
+def _is_value(word: str, key: str, kinds: set[Any]) -> bool:
+    """Whether `word` may be the value of a switch of these types, not the next argument."""
     from tessera.config.schema import TrainConfig
+    from tessera.config.words import values_of
 
-    field = TrainConfig.model_fields.get(key)
-    listed = _words(field.annotation) if field else set()
-    return {"true", "false", *listed} if kinds == {bool} or listed and kinds <= {bool, str} else _Anything()
-
-
-class _Anything(Container[str]):
-    def __contains__(self, word: object) -> bool:
-        return True
-
-
-def _words(annotation: Any) -> set[str]:
-    """The texts of the Literals in an annotation; none where a text of any kind fits."""
-    parts = get_args(annotation)
-    if str in parts:
-        return set()
-    return {part for part in parts if isinstance(part, str)}.union(*(_words(part) for part in parts))
+    switch = ["true", "false"]
+    listed = values_of(key) if key in TrainConfig.model_fields else switch
+    closed = kinds == {bool} or kinds == {bool, str} and set(listed) > set(switch)  # else it takes any text too
+    return not closed or word.lower() in listed
 
 
 def _leaves(annotation: Any) -> set[Any]:

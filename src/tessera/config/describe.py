@@ -10,6 +10,7 @@ from tessera.config.schema import SECTIONS, DatasetConfig, TrainConfig
 from tessera.config.sections.section import Section
 from tessera.config.settled import SOURCES
 from tessera.config.streamed import NO_EFFECT
+from tessera.core.errors import as_yaml
 
 _FSDP1 = {
     "full_shard, FULL_SHARD, auto_wrap": "nothing more: FSDP2 does it",
@@ -82,8 +83,7 @@ def _own_rows() -> Iterable[list[str]]:
 
 
 def _as_yaml(value: object) -> str:
-    words = {None: "unset", True: "true", False: "false"}
-    return words[value] if value is None or isinstance(value, bool) else str(value)
+    return "unset" if value is None else as_yaml(value)
 
 
 def _in_our_words(ours: compat.OurName) -> str:

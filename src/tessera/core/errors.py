@@ -8,11 +8,16 @@ _LONGEST = 1000
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
+def as_yaml(value: object) -> str:
+    """A plain value as a YAML file has it: `true`, where Python says True."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def cut_short(given: object, longest: int = _LONGEST) -> str:
     """`given` as text, without its middle where it is long; characters that steer a terminal are written out."""
     if isinstance(given, int) and given.bit_length() > 4 * longest:
         return f"a number of {given.bit_length()} bits"  # Python refuses to write it in digits
-    text = _CONTROL.sub(lambda found: ascii(found[0])[1:-1], str(given))
+    text = _CONTROL.sub(lambda found: ascii(found[0])[1:-1], as_yaml(given))
     return text if len(text) <= longest else f"{text[: longest // 2]} … {text[-longest // 4 :]}"
 
 
@@ -24,18 +29,13 @@ class UserError(ValueError):
 
     def __init__(self, key: str, value: object, reason: str, hint: str = "") -> None:
         self.key, self.value, self.reason, self.hint = key, value, reason, hint
-        given = f"{cut_short(key)}: {cut_short(_as_yaml(value))}" if value is not None else cut_short(key)
+        given = f"{cut_short(key)}: {cut_short(value)}" if value is not None else cut_short(key)
         super().__init__(f"{given}\n  {reason}" + (f"\n  {hint}" if hint else ""))
 
     @property
     def parts(self) -> tuple[str, str, str, str]:
         """What makes the same error in another process: `UserError(*parts)`."""
-        return self.key, str(_as_yaml(self.value)), self.reason, self.hint
-
-
-def _as_yaml(value: object) -> object:
-    """`true` and `false` as a YAML file has them."""
-    return str(value).lower() if isinstance(value, bool) else value
+        return self.key, as_yaml(self.value), self.reason, self.hint
 
 
 class RunFailed(RuntimeError):

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from tessera.core.axes import MODEL_AXES
-from tessera.core.errors import UserError
+from tessera.core.errors import UserError, as_yaml
 from tessera.sizes.bounds import RANKS, ROWS, VOCABULARY, WIDTH, at_most
 from tessera.sizes.geometries import GEOMETRIES, geometry_axes, mesh_sizes
 from tessera.sizes.numbers import both_sides, divisors_of, either, multiples_near, nearest_on_both_sides
@@ -21,7 +21,6 @@ from tessera.sizes.rules import (
     IN_ONE_PIECE,
     Ask,
     TensorParallel,
-    as_yaml,
     config_key,
     divisors,
     every_rank_has_a_row,
@@ -171,10 +170,10 @@ def _fitting_meshes(ask: Ask) -> list[Axes]:
     if _no_mesh_mends(ask.tensor):
         return []
     asked = math.prod((ask.tensor.mesh or {"size": ask.tensor.size or 1}).values()) ** (1 / len(own))
-    depths = {1, ask.tensor.depth or 2, (ask.tensor.mesh or {}).get("depth", 1), *divisors_of(ask.batch)}
-    every = {"depth": sorted(depths)} | {
-        axis: divisors_of(size) for axis, size in whole.items()
-    }  # depth divides nothing
+    every = {axis: divisors_of(size) for axis, size in whole.items()}
+    # depth need not divide any size: those that were asked for, and those that give each rank whole rows
+    given = {ask.tensor.depth or 2, (ask.tensor.mesh or {}).get("depth", 1)}
+    every["depth"] = sorted({1, *given, *divisors_of(ask.batch)})
     of_each = [every[axis] if axis in own else [1] for axis in MODEL_AXES]
     while math.prod(map(len, of_each)) > _MESHES:
         longest = max(of_each, key=len)

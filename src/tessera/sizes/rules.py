@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from tessera.core.axes import MODEL_AXES
-from tessera.core.errors import UserError
+from tessera.core.errors import UserError, as_yaml
 from tessera.sizes.geometries import GEOMETRIES, geometry_axes, mesh_sizes
 from tessera.sizes.schedule import LOOPS, Schedule
 
@@ -194,11 +194,6 @@ def every_rank_has_a_row(vocabulary: int, col: int) -> bool:
 def config_key(field: str) -> str:
     """The key that sets a field of `TensorParallel`."""
     return field if field == "sequence_parallel" else f"tensor_parallel_{field}"
-
-
-def as_yaml(value: object) -> str:
-    """A switch as it is written in a config."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def in_words(dimension: str) -> str:

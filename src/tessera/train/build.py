@@ -18,7 +18,7 @@ from tessera.core import device as devices
 from tessera.core import terminal
 from tessera.core.axes import DATA_AXES
 from tessera.core.collectives import gathered
-from tessera.core.errors import UserError
+from tessera.core.errors import UserError, as_yaml
 from tessera.core.mesh import Mesh
 from tessera.data.epochs import ORDER, Epochs, Packed, Singles
 from tessera.data.loader import Loader
@@ -271,8 +271,8 @@ def _go_on(built: Built, state: RunState) -> None:
     """
     config, loader = built.run.config, built.loader
     if config.streaming != (state.stream is not None) and state.samples:
-        place, now = "from" if state.stream else "without", str(config.streaming).lower()
-        reason = f"goes on {place} a place in a stream, streaming is {now}"
+        place = "from" if state.stream else "without"
+        reason = f"goes on {place} a place in a stream, streaming is {as_yaml(config.streaming)}"
         hint = "leave streaming as it was, or convert the checkpoint and begin anew from its weights"
         raise UserError("resume_from_checkpoint", built.run.resume, reason, hint)
     if isinstance(loader, StreamLoader):

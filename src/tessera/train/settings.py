@@ -60,13 +60,13 @@ def _heads_and_room(config: TrainConfig, model: ModelConfig, inside: int | None)
 
 def _check_shared_sequences(config: TrainConfig, model: ModelConfig, joined: bool) -> None:
     """Raise UserError where the model's attention does not go where several ranks share a sequence."""
-    key, value, why = "context_parallel_size", config.context_parallel_size, "shares each sequence between ranks"
+    key, value = "context_parallel_size", config.context_parallel_size
+    why, remedy = "shares each sequence between ranks", "1"
     if joined and config.context_parallel_size == 1:
-        axes = config.axes
-        parts = axes["depth"] * axes["row"]
+        parts = config.axes["depth"] * config.axes["row"]
         key, value = "micro_batch_size", config.micro_batch_size
         why = f"does not divide over depth × row = {parts}, so that ranks share sequences"
-    remedy = "1" if key == "context_parallel_size" else nearest(value, parts)
+        remedy = nearest(value, parts)
     if model.attention_dropout:
         reason = f"{why}, and the model drops attention probabilities ({model.attention_dropout:g})"
         hint = f"set attn_pdrop or attention_dropout to 0 in config.json, or {key}: {remedy}"
