@@ -4,7 +4,8 @@ A small Llama trains on one row of each length, whole on one rank, and shared by
 ranks of all ways start first; then each way takes a step in turn, round after round, and the best wall counts, for
 noise only ever adds. CPU seconds are of the slowest rank, waiting not among them; bytes are what a rank is handed by
 collectives in a step; the peak is of live tensors, counted in a step of its own. `--documents 2048` packs documents of
-that mean length (exponential) into the row.
+that mean length (exponential) into the row. `--alone` says what one rank would hold at its peak, counted without
+running.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import contextlib
 import math
 import multiprocessing
 import random
+import resource
 import tempfile
 import time
 import traceback
@@ -121,14 +123,15 @@ class Rank:
         self.number += 1
         return time.perf_counter() - wall, time.process_time() - cpu
 
-    def count(self, length: int) -> tuple[int, int]:
-        """Bytes received, and the peak of live tensors beside those of before, in a step."""
+    def count(self, length: int) -> tuple[int, int, int]:
+        """Bytes received and the peak of live tensors beside those of before, in a step; the process's most memory."""
         from tessera.core.collectives import Recorder
         from tessera.core.live_memory import PeakMemory
 
         with Recorder() as recorder, PeakMemory() as memory:
             self.run(length)
-        return sum(record.received for record in recorder.records), memory.peak
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return sum(record.received for record in recorder.records), memory.peak, resident
 
 
 def serve(way: Way, arguments: argparse.Namespace, rank: int, folder: Path, pipe: Connection) -> None:
@@ -165,8 +168,23 @@ class Group:
         return answers
 
 
-def table(arguments: argparse.Namespace, folder: Path) -> list[tuple[int, Way, float, float, int, int]]:
-    """Length, way, best wall and CPU of the slowest rank, bytes received and peak of the rank that has most."""
+Measured = tuple[int, Way, float, float, int, int, int]
+
+
+def counted_alone(arguments: argparse.Namespace, length: int) -> int:
+    """Bytes of live tensors that one rank has at the peak of a step on whole rows: counted, with no data."""
+    from tessera.core.mesh import Mesh
+    from tessera.layout.resolve import parallel_of
+    from tessera.layout.shape import StepShape
+    from tessera.plan.count import counted_step
+    from tessera.sizes.rules import TensorParallel
+
+    shape = StepShape(1, length, recompute=arguments.recompute)
+    return counted_step(model_of(arguments), shape, parallel_of(TensorParallel(), Mesh({}), 1)).memory.peak
+
+
+def table(arguments: argparse.Namespace, folder: Path) -> list[Measured]:
+    """Length, way, best wall and CPU of the slowest rank; bytes received, peak and memory of the rank that has most."""
     chosen = [way for way in ways(arguments.ranks) if not arguments.only or way.name in arguments.only]
     groups = {way.name: Group(way, arguments, folder) for way in chosen}
     found = []
@@ -179,13 +197,13 @@ def table(arguments: argparse.Namespace, folder: Path) -> list[tuple[int, Way, f
                     times[way.name].append((max(wall for wall, _ in each), max(cpu for _, cpu in each)))
         for way in chosen:
             counted = groups[way.name].ask("count", length)
-            received, peak = (max(each) for each in zip(*counted, strict=True))
+            received, peak, resident = (max(each) for each in zip(*counted, strict=True))
             wall, cpu = (min(each) for each in zip(*times[way.name], strict=True))
-            found.append((length, way, wall, cpu, received, peak))
+            found.append((length, way, wall, cpu, received, peak, resident))
     return found
 
 
-def draw(found: list[tuple[int, Way, float, float, int, int]], path: str) -> None:
+def draw(found: list[Measured], path: str) -> None:
     """Tokens a second, peak and bytes against the length of a row, a line for each way."""
     from matplotlib import pyplot
 
@@ -211,6 +229,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--documents", type=int, default=0, help="mean tokens of a document; 0: one a row")
     parser.add_argument("--only", nargs="+", default=[], help="names of ways")
+    parser.add_argument("--alone", action="store_true", help="count the peak of one rank too")
     parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--plot", default="")
     for name, value in (
@@ -227,14 +246,19 @@ def main() -> None:
         found = table(arguments, Path(folder))
     sizes = f"{arguments.layers} layers, hidden {arguments.hidden}, {arguments.heads} heads ({arguments.kv_heads} kv)"
     print(f"{sizes}, ffn {arguments.ffn}, vocabulary {arguments.vocabulary}; best of {arguments.rounds} rounds\n")
-    print("| tokens | way | ranks | wall s | of one rank | tokens/s | CPU s, slowest rank | peak MiB | MiB received |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    headings = ("tokens", "way", "ranks", "wall s", "of one rank", "tokens/s", "CPU s, slowest rank", "peak MiB")
+    headings += ("resident MiB", "MiB received")
+    print(f"| {' | '.join(headings)} |", f"{'|---' * len(headings)}|", sep="\n")
     alone = {length: wall for length, way, wall, *_ in found if way.ranks == 1}
-    for length, way, wall, cpu, received, peak in found:
+    for length, way, wall, cpu, received, peak, resident in found:
         share = f"{wall / alone[length]:.3f}" if length in alone else ""
         print(
             f"| {length:,} | {way.name} | {way.ranks} | {wall:.3f} | {share} | {length / wall:,.0f} | {cpu:.3f} "
-            f"| {peak / 2**20:,.1f} | {received / 2**20:,.2f} |"
+            f"| {peak / 2**20:,.1f} | {resident / 2**20:,.0f} | {received / 2**20:,.2f} |"
+        )
+    for length in arguments.lengths if arguments.alone else ():
+        print(
+            f"\none rank, {length:,} tokens, counted: {counted_alone(arguments, length) / 2**20:,.1f} MiB at the peak"
         )
     if arguments.plot:
         draw(found, arguments.plot)

@@ -16,6 +16,7 @@ SIZE_KEYS = [
     "micro_batch_size", "gradient_accumulation_steps", "sequence_len", "save_steps", "save_total_limit", "max_steps",
     "seed", "warmup_steps", "logging_steps", "eval_steps", "val_set_size", "check_replicas_steps", "num_epochs",
     "group_timeout_minutes", "tensor_parallel_scratch_gib", "learning_rate", "weight_decay", "max_grad_norm",
+    "context_parallel_size", "ulysses_size", "ulysses_chunks", "tiled_mlp_num_shards",
 ]  # fmt: skip
 MODES = ("1d", "2d", "2.5d", "3d")
 READERS = (("inspect", "run.yaml"), ("train", "run.yaml"), ("launch", "run.yaml", "--slurm"), ("verify", "run.yaml"))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from distributed.model_cases import GPT2, LLAMA
+from plan import context_cases
 from plan.count_cases import Case, held_elements, memory_on_ranks
 from support.pool import pool
 from tessera.core.mesh import Mesh
@@ -177,3 +178,15 @@ def test_the_estimated_peak_is_near_the_counted_one(sizes):
         case = Case(sizes, shape=shape, compute=compute)
         peak = peak_bytes(model, shape, case.parallel(Mesh(sizes, rank=0)))
         assert 0.96 < peak.total / counted(model, case).peak < 1.25, str(case)
+
+
+@pytest.mark.parametrize("reshard", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sizes", [{"shard": 4}, {"shard": 2, "col": 2}, {"ring": 2, "ulysses": 2}], ids=str)
+def test_the_estimated_peak_counts_what_fsdp_gathers_once(sizes, reshard):
+    """Also of ranks that share sequences, which FSDP2 serves as it does data ranks."""
+    model = replace(LLAMA, num_layers=6)
+    long = StepShape(batch=8, sequence=256, micro_batches=2, reshard=reshard)
+    for shape, compute in ((long, torch.bfloat16), (replace(long, recompute=True), torch.float32)):
+        parallel = context_cases.parallel_of(context_cases.Case("llama", sizes, compute=compute), Mesh(sizes, rank=0))
+        peak = peak_bytes(model, shape, parallel)
+        assert 0.96 < peak.total / counted_step(model, shape, parallel).memory.peak < 1.25, str(shape)

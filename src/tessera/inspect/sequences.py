@@ -7,7 +7,7 @@ make streams (layout/context.py); what is told is the first one of the first dat
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from tessera.core.axes import DATA_AXES
 from tessera.core.mesh import Mesh
@@ -153,11 +153,6 @@ def _edges(stream: Stream) -> list[int]:
 
 def documents_of(lengths: tuple[int, ...], shape: StepShape) -> StepShape:
     """The shape with documents of these lengths in every row; what is left of a row is one too."""
-    begins, at = [], 0
-    for tokens in lengths:
-        begins.append(at)
-        at += tokens
-    if at < shape.sequence:
-        begins.append(at)
+    begins = [at for at in accumulate(lengths, initial=0) if at < shape.sequence]
     starts = tuple(row * shape.sequence + begin for row in range(shape.batch) for begin in begins)
     return replace(shape, documents=(starts,) * shape.micro_batches)

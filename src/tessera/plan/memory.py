@@ -30,7 +30,7 @@ import torch
 
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape
-from tessera.models.anatomy import Anatomy, Attention, Block, Layer, Norm, anatomy_of
+from tessera.models.anatomy import Attention, Block, Layer, Norm, anatomy_of
 from tessera.models.config import ModelConfig
 from tessera.plan.sequences import kv_heads_on, query_heads_on, traded_kv_heads
 from tessera.plan.tiles import mlp_tiles
@@ -83,19 +83,25 @@ def saved_bytes(model: ModelConfig, shape: StepShape, parallel: Parallel) -> int
     positions = row * model.head_dim * element if tables else t * index
     head = sum(prod(parameter.spec.local_shape(mesh)) for parameter in anatomy.head.parameters(parallel))
     last = anatomy.norm.statistics * statistic + _widened_gains(anatomy.norm, None, parallel)
-    return layers + 2 * stream + last + ids + positions + head * element + _gathered(anatomy, shape, parallel)
+    return layers + 2 * stream + last + ids + positions + head * element + kept_weights(model, shape, parallel)
 
 
-def _gathered(anatomy: Anatomy, shape: StepShape, parallel: Parallel) -> int:
-    """Weights that FSDP2 has gathered and keeps after the forward: those of no layer; of layers unless resharded."""
+def kept_weights(model: ModelConfig, shape: StepShape, parallel: Parallel) -> int:
+    """Bytes of what FSDP2 has gathered and keeps after the forward: of no layer; of layers too, unless resharded."""
     if parallel.fsdp is None:
         return 0
-    *layers, outside = [
-        times * sum(padded_shard(each, parallel.mesh) * parallel.mesh.size(each.spec.stored_over) for each in unit)
-        for unit, times in anatomy.units(parallel)
-    ]
-    kept = outside + (0 if shape.reshard and shape.by_layer else sum(layers))
+    *layers, (outside, _) = gathered_units(model, parallel)
+    kept = outside + (0 if shape.reshard and shape.by_layer else sum(size * times for size, times in layers))
     return kept * parallel.compute.itemsize
+
+
+def gathered_units(model: ModelConfig, parallel: Parallel) -> list[tuple[int, int]]:
+    """The elements of each unit as FSDP2 gathers it, and how many such units there are: of each kind of layer, then of
+    what is in no layer."""
+    return [
+        (sum(padded_shard(each, parallel.mesh) * parallel.mesh.size(each.spec.stored_over) for each in unit), times)
+        for unit, times in anatomy_of(model).units(parallel)
+    ]
 
 
 def _widened_gains(norm: Norm, attention: Attention | None, parallel: Parallel) -> int:
