@@ -1,14 +1,12 @@
 """Runs on every rank of a pool: attention that ranks share, against dense attention of each document, in float64."""
 
-import math
 import random
-from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from nn.shards import mesh_of
+from nn.tile_cases import HEADS, SCALE, expected, inputs, mask, tokens
 from tessera.data.batch import Stream
 from tessera.layout.context import Context
 from tessera.layout.parallel import Parallel
@@ -17,11 +15,9 @@ from tessera.nn.context.assign import assign
 from tessera.nn.context.attention import shared_attention
 from tessera.nn.context.route import route_of
 
-HEADS = ((8, 1), (8, 2), (8, 8), (6, 3))
 WINDOWS = (None, None, 1, 7, 1000)
 CAPS = (None, None, 1.5)
 ASSIGNMENTS = ("balanced", "contiguous", "zigzag", "dealt", "one token here, the rest there")
-D = 4
 
 
 def drawn(seed: int, owners: int, ulysses: int) -> dict[str, Any]:
@@ -83,20 +79,6 @@ def _chunks(tokens: list[int]) -> tuple[tuple[int, int], ...]:
     return tuple(found)
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, case: dict[str, Any]) -> Tensor:
-    """Every document by itself, by a softmax over all its scores."""
-    found, again = [], q.shape[1] // k.shape[1]
-    for first, end in pairwise(case["bounds"]):
-        own, keys, values = q[first:end], *(x[first:end].repeat_interleave(again, 1) for x in (k, v))
-        z = torch.einsum("qhd,khd->hqk", own, keys) / math.sqrt(D)
-        if case["softcap"]:
-            z = case["softcap"] * torch.tanh(z / case["softcap"])
-        distance = torch.arange(end - first).unsqueeze(1) - torch.arange(end - first)
-        hidden = (distance < 0) | (distance >= (case["window"] or math.inf))
-        found.append(torch.einsum("hqk,khd->qhd", z.masked_fill(hidden, -math.inf).softmax(-1), values))
-    return torch.cat(found)
-
-
 def worst_error(sizes: dict[str, int], transport: str, seeds: list[int]) -> tuple[float, int]:
     """The largest difference of output, dq, dk and dv on this rank over these cases, and the seed of it."""
     mesh = mesh_of(sizes)
@@ -108,20 +90,15 @@ def _error(parallel: Parallel, seed: int) -> float:
     mesh = parallel.mesh
     ulysses = mesh.sizes["ulysses"]
     case = drawn(seed, mesh.sizes["ring"], ulysses)
-    (heads, kv_heads), total = case["heads"], case["bounds"][-1]
-    generator = torch.Generator().manual_seed(seed)
-    shapes = ((total, heads, D), (total, kv_heads, D), (total, kv_heads, D), (total, heads, D))
-    *whole, weight = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
-    for x in whole:
-        x.requires_grad_()
-    want = dense(*whole, case)
-    wanted = [want.detach(), *torch.autograd.grad((want * weight).sum(), whole)]
+    *whole, weight = inputs(case["heads"], case["bounds"][-1])
+    wanted = expected(*whole, weight, mask(case["bounds"], case["window"]), case["softcap"])
+    del wanted[1]  # the log-sum-exp, which each owner keeps to itself
 
     stream = Stream(case["bounds"], case["owned"])
     chunks = stream.owned[mesh.coordinates["ring"]]
-    own = torch.cat([torch.arange(*chunk) for chunk in chunks]).chunk(ulysses)[mesh.coordinates["ulysses"]]
-    mine = [x.detach()[own].requires_grad_() for x in whole]
+    own = torch.tensor(tokens(chunks)).chunk(ulysses)[mesh.coordinates["ulysses"]]
+    mine = [x[own].requires_grad_() for x in whole]
     route = route_of(stream, parallel, case["window"])
-    out = shared_attention(*mine, route, parallel, softcap=case["softcap"])
+    out = shared_attention(*mine, route, parallel, scale=SCALE, softcap=case["softcap"])
     found = [out.detach(), *torch.autograd.grad((out * weight[own]).sum(), mine)]
     return max(((a - b[own]).abs().max().item() for a, b in zip(found, wanted, strict=True)), default=0.0)
