@@ -20,10 +20,16 @@ def _on_stderr(text: str) -> None:
 
 
 class Notes:
-    """The notes of one run in `folder`, which must exist."""
+    """The notes of one run in `folder`, which must exist.
 
-    def __init__(self, folder: Path, say: Callable[[str], None] = _on_stderr) -> None:
-        self.folder, self.say = folder, say
+    `check` raises when the folder is another run's by now: it is asked right before each write, so that a process that
+    was stopped since its last step writes nothing when it wakes.
+    """
+
+    def __init__(
+        self, folder: Path, say: Callable[[str], None] = _on_stderr, check: Callable[[], None] = lambda: None
+    ) -> None:
+        self.folder, self.say, self.check = folder, say, check
         self._identity = _identity(folder)
         self._whole: dict[str, bytes] = {}  # by file name, what is yet to be written as a whole, or
         self._lines: dict[str, list[bytes]] = {}  # at its end
@@ -43,6 +49,7 @@ class Notes:
         """Try what could not be written so far, each file by itself."""
         failed: OSError | None = None
         for name in list(dict.fromkeys([*self._whole, *self._lines])):
+            self.check()
             try:
                 if name in self._whole:
                     replace_file(self.folder / name, self._whole[name])

@@ -75,7 +75,7 @@ class Trainer:
             if self.built.first:
                 self.output.mkdir(parents=True, exist_ok=True)
                 set_aside(self.built)
-                self.notes = Notes(self.output)
+                self.notes = Notes(self.output, check=share.check)
             self.log = Log(self.notes, steps, self.progress.step, config.logging_steps)
         self.records = Records(self.built, self.notes)
         keep, beside = config.save_total_limit, config.save_async
