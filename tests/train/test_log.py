@@ -11,14 +11,16 @@ from support.pool import pool
 from tessera.config.load import load_config
 from tessera.config.schema import TrainConfig
 from tessera.plan.flops import step_flops
-from tessera.train.log import Log, Pace, perplexity
+from tessera.train.events import perplexity
+from tessera.train.files import Files
 from tessera.train.notes import Notes
+from tessera.train.progress import Pace, shares
 from tessera.train.run import model_of
 from train.faults_on_rank import train_and_count
 from train.on_rank import said_on_rank
 from train.runs import Workshop, metrics, run
 
-ALL_REDUCE = "c10d.allreduce_.default"
+ALL_REDUCE, ALL_GATHER = "c10d.allreduce_.default", "c10d._allgather_base_.default"
 KEYS = {
     "step",
     "loss",
@@ -40,7 +42,9 @@ def test_every_step_is_one_object_with_every_key(workshop: Workshop, tmp_path, s
     settings = workshop.settings("llama", tmp_path / "run", tensor_parallel_size=size)
     found = run(settings)
     assert [m["step"] for m in found] == [1, 2, 3, 4, 5]
-    assert all(m.keys() == KEYS for m in found)
+    measured = {"memory", "seconds", "slowest"}
+    assert [m.keys() - KEYS for m in found] == [measured, {"memory"}, *[measured] * 3]
+    assert all(m.keys() >= KEYS for m in found)
     targets = [workshop.targets(range(6 * i, 6 * i + 6)) for i in range(5)]
     assert [m["tokens"] for m in found] == [sum(targets[: i + 1]) for i in range(5)]
     for m, count in zip(found, targets, strict=True):
@@ -70,23 +74,29 @@ def test_a_run_killed_before_its_first_line_keeps_those_of_the_run_it_goes_on_fr
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(Path, "write_bytes", killed)
-        Log(Notes(tmp_path), 9, 2, 1)
+        Files(Notes(tmp_path), 2)
     assert file.read_text() == before
-    Log(Notes(tmp_path), 9, 2, 1).close()
+    Files(Notes(tmp_path), 2)
     assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_monitoring_adds_no_collective_outside_logging_steps(workshop: Workshop, tmp_path):
-    """Logging costs one all-reduce of a number (memory) in a step; the first step always pays it."""
+EVERY_STEP_COSTS = {False: {ALL_REDUCE: 4}, True: {ALL_REDUCE: 4 + 4, ALL_GATHER: 10}}
+"""Of five steps: memory in all but the first, which always pays it; two gathers a report, and a reduction for each set
+of axes of the step's collectives, here col alone, but in the second step, whose time does not count."""
+ONE_COSTS = {False: {ALL_REDUCE: 1}, True: {ALL_REDUCE: 2, ALL_GATHER: 2}}
+
+
+@pytest.mark.parametrize("monitor", [False, True])
+def test_monitoring_adds_no_collective_outside_logging_steps(workshop: Workshop, tmp_path, monitor):
     calls, bytes_per_step = {}, {}
     for every in (1, 4, 100):
-        own = {"logging_steps": every, "tensor_parallel_size": 2}
+        own = {"logging_steps": every, "tensor_parallel_size": 2, "monitor": monitor}
         settings = workshop.settings("llama", tmp_path / f"every-{every}", **own)
         calls[every] = pool(2, gloo=True).run(train_and_count, settings)[0]
         bytes_per_step[every] = [m["communicated_bytes"] for m in metrics(settings)]
-    assert calls[1] - calls[100] == {ALL_REDUCE: 4} and not calls[100] - calls[1]
-    assert calls[4] - calls[100] == {ALL_REDUCE: 1} and not calls[100] - calls[4]
+    assert calls[1] - calls[100] == EVERY_STEP_COSTS[monitor] and not calls[100] - calls[1]
+    assert calls[4] - calls[100] == ONE_COSTS[monitor] and not calls[100] - calls[4]
     assert calls[100][ALL_REDUCE] >= 5  # one a step for the norm alone
     assert bytes_per_step[1] == bytes_per_step[4] == bytes_per_step[100]
 
@@ -105,7 +115,8 @@ def test_the_line_of_a_step_shows_its_record_and_how_many_there_are(workshop: Wo
         start = f"step {step} of 5 · loss {m['loss']:.4f} · lr {m['learning_rate']:.2e} · norm {m['grad_norm']:.3f} · "
         speed = f"{m['tokens_per_second']:,.0f} tokens/s · MFU {m['mfu']:.1%} · {m['memory_gib']:.3g} GiB"
         (line,) = [line for line in shown if line.startswith(start)]
-        assert re.fullmatch(re.escape(start + speed) + left, line), line
+        where = "".join(re.escape(f" · {share}") for share in shares(m))
+        assert re.fullmatch(re.escape(start + speed) + where + left, line), line
     evaluated = [f"step {s} of 5 · eval_loss {found[s]['eval_loss']:.4f}" for s in (3, 5)]
     assert [line.partition(" · eval_ppl")[0] for line in shown if "eval_loss" in line] == evaluated
     assert len(shown) == 4, "steps 1, 3 and 5 are no logging steps"
@@ -154,8 +165,7 @@ def test_a_perplexity_beyond_all_numbers_is_none():
 
 
 def log_of(folder: Path, first_step: int) -> None:
-    log = Log(Notes(folder), total_steps=9, first_step=first_step, every=1)
-    log.close()
+    Files(Notes(folder), first_step)
 
 
 def steps_in(folder: Path) -> list[int]:

@@ -27,7 +27,13 @@ from train.runs import Workshop, metrics, run
 
 MINIMAL: dict[str, Any] = {"base_model": "./my-llama", "datasets": [{"path": "a.jsonl"}]}
 STEPS = [
-    {"step": 1, "loss": 5.0, "learning_rate": 0.0, "communicated_bytes": {"col": 3}, "mfu": None},
+    {
+        "step": 1,
+        "loss": 5.0,
+        "learning_rate": 0.0,
+        "seconds": {"idle": 0.5, "communication": {"row·col": 3}},
+        "mfu": None,
+    },
     {"step": 2, "loss": 4.0, "learning_rate": 1e-3, "eval_loss": 4.5, "eval_ppl": 90.0},
 ]
 
@@ -41,7 +47,7 @@ def tracked(tmp_path: Path, first_step: int = 0, steps: list[dict[str, Any]] = S
     said: list[str] = []
     opened = Trackers(config_of(**keys), tmp_path, first_step, said.append)
     for record in steps:
-        opened.step(record)
+        opened.step(record, shown=True)
     opened.close()
     return said
 
@@ -113,7 +119,8 @@ def test_tensorboard_has_every_number_and_goes_on_with_a_run(tmp_path):
     found = scalars(tmp_path / "runs")
     assert found["train/loss"] == [(1, 5.0), (2, 4.0)]
     assert (found["eval/loss"], found["eval/ppl"]) == ([(2, 4.5)], [(2, 90.0)])
-    assert found.keys() == {"train/loss", "train/learning_rate", "eval/loss", "eval/ppl"}
+    within = {"train/seconds/idle", "train/seconds/communication/row_col"}
+    assert found.keys() == {"train/loss", "train/learning_rate", "eval/loss", "eval/ppl"} | within
     tracked(tmp_path, 1, [{"step": 2, "loss": 3.0}], use_tensorboard=True)
     assert scalars(tmp_path / "runs")["train/loss"] == [(1, 5.0), (2, 3.0)], "the step is done again"
     tracked(tmp_path, use_tensorboard=True, logging_dir=str(tmp_path / "elsewhere"))

@@ -11,7 +11,7 @@ from unittest.mock import patch
 from support.disk import leave_free
 from tessera.checkpoint.saver import Writer
 from tessera.models import hub
-from tessera.train.log import Log
+from tessera.train.events import Events
 from tessera.train.notes import METRICS
 from train.on_rank import own_rank, said_on_rank
 
@@ -19,14 +19,14 @@ from train.on_rank import own_rank, said_on_rank
 @contextmanager
 def _before_logging(act: Callable[[dict[str, Any]], None]) -> Iterator[None]:
     """`act`, with what is to be logged, before rank 0 logs a step."""
-    real = Log.step
+    real = Events.step
 
-    def logged(self: Log, record: dict[str, Any]) -> None:
+    def logged(self: Events, record: dict[str, Any]) -> None:
         if own_rank() == 0:
             act(record)
         real(self, record)
 
-    with patch.object(Log, "step", logged):
+    with patch.object(Events, "step", logged):
         yield
 
 

@@ -49,9 +49,10 @@ from tessera.nn.parameter import to_local
 class Saver:
     """Saves of one run, one in flight at a time. Every rank makes the same calls in the same order.
 
-    A save that fails leaves the checkpoints before it as they were, and is told through `say` on rank 0. `failure` is
-    what went wrong in the last save, the same on every rank; None when it went well. `check` raises where the run may
-    not write any more. `close` at the end in any case.
+    A save that fails leaves the checkpoints before it as they were, and is told through `say` on rank 0; a checkpoint
+    that is whole through `saved`. Both may be called in a thread beside the training. `failure` is what went wrong in
+    the last save, the same on every rank; None when it went well. `check` raises where the run may not write any more.
+    `close` at the end in any case.
     """
 
     def __init__(
@@ -62,10 +63,11 @@ class Saver:
         asynchronous: bool,
         timeout: timedelta,
         say: Callable[[str], None],
+        saved: Callable[[Path], None] = lambda path: None,
         check: Callable[[], None] = lambda: None,
     ) -> None:
         self.output_dir, self.keep, self.asynchronous = output_dir, keep, asynchronous
-        self.timeout, self.say, self.check = timeout, say, check
+        self.timeout, self.say, self.saved, self.check = timeout, say, saved, check
         self.failure: str | None = None
         self._told: set[str] = set()
         self.together = dist.is_initialized()
@@ -133,6 +135,8 @@ class Saver:
                 if told and told not in self._told:  # what stays in the way is no news at the next save
                     self._told.add(told)
                     self.say(told)
+            if self.first and self.failure is None:
+                self.saved(writer.final)
         finally:
             self._settled.set()
 

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tessera.core.mesh import Group
-from tessera.core.recorder import Record, active
+from tessera.core.recorder import Record, Span, active, begin_span
 from tessera.core.recorder import Recorder as Recorder
 from tessera.core.recorder import totals as totals
 
@@ -34,12 +34,18 @@ _reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", Non
 class Pending:
     """A collective on its way: `wait()` blocks until it is done and returns the result."""
 
-    def __init__(self, result: Tensor, work: Any = None, record: Record | None = None) -> None:
-        self._result, self.work, self._record = result, work, record
+    def __init__(
+        self, result: Tensor, work: Any = None, record: Record | None = None, span: Span | None = None
+    ) -> None:
+        self._result, self.work, self._record, self._span = result, work, record, span
 
     def wait(self) -> Tensor:
         if self.work is not None:
+            if self._span is not None:
+                self._span.mark()
             self.work.wait()
+            if self._span is not None:
+                self._span.mark()
             for recorder in active:
                 recorder.events.append(("wait", self._record))
             self.work = None
@@ -65,8 +71,21 @@ def _issue(
     """Record the collective and perform it, unless a recorder asks to leave it out; `received` unless by the ring."""
     if received is None:
         received = (2 if kind == "all_reduce" else 1) * whole.nbytes * (group.size - 1) // group.size
+    span = begin_span(kind, group.axes)
+    if span is not None:
+        span.waited_for = kind != "broadcast" or not received
     record, performed = _record(kind, group, whole.nbytes, received)
-    return Pending(result, call() if performed else None, record)
+    _made(record, result)
+    work = call() if performed else None
+    if span is not None:
+        span.mark()
+    return Pending(result, work, record, span)
+
+
+def _made(record: Record, result: Tensor) -> None:
+    for recorder in active:
+        if recorder.made is not None:
+            recorder.made(record, result)
 
 
 def _leaving_out() -> bool:
@@ -185,8 +204,8 @@ def _messages(sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tens
 def start_shift(x: Tensor, by: int, group: Group | None) -> Pending:
     """Issue `shift`: receive from the rank `by` places further along the ring, send to the one as far behind."""
     if group is None or by % group.size == 0:
-        for recorder in active if group is not None else ():
-            recorder.idle.append(len(recorder.records))
+        for recorder in active:
+            recorder.shifts_nothing(group.axes if group is not None else ())
         return Pending(x)
     sent, received = x.detach().contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
     if _leaving_out():
@@ -247,14 +266,25 @@ def start_exchange(
         assert not (sends or receives), "one rank alone has nobody to exchange with"
         return [], []
     sent = [(x.detach().contiguous(), to) for x, to in sends]
-    counted = [_record("send", group, x.nbytes, 0) for x, _ in sent]
-    counted += [_record("receive", group, x.nbytes, x.nbytes) for x, _ in receives]
+    messages = [("send", x, to, 0) for x, to in sent] + [("receive", x, source, x.nbytes) for x, source in receives]
+    counted, spans = [], []
+    for kind, x, peer, received in messages:
+        spans.append(begin_span(kind, group.axes, peer))
+        counted.append(_record(kind, group, x.nbytes, received))
+        if kind == "receive":
+            _made(counted[-1][0], x)
+        if (span := spans[-1]) is not None:
+            span.mark()
     leaving = [(x if c[1] else torch.zeros_like(x), to) for (x, to), c in zip(sent, counted, strict=False)]
+    if span is not None:  # the last one's, for the batch
+        span.mark()
     works = _messages(leaving, receives, group)
+    if span is not None:
+        span.mark()
     tensors = [x for x, _ in (*leaving, *receives)]
     pending = [
-        Pending(x, work if performed else _LeftOut(work, x), record)
-        for x, work, (record, performed) in zip(tensors, works, counted, strict=True)
+        Pending(x, work if performed else _LeftOut(work, x), record, own)
+        for x, work, (record, performed), own in zip(tensors, works, counted, spans, strict=True)
     ]
     return pending[: len(sends)], pending[len(sends) :]
 

@@ -74,6 +74,17 @@ def peak_memory_bytes(device: torch.device) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def held_memory_bytes(device: torch.device) -> int:
+    """Bytes allocated on a GPU now; on CPU what this process holds that is no file's."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("RssAnon:")[2].split()[0]) * 1024
+    except (OSError, IndexError):  # no Linux: the peak is all that is told
+        return peak_memory_bytes(device)
+
+
 def memory_bytes(device: torch.device) -> int | None:
     """The bytes that a GPU has; None for a CPU, whose memory other processes share."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None

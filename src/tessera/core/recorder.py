@@ -5,6 +5,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
+from tessera.core.clock import Clock, Mark
+
 
 @dataclass(frozen=True)
 class Record:
@@ -29,6 +33,25 @@ class Record:
         return "·".join(self.axes)
 
 
+class Span:
+    """When this rank issued a collective and waited for it: marks of a clock, begin and end in turn.
+
+    The first two are those of the issue, the others of waits; none at all where others shift and this rank does not.
+    `peer` is the place in the group of the one rank that a message goes to or comes from, else None. `waited_for` is
+    False where no other rank needs this one to come, as a receiver of a broadcast.
+    """
+
+    __slots__ = ("axes", "clock", "kind", "marks", "peer", "waited_for")
+
+    def __init__(self, kind: str, axes: tuple[str, ...], clock: Clock, peer: int | None = None) -> None:
+        self.kind, self.axes, self.clock, self.peer = kind, axes, clock, peer
+        self.waited_for = True
+        self.marks: list[Mark] = []
+
+    def mark(self) -> None:
+        self.marks.append(self.clock.mark())
+
+
 @dataclass(eq=False)  # two that counted the same are two: leaving `with` must not end the other
 class Recorder:
     """Counts, while active (`with Recorder() as recorder:`), every collective that goes through this door.
@@ -37,13 +60,17 @@ class Recorder:
     alone: a test that still passes then does not test it. A peer waits for a message, so a send or receive that is left
     out carries zeros instead. `delay` gives the seconds by which a collective is slowed.
     `idle` are the places in the list before which others had something to shift and this rank had not.
+    With a `clock`, `spans` says when each was issued and waited for. `made` is told of the tensor that each fills.
     """
 
     leave_out: int | None = None
     delay: Callable[[Record], float] | None = None
+    clock: Clock | None = None
+    made: Callable[[Record, Tensor], None] | None = None
     records: list[Record] = field(default_factory=list)
     events: list[tuple[str, Any]] = field(default_factory=list)
     idle: list[int] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
 
     def __enter__(self) -> "Recorder":
         active.append(self)
@@ -51,6 +78,14 @@ class Recorder:
 
     def __exit__(self, *error: object) -> None:
         active.remove(self)
+
+    def shifts_nothing(self, axes: tuple[str, ...]) -> None:
+        """Others along `axes` shift something now, this rank does not; along no axes there are no others."""
+        if not axes:
+            return
+        self.idle.append(len(self.records))
+        if self.clock is not None:
+            self.spans.append(Span("shift", axes, self.clock))
 
     def bytes_by_axis(self) -> dict[str, int]:
         """Bytes handed over (see `Record.bytes`), summed by axis."""
@@ -76,6 +111,17 @@ def totals(records: Iterable[Record]) -> dict[tuple[str, str], tuple[int, int]]:
         calls[record.axis, record.kind] += 1
         received[record.axis, record.kind] += record.received
     return {key: (calls[key], received[key]) for key in sorted(calls)}
+
+
+def begin_span(kind: str, axes: tuple[str, ...], peer: int | None = None) -> Span | None:
+    """Mark that this is about to be issued, for the recorder that times; None where none does."""
+    for recorder in active:
+        if recorder.clock is not None:
+            span = Span(kind, axes, recorder.clock, peer)
+            span.mark()
+            recorder.spans.append(span)
+            return span
+    return None
 
 
 # A plain list, not a context variable: on GPUs autograd runs backward, and its collectives, in threads of its own.

@@ -7,7 +7,7 @@ def human(size: float) -> str:
     """Bytes in the largest unit that keeps them above 1, e.g. "31.8 KiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.3g} {unit}"
+            return f"{size:.0f} B" if unit == "B" else f"{size:.{4 if size >= 999.5 else 3}g} {unit}"
         size /= 1024
     return f"{size:.3g} TiB"
 

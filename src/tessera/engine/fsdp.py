@@ -11,7 +11,7 @@ a leg of their own along `row`. Every sum is a sum: nothing is divided, as the l
 """
 
 import itertools
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from tessera.core.collectives import all_reduce, gather_into, reduce_scatter_into
 from tessera.core.mesh import Group
+from tessera.core.recorder import begin_span
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import Fsdp, Savers
 from tessera.models.config import ModelConfig
@@ -87,6 +88,8 @@ def _shard(decoder: Decoder, fsdp: Fsdp) -> None:
             made.set_custom_reduce_scatter(_Scatter(stored))
         if copies is not None:
             made.set_all_reduce_hook(_sum_over(copies))
+        if on_cuda and stored is not None:
+            mark_waits(made, stored.axes)
     if fsdp.prefetch and fsdp.by_layer:
         layers = [layer for layer in decoder.layers.values() if isinstance(layer, FSDPModule)]
         for layer, following in itertools.pairwise(layers):
@@ -94,6 +97,31 @@ def _shard(decoder: Decoder, fsdp: Fsdp) -> None:
     decoder.register_forward_hook(_cut_again)
     decoder.keeps_gathered = not fsdp.reshard
     decoder.to_empty(device="cpu" if fsdp.offload else mesh.device)
+
+
+def mark_waits(unit: Any, axes: tuple[str, ...]) -> None:
+    """Have spans of the recorder that times say where FSDP2 waits for the gathers and sums of `unit`.
+
+    On a GPU it waits on streams, which our door does not see; what it copies out of a gather then is in the time too.
+    Torch has no hook for it, so two methods of its own are wrapped, where they are called so.
+    """
+    state = unit._get_fsdp_state()
+    for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
+        for name in ("wait_for_unshard", "finalize_backward"):
+            if (wait := getattr(group, name, None)) is not None:
+                setattr(group, name, _marked(wait, axes))
+
+
+def _marked(wait: Callable[[], None], axes: tuple[str, ...]) -> Callable[[], None]:
+    def marked() -> None:
+        if (span := begin_span("wait", axes)) is None:
+            return wait()
+        span.mark()  # nothing was issued
+        span.mark()
+        wait()
+        span.mark()
+
+    return marked
 
 
 def _cut_again(decoder: Any, *_: Any) -> None:

@@ -4,6 +4,7 @@ A write that fails is told once, kept in memory and tried again; what is still m
 """
 
 import os
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +13,7 @@ from tessera.core import terminal
 from tessera.core.writing import replace_file, why
 
 METRICS, RESOLVED, SUMMARY = "metrics.jsonl", "resolved_config.yaml", "summary.json"
+MONITOR, EVENTS = "monitor.jsonl", "events.jsonl"
 PLOT, CARD = "loss.png", "README.md"
 
 
@@ -20,7 +22,7 @@ def _on_stderr(text: str) -> None:
 
 
 class Notes:
-    """The notes of one run in `folder`, which must exist.
+    """The notes of one run in `folder`, which must exist. Threads may write them side by side.
 
     `check` raises when the folder is another run's by now: it is asked right before each write, so that a process that
     was stopped since its last step writes nothing when it wakes.
@@ -34,16 +36,19 @@ class Notes:
         self._whole: dict[str, bytes] = {}  # by file name, what is yet to be written as a whole, or
         self._lines: dict[str, list[bytes]] = {}  # at its end
         self._reason = ""
+        self._lock = threading.RLock()
 
     def write(self, name: str, content: str | bytes) -> None:
         """Write a whole file, now or later."""
-        self._whole[name] = content.encode() if isinstance(content, str) else content
-        self.again()
+        with self._lock:
+            self._whole[name] = content.encode() if isinstance(content, str) else content
+            self.again()
 
     def append(self, name: str, line: str) -> None:
         """Add a line at a file's end, now or later."""
-        self._lines.setdefault(name, []).append(line.encode() + b"\n")
-        self.again()
+        with self._lock:
+            self._lines.setdefault(name, []).append(line.encode() + b"\n")
+            self.again()
 
     def again(self) -> None:
         """Try what could not be written so far, each file by itself."""
@@ -80,9 +85,10 @@ class Notes:
 
     def missing(self) -> str:
         """What could not be written in the end and why; empty when all was."""
-        self.again()
-        files = sorted(self._whole.keys() | self._lines.keys())
-        return f"{' and '.join(files)} could not be written: {self._reason}" if files else ""
+        with self._lock:
+            self.again()
+            files = sorted(self._whole.keys() | self._lines.keys())
+            return f"{' and '.join(files)} could not be written: {self._reason}" if files else ""
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:

@@ -21,8 +21,8 @@ from tessera.plan.flops import step_flops
 from tessera.train.announce import mesh_lines
 from tessera.train.build import Built
 from tessera.train.card import is_ours, model_card
+from tessera.train.events import perplexity
 from tessera.train.kernel import attention_line
-from tessera.train.log import perplexity
 from tessera.train.notes import CARD, PLOT, RESOLVED, SUMMARY, Notes
 from tessera.train.plots import plot_loss, read_metrics
 from tessera.train.saved import saver_lines

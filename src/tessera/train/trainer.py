@@ -2,6 +2,7 @@
 
 import math
 import os
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -14,18 +15,20 @@ from tessera.checkpoint.lock import Share
 from tessera.checkpoint.saver import Saver
 from tessera.checkpoint.tensors import load_model
 from tessera.core import device as devices
-from tessera.core.collectives import Recorder
-from tessera.core.errors import UserError
+from tessera.core.errors import RunFailed, UserError
 from tessera.core.writing import writing
 from tessera.train.build import build, rates_of
 from tessera.train.due import Due
 from tessera.train.ended import failing_in_words
 from tessera.train.ending import Ending
 from tessera.train.evaluate import evaluate
+from tessera.train.events import Events
+from tessera.train.files import Files
 from tessera.train.health import Health
 from tessera.train.kept import run_state, set_aside
-from tessera.train.log import Log, Stopwatch
+from tessera.train.measure import Measure
 from tessera.train.notes import Notes
+from tessera.train.progress import Stopwatch, Terminal
 from tessera.train.records import Records
 from tessera.train.run import Run
 from tessera.train.stop import StopRequest
@@ -64,22 +67,27 @@ class Trainer:
     """One rank of a run."""
 
     def __init__(self, run: Run, device: torch.device, stop: StopRequest, share: Share, where: Where) -> None:
-        self.config, self.stop, self.share, self.where = run.config, stop, share, where
+        self.config, self.stop, self.share = run.config, stop, share
         self.built = build(run, device)
-        self.built.step.entered = where.enter
         self.progress, self.output = self.built.progress, self.built.output
         self.due = Due.of(run.config, self.built.total_steps)
         self.notes: Notes | None = None
         config, steps, timeout = run.config, self.built.total_steps, timedelta(minutes=run.config.group_timeout_minutes)
+        self.events = Events(steps, self.progress.step, config.logging_steps)
         with writing(self.output):
             if self.built.first:
                 self.output.mkdir(parents=True, exist_ok=True)
                 set_aside(self.built)
                 self.notes = Notes(self.output, check=share.check)
-            self.log = Log(self.notes, steps, self.progress.step, config.logging_steps)
+                first_step = self.progress.step
+                self.events.sinks += [Files(self.notes, first_step), Terminal(steps, first_step)]
+        self.measure = Measure(where, self.built.step, self.events, config.monitor)
         self.records = Records(self.built, self.notes)
         keep, beside = config.save_total_limit, config.save_async
-        self.saver = Saver(self.output, keep, asynchronous=beside, timeout=timeout, say=self.log.say, check=share.check)
+        self.saver = Saver(
+            self.output, keep, asynchronous=beside, timeout=timeout, say=self.events.say, check=share.check
+        )
+        self._written: Path | None = None  # the checkpoint whose save has begun, until it is known to be whole
         self.health = Health(self.built, self.saver.newest)
 
     def run(self) -> None:
@@ -87,20 +95,25 @@ class Trainer:
         try:
             self.records.write_config()
             for line in self.records.first_lines():
-                self.log.say(line)
+                self.events.say(line)
             if self.built.first:
-                self.log.trackers = Trackers(self.config, self.output, self.progress.step, self.log.say)
+                self.events.sinks.append(Trackers(self.config, self.output, self.progress.step, self.events.say))
             if self._done():
-                self.log.say("this run is finished: no step is left, the model is written again")
-            done, ending = self._steps(), Ending(self.built, self.notes, self.saver, self.log.say, self._save)
+                self.events.say("this run is finished: no step is left, the model is written again")
+            done, ending = self._steps(), Ending(self.built, self.notes, self.saver, self.events.say, self._save)
             failed = self._finish(ending) if done else ending.leave()
             if not done:
                 self.records.write_plot()
             ending.fail(failed)
+            self.events.ended("finished" if done else f"stopped after step {self.progress.step}")
+        except RunFailed as error:
+            with suppress(RunFailed):  # where another run has the folder by now
+                self.events.ended(str(error))
+            raise
         finally:
             self.saver.close()
             self.built.close()
-            self.log.close()
+            self.events.close()
 
     def _steps(self) -> bool:
         """Every remaining step; False when stopped before the last one."""
@@ -108,16 +121,19 @@ class Trainer:
         held_out = self.built.held_out if self.built.prepared.manifest.eval_rows else None
         while not self._done():
             index = self.progress.step
-            self.where.enter("data", index + 1)
+            self.measure.enter("data", index + 1)
             rate = rates(index)
-            with Recorder() as recorder:
+            with self.measure.step() as recorder:
                 batches = self.built.loader.step_batches(index)
                 result = self.built.step(batches, index, rate, stop=self._asked_to_stop)
             self.health.count_skipped(result, index + 1)
             self.share.check()
             self.progress.step += 1
             self.progress.tokens += result.tokens if result.finite else 0
-            record = self.records.step(result, rate, watch.lap(), recorder, batches)
+            seconds = watch.lap()
+            self.measure.end(self.progress.step)
+            record = self.records.step(result, rate, seconds, recorder, batches)
+            self.measure.report(record)
             step, epoch_ends = self.progress.step, self._epoch_ends()
             if held_out is not None and self.due.evaluates(step, epoch_ends):
                 record["eval_loss"] = self._evaluate()
@@ -125,7 +141,7 @@ class Trainer:
             stopping = result.stop and not done
             saving = self.due.saves(step, epoch_ends, self.progress.best, done)
             self.health.check_replicas(always=done or stopping or saving)
-            self.log.step(record)
+            self.events.step(record)
             if stopping:
                 return False
             if saving:
@@ -133,7 +149,7 @@ class Trainer:
             watch.lap()
         if self.progress.step < total:
             evaluations = f"{self.due.patience} evaluations in a row were not better than the best"
-            self.log.say(f"ended after step {self.progress.step} of {total}: {evaluations}")
+            self.events.say(f"ended after step {self.progress.step} of {total}: {evaluations}")
         return True
 
     def _done(self) -> bool:
@@ -148,8 +164,8 @@ class Trainer:
 
     def _evaluate(self) -> float:
         """eval_loss now; what it says of the best checkpoint is kept in the progress."""
-        self.where.enter("evaluation")
-        loss, step = evaluate(self.built), self.progress.step
+        with self.measure.during("evaluation"):
+            loss, step = evaluate(self.built), self.progress.step
         if not math.isfinite(loss):
             raise self.health.diverged(step, f"eval_loss {loss}")
         if self.config.compares_evaluations:
@@ -160,12 +176,12 @@ class Trainer:
         return self.stop.asked or self.notes is not None and self.notes.lost_folder
 
     def _save(self, *, last: bool = True) -> Path:
-        self.where.enter("save")
-        self.health.check_weights()
-        best = self.progress.best
-        if best is not None and best.step == self.progress.step:
-            self.progress.best = replace(best, checkpoint=best.step)
-        return self.saver.save(self.built.model, self.built.step.optimizer, run_state(self.built), last=last)
+        best, model, optimizer = self.progress.best, self.built.model, self.built.step.optimizer
+        with self.measure.during("save"):
+            self.health.check_weights()
+            if best is not None and best.step == self.progress.step:
+                self.progress.best = replace(best, checkpoint=best.step)
+            return self.saver.save(model, optimizer, run_state(self.built), last=last)
 
     def _finish(self, ending: Ending) -> list[str]:
         """After the last step."""
@@ -173,7 +189,7 @@ class Trainer:
         self.share.check()
         self.saver.wait()  # one that is in flight, or about to fail, holds disk space that the model may need
         failed = self._load_best(ending)
-        self.where.enter("export")
+        self.measure.enter("export")
         return [*failed, *ending.finish(self.records.write_rest)]
 
     def _load_best(self, ending: Ending) -> list[str]:
@@ -194,5 +210,5 @@ class Trainer:
                 f"the best checkpoint (eval_loss {best.eval_loss:.4f}): {name}; the last step's model is handed out"
             ]
         self.records.handed_out, ending.best = best, folder
-        self.log.say(f"the model of {folder} is handed out: its eval_loss was the best, {best.eval_loss:.4f}")
+        self.events.say(f"the model of {folder} is handed out: its eval_loss was the best, {best.eval_loss:.4f}")
         return []

@@ -17,6 +17,11 @@ class LogKeys(Section):
     logging_steps: int = Field(
         1, ge=1, le=bounds.STEPS, description="Optimizer steps between two lines on the terminal."
     )
+    monitor: bool = Field(
+        True,
+        description="Measure where each step's time and memory go, on every rank: compute, communication by mesh axis, "
+        "waiting for data and for slower ranks. The second step is counted whole by kind of memory, and takes longer.",
+    )
     eval_strategy: Annotated[Literal["no", "steps", "epoch"], BeforeValidator(yaml_no)] | None = Field(
         None,
         description="When eval_loss is measured on the rows held out. steps: every eval_steps, and at the end of the "

@@ -10,6 +10,7 @@ from typing import Any
 from tessera.config.schema import TrainConfig
 from tessera.config.sections.trackers import Tracker as Name
 from tessera.core.errors import UserError, cut_short
+from tessera.train.events import Sink
 from tessera.train.trackers.mlflow import Mlflow
 from tessera.train.trackers.tensorboard import TensorBoard
 from tessera.train.trackers.tracker import Tracker, numbers_of
@@ -34,7 +35,7 @@ def check_trackers(config: TrainConfig) -> None:
             raise UserError(key, getattr(config, key), reason, f"pip install {name}, or remove the key")
 
 
-class Trackers:
+class Trackers(Sink):
     """The trackers of one run, on its first rank. What one of them raises is told once, and the run goes on without."""
 
     def __init__(self, config: TrainConfig, output: Path, first_step: int, say: Callable[[str], None]) -> None:
@@ -45,8 +46,10 @@ class Trackers:
             if name in self._open:
                 say(f"{name}: {self._open[name].where}")
 
-    def step(self, record: Mapping[str, Any]) -> None:
-        """Tell all of them a line of metrics.jsonl."""
+    def step(self, record: Mapping[str, Any], shown: bool) -> None:
+        """Tell all of them a line of metrics.jsonl that is shown, or has an evaluation."""
+        if not (shown or "eval_loss" in record):
+            return
         numbers = numbers_of(record)
         for name, tracker in list(self._open.items()):
             with self._failing_alone(name):

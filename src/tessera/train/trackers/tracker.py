@@ -20,9 +20,17 @@ class Tracker(Protocol):
 
 
 def numbers_of(record: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a line of metrics.jsonl, by the names that transformers gives them: eval_loss is "eval/loss"."""
-    return {
-        f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"train/{key}": float(value)
-        for key, value in record.items()
-        if isinstance(value, int | float) and key != "step"
-    }
+    """The numbers of a line of metrics.jsonl, by the names that transformers gives them: eval_loss is "eval/loss".
+
+    Those within others have both names: the seconds of communication along row and col together are
+    "train/seconds/communication/row_col", for MLflow takes no dots between.
+    """
+    numbers: dict[str, float] = {}
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            inner = numbers_of(value)
+            numbers |= {f"train/{key}/{name.removeprefix('train/')}": number for name, number in inner.items()}
+        elif isinstance(value, int | float) and key != "step":
+            name = f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"train/{key}"
+            numbers[name.replace("·", "_")] = float(value)
+    return numbers

@@ -1,0 +1,121 @@
+"""Monitor: what a rank measures of each step, and what all ranks make of it on logging steps.
+
+    a step                this rank                                    all ranks
+    begin                 marks where data begin
+    phases, collectives   mark when they begin and end
+    end                   bytes held
+    on logging steps      terms of the steps since the last one        idle time told from communication; a table of all
+
+The second step is counted whole by kind of memory, which makes it slower: it has no terms of time.
+"""
+
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import torch
+
+from tessera.core import device as devices
+from tessera.core.axes import AXES
+from tessera.core.clock import Clock, clock_for
+from tessera.core.collectives import Recorder, all_gather, gathered
+from tessera.engine.step import Step
+from tessera.monitor.idle import Together
+from tessera.monitor.memory import Leak, MemoryByKind
+from tessera.monitor.report import Report, Row, report_of
+from tessera.monitor.timeline import NOT_COUNTED, Timeline
+from tessera.nn.parameter import to_local
+
+COUNTED_STEP = 2
+"""The step of a run whose memory is counted by kind: the first that has the optimizer's state from its begin."""
+
+
+class Monitor:
+    """Measures the steps that `step` does on this rank. Every rank makes the same calls."""
+
+    def __init__(self, step: Step, clock: Clock | None = None) -> None:
+        self.mesh, self._of = step.mesh, step
+        self.clock = clock or clock_for(self.mesh.device)
+        self.timeline = Timeline(self.clock)
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", self.mesh.world))
+        first_here = self.mesh.rank - int(os.environ.get("LOCAL_RANK", self.mesh.rank % here))
+        places = gathered((socket.gethostname(), first_here), self.mesh.world)
+        self.machines = _names(places)
+        self._together = Together(self.mesh, places)
+        self._done = self._timed = 0  # steps of this process; those since the last report whose time counts
+        self._recorder: Recorder | None = None
+        self._counting: MemoryByKind | None = None
+        self._kinds: dict[str, int] = {}
+        self._leak = Leak()
+        self._found: str | None = None
+
+    def enter(self, phase: str) -> None:
+        """This rank goes on to another phase of its step, or to what lies between steps."""
+        self.timeline.enter(phase)
+        if self._counting is not None:
+            self._counting.phase = phase
+        if phase == "optimizer" and not self.clock.blocks and self._recorder is not None:
+            # the norm has just been read, so the device has passed every mark and has nothing left to do
+            self.timeline.add(self._recorder.spans)
+            self._recorder.spans = []
+            self.timeline.settle()
+            self.timeline.restart()
+
+    @contextmanager
+    def step(self) -> Iterator[Recorder]:
+        """Around data, forward, backward and update of one step, whose collectives are in the recorder given."""
+        model = self._of.model
+        if self._done + 1 == COUNTED_STEP:
+            state = [t for of in self._of.optimizer.state.values() for t in of.values() if torch.is_tensor(t)]
+            self._counting = MemoryByKind([*model.parameters(), *state])
+        self._recorder = Recorder(clock=self.clock, made=self._counting.brought if self._counting else None)
+        with self._counting or nullcontext(), self._recorder:
+            yield self._recorder
+        self.enter("other")
+        self.timeline.add(self._recorder.spans)
+        if self._counting is not None:
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    self._counting.label(to_local(parameter.grad), "states")
+            self._kinds = self._counting.peak_by_kind()
+        self._recorder = None
+
+    def end(self, step: int) -> None:
+        """The time of optimizer step `step` is over; what follows lies between steps."""
+        self.enter(NOT_COUNTED)
+        self._done += 1
+        if self._counting is None:
+            self._timed += 1
+        else:  # it took longer than others
+            self._counting = None
+            self.timeline.drop()
+        self._found = self._leak.step(devices.held_memory_bytes(self.mesh.device), step) or self._found
+
+    def report(self, step: int) -> tuple[Report, list[str]]:
+        """What the steps since the last report took, and lines that warn of leaks. Every rank calls it."""
+        timeline, everyone = self.timeline, self.mesh.group(AXES)
+        if self.clock.blocks:
+            timeline.settle()
+        idle, communication = self._together.split(timeline.waits)
+        timeline.settle()  # on a GPU too all is passed, now that ranks have met
+        device = self.mesh.device
+        held, peak = devices.held_memory_bytes(device), devices.peak_memory_bytes(device)
+        own = Row(timeline.seconds | {"idle": idle}, communication, held, peak, self._kinds, bool(self._found))
+        numbers = torch.tensor([own.numbers()], dtype=torch.float64, device=device)
+        rows = [Row.of(row) for row in all_gather(numbers, 0, everyone).tolist()]
+        report = report_of(rows, self.machines, step, self._timed)
+        warnings = []
+        if any(row.leaks for row in rows):
+            found = gathered(self._found, self.mesh.world)
+            warnings = [f"rank {rank}: {what}" for rank, what in enumerate(found) if what]
+        timeline.clear()
+        self._timed, self._kinds, self._found = 0, {}, None
+        return report, warnings
+
+
+def _names(places: Sequence[tuple[str, int]]) -> list[str]:
+    """A name of each rank's machine, given its host and its first rank; hosts of one name are told apart by that."""
+    hosts = {first: host for host, first in places}
+    twice = [host for host in hosts.values() if list(hosts.values()).count(host) > 1]
+    return [f"{host} from rank {first}" if host in twice else host for host, first in places]

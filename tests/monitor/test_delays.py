@@ -1,0 +1,110 @@
+"""A real run says what takes longer in it: which axis, which rank, the loader, the optimizer, the save."""
+
+import json
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+
+from monitor.delayed_on_rank import DELAY, delayed_on_rank, leaking_on_rank
+from support.pool import pool
+from tessera.config.schema import TrainConfig
+from train.runs import Workshop, metrics
+
+TRIES = {5: "axis", 6: "rank", 7: "loader", 8: "optimizer", 9: "save", 11: "axis", 12: "rank", 13: "loader"}
+TRIES |= {14: "optimizer", 15: "save"}
+STEPS = 16
+SLOW = 1
+"""The rank whose forward is delayed."""
+LAYOUTS: dict[str, tuple[dict[str, Any], str]] = {
+    "1 rank": ({}, ""),
+    "1d": ({"tensor_parallel_size": 2}, "col"),
+    "2d": ({"tensor_parallel_size": 4, "tensor_parallel_mode": "2d"}, "row"),
+    "FSDP 2 × TP 2": ({"dp_shard_size": 2, "tensor_parallel_size": 2}, "shard"),
+    "ring": ({"context_parallel_size": 2, "context_parallel_mode": "ring"}, "ring"),
+}
+
+
+def measured(output: Path) -> dict[int, dict[str, list[float]]]:
+    """By step the seconds of each rank, by term and axis."""
+    found = {}
+    for line in (output / "monitor.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if "seconds" in record:
+            seconds = dict(record["seconds"])
+            found[record["step"]] = seconds.pop("communication") | seconds
+    return found
+
+
+def off_by(found: dict[int, dict[str, list[float]]], step: int, expected: dict[tuple[str, int], float]) -> float:
+    """The largest difference of a term of a rank from what steps without a delay have, plus what is expected."""
+    usual = [n for n in found if n not in TRIES and TRIES.get(n - 1) != "save"]
+    return max(
+        abs(of_ranks[rank] - median(found[n][term][rank] for n in usual) - expected.get((term, rank), 0.0))
+        for term, of_ranks in found[step].items()
+        for rank in range(len(of_ranks))
+    )
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_delay_is_reported_where_it_is(workshop: Workshop, tmp_path, name):
+    layout, axis = LAYOUTS[name]
+    own = layout | {"max_steps": STEPS, "save_steps": 3 * STEPS, "save_async": False}
+    settings = workshop.settings("llama", tmp_path / "run", **own)
+    steps = {step: what for step, what in TRIES.items() if (axis or what != "axis") and (layout or what != "rank")}
+    if name != "1 rank":  # the others take this path whatever the layout
+        steps = {step: what for step, what in steps.items() if what in ("axis", "rank")}
+    saves = [step for step, what in steps.items() if what == "save"]
+    if saves:
+        settings |= {"save_strategy": "steps", "save_steps": 1}
+    ranks = TrainConfig.model_validate(settings).world_size
+    pool(ranks).run(delayed_on_rank, settings, steps, axis, SLOW)
+    found = measured(tmp_path / "run")
+    everyone = range(ranks)
+    expected: dict[str, dict[tuple[str, int], float]] = {
+        "axis": {(axis, rank): DELAY for rank in everyone},
+        "rank": {("compute" if rank == SLOW else "idle", rank): DELAY for rank in everyone},
+        "loader": {("data", rank): DELAY for rank in everyone},
+        "optimizer": {("optimizer", rank): DELAY for rank in everyone},
+        "save": {("save", rank): DELAY for rank in everyone},
+    }
+    for what in set(steps.values()):
+        # of two tries one is enough: a machine that others use may stand still for a while
+        tries = [step + (what == "save") for step in steps if steps[step] == what]
+        assert min(off_by(found, step, expected[what]) for step in tries) < 0.2 * DELAY, (what, found)
+    for line in metrics(settings):
+        if "seconds" not in line:
+            assert line["step"] == 2 and "kinds_gib" in line["memory"]
+            continue
+        terms = found[line["step"]]  # the step's time is that of rank 0
+        whole = sum(terms[term][0] for term in terms if term not in ("other", "save", "evaluation"))
+        assert whole == pytest.approx(line["step_seconds"], rel=0.02, abs=2e-3), line
+        if steps.get(line["step"]) == "rank":
+            slowest = line["slowest"]
+            assert slowest["rank"] == SLOW and slowest["excess_seconds"] == pytest.approx(DELAY, rel=0.2), line
+
+
+def test_a_leak_is_named_within_50_steps(workshop: Workshop, tmp_path):
+    settings = workshop.settings("llama", tmp_path / "run", dp_shard_size=2, max_steps=50, logging_steps=5)
+    pool(2).run(leaking_on_rank, settings, 1)
+    lines = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
+    (warning,) = [line["text"] for line in lines if line["kind"] == "warning"]
+    assert warning.startswith("warning: rank 1: memory grows by 1") and "MiB a step" in warning
+    assert "tensors 512 × 512 (float32)" in warning and "docs/debugging/out-of-memory.md" in warning
+
+
+def test_without_a_monitor_nothing_of_it_runs(workshop: Workshop, tmp_path, monkeypatch):
+    from tessera.core import clock
+    from tessera.monitor import monitor, timeline
+
+    def never(*args: Any, **how: Any) -> Any:
+        raise AssertionError("the monitor runs")
+
+    for owner, name in ((monitor.Monitor, "__init__"), (timeline.Timeline, "enter"), (clock.HostClock, "mark")):
+        monkeypatch.setattr(owner, name, never)
+    settings = workshop.settings("llama", tmp_path / "run", max_steps=3, monitor=False)
+    pool(1).run(delayed_on_rank, settings, {}, "", 0)
+    assert [line["step"] for line in metrics(settings)] == [1, 2, 3]
+    assert all("seconds" not in line and "memory" not in line for line in metrics(settings))
+    assert not (tmp_path / "run/monitor.jsonl").exists()

@@ -1,0 +1,78 @@
+"""Memory by kind sums to the peak that is tracked; a leak is told from what goes up and down."""
+
+import random
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from monitor.memory_cases import counted_on_rank
+from support.pool import pool
+from tessera.config.schema import TrainConfig
+from tessera.core.recorder import Record
+from tessera.monitor.memory import Leak, MemoryByKind
+from train.runs import Workshop, metrics
+
+MIB = 2**20
+
+
+def test_each_tensor_has_the_kind_of_its_phase_or_of_who_fills_it():
+    weight = torch.ones(100)
+    with MemoryByKind([weight]) as counted:
+        counted.phase = "forward"
+        kept, dropped = weight * 2, weight * 3
+        brought = torch.zeros(50)
+        counted.brought(Record("all_gather", ("col",), 2, 200, 100), brought)
+        counted.brought(Record("all_reduce", ("col",), 2, 400, 400), kept)
+        counted.phase = "backward"
+        gradient = kept * 2
+        del dropped
+        more = torch.ones(10)
+    counted.label(gradient, "states")
+    assert counted.peak_by_kind() == {"states": 800, "activations": 800, "gathered": 200, "other": 0}
+    assert counted.peak == 1800 and more.numel() == 10, "when `more` came, `dropped` had gone"
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "1 rank": {},
+    "2d": {"tensor_parallel_size": 4, "tensor_parallel_mode": "2d"},
+    "FSDP 2 × TP 2": {"dp_shard_size": 2, "tensor_parallel_size": 2},
+    "ring": {"context_parallel_size": 2, "context_parallel_mode": "ring"},
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_memory_by_kind_sums_to_the_tracked_peak(workshop: Workshop, tmp_path, name):
+    """Steps 2 and 3 have rows of one length. Nothing is gathered on one rank, and something on several."""
+    own = LAYOUTS[name] | {"max_steps": 3, "pad_to_sequence_len": True}
+    settings = workshop.settings("llama", tmp_path / "run", **own)
+    for kinds, peak, before, gradients in pool(TrainConfig.model_validate(settings).world_size).run(
+        counted_on_rank, settings
+    ):
+        assert sum(kinds.values()) == pytest.approx(peak, rel=0.01)
+        assert before <= kinds["states"] <= before + gradients
+        assert kinds["activations"] > 0 and (kinds["gathered"] > 0) == (name != "1 rank")
+    told = metrics(settings)[1]["memory"]["kinds_gib"]
+    assert set(told) == {"states", "activations", "gathered", "other"}
+
+
+def test_a_leak_among_ups_and_downs_is_found_once():
+    leak, generator, kept = Leak(), random.Random(3), []
+    found = []
+    for step in range(1, 60):
+        if step > 10:
+            kept.append(torch.zeros(7, 3))
+        held = 300 * MIB + max(0, step - 10) * MIB + generator.randrange(3 * MIB)
+        found += [(step, told)] if (told := leak.step(held, step)) else []
+    ((step, told),) = found
+    growth, unit = re.match(r"memory grows by ([\d.]+) (.iB) a step", told).groups()
+    assert step <= 60 and "tensors 7 × 3 (float32)" in told
+    assert 0.7 < float(growth) / (1 if unit == "MiB" else 1024) < 1.3
+
+
+@pytest.mark.parametrize("grows", [lambda step: 0, lambda step: 40 * (step > 20), lambda step: min(step, 12)])
+def test_what_varies_jumps_once_or_settles_is_no_leak(grows):
+    leak, generator = Leak(), random.Random(4)
+    held = [300 * MIB + grows(step) * MIB + generator.randrange(8 * MIB) for step in range(100)]
+    assert not [told for step, size in enumerate(held) if (told := leak.step(size, step))]
