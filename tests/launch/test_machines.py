@@ -58,12 +58,15 @@ def machines(network) -> Iterator[Callable[..., "list[subprocess.Popen[str]]"]]:
     """Starts the launcher on each machine; whatever still runs in the namespaces afterwards is killed."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(settings: dict[str, Any], *options: str) -> "list[subprocess.Popen[str]]":
+    def start(
+        settings: dict[str, Any], *options: str, last: dict[str, str] | None = None
+    ) -> "list[subprocess.Popen[str]]":
         where = ["--num-machines", "2", "--main-process-ip", "10.99.0.1", "--main-process-port", PORT]
         for rank, name in enumerate(NAMES):
             words = ["ip", "netns", "exec", name, *command(settings, *where, "--machine-rank", str(rank), *options)]
             streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-            started.append(subprocess.Popen(words, env=environment(), **streams))  # ip becomes the command
+            own = last if last and rank == len(NAMES) - 1 else {}  # what the last machine has in its environment alone
+            started.append(subprocess.Popen(words, env=environment() | own, **streams))  # ip becomes the command
         return started
 
     yield start
@@ -155,6 +158,47 @@ def test_two_machines_train_as_one_and_go_on_after_a_killed_rank(workshop, tmp_p
     assert [step for step, _ in found] == list(range(1, 19))
     assert found == expected, "TCP between machines and a restart change nothing"
     assert left_over() == []
+
+
+SLOW = """
+import importlib.abc, importlib.machinery, sys, time
+
+class Slow(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "tessera.models.decoder":
+            sys.meta_path.remove(self)
+            spec = importlib.machinery.PathFinder.find_spec(name, path)
+            real = spec.loader.exec_module
+            def execute(module):
+                real(module)
+                forward = module.Decoder.forward
+                module.Decoder.forward = lambda *args, **how: (time.sleep(0.3), forward(*args, **how))[1]
+            spec.loader.exec_module = execute
+            return spec
+
+sys.meta_path.insert(0, Slow())
+"""
+"""A sitecustomize.py: each forward takes 0.3 s longer."""
+
+
+def test_a_machine_that_is_slower_than_the_other_is_named(workshop, tmp_path, machines):
+    (tmp_path / "slow").mkdir()
+    (tmp_path / "slow/sitecustomize.py").write_text(SLOW)
+    settings = workshop.settings("llama", tmp_path / "run", tensor_parallel_size=2, max_steps=5)
+    processes = machines(settings, last={"PYTHONPATH": str(tmp_path / "slow")})
+    texts = [process.communicate(timeout=90)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], texts
+    lines = [json.loads(line) for line in (tmp_path / "run/monitor.jsonl").read_text().splitlines()]
+    assert len(set(lines[0]["machines"])) == 2
+    delay = 0.3 * settings["gradient_accumulation_steps"]
+    steps = {line["step"]: line["seconds"] for line in lines[1:] if "seconds" in line}
+    for found in [m for m in metrics(settings) if "slowest" in m][1:]:
+        slowest = found["slowest"]
+        assert (slowest["rank"], slowest["machine"]) == (1, lines[0]["machines"][1]) and slowest["whole_machine"]
+        assert slowest["excess_seconds"] == pytest.approx(delay, rel=0.2)
+    idle = [steps[step]["idle"] for step in (3, 4, 5)]  # the machine may stand still in one of them
+    assert any(first == pytest.approx(delay, rel=0.2) and second < 0.2 * delay for first, second in idle), idle
+    assert f"machine {lines[0]['machines'][1]} slowest by 0.6" in texts[0]
 
 
 @pytest.mark.parametrize("lost", [0, 1])
