@@ -9,6 +9,7 @@ from tessera.core import device as devices
 from tessera.core.axes import AXES
 from tessera.core.collectives import all_reduce
 from tessera.core.errors import RunFailed
+from tessera.core.pages import LOSS, RANKS_DISAGREE
 from tessera.engine.replicas import drifted
 from tessera.engine.step import StepResult
 from tessera.nn.parameter import to_local
@@ -46,7 +47,8 @@ class Health:
             more = f"\n  and {len(lines) - 5} more" if len(lines) > 5 else ""
             raise RunFailed(
                 f"step {step}: copies of the same weights differ\n  " + "\n  ".join(lines[:5]) + more + "\n"
-                f"  a rank missed an update or its memory is faulty; last good checkpoint: {self._last_good()}"
+                f"  a rank missed an update or its memory is faulty; what to do: {RANKS_DISAGREE}\n"
+                f"  last good checkpoint: {self._last_good()}"
             )
 
     @torch.no_grad()
@@ -67,6 +69,7 @@ class Health:
             f"  likely causes: a learning rate too high (learning_rate: {config.learning_rate}), too short a warm-up "
             f"({self.built.warmup} steps), no clipping (max_grad_norm: {config.max_grad_norm}), or precision "
             f"(bf16: {config.bf16}, computing in {computing})\n"
+            f"  what to do: {LOSS}\n"
             f"  last good checkpoint: {self._last_good()}"
         )
 

@@ -9,6 +9,7 @@ import torch
 from tessera.config.schema import TrainConfig
 from tessera.core.errors import UserError
 from tessera.core.mesh import Mesh
+from tessera.core.pages import OUT_OF_MEMORY
 from tessera.core.text import human, table_lines
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import Savers, StepShape
@@ -114,5 +115,5 @@ def less_memory(config: TrainConfig, model: ModelConfig, compute: torch.dtype, *
             found.append((now - then, written, meaning))
     best = sorted(found, key=lambda one: -one[0])[:MOST]
     rows = [(f"  {written}", f"{human(less)} less", meaning) for less, written, meaning in best]
-    heading = f"  what lowers the peak of a rank most (by formula it holds {human(now)}):"
+    heading = f"  what lowers the peak of a rank most (by formula it holds {human(now)}; more: {OUT_OF_MEMORY}):"
     return [heading, *table_lines(rows)] if rows else []

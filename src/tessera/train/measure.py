@@ -6,13 +6,13 @@ from typing import Any
 
 from tessera.core import device as devices
 from tessera.core.collectives import Recorder
+from tessera.core.pages import OUT_OF_MEMORY, SLOW
 from tessera.engine.step import Step
 from tessera.monitor.monitor import Monitor
+from tessera.monitor.slow import Slow
 from tessera.monitor.timeline import NOT_COUNTED
 from tessera.train.events import Events
 from tessera.train.where import Where
-
-PAGE = "docs/debugging/out-of-memory.md"
 
 
 class Measure:
@@ -24,6 +24,7 @@ class Measure:
     def __init__(self, where: Where, step: Step, events: Events, monitored: bool) -> None:
         self.where, self.events = where, events
         self.monitor = Monitor(step) if monitored else None
+        self._slow = Slow()
         step.entered = self.enter
         if self.monitor is not None:
             mesh = step.mesh
@@ -62,4 +63,6 @@ class Measure:
         record |= report.record
         self.events.measured(report.ranks)
         for warning in warnings:
-            self.events.warn(f"{warning}; see {PAGE}")
+            self.events.warn(f"{warning}; see {OUT_OF_MEMORY}")
+        for warning in self._slow.step(record):
+            self.events.warn(f"{warning}; see {SLOW}")

@@ -8,6 +8,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from tessera.core import terminal
 from tessera.core.text import duration
+from tessera.monitor.slow import slow_rank, step_time
 from tessera.train.events import Event, Sink
 
 
@@ -54,8 +55,8 @@ def parts(record: Mapping[str, Any]) -> list[str]:
     return [*numbers, speed, *mfu, f"{record['memory_gib']:.3g} GiB", *shares(record)]
 
 
-SHOWN, SLOW = 0.05, 0.1
-"""Shares of a step's time: from the first on a term is shown beside compute, from the second on a slow rank."""
+SHOWN = 0.05
+"""The share of a step's time from which a term is shown beside compute."""
 
 
 def shares(record: Mapping[str, Any]) -> list[str]:
@@ -63,18 +64,14 @@ def shares(record: Mapping[str, Any]) -> list[str]:
 
     E.g. ["compute 71%", "col 12%", "idle 9%", "rank 3 slowest by 0.12 s"].
     """
-    if not (seconds := record.get("seconds")):
+    seconds = record.get("seconds")
+    if not seconds or not (whole := step_time(seconds)):
         return []
     terms = {t: seconds[t] for t in ("data", "optimizer", "idle", "other")} | seconds["communication"]
-    whole = seconds["compute"] + sum(terms.values())
-    if not whole:
-        return []
     large = sorted((t for t in terms if terms[t] >= SHOWN * whole), key=lambda t: -terms[t])
     told = [f"compute {seconds['compute'] / whole:.0%}", *(f"{t} {terms[t] / whole:.0%}" for t in large)]
-    slowest = record["slowest"]
-    if slowest and slowest["excess_seconds"] >= SLOW * whole:
-        who = f"machine {slowest['machine']}" if slowest["whole_machine"] else f"rank {slowest['rank']}"
-        told.append(f"{who} slowest by {slowest['excess_seconds']:.2g} s")
+    if who := slow_rank(record):
+        told.append(f"{who} slowest by {record['slowest']['excess_seconds']:.2g} s")
     return told
 
 
