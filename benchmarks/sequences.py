@@ -4,8 +4,8 @@ A small Llama trains on one row of each length, whole on one rank, and shared by
 ranks of all ways start first; then each way takes a step in turn, round after round, and the best wall counts, for
 noise only ever adds. CPU seconds are of the slowest rank, waiting not among them; bytes are what a rank is handed by
 collectives in a step; the peak is of live tensors, counted in a step of its own. `--documents 2048` packs documents of
-that mean length (exponential) into the row. `--alone` says what one rank would hold at its peak, counted without
-running.
+that mean length (exponential) into the row; `--contiguous` adds exchange with as many tokens a rank, each rank's one
+behind another, whatever their work. `--alone` says what one rank would hold at its peak, counted without running.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import resource
 import tempfile
 import time
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -27,25 +27,29 @@ MODES = {"ulysses": "ulysses", "ring": "ring", "exchange": "exchange"}
 
 @dataclass(frozen=True)
 class Way:
-    """A way to cut a row over `ranks`: the sizes of its axes, and what brings keys and values along ring."""
+    """A way to cut a row over `ranks`: the sizes of its axes, and what brings keys and values along ring.
+
+    `contiguous`: a rank's tokens follow one another; else they are dealt so that ranks have equal work.
+    """
 
     name: str
     sizes: dict[str, int] = field(default_factory=dict)
     mode: str = "exchange"
+    contiguous: bool = False
 
     @property
     def ranks(self) -> int:
         return math.prod(self.sizes.values())
 
 
-def ways(ranks: int) -> list[Way]:
-    """One rank alone, and everything that so many ranks can do."""
+def ways(ranks: int, contiguous: bool) -> list[Way]:
+    """One rank alone, and everything that so many ranks can do; `contiguous`: what they should not do too."""
     found = [Way("one rank"), Way("Megatron SP", {"col": ranks}), Way("Ulysses", {"ulysses": ranks}, "ulysses")]
     found += [Way("ring", {"ring": ranks}, "ring"), Way("exchange", {"ring": ranks})]
     if ranks > 2:
         half = ranks // 2
         found += [Way(f"Ulysses {half} × exchange 2", {"ring": 2, "ulysses": half})]
-    return found
+    return [*found, *[Way("exchange, contiguous", {"ring": ranks}, contiguous=True)] * contiguous]
 
 
 def model_of(arguments: argparse.Namespace) -> Any:
@@ -85,6 +89,25 @@ def row(length: int, mean: int, vocabulary: int) -> Any:
     return MicroBatch(ids, ids.roll(-1, 1), length, 0, torch.tensor([positions]), torch.tensor([documents]))
 
 
+def contiguous_part(batch: Any, rank: int, ranks: int) -> Any:
+    """What `rank` has of a row of which each rank owns tokens that follow one another; the step cuts it no further."""
+    import torch
+
+    from tessera.data.batch import Stream
+
+    length = batch.input_ids.numel()
+    each = length // ranks
+    own = slice(rank * each, (rank + 1) * each)
+    stream = Stream((*batch.document_starts, length), tuple(((r * each, (r + 1) * each),) for r in range(ranks)))
+    positions = torch.arange(length)[None] if batch.positions is None else batch.positions
+    documents = torch.zeros_like(positions) if batch.documents is None else batch.documents
+    vectors = (batch.input_ids, batch.targets, positions, documents)
+    ids, targets, positions, documents = (vector[:, own] for vector in vectors)
+    return replace(
+        batch, input_ids=ids, targets=targets, valid=each, positions=positions, documents=documents, streams=(stream,)
+    )
+
+
 class Rank:
     """One rank of a way, inside its process."""
 
@@ -113,11 +136,13 @@ class Rank:
         model = build_decoder(model_of(arguments), parallel, gradient_checkpointing=arguments.recompute)
         model.initialize(1)
         self.step = Step(model, build_optimizer(model, "adamw_torch_fused", (0.9, 0.95), 1e-8, 0.0))
-        self.arguments, self.number = arguments, 0
+        self.arguments, self.number, self.way, self.rank = arguments, 0, way, rank
 
     def run(self, length: int) -> tuple[float, float]:
         """Wall and CPU seconds of a step."""
         batch = row(length, self.arguments.documents, self.arguments.vocabulary)
+        if self.way.contiguous:
+            batch = contiguous_part(batch, self.rank, self.way.ranks)
         wall, cpu = time.perf_counter(), time.process_time()
         self.step([batch], self.number, 1e-4)
         self.number += 1
@@ -185,7 +210,9 @@ def counted_alone(arguments: argparse.Namespace, length: int) -> int:
 
 def table(arguments: argparse.Namespace, folder: Path) -> list[Measured]:
     """Length, way, best wall and CPU of the slowest rank; bytes received, peak and memory of the rank that has most."""
-    chosen = [way for way in ways(arguments.ranks) if not arguments.only or way.name in arguments.only]
+    chosen = [
+        way for way in ways(arguments.ranks, arguments.contiguous) if not arguments.only or way.name in arguments.only
+    ]
     groups = {way.name: Group(way, arguments, folder) for way in chosen}
     found = []
     for length in arguments.lengths:
@@ -229,6 +256,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--documents", type=int, default=0, help="mean tokens of a document; 0: one a row")
     parser.add_argument("--only", nargs="+", default=[], help="names of ways")
+    parser.add_argument("--contiguous", action="store_true", help="exchange without balance too")
     parser.add_argument("--alone", action="store_true", help="count the peak of one rank too")
     parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--plot", default="")

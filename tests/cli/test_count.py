@@ -69,6 +69,21 @@ def test_without_an_output_nothing_is_written(folder, tmp_path, monkeypatch):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_layouts_whose_devices_share_rows(folder, tmp_path):
+    """Rank 0 of 2, which receives most, has 32 of 64 tokens, and heads of 8 features.
+
+    By exchange it receives 5 · 4 elements a token and feature, by Ulysses 4 · (8 + 4) / 2: 4 more.
+    """
+    sizes = ("--model", str(folder), "--batch", "1", "--sequence", "64", "--layers", "1", "--output", str(tmp_path))
+    result = run("--ranks", "2", "--context", *sizes)
+    assert result.exit_code == 0, result.exception
+    lines = (tmp_path / "scale.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| 2 ")]
+    assert [row[1] for row in rows][-3:] == ["Ulysses", "exchange", "ring"]
+    counted = {row[1]: int(row[3].replace(",", "")) for row in rows[-3:]}
+    assert counted["Ulysses"] - counted["exchange"] == 4 * 32 * 8
+
+
 @pytest.mark.parametrize("ranks", ["", "four", "0,8", "8;16"])
 def test_ranks_that_are_no_numbers(ranks):
     error = run("--ranks", ranks).exception

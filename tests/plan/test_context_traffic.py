@@ -15,6 +15,7 @@ from tessera.nn.context.cut import streams_of
 from tessera.plan.count import counted_step
 from tessera.plan.sequences import attention_moves
 from tessera.plan.traffic import received_bytes, step_transfers, totals
+from tessera.sizes.context import ContextParallel, Surroundings, received
 
 BF16 = torch.bfloat16
 JOINED = {"rows": 1, "joined": True}
@@ -122,6 +123,21 @@ def test_one_document_moves_what_zigzag_reads():
         exchanged = {("forward", "k·v"): own, ("backward", "k·v"): own, ("backward", "dk·dv"): other}
         assert attention(Case("llama", {"ring": 2}, **one), rank) == exchanged
         assert attention(Case("llama", {"ring": 2}, "ring", **one), rank) == exchanged
+
+
+@pytest.mark.parametrize("model, ulysses", [("llama", 1), ("llama", 2), ("llama", 4), ("kv 6:3", 1), ("kv 6:3", 2)])
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_auto_compares_what_the_busiest_rank_receives(model, ulysses, chunks):
+    """Of one document on 4 ranks; sizes/context.py has it without a plan."""
+    if (heads := MODELS[model].num_heads // ulysses) % chunks or chunks > 1 and ulysses == 1:
+        pytest.skip(f"{heads} heads are not cut in {chunks}")
+    sizes = {"ring": 4 // ulysses, "ulysses": ulysses}
+    case = Case(model, sizes, rows=1, seed=None, chunks=chunks)
+    busiest = max(sum(attention(case, rank).values()) for rank in range(4))
+    asked = ContextParallel(4, chunks=chunks)
+    around = Surroundings(MODELS[model].num_heads, MODELS[model].num_kv_heads, MODELS[model].head_dim)
+    layers, tokens, element = MODELS[model].num_layers, LENGTH // 4, 8
+    assert busiest == layers * tokens * element * around.head_dim * sum(received(asked, ulysses, around))
 
 
 def test_a_ring_carries_sums_in_float32_and_an_exchange_in_the_compute_dtype():

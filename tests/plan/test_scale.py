@@ -19,6 +19,7 @@ from tessera.plan.scale import (
     parallel_of,
     published_loop_elements,
     received_elements,
+    sharing_rows,
 )
 from tessera.plan.traffic import received_bytes, step_transfers
 from tessera.sizes.rules import TensorParallel
@@ -97,6 +98,12 @@ def test_2d_moves_less_than_half_of_the_published_loop():
     two_dimensional = mesh((1, 1, 8, 8), keep_gathered=True)
     assert received_elements(LAYER, T4H, two_dimensional) < received_elements(LAYER, T4H, mesh((1, 1, 8, 8)))
     assert counted_layer_elements(two_dimensional) <= 0.5 * published_layer_elements()
+
+
+def test_heads_bound_ulysses_and_nothing_else_that_shares_rows():
+    found = sharing_rows(default_model(1), StepShape(1, 4096), 128)
+    assert [each.name for each in found if each.tensor is None] == ["Ulysses"]
+    assert "64 query heads" in found[0].reason and all(each.elements for each in found[1:])
 
 
 def test_the_best_mesh_is_no_cube_and_moves_less():

@@ -162,9 +162,20 @@ MISFITS: dict[str, Case] = {
         2,
         "micro_batch_size: 2",
         [
-            "depth × row × inner = 4, nor do num_attention_heads = 6 and num_key_value_heads × head_dim = 6 over",
+            "depth × row × inner = 4, so that heads are cut over inner; num_attention_heads = 6 and "
+            "num_key_value_heads × head_dim = 6 do not divide over col × inner = 4",
             "or micro_batch_size: 4",
             "or a model with num_attention_heads 4 or 8, num_key_value_heads × head_dim 4 or 8",
+        ],
+    ),
+    "batch and query heads over inner": (
+        TensorParallel("3d", 8),
+        SHAPE | {"kv_features": 12},
+        2,
+        "micro_batch_size: 2",
+        [
+            "inner; num_attention_heads = 6 does not divide over col × inner = 4",
+            "or a model with num_attention_heads 4",
         ],
     ),
     "size and depth": (
@@ -582,7 +593,7 @@ REASONS = {
     "of the model": "col",
     "a rank holds": "slices",
     "vocabulary": "vocabulary",
-    "nor do": "heads over inner",
+    "heads are cut over inner": "heads over inner",
 }
 
 

@@ -1,12 +1,14 @@
 """What a run says of its mesh: sizes, links, bytes by formula, the effective batch."""
 
+from dataclasses import replace
+
 from distributed.model_cases import LLAMA
 from tessera.config.load import make_config
 from tessera.core.mesh import Mesh
 from tessera.layout.shape import StepShape
 from tessera.plan.traffic import received_bytes, step_transfers
 from tessera.train.announce import mesh_lines
-from tessera.train.settings import parallel_for, step_shape
+from tessera.train.settings import context_line, fitting_layout, parallel_for, step_shape
 
 
 def lines_of(monkeypatch, here, **keys):
@@ -42,14 +44,30 @@ def test_a_busy_axis_between_machines_is_told(monkeypatch):
 
 
 def test_shared_sequences_are_said_with_their_reason(monkeypatch):
-    keys = {"context_parallel_size": 8, "ulysses_size": 2, "micro_batch_size": 1}
+    keys = {"context_parallel_size": 8, "ulysses_size": 4, "micro_batch_size": 1}
     _, _, lines = lines_of(monkeypatch, 8, **keys)
-    assert "context: 8 ranks = ulysses 2 × exchange 4, as ulysses_size says" in lines
+    assert "context: 8 ranks = ulysses 4 × exchange 2, as ulysses_size says" in lines
     grid = {"tensor_parallel_mode": "2d", "tensor_parallel_size": 4, "micro_batch_size": 1}
     _, _, lines = lines_of(monkeypatch, 4, **grid)
     why = "micro_batch_size 1 does not divide by them"
     assert f"context: the ranks along row 2 share sequences too, by exchange: {why}" in lines
     assert not any("context" in line for line in lines_of(monkeypatch, 2, tensor_parallel_size=2)[2])
+
+
+def test_auto_compares_the_heads_that_tensor_ranks_leave_on_the_machines_of_the_run():
+    """Of a tensor pair each rank has 4 query heads and the 4 kv heads that they read; a machine of 4 has two pairs."""
+    settings = {"base_model": "x", "datasets": [{"path": "y"}], "sequence_len": 64, "context_parallel_size": 8}
+    config, _ = make_config(settings | {"tensor_parallel_size": 2, "micro_batch_size": 1})
+    model = replace(LLAMA, num_kv_heads=8)
+    fitting = fitting_layout(config, model, 4)
+    assert fitting.ulysses_size == 2 and fitting_layout(config, model).ulysses_size == 4
+    assert context_line(fitting, model, 4) == (
+        "context: 8 ranks = ulysses 2 × exchange 4: the 4 query heads of a rank and its machine allow ulysses 1 or 2, "
+        "with 160 + 960 or 128 + 480 elements to receive a token and layer, inside + between machines, where fewest "
+        "count first (rows of one document)"
+    )
+    rows = config.model_copy(update={"micro_batch_size": 8})
+    assert fitting_layout(rows, model).ulysses_size == 1, "each rank owns a row, and nothing moves"
 
 
 def test_one_process_says_its_batch_alone(monkeypatch):

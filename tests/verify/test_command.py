@@ -81,9 +81,9 @@ def test_shared_sequences_are_verified_and_said(tmp_path):
     result = tessera("verify", str(path), ranks=2)
     assert (result.codes, result.err) == ([0, 0], ["", ""])
     for said in (
-        "micro-batches of 2 rows of 11 tokens, each of several documents, then padded",
-        "context: 2 ranks = ulysses 2: 2 is the most that the 8 query heads of a rank allow",
-        "1d ulysses 2, gather, packed",
+        "micro-batches of 3 rows of 11 tokens, each of several documents, then padded",
+        "context: 2 ranks = exchange 2: the 8 query heads of a rank allow ulysses 1 or 2, with",
+        "1d exchange 2, gather, packed",
         "all_to_all",
     ):
         assert said in " ".join(result.out[0].split())

@@ -15,7 +15,7 @@ from tessera.layout.shape import StepShape
 from tessera.models.config import ModelConfig
 from tessera.nn.rope import RopeConfig
 from tessera.plan.report import describe, draw, left_out, line_of, markdown, terminal_table
-from tessera.plan.scale import contenders
+from tessera.plan.scale import contenders, sharing_rows
 from tessera.sizes.bounds import GB, RANK_COUNTS, RANKS
 
 LAYERS = 16
@@ -45,11 +45,12 @@ def count(
     sequence: int,
     keep: bool,
     memory: float,
+    context: bool,
     output: Path | None,
 ) -> None:
     """Count every layout at each of `ranks`; print the table, and write it and its figure into `output`.
 
-    `memory`: the GB of a device, which the best mesh may hold.
+    `memory`: the GB of a device, which the best mesh may hold. `context`: also layouts whose devices share rows.
     """
     worlds = _numbers(ranks)
     if not 0 < memory <= GB:  # nor is nan
@@ -61,7 +62,10 @@ def count(
     config = _model(model, layers)
     shape = StepShape(batch, sequence)
     console = terminal.console(markup=False)
-    todo = [contender for world in worlds for contender in contenders(config, shape, world, keep, memory * 1e9)]
+    todo = []
+    for world in worlds:
+        todo += contenders(config, shape, world, keep, memory * 1e9)
+        todo += sharing_rows(config, shape, world) if context else []
     lines = [
         line_of(config, shape, contender)
         for contender in track(todo, "counting", console=console, transient=True, disable=not console.is_terminal)

@@ -201,12 +201,15 @@ def count(
     sequence: Annotated[int, typer.Option(min=1, max=bounds.TOKENS, help="Tokens of a sequence.")] = 64,
     keep: Annotated[bool, typer.Option("--keep", help="Keep gathered copies for the backward.")] = False,
     memory: Annotated[float, typer.Option(help="GB of a device, which the best mesh may hold.")] = 80.0,
+    context: Annotated[
+        bool, typer.Option("--context", help="Also layouts whose devices share rows: Ulysses, exchange, ring.")
+    ] = False,
     output: Annotated[Path | None, typer.Option(help="A folder for scale.md, scale.svg and scale.png.")] = None,
 ) -> None:
     """Estimate communication and memory per device for up to hundreds of devices; needs no devices."""
     from tessera.cli.count import count
 
-    count(ranks, model, layers, batch, sequence, keep, memory, output)
+    count(ranks, model, layers, batch, sequence, keep, memory, context, output)
 
 
 @app.command(cls=ReadsConfig)

@@ -19,7 +19,7 @@ from tessera.layout.shape import StepShape
 from tessera.models.config import ModelConfig
 from tessera.plan.count import counted_step
 from tessera.plan.memory import StepMemory
-from tessera.plan.scale import Contender, padded, parallel_of
+from tessera.plan.scale import SHARING, Contender, padded, parallel_of
 from tessera.plan.traffic import step_transfers, totals
 
 STYLES = {  # colour, line and marker of each layout in the figure
@@ -32,6 +32,9 @@ STYLES = {  # colour, line and marker of each layout in the figure
     "best mesh": ("black", "-", "*"),
     "SUMMA loop": ("#4c78a8", "--", "x"),
     "SUMMA, published": ("grey", "--", "+"),
+    "Ulysses": ("#b279a2", "-", "P"),
+    "exchange": ("#9d755d", "-", "X"),
+    "ring": ("#9d755d", ":", "p"),
 }
 
 
@@ -48,7 +51,7 @@ def line_of(model: ModelConfig, shape: StepShape, contender: Contender) -> Line:
     """Run the step of a layout that fits. Raises RunFailed when calls or bytes on any axis are not the formula's."""
     if contender.tensor is None:
         return Line(contender)
-    parallel = parallel_of(contender.tensor, shape.batch)
+    parallel = parallel_of(contender.tensor, shape.batch, context=contender.context)
     shape = padded(shape, parallel)
     counted, formula = counted_step(model, shape, parallel), totals(step_transfers(model, shape, parallel))
     if counted.totals != formula:
@@ -72,7 +75,7 @@ mesh: the sizes of inner·depth·row·col. Elements: what one device (rank 0) re
 and by formula alike; kept: by formula, with gathered operands kept for the backward. Bytes of the device, counted: the
 peak of the step; states: parameters, gradients and moments; saved: what the forward leaves for the backward. FSDP: the
 axis row alone. SUMMA, published: its loop C = A B in every layer, a formula; SUMMA loop: ours, A Bᵀ in every second
-layer."""
+layer. Ulysses, exchange, ring, with --context alone: all devices share each row, and FSDP2 cuts weights over them."""
 
 
 def cells(line: Line, unit: float) -> dict[str, str]:
@@ -128,6 +131,8 @@ def draw(title: str, lines: Sequence[Line], folder: Path) -> None:
         figure, (elements, memory) = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
         for name, (colour, style, marker) in STYLES.items():
             own = [line for line in lines if line.contender.name == name and line.contender.elements]
+            if not own and name in SHARING:  # which are asked for
+                continue
             devices = [line.contender.ranks for line in own]
             elements.plot(devices, [line.contender.elements / 1e9 for line in own], style, color=colour, lw=1.2)
             look = {"color": colour, "ls": style, "lw": 1.2, "marker": marker, "ms": 6, "label": name}

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from tessera.core.axes import MODEL_AXES
+from tessera.core.errors import UserError
 from tessera.core.mesh import Mesh
 from tessera.layout import resolve
 from tessera.layout.parallel import Parallel
@@ -17,14 +18,17 @@ from tessera.models.anatomy import anatomy_of
 from tessera.models.config import ModelConfig
 from tessera.plan.memory import saved_bytes, state_bytes
 from tessera.plan.traffic import received_bytes, step_transfers
+from tessera.sizes.context import WHOLE, ContextParallel, Surroundings, fitted
 from tessera.sizes.numbers import divisors_of
 from tessera.sizes.rules import Ask, TensorParallel, first_misfit, modes_with
 
+SHARING = ("Ulysses", "exchange", "ring")
 
-def parallel_of(tensor: TensorParallel, batch: int, rank: int = 0) -> Parallel:
+
+def parallel_of(tensor: TensorParallel, batch: int, rank: int = 0, context: ContextParallel = WHOLE) -> Parallel:
     """The layouts of `tensor` as `rank` sees them, in float32, with no process behind it; weights move when needed."""
     moved = replace(tensor, prefetch=False, defer=False)
-    return resolve.parallel_of(moved, Mesh(tensor.axes, rank=rank), batch)
+    return resolve.parallel_of(moved, Mesh(tensor.axes | context.sizes, rank=rank), batch, context=context)
 
 
 def padded(shape: StepShape, parallel: Parallel) -> StepShape:
@@ -110,7 +114,7 @@ class Contender:
     """One layout at one number of devices: what it costs by formula, or why it does not fit.
 
     `elements` are those received in a step, `kept` the same with gathered copies kept; `states` and `saved` are bytes,
-    see plan/memory.py.
+    see plan/memory.py. `context`: how devices share rows.
     """
 
     name: str
@@ -121,6 +125,7 @@ class Contender:
     kept: int = 0
     states: int = 0
     saved: int = 0
+    context: ContextParallel = WHOLE
 
     @property
     def mesh(self) -> str:
@@ -147,6 +152,23 @@ def contenders(
     if published is not None:
         made.append(Contender("SUMMA, published", ranks, None, elements=published, kept=published))
     return made
+
+
+def sharing_rows(model: ModelConfig, shape: StepShape, ranks: int) -> list[Contender]:
+    """The layouts in which so many devices share each row in one way, with no tensor axis; FSDP2 cuts their weights."""
+    return [_sharing(model, shape, name, ContextParallel(ranks, name.lower())) for name in SHARING]
+
+
+def _sharing(model: ModelConfig, shape: StepShape, name: str, context: ContextParallel) -> Contender:
+    try:
+        fitted(context, Surroundings(model.num_heads, model.num_kv_heads, model.head_dim))
+    except UserError as error:
+        return Contender(name, context.size, None, error.reason)
+    parallel = parallel_of(TensorParallel(), shape.batch, context=context)
+    shape = padded(shape, parallel)
+    elements = received_bytes(step_transfers(model, shape, parallel)) // parallel.compute.itemsize
+    held = state_bytes(model, parallel), saved_bytes(model, shape, parallel)
+    return Contender(name, context.size, TensorParallel(), "", elements, 0, *held, context)
 
 
 def _contender(

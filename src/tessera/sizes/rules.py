@@ -170,9 +170,10 @@ def _batch_misfits(ask: Ask, axes: Mapping[str, int]) -> Iterator[Misfit]:
     are shared by their ranks (nn/context)."""
     parts, ways = axes["depth"] * axes["row"], axes["col"] * axes["inner"]
     if axes["inner"] > 1 and ask.batch % (parts * axes["inner"]) and not heads_divide(ask.dimensions, ways):
-        heads = " and ".join(f"{in_words(name)} = {ask.dimensions[name]}" for name in HEADS)
-        reason = f"does not divide over depth × row × inner = {parts * axes['inner']}"
-        yield Misfit("micro_batch_size", ask.batch, f"{reason}, nor do {heads} over col × inner = {ways}")
+        uneven = [f"{in_words(name)} = {ask.dimensions[name]}" for name in HEADS if ask.dimensions[name] % ways]
+        reason = f"does not divide over depth × row × inner = {parts * axes['inner']}, so that heads are cut over inner"
+        whose = f"{' and '.join(uneven)} {'do' if len(uneven) > 1 else 'does'} not divide over col × inner = {ways}"
+        yield Misfit("micro_batch_size", ask.batch, f"{reason}; {whose}")
 
 
 def divisors(tensor: TensorParallel, axes: Mapping[str, int]) -> dict[str, int]:

@@ -17,7 +17,8 @@ from tessera.layout.parallel import Parallel
 from tessera.layout.shape import Fsdp, Savers, StepShape, padded_length
 from tessera.layout.streams import HIDDEN_BY_HEADS, TOKEN_AXES, attention_layout
 from tessera.models.config import ModelConfig
-from tessera.sizes.context import fitted, in_words, query_heads
+from tessera.nn.context.heads import kv_heads_of
+from tessera.sizes.context import Surroundings, fitted, in_words, query_heads
 from tessera.sizes.numbers import nearest
 from tessera.sizes.schedule import Schedule
 
@@ -36,14 +37,14 @@ def fitting_layout(config: TrainConfig, model: ModelConfig, inside: int | None =
     joined = resolve.joins_rows(axes, batch)
     if context.size > 1 or joined:
         _check_shared_sequences(config, model, joined)
-    fitting = fitted(context, *_heads_and_room(config, model, inside))
+    fitting = fitted(context, _around(config, model, inside))
     return config.model_copy(update={"ulysses_size": fitting.ulysses}) if context.size > 1 else config
 
 
 def context_line(config: TrainConfig, model: ModelConfig, inside: int | None = None) -> str | None:
     """How ranks share sequences and why, of a config that `fitting_layout` gives; None where none do."""
     axes, context = config.axes, config.context_parallel
-    said = [in_words(context, *_heads_and_room(config, model, inside))] if context.size > 1 else []
+    said = [in_words(context, _around(config, model, inside))] if context.size > 1 else []
     if resolve.joins_rows(axes, config.micro_batch_size):
         named = " · ".join(f"{axis} {axes[axis]}" for axis in TOKEN_AXES if axes[axis] > 1)
         why = f"micro_batch_size {config.micro_batch_size} does not divide by them"
@@ -51,11 +52,20 @@ def context_line(config: TrainConfig, model: ModelConfig, inside: int | None = N
     return f"context: {'; '.join(said)}" if said else None
 
 
-def _heads_and_room(config: TrainConfig, model: ModelConfig, inside: int | None) -> tuple[int, int | None]:
-    """The query heads of a rank, and how many ranks of the sequence axes fit into a machine of so many ranks."""
-    axes = config.axes
-    heads = query_heads(model.num_heads, axes, attention_layout(axes, config.micro_batch_size) == HIDDEN_BY_HEADS)
-    return heads, None if inside is None else max(1, inside // math.prod(axes.values()))
+def _around(config: TrainConfig, model: ModelConfig, inside: int | None) -> Surroundings:
+    """What the sequence axes meet on machines of so many ranks."""
+    axes, batch = config.axes, config.micro_batch_size
+    layout, joined = attention_layout(axes, batch), resolve.joins_rows(axes, batch)
+    heads = query_heads(model.num_heads, axes, layout == HIDDEN_BY_HEADS)
+    parts = math.prod(axes[axis] for axis in layout.tokens)
+    return Surroundings(
+        heads,
+        len(kv_heads_of(range(heads), model.num_heads, model.num_kv_heads)),
+        model.head_dim,
+        None if inside is None else max(1, inside // math.prod(axes.values())),
+        rows=batch if joined else batch // parts,
+        joined=parts if joined else 1,
+    )
 
 
 def _check_shared_sequences(config: TrainConfig, model: ModelConfig, joined: bool) -> None:

@@ -163,7 +163,7 @@ class LayoutKeys(Section):
         "auto",
         description="How attention reaches the rest of its sequence: heads are traded for tokens (ulysses), each "
         "device is sent the keys and values that its masks need (exchange), or they pass from neighbour to neighbour "
-        "(ring). auto: ulysses as far as the heads of a device and a machine allow, exchange for the rest.",
+        "(ring). auto: the split into ulysses and exchange with which a device receives least.",
     )
     ulysses_size: int | None = Field(
         None,
