@@ -26,6 +26,7 @@ FLOORS = [  # bottom to top; rooms of one floor know nothing of one another
     ["engine"],
     ["plan"],
     ["checkpoint"],
+    ["monitor"],
     ["train"],
     ["launch"],
     ["inspect", "verify"],

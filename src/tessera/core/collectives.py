@@ -15,6 +15,7 @@ Each has a `start_` form that issues the collective and returns a `Pending`; `wa
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tessera.core.mesh import Group
-from tessera.core.recorder import Record, active
+from tessera.core.recorder import LABEL, Record, active
 from tessera.core.recorder import Recorder as Recorder
 from tessera.core.recorder import totals as totals
 
@@ -39,11 +40,22 @@ class Pending:
 
     def wait(self) -> Tensor:
         if self.work is not None:
-            self.work.wait()
+            with _labelled("wait", self._record.axes if self._record else ()):
+                self.work.wait()
             for recorder in active:
                 recorder.events.append(("wait", self._record))
             self.work = None
         return self._result
+
+
+_UNLABELLED: AbstractContextManager[None] = nullcontext()
+
+
+def _labelled(what: str, axes: Sequence[str]) -> AbstractContextManager[Any]:
+    """The mark that a profiler puts around a call or a wait: nothing unless one runs."""
+    label = next((recorder.label for recorder in active if recorder.label is not None), None)
+    # the format of traces takes ASCII alone
+    return _UNLABELLED if label is None else label(f"{LABEL}{what} {'+'.join(axes)}")
 
 
 def _record(kind: str, group: Group, size: int, received: int) -> tuple[Record, bool]:
@@ -65,8 +77,9 @@ def _issue(
     """Record the collective and perform it, unless a recorder asks to leave it out; `received` unless by the ring."""
     if received is None:
         received = (2 if kind == "all_reduce" else 1) * whole.nbytes * (group.size - 1) // group.size
-    record, performed = _record(kind, group, whole.nbytes, received)
-    return Pending(result, call() if performed else None, record)
+    with _labelled(kind, group.axes):
+        record, performed = _record(kind, group, whole.nbytes, received)
+        return Pending(result, call() if performed else None, record)
 
 
 def _leaving_out() -> bool:
@@ -250,7 +263,8 @@ def start_exchange(
     counted = [_record("send", group, x.nbytes, 0) for x, _ in sent]
     counted += [_record("receive", group, x.nbytes, x.nbytes) for x, _ in receives]
     leaving = [(x if c[1] else torch.zeros_like(x), to) for (x, to), c in zip(sent, counted, strict=False)]
-    works = _messages(leaving, receives, group)
+    with _labelled("exchange", group.axes):
+        works = _messages(leaving, receives, group)
     tensors = [x for x, _ in (*leaving, *receives)]
     pending = [
         Pending(x, work if performed else _LeftOut(work, x), record)

@@ -2,8 +2,12 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
+
+LABEL = "tessera: "
+"""How the labels of this package begin in a profiler's trace."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +39,14 @@ class Recorder:
 
     `leave_out` is the place in the list of one collective that is not performed, each rank going on with what it has
     alone: a test that still passes then does not test it. A peer waits for a message, so a send or receive that is left
-    out carries zeros instead. `delay` gives the seconds by which a collective is slowed.
+    out carries zeros instead. `delay` gives the seconds by which a collective is slowed. `label` makes a context for
+    each call and each wait from its name, such as `tessera: all_reduce shard+col`: a profiler's mark.
     `idle` are the places in the list before which others had something to shift and this rank had not.
     """
 
     leave_out: int | None = None
     delay: Callable[[Record], float] | None = None
+    label: Callable[[str], AbstractContextManager[Any]] | None = None
     records: list[Record] = field(default_factory=list)
     events: list[tuple[str, Any]] = field(default_factory=list)
     idle: list[int] = field(default_factory=list)

@@ -17,6 +17,7 @@ from tessera.core import device as devices
 from tessera.core.collectives import Recorder
 from tessera.core.errors import UserError
 from tessera.core.writing import writing
+from tessera.monitor.profile import Profiler
 from tessera.train.build import build, rates_of
 from tessera.train.due import Due
 from tessera.train.ended import failing_in_words
@@ -78,6 +79,8 @@ class Trainer:
                 self.notes = Notes(self.output, check=share.check)
             self.log = Log(self.notes, steps, self.progress.step, config.logging_steps)
         self.records = Records(self.built, self.notes)
+        numbers = config.profiled(self.progress.step, steps, self.built.mesh.rank)
+        self.profiler = Profiler(self.output, numbers, self.built.mesh, check=share.check, say=self.log.say)
         keep, beside = config.save_total_limit, config.save_async
         self.saver = Saver(self.output, keep, asynchronous=beside, timeout=timeout, say=self.log.say, check=share.check)
         self.health = Health(self.built, self.saver.newest)
@@ -110,7 +113,7 @@ class Trainer:
             index = self.progress.step
             self.where.enter("data", index + 1)
             rate = rates(index)
-            with Recorder() as recorder:
+            with Recorder() as recorder, self.profiler.step(index + 1):
                 batches = self.built.loader.step_batches(index)
                 result = self.built.step(batches, index, rate, stop=self._asked_to_stop)
             self.health.count_skipped(result, index + 1)

@@ -1,0 +1,1 @@
+"""Seeing a run: where its time goes."""
