@@ -22,6 +22,7 @@ from tessera.config.sections.optimizer import OptimizerKeys
 from tessera.config.sections.output import OutputKeys
 from tessera.config.sections.packing import PackingKeys
 from tessera.config.sections.preparation import PreparationKeys
+from tessera.config.sections.profiler import ProfilerKeys
 from tessera.config.sections.section import Section
 from tessera.config.sections.stream import StreamKeys
 from tessera.config.sections.trackers import TrackerKeys
@@ -40,6 +41,7 @@ SECTIONS: dict[str, type[Section]] = {
 
 class TrainConfig(
     TrackerKeys,
+    ProfilerKeys,
     OutputKeys,
     CheckpointKeys,
     LogKeys,

@@ -15,6 +15,7 @@ Each has a `start_` form that issues the collective and returns a `Pending`; `wa
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tessera.core.mesh import Group
-from tessera.core.recorder import Record, Span, active, begin_span
+from tessera.core.recorder import LABEL, Record, Span, active, begin_span
 from tessera.core.recorder import Recorder as Recorder
 from tessera.core.recorder import totals as totals
 
@@ -41,15 +42,27 @@ class Pending:
 
     def wait(self) -> Tensor:
         if self.work is not None:
-            if self._span is not None:
-                self._span.mark()
-            self.work.wait()
-            if self._span is not None:
-                self._span.mark()
+            with _labelled("wait", self._record.axes if self._record else ()), _marked(self._span):
+                self.work.wait()
             for recorder in active:
                 recorder.events.append(("wait", self._record))
             self.work = None
         return self._result
+
+
+_NOTHING: AbstractContextManager[None] = nullcontext()
+
+
+def _labelled(what: str, axes: Sequence[str]) -> AbstractContextManager[Any]:
+    """The mark that a profiler puts around a call or a wait: nothing unless one runs."""
+    label = next((recorder.label for recorder in active if recorder.label is not None), None)
+    # the format of traces takes ASCII alone
+    return _NOTHING if label is None else label(f"{LABEL}{what} {'+'.join(axes)}")
+
+
+def _marked(span: Span | None) -> AbstractContextManager[None]:
+    """Around a wait: its begin and end are marks of `span`, if there is one."""
+    return _NOTHING if span is None else span.within()
 
 
 def _record(kind: str, group: Group, size: int, received: int) -> tuple[Record, bool]:
@@ -71,14 +84,15 @@ def _issue(
     """Record the collective and perform it, unless a recorder asks to leave it out; `received` unless by the ring."""
     if received is None:
         received = (2 if kind == "all_reduce" else 1) * whole.nbytes * (group.size - 1) // group.size
-    span = begin_span(kind, group.axes)
-    if span is not None:
-        span.waited_for = kind != "broadcast" or not received
-    record, performed = _record(kind, group, whole.nbytes, received)
-    _made(record, result)
-    work = call() if performed else None
-    if span is not None:
-        span.mark()
+    with _labelled(kind, group.axes):
+        span = begin_span(kind, group.axes)
+        if span is not None:
+            span.waited_for = kind != "broadcast" or not received
+        record, performed = _record(kind, group, whole.nbytes, received)
+        _made(record, result)
+        work = call() if performed else None
+        if span is not None:
+            span.mark()
     return Pending(result, work, record, span)
 
 
@@ -276,11 +290,8 @@ def start_exchange(
         if (span := spans[-1]) is not None:
             span.mark()
     leaving = [(x if c[1] else torch.zeros_like(x), to) for (x, to), c in zip(sent, counted, strict=False)]
-    if span is not None:  # the last one's, for the batch
-        span.mark()
-    works = _messages(leaving, receives, group)
-    if span is not None:
-        span.mark()
+    with _labelled("exchange", group.axes), _marked(span):  # the last one's, for the batch
+        works = _messages(leaving, receives, group)
     tensors = [x for x, _ in (*leaving, *receives)]
     pending = [
         Pending(x, work if performed else _LeftOut(work, x), record, own)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity
 
 from tessera.core.text import counted
 
@@ -93,6 +94,17 @@ def memory_bytes(device: torch.device) -> int | None:
 def gpus_missing(ranks: int) -> int:
     """How many GPUs this machine is short of one for each of `ranks`; 0 where it has none at all."""
     return max(0, ranks - torch.cuda.device_count()) if torch.cuda.is_available() else 0
+
+
+def profiled_activities(device: torch.device) -> list[ProfilerActivity]:
+    """What torch's profiler watches in a process that computes on `device`."""
+    return [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until `device` has done all that it was given; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def reads_grouped_heads(q: Tensor) -> bool:

@@ -1,13 +1,17 @@
 """A count of all that goes through the door to torch.distributed: one Record each, kept by every active Recorder."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from tessera.core.clock import Clock, Mark
+
+LABEL = "tessera: "
+"""How the labels of this package begin in a profiler's trace."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,13 @@ class Span:
     def mark(self) -> None:
         self.marks.append(self.clock.mark())
 
+    @contextmanager
+    def within(self) -> Iterator[None]:
+        """Mark the begin and the end."""
+        self.mark()
+        yield
+        self.mark()
+
 
 @dataclass(eq=False)  # two that counted the same are two: leaving `with` must not end the other
 class Recorder:
@@ -58,7 +69,8 @@ class Recorder:
 
     `leave_out` is the place in the list of one collective that is not performed, each rank going on with what it has
     alone: a test that still passes then does not test it. A peer waits for a message, so a send or receive that is left
-    out carries zeros instead. `delay` gives the seconds by which a collective is slowed.
+    out carries zeros instead. `delay` gives the seconds by which a collective is slowed. `label` makes a context for
+    each call and each wait from its name, such as `tessera: all_reduce shard+col`: a profiler's mark.
     `idle` are the places in the list before which others had something to shift and this rank had not.
     With a `clock`, `spans` says when each was issued and waited for. `made` is told of the tensor that each fills.
     """
@@ -67,6 +79,7 @@ class Recorder:
     delay: Callable[[Record], float] | None = None
     clock: Clock | None = None
     made: Callable[[Record, Tensor], None] | None = None
+    label: Callable[[str], AbstractContextManager[Any]] | None = None
     records: list[Record] = field(default_factory=list)
     events: list[tuple[str, Any]] = field(default_factory=list)
     idle: list[int] = field(default_factory=list)

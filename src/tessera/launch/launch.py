@@ -17,6 +17,7 @@ from tessera.config.load import load_config
 from tessera.config.schema import TrainConfig, defaults_taken
 from tessera.core import terminal
 from tessera.core.errors import UserError
+from tessera.launch.debug import output_kept
 from tessera.launch.interface import interface_variables
 from tessera.launch.machines import HANDED, Machines, Place
 from tessera.launch.options import LaunchOptions
@@ -72,10 +73,12 @@ def launch(
         from tessera.train.trainer import train
 
         sweep_scratch()
+        output = Path(config.output_dir)
         with RunLock(options.take_over) as lock:
             with stopped_at_once():
                 run = prepared_run(config, here, lock)
-            train(run)
+            with output_kept(output):
+                train(run)
     else:
         with environment(_variables(place)):  # before torch is imported
             _launch_ranks(config, options, place, here, ["-P", *command])
@@ -182,7 +185,9 @@ def _rank(
     from tessera.train.trainer import train
 
     if ours:
-        train(Run.from_json(handed()))
+        run = Run.from_json(handed())
+        with output_kept(Path(run.config.output_dir)):
+            train(run)
         return
     from torch.distributed import DistError, rendezvous
 
@@ -212,7 +217,8 @@ def _rank(
         run = Run.from_json(_made_by_first(store, rank, launch, make))
         if rank and os.environ.get("LOCAL_RANK", "0") == "0":
             run.check_weights()  # of another machine than rank 0's, before ranks wait for one another
-        train(run, store)
+        with output_kept(Path(run.config.output_dir)):
+            train(run, store)
 
 
 def _made_by_first(store: "Store", rank: int, launch: int, make: Callable[[], str]) -> str:

@@ -24,6 +24,8 @@ TOKENS = 2**26
 """Tokens of a row."""
 STEPS = 10**12
 """Optimizer steps, rows and checkpoints to count."""
+PROFILED = 100
+"""Optimizer steps that are profiled."""
 EPOCHS = 10**6
 VOCABULARY = 2**24
 TRAINED_VOCABULARY = 2**21

@@ -17,6 +17,7 @@ from tessera.checkpoint.tensors import load_model
 from tessera.core import device as devices
 from tessera.core.errors import RunFailed, UserError
 from tessera.core.writing import writing
+from tessera.monitor.profile import Profiler
 from tessera.train.build import build, rates_of
 from tessera.train.due import Due
 from tessera.train.ended import failing_in_words
@@ -83,11 +84,11 @@ class Trainer:
                 self.events.sinks += [Files(self.notes, first_step), Terminal(steps, first_step)]
         self.measure = Measure(where, self.built.step, self.events, config.monitor)
         self.records = Records(self.built, self.notes)
+        numbers = config.profiled(self.progress.step, steps, self.built.mesh.rank)
+        self.profiler = Profiler(self.output, numbers, self.built.mesh, check=share.check, say=self.events.say)
         keep, beside = config.save_total_limit, config.save_async
-        self.saver = Saver(
-            self.output, keep, asynchronous=beside, timeout=timeout, say=self.events.say, check=share.check
-        )
-        self._written: Path | None = None  # the checkpoint whose save has begun, until it is known to be whole
+        told: dict[str, Any] = {"say": self.events.say, "saved": self.events.saved, "check": share.check}
+        self.saver = Saver(self.output, keep, asynchronous=beside, timeout=timeout, **told)
         self.health = Health(self.built, self.saver.newest)
 
     def run(self) -> None:
@@ -123,7 +124,7 @@ class Trainer:
             index = self.progress.step
             self.measure.enter("data", index + 1)
             rate = rates(index)
-            with self.measure.step() as recorder:
+            with self.measure.step() as recorder, self.profiler.step(index + 1):
                 batches = self.built.loader.step_batches(index)
                 result = self.built.step(batches, index, rate, stop=self._asked_to_stop)
             self.health.count_skipped(result, index + 1)
