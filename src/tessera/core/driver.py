@@ -87,8 +87,10 @@ class Gpu:
     @property
     def slowed(self) -> list[str]:
         """Why the GPU runs below the clocks that it could have, in words."""
-        found = [word for bit, word in SLOWED.items() if (self.reasons or 0) & bit]
-        return found[1:] if len(found) > 1 else found  # the first bit stands for each of the others too
+        bits = self.reasons or 0
+        if bits & (0x40 | 0x80):
+            bits &= ~0x8  # which stands for both of them, and for others
+        return [word for bit, word in SLOWED.items() if bits & bit]
 
 
 def gpus(ask: Ask = nvidia_smi) -> list[Gpu]:

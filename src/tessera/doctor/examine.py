@@ -15,6 +15,7 @@ from tessera.core import driver
 from tessera.core.driver import Gpu
 from tessera.core.errors import RunFailed
 from tessera.core.mesh import Mesh
+from tessera.core.text import counted
 from tessera.doctor import clocks, limits, memory, network, storage
 from tessera.doctor.checklist import checklist
 from tessera.doctor.devices import Torch, cores_here, cpu_findings, gpu_findings, torch_here
@@ -98,7 +99,8 @@ def examine(asked: Asked, now: Callable[[], float] = time.time, environment: Map
     if placed is not None:
         along = along_axes(placed, machine.links, found)
         tables = [axis_table(along), rank_table(placed)] if placed.mesh.world > 1 else []
-        sections.append(Section("mesh", axis_findings(along, placed, machine.links), tables))
+        told = [*_short_of_gpus(placed, machine), *axis_findings(along, placed, machine.links)]
+        sections.append(Section("mesh", told, tables))
         sections.append(Section("what makes steps faster or smaller", checklist(placed)))
     return Report(sections, found, placed, along, machine.links)
 
@@ -120,16 +122,25 @@ def _placed(config: TrainConfig, asked: Asked, machine: _Machine) -> Placed:
     world = config.world_size
     at_most("processes", world, RANKS_SHOWN, "is the number of ranks, whose neighbours are listed")
     gpus = machine.torch.gpus
-    here = asked.here or min(world, gpus or world)
+    here = asked.here or max(ranks for ranks in range(1, (gpus or world) + 1) if world % ranks == 0)
     model = model_of(config)
     config = fitting_layout(config, model, here)
-    devices.stay_on_cpu_without_gpus(here)
     device = devices.local_device()
     compute = compute_dtype(config, device)
     alike = here < world and world % here == 0
     order = {"numbering": best_numbering(config, model, here, compute)} if alike else {}
     mesh = Mesh(config.mesh_sizes, device, rank=0, **order)
     return Placed(config, model, parallel_for(config, mesh, compute=compute), here)
+
+
+def _short_of_gpus(placed: Placed, machine: _Machine) -> list[Finding]:
+    """A finding where this machine has GPUs, but fewer than the run has ranks on it."""
+    there = machine.torch.gpus
+    if not 0 < there < placed.here:
+        return []
+    text = f"{counted(placed.here, 'rank')} are to run on this machine, which has {counted(there, 'GPU')}"
+    mend = f"--nproc-per-node {there} on more machines, or smaller sizes"
+    return [Finding("GPUs", "wrong", text, mend)]
 
 
 def _ranks_here(asked: Asked, placed: Placed | None, machine: _Machine) -> int:
@@ -166,9 +177,9 @@ def _links(
     if not loopback:
         text = "not measured: ranks find one another through loopback, which does not answer"
         return Section("links", [*findings, Finding("links", "unknown", text, "see network")]), None
-    processes = min(max(2, ranks), machine.torch.gpus if machine.torch.gpus > 1 else MOST_RANKS)
-    if machine.torch.gpus == 1 or asked.here is not None and asked.place.machines > 1:
-        processes = asked.here or 1
+    gpus = machine.torch.gpus
+    least = 1 if gpus or asked.place.machines > 1 else 2
+    processes = min(asked.here or gpus, gpus) if gpus else min(max(least, ranks), MOST_RANKS)
     if processes * asked.place.machines < 2:
         return Section("links", [*findings, Finding("links", "ok", "one GPU: nothing travels")]), None
     folder = None if placed is None else Path(placed.config.output_dir)

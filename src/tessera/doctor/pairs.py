@@ -32,9 +32,9 @@ from tessera.launch.workers import Restarts, environment, run_workers
 CPU_BYTES, GPU_BYTES = 4 * 2**20, 128 * 2**20
 """Bytes of a message: large enough that the time to begin does not count."""
 ROUNDS, SMALL_ROUNDS = 5, 20
-PATIENCE = 120
+PATIENCE = 180
 """Seconds after which a rank ends, whatever it waits for; by then pairs that work have long exchanged."""
-TIMEOUT = timedelta(seconds=45)
+TIMEOUT = timedelta(seconds=120)
 
 
 @dataclass(frozen=True)
