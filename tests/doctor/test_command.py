@@ -2,16 +2,21 @@
 
 import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from launch.test_machines import NAMES, network  # noqa: F401
 from support.disk import leave_free, small_disk  # noqa: F401
 from support.forked import Ended, python
 from tessera.config.load import load_config
 from tessera.doctor import examine as examining
 from tessera.doctor.examine import Asked, examine
+from train.runs import environment
 
 MODEL = Path(__file__).parents[2] / "docs" / "figures" / "small"
 
@@ -121,3 +126,30 @@ def test_mistakes_of_the_user_have_code_2(tmp_path):
     ):
         ended = doctor(tmp_path, *words, "--no-measure")
         assert ended.codes == [2] and not ended.out[0], ended.err
+
+
+@pytest.mark.slow
+def test_a_slow_cable_between_two_machines_is_measured(network, tmp_path):  # noqa: F811
+    """A network of 80 Mb/s carries at most 10 MB a second, however busy this machine is; loopback carries more."""
+    limit = ["tc", "-n", NAMES[0], "qdisc", "add", "dev", "tessera0", "root", "tbf", "rate", "80mbit"]
+    try:
+        limited = subprocess.run([*limit, "burst", "32kb", "latency", "400ms"], capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("a slow cable needs the command tc")
+    if limited.returncode:
+        pytest.skip(f"cables cannot be made slow here: {limited.stderr}")
+    where = ["--num-machines", "2", "--main-process-ip", "10.99.0.1", "--nproc-per-node", "2", "--json"]
+    around = environment() | {"TESSERA_RUN_TOKEN": "0123456789abcdef" * 2}
+    started = []
+    for rank, name in enumerate(NAMES):
+        words = ["ip", "netns", "exec", name, sys.executable, "-m", "tessera", "doctor", *where]
+        streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen([*words, "--machine-rank", str(rank)], env=around, **streams))
+    told = [process.communicate(timeout=600) for process in started]
+    found = json.loads(told[0][0])
+    rates: dict[str, list[float]] = {}
+    for pair in found["pairs"]:
+        rates.setdefault(pair["link"], []).append(pair["bytes_per_second"])
+    assert len(rates["network"]) == 4 and len(rates["loopback of one machine"]) == 2, told[1]
+    assert max(rates["network"]) < 20e6 < min(rates["loopback of one machine"])
+    assert "pairs" not in json.loads(told[1][0]) and "machine 0 says how fast" in told[1][0]

@@ -234,7 +234,9 @@ def test_a_network_that_is_fine_and_this_one():
         ({"port_taken": "address in use"}, 1, "port 29500", "ok"),
         ({"port_taken": "address in use"}, 2, "port 29500", "wrong"),
         ({"no_way_out": "network is unreachable"}, 1, "network", "ok"),
-        ({"no_way_out": "network is unreachable"}, 2, "network", "wrong"),
+        ({"no_way_out": "network is unreachable"}, 2, "network", "ok"),  # but among themselves one may
+        ({"no_way_out": "network is unreachable", "speeds": {}}, 2, "network", "wrong"),
+        ({"no_way_out": "network is unreachable", "main": "10.0.0.2"}, 2, "network", "wrong"),
         ({"speeds": {"eth0": 1000}}, 2, "eth0", "slow"),
         ({"speeds": {"eth0": 1000}}, 1, "eth0", "ok"),
         ({"speeds": {"eth0": None}}, 2, "eth0", "ok"),

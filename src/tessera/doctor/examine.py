@@ -84,7 +84,7 @@ def examine(asked: Asked, now: Callable[[], float] = time.time, environment: Map
     machine = _machine(environment)
     placed = None if asked.config is None else _placed(asked.config, asked, machine)
     ranks = _ranks_here(asked, placed, machine)
-    seen = network.seen(asked.port)
+    seen = network.seen(asked.port, asked.place.address if asked.place.machines > 1 else None)
     sections = [_devices(machine), _versions(machine), _environment(environment, ranks), _network(seen, asked)]
     links, found = _links(machine, asked, ranks, placed, loopback=not seen.loopback)
     need = None if placed is None else _need(placed)

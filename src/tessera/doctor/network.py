@@ -21,7 +21,7 @@ class Network:
     """What was seen of the network; texts say why something does not go, and are empty where it does.
 
     `addresses` are those that this machine's own name stands for; `speeds` the interfaces that are up, but for
-    loopback, with Mb/s (None: not told); `infiniband` each port's state and rate.
+    loopback, with Mb/s (None: not told); `infiniband` each port's state and rate; `main` the address of machine 0.
     """
 
     loopback: str
@@ -35,10 +35,16 @@ class Network:
     speeds: Mapping[str, int | None] = field(default_factory=dict)
     interfaces: tuple[str, ...] = ()
     infiniband: Mapping[str, str] = field(default_factory=dict)
+    main: str | None = None
+
+    @property
+    def towards(self) -> str:
+        """Whom a way out would lead to."""
+        return f"machine 0, {self.main}" if self.main else "other machines or the hub"
 
 
-def seen(port: int) -> Network:
-    """What this machine's network is; asks nobody outside it."""
+def seen(port: int, main: str | None = None) -> Network:
+    """What this machine's network is, towards machine 0 at `main` where that is known; asks nobody outside it."""
     host = socket.gethostname()
     addresses: tuple[str, ...] = ()
     unknown = ""
@@ -48,7 +54,7 @@ def seen(port: int) -> Network:
         unknown = str(error.strerror or error)
     way_out, no_way_out = "", ""
     try:
-        way_out = own_address(ELSEWHERE)
+        way_out = own_address(main or ELSEWHERE)
     except OSError as error:
         no_way_out = str(error.strerror or error)
     interfaces = tuple(name for _, name in socket.if_nameindex())
@@ -64,6 +70,7 @@ def seen(port: int) -> Network:
         speeds={name: _speed(name) for name in interfaces if _is_up(name)},
         interfaces=interfaces,
         infiniband=infiniband_ports(),
+        main=main,
     )
 
 
@@ -121,11 +128,12 @@ def network_findings(network: Network, machines: int, environment: Mapping[str, 
     else:
         found.append(Finding(port, "ok", "free, where machine 0 of several would listen"))
     if network.no_way_out:
-        text = f"no way leads to other machines or the hub ({network.no_way_out})"
+        text = f"no way leads to {network.towards} ({network.no_way_out})"
         mend = "connect it (ip addr, ip route); without one: models and data in folders, one machine"
-        found.append(Finding("network", "wrong" if machines > 1 else "ok", text, mend))
+        needed = machines > 1 and (network.main or not network.speeds)  # a cluster may have no way but to itself
+        found.append(Finding("network", "wrong" if needed else "ok", text, mend))
     else:
-        found.append(Finding("network", "ok", f"{network.way_out} is this machine's address towards others"))
+        found.append(Finding("network", "ok", f"{network.way_out} is this machine's address towards {network.towards}"))
     for variable in VARIABLES:
         chosen = environment.get(variable, "").lstrip("^=").split(",")[0].split(":")[0]
         if chosen and not any(name.startswith(chosen) for name in network.interfaces):

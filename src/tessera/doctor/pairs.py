@@ -7,6 +7,7 @@ machine does makes some of them slow, and nothing makes one fast. On GPUs the me
 """
 
 import itertools
+import os
 import signal
 import socket
 import sys
@@ -89,7 +90,8 @@ def measure_pairs(mesh: Mesh, size: int) -> Measured:
     if group is None:
         raise ValueError("one rank alone has nobody to exchange with")
     gpu = mesh.device.index if mesh.device.type == "cuda" else None
-    ends = gathered(End(socket.gethostname(), gpu), mesh.world)
+    machine = f"machine {os.environ.get('GROUP_RANK', '0')}, {socket.gethostname()}"  # names may be alike
+    ends = gathered(End(machine, gpu), mesh.world)
     memory = torch.ones(size // 4, device=mesh.device)
     found = []
     for first, second in itertools.combinations(range(mesh.world), 2):
