@@ -100,7 +100,7 @@ def test_what_a_run_computes_in_and_needs(tmp_path):
         assert "by formula this run holds" in host.text
 
 
-def test_a_machine_with_too_few_gpus(monkeypatch, tmp_path):
+def test_a_machine_with_too_few_gpus_or_cores(monkeypatch, tmp_path):
     loaded, _ = load_config(config(tmp_path, tensor_parallel_size=4))
     few = replace(examining.torch_here(), gpus=2)
     monkeypatch.setattr(examining, "torch_here", lambda: few)
@@ -108,6 +108,11 @@ def test_a_machine_with_too_few_gpus(monkeypatch, tmp_path):
     assert (
         found["GPUs"].state == "wrong" and "4 ranks are to run on this machine, which has 2 GPUs" in found["GPUs"].text
     )
+    monkeypatch.setattr(examining, "cores_here", lambda: 2)
+    monkeypatch.setattr(examining, "torch_here", lambda: replace(few, gpus=0))
+    found = {finding.subject: finding for finding in examine(Asked(loaded, measure=False)).findings}
+    assert found["cores"].state == "slow" and "which has 2 cores" in found["cores"].text
+    monkeypatch.setattr(examining, "torch_here", lambda: few)
     report = examine(Asked(loaded, measure=False))
     assert report.placed.here == 2 and "wrong" not in [f.state for f in report.findings if f.subject == "GPUs"]
 

@@ -158,4 +158,4 @@ def test_the_table_of_ranks_is_bounded(world):
     table = rank_table(placed(8, tensor_parallel_size=4, dp_shard_size=world // 4))
     assert len(table.rows) == 1 + min(world, 16)
     assert ("16 ranks more" in table.title) == (world == 32)
-    assert table.rows[1][:3] == ["0", "0", "cpu"] and table.rows[6][4] == "4,5,6,7, 4 → 6"
+    assert table.rows[1][:3] == ["0", "0", "cpu"] and table.rows[6][4] == "4,5,6,7 (4 → 6)"

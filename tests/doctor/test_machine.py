@@ -84,7 +84,7 @@ ROOM |= {"locked memory": (2**16, 2**16)}
 def test_limits_that_are_too_low():
     assert set(states(limits.limit_findings(ROOM, Needs(8))).values()) == {"ok"}
     few = only(limits.limit_findings(ROOM | {"open files": (64, 2**20)}, Needs(2)), "wrong")
-    assert (few.subject, few.mend) == ("open files", "ulimit -n 272 before the run")
+    assert (few.subject, few.mend) == ("open files", "ulimit -n 160 before the run")
     bound = only(limits.limit_findings(ROOM | {"open files": (64, 128)}, Needs(2)), "wrong")
     assert "only root may raise it above 128" in bound.mend
     assert only(limits.limit_findings(ROOM | {"processes": (100, -1)}, Needs(8)), "wrong").subject == "processes"

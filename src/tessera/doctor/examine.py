@@ -99,7 +99,7 @@ def examine(asked: Asked, now: Callable[[], float] = time.time, environment: Map
     if placed is not None:
         along = along_axes(placed, machine.links, found)
         tables = [axis_table(along), rank_table(placed)] if placed.mesh.world > 1 else []
-        told = [*_short_of_gpus(placed, machine), *axis_findings(along, placed, machine.links)]
+        told = [*_crowded(placed, machine.torch.gpus, cores_here()), *axis_findings(along, placed, machine.links)]
         sections.append(Section("mesh", told, tables))
         sections.append(Section("what makes steps faster or smaller", checklist(placed)))
     return Report(sections, found, placed, along, machine.links)
@@ -133,14 +133,15 @@ def _placed(config: TrainConfig, asked: Asked, machine: _Machine) -> Placed:
     return Placed(config, model, parallel_for(config, mesh, compute=compute), here)
 
 
-def _short_of_gpus(placed: Placed, machine: _Machine) -> list[Finding]:
-    """A finding where this machine has GPUs, but fewer than the run has ranks on it."""
-    there = machine.torch.gpus
-    if not 0 < there < placed.here:
-        return []
-    text = f"{counted(placed.here, 'rank')} are to run on this machine, which has {counted(there, 'GPU')}"
-    mend = f"--nproc-per-node {there} on more machines, or smaller sizes"
-    return [Finding("GPUs", "wrong", text, mend)]
+def _crowded(placed: Placed, gpus: int, cores: int) -> list[Finding]:
+    """A finding where a machine has more ranks than GPUs, or without GPUs than cores."""
+    here = f"{counted(placed.here, 'rank')} are to run on this machine, which has"
+    if 0 < gpus < placed.here:
+        mend = f"--nproc-per-node {gpus} on more machines, or smaller sizes"
+        return [Finding("GPUs", "wrong", f"{here} {counted(gpus, 'GPU')}", mend)]
+    if not gpus and cores < placed.here:
+        return [Finding("cores", "slow", f"{here} {counted(cores, 'core')}", f"at most {cores} ranks compute at once")]
+    return []
 
 
 def _ranks_here(asked: Asked, placed: Placed | None, machine: _Machine) -> int:

@@ -168,14 +168,14 @@ def rank_table(placed: Placed) -> Table:
     """Of each rank its device, and along each axis its group, from whom it receives, to whom it sends around a ring."""
     mesh = placed.mesh
     axes = [axis for axis in mesh.numbering if mesh.sizes[axis] > 1]
-    rows = [["rank", "machine", "device", *(f"{axis}: group, from → to" for axis in axes)]]
+    rows = [["rank", "machine", "device", *(f"{axis}: group (from → to)" for axis in axes)]]
     device = "GPU" if mesh.device.type == "cuda" else "cpu"
     for rank in range(min(SHOWN, mesh.world)):
         machine, place = divmod(rank, placed.here)
         cells = []
         for axis in axes:
             before, members, after = ring(mesh, rank, (axis,))
-            cells.append(f"{_ranks(members)}, {before} → {after}")
+            cells.append(f"{_ranks(members)} ({before} → {after})")
         rows.append([str(rank), str(machine), f"{device} {place}" if device == "GPU" else device, *cells])
     more = mesh.world - SHOWN
     return Table("whom each rank talks to" + (f" (and {more:,} ranks more: --json)" if more > 0 else ""), rows)

@@ -113,7 +113,7 @@ def network_findings(network: Network, machines: int, environment: Mapping[str, 
     found = []
     if network.loopback:
         text = f"{LOOPBACK} does not answer ({network.loopback}): ranks of one machine do not find one another"
-        mend = "ip link set lo up; in a container give it a network, if only --network none's loopback"
+        mend = "ip link set lo up (a container: any --network, none too, has it)"
         found.append(Finding("loopback", "wrong", text, mend))
     else:
         found.append(Finding("loopback", "ok", f"{LOOPBACK} answers"))
