@@ -1,5 +1,6 @@
 """The command: on this machine, and on ones that lack something, each made so for a process of its own."""
 
+import errno
 import json
 import os
 import subprocess
@@ -14,6 +15,8 @@ from launch.test_machines import NAMES, network  # noqa: F401
 from support.disk import leave_free, small_disk  # noqa: F401
 from support.forked import Ended, python
 from tessera.config.load import load_config
+from tessera.core.errors import RunFailed, UserError
+from tessera.core.files import check_target_folder
 from tessera.doctor import examine as examining
 from tessera.doctor.examine import Asked, examine
 from train.runs import environment
@@ -85,8 +88,25 @@ def test_a_full_disk(tmp_path, small_disk):  # noqa: F811
     leave_free(small_disk, 2**20)
     ended = doctor(tmp_path, str(config(tmp_path, output_dir=str(small_disk / "run"))), "--no-measure")
     assert ended.codes == [1]
-    wrong = [line for line in lines(ended, "wrong") if str(small_disk) in line]
-    assert len(wrong) == 2 and all(f"make room on {small_disk}" in line for line in wrong)  # and prepared rows there
+    (wrong,) = [line for line in lines(ended, "wrong") if str(small_disk) in line]
+    assert wrong.split()[1] == "output_dir:" and f"make room on {small_disk}" in wrong
+
+
+@pytest.mark.parametrize(
+    "error", [RunFailed("rank 1 ended with exit code 1"), OSError(errno.ENOSPC, "No space left"), ValueError("cut off")]
+)
+def test_links_that_cannot_be_measured_are_one_line_of_the_report(monkeypatch, error):
+    def fails(*given):
+        raise error
+
+    monkeypatch.setattr(examining, "measured", fails)
+    report = examine(Asked())
+    (found,) = [finding for finding in report.findings if finding.subject == "links"]
+    assert found.state == "wrong" and str(error) in found.text and found.mend
+    assert len(report.sections) == 9 and report.measured is None
+    monkeypatch.setattr(examining, "measured", lambda *given: check_target_folder(Path("/dev/null/x"), "output_dir"))
+    with pytest.raises(UserError):
+        examine(Asked())
 
 
 def test_what_a_run_computes_in_and_needs(tmp_path):

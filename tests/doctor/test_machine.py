@@ -3,6 +3,7 @@
 import errno
 import os
 import socket
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -163,6 +164,19 @@ def test_a_disk_without_files_and_one_that_is_read_only(few_files, tmp_path):  #
     with mounted(tmp_path / "read-only", "ro") as folder:
         (found,) = storage.storage_findings([Place("output_dir", folder, needed=0)])
     assert found.state == "wrong" and "read-only" in found.text
+
+
+def test_a_file_system_that_does_not_answer_or_lets_nobody_in():
+    place, gone = Place("output_dir", Path("/x")), threading.Event()
+    (found,) = storage.storage_findings([place], lambda path, write: gone.wait(60), patience=0.05)
+    gone.set()
+    assert found.state == "wrong" and "did not answer" in found.text and "umount" in found.mend
+
+    def refused(path, write):
+        raise PermissionError(errno.EACCES, "")
+
+    (found,) = storage.storage_findings([place], refused)
+    assert found.state == "wrong" and "permission denied" in found.text and found.mend
 
 
 def test_how_fast_a_disk_takes_a_file(tmp_path):

@@ -13,7 +13,7 @@ from tessera.config.schema import TrainConfig
 from tessera.core import device as devices
 from tessera.core import driver
 from tessera.core.driver import Gpu
-from tessera.core.errors import RunFailed
+from tessera.core.errors import RunFailed, UserError
 from tessera.core.mesh import Mesh
 from tessera.core.text import counted
 from tessera.doctor import clocks, limits, memory, network, storage
@@ -186,7 +186,9 @@ def _links(
     folder = None if placed is None else Path(placed.config.output_dir)
     try:
         found = measured(processes, asked.place, folder)
-    except RunFailed as error:
+    except UserError:
+        raise
+    except (RunFailed, OSError, ValueError) as error:  # the last: a full disk cuts off what a rank says of its end
         text = f"processes could not exchange: {' '.join(str(error).split())[:300]}"
         mend = "NCCL_DEBUG=INFO (GPUs) or TORCH_CPP_LOG_LEVEL=INFO says what they tried; see network"
         return Section("links", [*findings, Finding("links", "wrong", text, mend)]), None
@@ -224,11 +226,10 @@ def _storage(placed: Placed | None) -> Section:
     else:
         config, output = placed.config, Path(placed.config.output_dir)
         whole = 4 * _elements(placed) * placed.parallel.dtype.itemsize
-        prepared = Path(config.dataset_prepared_path or output / "prepared")
-        places = [
-            storage.Place("output_dir", output, needed=whole),
-            storage.Place("dataset_prepared_path", prepared, needed=100 * 2**20),
-        ]
+        places = [storage.Place("output_dir", output, needed=whole)]
+        if config.dataset_prepared_path:  # else it lies in output_dir
+            prepared = Path(config.dataset_prepared_path)
+            places.append(storage.Place("dataset_prepared_path", prepared, needed=100 * 2**20))
     return Section("file systems", storage.storage_findings([*places, *storage.usual_places()]))
 
 

@@ -61,7 +61,7 @@ def seen(port: int, main: str | None = None) -> Network:
     return Network(
         loopback=_refused(_connect_to_myself),
         port=port,
-        port_taken=_refused(lambda: listening("0.0.0.0", port).close()),
+        port_taken=_refused(lambda: _bind(port)),
         host=host,
         addresses=addresses,
         unknown_name=unknown,
@@ -77,6 +77,13 @@ def seen(port: int, main: str | None = None) -> Network:
 def _connect_to_myself() -> None:
     with listening(LOOPBACK) as door, socket.create_connection(door.getsockname(), PATIENCE):
         pass
+
+
+def _bind(port: int) -> None:
+    """Take a port without listening at it: nobody outside can reach this process."""
+    with socket.socket() as door:
+        door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as a run does
+        door.bind(("", port))
 
 
 def _refused(attempt: Callable[[], None]) -> str:
@@ -123,7 +130,7 @@ def network_findings(network: Network, machines: int, environment: Mapping[str, 
         text = f"machine 0 cannot listen there: {network.port_taken}"
         found.append(Finding(port, "wrong", text, "end what listens there (ss -ltnp), or --main-process-port for all"))
     elif network.port_taken:
-        text = f"taken ({network.port_taken}); a run on one machine takes any that is free"
+        text = f"cannot be had ({network.port_taken}); a run on one machine takes any that is free"
         found.append(Finding(port, "ok", text, "on several machines --main-process-port"))
     else:
         found.append(Finding(port, "ok", "free, where machine 0 of several would listen"))

@@ -3,6 +3,7 @@
 import errno
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ _OCTAL = {"\\040": " ", "\\011": "\t", "\\012": "\n", "\\134": "\\"}
 PROBE = 16 * 2**20
 """Bytes of the file, without a name, that is written to see whether and how fast that goes."""
 PROBE_SECONDS = 2.0
+PATIENCE = 20.0
+"""Seconds in which a file system has to answer."""
 SLOW_WRITES = 50e6
 """Bytes a second below which a checkpoint of 8B parameters, 90 GiB, takes half an hour."""
 LEAST = 2**30
@@ -103,7 +106,7 @@ def _written(folder: Path, clock: Callable[[], float]) -> tuple[float | None, st
                 done += file.write(block)
             os.fsync(file.fileno())
     except OSError as error:
-        return None, in_words(error)
+        return None, "" if error.errno == errno.EFBIG else in_words(error)  # a limit of the shell's, told there
     return done / max(clock() - begun, 1e-9), ""
 
 
@@ -150,17 +153,37 @@ def usual_places(environment: Mapping[str, str] = os.environ) -> list[Place]:
     """Where every run writes, whatever its config: temporary files, and the cache of the hub."""
     home = environment.get("HF_HOME") or "~/.cache/huggingface"
     return [
-        Place("temporary files", Path(tempfile.gettempdir()), needed=100 * 2**20),
+        Place("temporary files", Path(environment.get("TMPDIR") or "/tmp"), needed=100 * 2**20),
         Place("Hugging Face cache", Path(os.path.expanduser(home)), needed=100 * 2**20, written=False),
     ]
 
 
-def storage_findings(places: list[Place]) -> list[Finding]:
-    """A finding for each place."""
-    found = []
-    for place in places:
+def storage_findings(
+    places: list[Place], look: Callable[..., Disk] = disk_of, patience: float = PATIENCE
+) -> list[Finding]:
+    """A finding for each place; `look` has `patience` seconds for each."""
+    return [_looked_at(place, look, patience) for place in places]
+
+
+def _looked_at(place: Place, look: Callable[..., Disk], patience: float) -> Finding:
+    seen: list[Disk | OSError] = []
+
+    def ask() -> None:
         try:
-            found.append(disk_finding(place, disk_of(place.path, write=place.written)))
+            seen.append(look(place.path, write=place.written))
         except OSError as error:
-            found.append(Finding(place.name, "unknown", f"{place.path}: {in_words(error)}"))
-    return found
+            seen.append(error)
+
+    # in a thread, for a server of files that is gone lets whoever asks wait for ever
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(patience)
+    if not seen:
+        text = f"{place.path} did not answer for {patience:.0f} s: the server of its files may be gone"
+        return Finding(
+            place.name, "wrong", text, "mount shows which; ask its server, or umount -f -l and mount it again"
+        )
+    if isinstance(seen[0], OSError):
+        mend = f"let this user go there, or {_other(place)} in another folder"
+        return Finding(place.name, "wrong", f"{place.path}: {in_words(seen[0])}", mend)
+    return disk_finding(place, seen[0])
