@@ -85,7 +85,13 @@ def examine(asked: Asked, now: Callable[[], float] = time.time, environment: Map
     placed = None if asked.config is None else _placed(asked.config, asked, machine)
     ranks = _ranks_here(asked, placed, machine)
     seen = network.seen(asked.port, asked.place.address if asked.place.machines > 1 else None)
-    sections = [_devices(machine), _versions(machine), _environment(environment, ranks), _network(seen, asked)]
+    gpus = gpu_findings(machine.gpus, machine.usable, machine.torch, machine.served)
+    sections = [
+        Section("devices", [*cpu_findings(), *gpus]),
+        Section("versions", version_findings(machine.torch, machine.gpus, machine.served, required())),
+        Section("environment", variable_findings(environment, cores_here(), ranks)),
+        Section("network", network.network_findings(seen, asked.machines)),
+    ]
     links, found = _links(machine, asked, ranks, placed, loopback=not seen.loopback)
     need = None if placed is None else _need(placed)
     sections += [
@@ -149,23 +155,6 @@ def _ranks_here(asked: Asked, placed: Placed | None, machine: _Machine) -> int:
     if placed is not None:
         return placed.here
     return asked.here or machine.torch.gpus or min(cores_here(), MOST_RANKS)
-
-
-def _devices(machine: _Machine) -> Section:
-    gpus = gpu_findings(machine.gpus, machine.usable, machine.torch, machine.served)
-    return Section("devices", [*cpu_findings(), *gpus])
-
-
-def _versions(machine: _Machine) -> Section:
-    return Section("versions", version_findings(machine.torch, machine.gpus, machine.served, required()))
-
-
-def _environment(environment: Mapping[str, str], ranks: int) -> Section:
-    return Section("environment", variable_findings(environment, cores_here(), ranks))
-
-
-def _network(seen: network.Network, asked: Asked) -> Section:
-    return Section("network", network.network_findings(seen, asked.machines))
 
 
 def _links(
