@@ -29,7 +29,7 @@ FLOORS = [  # bottom to top; rooms of one floor know nothing of one another
     ["monitor"],
     ["train"],
     ["launch"],
-    ["inspect", "verify"],
+    ["inspect", "verify", "doctor"],
     ["demos"],
     ["cli"],
 ]
@@ -49,6 +49,7 @@ BESIDE_THE_DOOR = {  # names of torch.distributed that move no data of a step â†
     ),
     "new_group checkpoint": "tessera.checkpoint",  # DCP writes beside training, in a group of its own
     "DistError PrefixStore Store TCPStore elastic rendezvous": "tessera.launch",  # processes find one another
+    "is_gloo_available is_nccl_available": "tessera.doctor.devices",  # what torch is built with
     "Store": "tessera.train.trainer",  # a type
     "elastic.multiprocessing.errors.record": "tessera.demos.memory",  # a rank of its own says why it ended
 }

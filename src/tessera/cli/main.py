@@ -233,6 +233,45 @@ def verify(
     verify(config, Asked(overrides or [], full, all_layouts, inject, report))
 
 
+@app.command(cls=ReadsConfig)
+def doctor(
+    config: Annotated[Path | None, typer.Argument(help="The YAML file of a run, to look at it too.")] = None,
+    overrides: Overrides = None,
+    per_machine: Annotated[
+        int | None, typer.Option("--nproc-per-node", min=1, max=bounds.RANKS_HERE, help="Processes on each machine.")
+    ] = None,
+    machines: Annotated[
+        int | None, typer.Option("--num-machines", "--nnodes", min=1, max=bounds.RANKS, help="Machines of the run.")
+    ] = None,
+    machine: Annotated[
+        int | None,
+        typer.Option(
+            "--machine-rank",
+            "--node-rank",
+            max=bounds.RANKS,
+            help="Which of them this is: started on each, they measure the network between them.",
+        ),
+    ] = None,
+    main_address: Annotated[
+        str | None, typer.Option("--main-process-ip", "--master-addr", help="Address or host name of machine 0.")
+    ] = None,
+    main_port: Annotated[
+        int | None,
+        typer.Option("--main-process-port", "--master-port", min=1, max=65535, help="Its port; unset: 29500."),
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure/--no-measure", help="Measure links, by processes that exchange messages.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
+) -> None:
+    """Look at this machine, and at a run on it: what is slow or wrong, and what to change. Needs no GPU."""
+    from tessera.cli.doctor import doctor
+    from tessera.launch.options import LaunchOptions
+
+    options = LaunchOptions(per_machine, machines, machine, main_address, main_port)
+    doctor(config, overrides or [], options, as_json, measure)
+
+
 @app.command()
 def convert(
     source: Annotated[Path, typer.Argument(help="A checkpoint-N folder, or a Hugging Face one.", metavar="FROM")],

@@ -62,6 +62,11 @@ def has_bf16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
+def has_tf32(device: torch.device) -> bool:
+    """Whether float32 products on `device` can use TF32 tensor cores: on NVIDIA GPUs from Ampere on."""
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Peak bytes allocated on a GPU so far; on CPU the peak resident set of this process."""
     if device.type == "cuda":

@@ -69,6 +69,16 @@ def host_bytes_free() -> int | None:
     return max(0, min(found)) if found else None
 
 
+def group_limit() -> int | None:
+    """The bytes that the control group of this process (a container, a batch job) may have; None: no limit is seen."""
+    found = []
+    for folder in _groups():
+        for most in ("memory.max", "memory.limit_in_bytes"):
+            with suppress(OSError, ValueError):
+                found.append(int((folder / most).read_text()))
+    return min(found) if found else None
+
+
 def kernel_kills() -> int:
     """How many processes the kernel has killed for memory so far, in this control group or else on this machine."""
     events = [folder / name for folder in _groups() for name in ("memory.events", "memory.oom_control")]

@@ -7,6 +7,7 @@ another order (train/links.py). Axes of size 1 do not exist for torch: they are 
 process group, and every collective along them returns its argument.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -96,6 +97,18 @@ class Mesh:
         for axis in axes:
             place = place * self.sizes[axis] + self.coordinates[axis]
         return place
+
+    def members(self, axes: Iterable[str]) -> list[int]:
+        """The ranks that differ from this one only along `axes`, this one too, in the order of `AXES`; makes no group.
+
+        E.g. of a mesh of shard 2 and col 2, rank 1 has the members 1 and 3 along shard, 0 and 1 along col.
+        """
+        present, stride, strides = self.present(axes), 1, dict[str, int]()
+        for axis in reversed(self.numbering):
+            strides[axis], stride = stride, stride * self.sizes[axis]
+        first = self.rank - sum(self.coordinates[axis] * strides[axis] for axis in present)
+        steps = ([place * strides[axis] for place in range(self.sizes[axis])] for axis in present)
+        return [first + sum(step) for step in itertools.product(*steps)]
 
     def group(self, axes: Iterable[str]) -> Group | None:
         """The process group along `axes`, made when first asked for; None when it would be this rank alone.

@@ -8,7 +8,7 @@ import sys
 from tessera.core import terminal
 
 VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-_ELSEWHERE = "192.0.2.1"  # an address for documentation, which the default route leads to
+ELSEWHERE = "192.0.2.1"  # an address for documentation, which the default route leads to
 
 
 LOOPBACK = "127.0.0.1"
@@ -43,7 +43,7 @@ def own_address(main: str) -> str:
     address = _towards(main)
     # Many a machine's own name means 127.0.1.1 to itself, where no other machine finds it.
     if address.startswith("127.") and not main.startswith("127.") and main != "localhost":
-        return _towards(_ELSEWHERE)
+        return _towards(ELSEWHERE)
     return address
 
 

@@ -53,7 +53,7 @@ def launch(
     options = options or LaunchOptions()
     config = _load(config_path, overrides, say=options.machine in (None, 0))
     place = options.place()
-    config = _filled_in(config, *options.asked_for(num_processes))
+    config = filled_in(config, *options.asked_for(num_processes))
     if options.machine in (None, 0):
         terminal.say(*config.idle_fsdp_keys())
     world = config.world_size
@@ -66,7 +66,7 @@ def launch(
         if not Path(config_path).is_file():  # a pipe, which has been read
             reason = f"can be read only once, and {options.launcher} starts processes that read it again"
             raise UserError("config file", config_path, reason, "write it to a file")
-        os.environ.update(_variables(place))
+        os.environ.update(variables(place))
         run_foreign(options, here, command + ["--take-over"] * options.take_over)
     elif world == 1 and not options.max_restarts:
         from tessera.train.run import prepared_run
@@ -80,7 +80,7 @@ def launch(
             with output_kept(output):
                 train(run)
     else:
-        with environment(_variables(place)):  # before torch is imported
+        with environment(variables(place)):  # before torch is imported
             _launch_ranks(config, options, place, here, ["-P", *command])
 
 
@@ -104,7 +104,7 @@ def _launch_ranks(config: TrainConfig, options: LaunchOptions, place: Place, her
         run_workers(command, here, machines, restarts)
 
 
-def _variables(place: Place) -> dict[str, str]:
+def variables(place: Place) -> dict[str, str]:
     """What launcher and ranks need in their environment to work with other machines."""
     if place.machines == 1:
         return {}
@@ -120,7 +120,7 @@ def _load(config_path: str | Path, overrides: Sequence[str], say: bool) -> Train
     return config
 
 
-def _filled_in(config: TrainConfig, processes: int | None, key: str) -> TrainConfig:
+def filled_in(config: TrainConfig, processes: int | None, key: str) -> TrainConfig:
     """The config for so many processes (None: as many as its sizes make); `key` said how many."""
     try:
         _ = config.axes
@@ -203,12 +203,12 @@ def _rank(
     lock = RunLock(take_over, run_id(launch))
 
     def make() -> str:
-        config = _filled_in(_load(config_path, overrides, say=True), world, "WORLD_SIZE")
+        config = filled_in(_load(config_path, overrides, say=True), world, "WORLD_SIZE")
         if started_again():
             lock.take(Path(config.output_dir))
             if lock.before and lock.before.id == lock.id and lock.before.run:  # whatever the file says by now
                 return Run.from_json(lock.before.run).going_on_from(latest(Path(config.output_dir))).to_json()
-        made = prepared_run(_filled_in(restarted(config), num_processes, "--num-processes"), here, lock).to_json()
+        made = prepared_run(filled_in(restarted(config), num_processes, "--num-processes"), here, lock).to_json()
         lock.remember(made)
         return made
 
