@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from report.made_runs import make_run, monitored, of_ranks, reported, step, write_lines
+from support.forked import tessera
 from tessera.checkpoint.lock import LOCK, STALE, holder
 from tessera.checkpoint.lock_file import Owner, boot_id, pid_space
 from tessera.cli.report import report
@@ -235,3 +236,25 @@ def test_watching_a_run_that_is_over_writes_once(tmp_path):
     folder = make_run(tmp_path / "run", [step(1)])
     watch(Page([RunFolder(folder)], folder / "report.html"), sleep=pytest.fail)
     assert "data-reload" not in (folder / "report.html").read_text()
+
+
+def test_ctrl_c_leaves_a_page_that_does_not_reload(tmp_path, monkeypatch):
+    folder = make_run(tmp_path / "run", [step(1)])
+
+    def interrupted(made: Page) -> None:
+        made.runs[0].look()
+        made.write(every=5)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tessera.cli.report.watch", interrupted)
+    report([folder], None, watching=True)
+    assert "data-reload" not in (folder / "report.html").read_text()
+
+
+def test_the_command_as_a_shell_sees_it(tmp_path):
+    first, second = (make_run(tmp_path / name, [step(1)]) for name in ("one", "two"))
+    run = tessera("report", str(first), str(second))
+    assert run.codes == [0] and "compared.html" in run.out[0], run.err
+    assert (first / "compared.html").is_file()
+    refused = tessera("report", str(tmp_path))
+    assert refused.codes == [2] and "OUTPUT_DIR" in refused.err[0] and "Traceback" not in refused.err[0]

@@ -74,6 +74,7 @@ def test_figures_and_tables_hold_what_the_files_hold(whole):
     told = {
         "last loss": f"{records[-1]['loss']:.4g}",
         "last eval_loss": "4.75",
+        "last eval_ppl": "115.6",
         "lowest eval_loss": "4.5 step 30",
         "tokens a second": f"{speed:,.0f}",
         "seconds a step": f"{1000 * seconds / len(records):.3g} ms",

@@ -9,7 +9,7 @@ const short = (value, digits) => String(Number(value.toPrecision(digits)));
 function shown(value, kind) {
   if (kind === "count") return Math.round(value).toLocaleString("en");
   if (kind === "share") return short(100 * value, 3) + " %";
-  if (kind === "rate") return value.toExponential(2);
+  if (kind === "rate") return value ? value.toExponential(2).replace(/e([+-])(\d)$/, "e$10$2") : "0";
   if (kind in units) {
     const [unit, size] = units[kind].find(([, size]) => Math.abs(value) >= size) || units[kind][value ? units[kind].length - 1 : 0];
     return short(value / size, 3) + " " + unit;

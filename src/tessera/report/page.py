@@ -98,6 +98,7 @@ def figures_of(run: RunFolder) -> dict[str, tuple[float | None, str]]:
     return {
         "last loss": (curves.last("loss"), numbers.PLAIN),
         "last eval_loss": (curves.last("eval_loss"), numbers.PLAIN),
+        "last eval_ppl": (curves.last("eval_ppl"), numbers.PLAIN),
         "lowest eval_loss": (metrics.best[0] if metrics.best else None, numbers.PLAIN),
         "tokens a second": (metrics.tokens_per_second, numbers.PLAIN),
         "seconds a step": (curves.mean("step_seconds"), numbers.SECONDS),
