@@ -64,7 +64,22 @@ def test_lines_that_are_broken_are_counted_and_the_rest_is_read(tmp_path):
     assert "marks at the top: steps without a finite loss" in page.text and "skipped steps 2 2, 3" in page.text
 
 
-WRONG = [None, "text", [], {}, True, -1, 10**400, 1e308, float("nan"), [[]], {"a": {"b": 1}}]
+WRONG = [
+    None,
+    "text",
+    [],
+    {},
+    True,
+    -1,
+    10**400,
+    1e308,
+    1e99,
+    5e-324,
+    float("nan"),
+    [[]],
+    {"a": {"b": 1}},
+    [1e99, 1e-99],
+]
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "monitor.jsonl", "events.jsonl", "summary.json", "state.json"])

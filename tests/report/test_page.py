@@ -6,6 +6,7 @@ import re
 import pytest
 
 from report.made_runs import MACHINES, Elements, make_run, monitored, of_ranks, reported, step, write_lines
+from tessera.report.charts import Line, line_chart, stacked_chart
 from tessera.report.numbers import GIB, SECONDS, difference, shown, steps_in_short, ticks_shown
 
 
@@ -213,6 +214,22 @@ def test_a_spike_that_hides_the_rest_makes_the_scale_logarithmic(tmp_path):
     assert "logarithmic" not in reported(make_run(tmp_path / "run", records)).text
     records[7]["grad_norm"] = 1e6
     assert "logarithmic" in reported(make_run(tmp_path / "run", records)).text
+
+
+EXTREMES = [0.0, 1e-99, 1.0, 1.0 + 2**-52, 1e99, -1e99]
+
+
+@pytest.mark.parametrize("zero", [True, False])
+def test_charts_of_any_values_stay_inside(zero):
+    for low in EXTREMES:
+        for high in EXTREMES:
+            line = Line("x", [1, 2, 2**53], [low, high, low], "k0")
+            for chart in (line_chart("x", [line], SECONDS, zero=zero), stacked_chart("x", [1, 2, 2**53], [line], GIB)):
+                page = Elements(chart)
+                (drawn,) = (a["d"] for name, a in page.elements if name == "path" and a["class"] != "grid")
+                numbers = [float(n) for n in re.findall(r"[^MLhz ]+", drawn)]
+                assert all(0 <= n <= 1000 for n in numbers) and len(page.data) == 1
+                assert 1 <= sum(name == "span" for name, _ in page.elements) < 20
 
 
 def test_numbers_in_words():

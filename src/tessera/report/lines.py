@@ -109,9 +109,10 @@ def _object(line: bytes) -> dict[str, Any] | None:
 
 
 def number(value: object) -> float | None:
-    """`value` where it is a finite number that a float holds, else None."""
+    """`value` where it is a number that charts can be drawn of, else None; what is as good as 0 is 0."""
     if type(value) is float:
-        return value if -1e300 < value < 1e300 else None
+        size = abs(value)
+        return (value if size > 1e-100 else 0.0) if size < 1e100 else None
     if type(value) is int:
         return float(value) if -(2**53) <= value <= 2**53 else None
     return None

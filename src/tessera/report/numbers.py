@@ -20,7 +20,7 @@ def shown(value: float | None, kind: str) -> str:
     """A number with its unit: `shown(0.0123, SECONDS)` is "12.3 ms"."""
     if value is None or not math.isfinite(value):
         return UNKNOWN
-    if kind == COUNT:
+    if kind == COUNT and abs(value) < 1e15:
         return f"{value:,.0f}"
     if kind == SHARE:
         return f"{100 * value:.3g} %"
