@@ -37,11 +37,17 @@ class Page:
         self.runs, self.file = runs, file
         self._drawn: dict[int, tuple[Settings, Html]] = {}
 
-    def write(self, every: float | None = None) -> None:
-        """Write the page of what the runs have by now; with `every` it reloads itself."""
-        text = page(self.runs, [self._picture(at) for at in range(len(self.runs))], every=every)
+    def write(self, every: float | None = None) -> float:
+        """Write the page of what the runs have by now; with `every` it reloads itself.
+
+        Returns the seconds of CPU time that it took, without the pictures, which are drawn once.
+        """
+        pictures = [self._picture(at) for at in range(len(self.runs))]
+        begun = time.process_time()
+        text = page(self.runs, pictures, every=every)
         with writing_target(self.file, "--output"):
             replace_file(self.file, text.encode("utf-8", "replace"))
+        return time.process_time() - begun
 
     def _picture(self, at: int) -> Html:
         """The picture of a run's layout, drawn again only when its config is another."""
@@ -59,8 +65,6 @@ def watch(made: Page, sleep: Callable[[float], None] = time.sleep) -> None:
         if not any(run.going_on for run in made.runs):
             break
         if any(grown):
-            begun = time.perf_counter()
-            made.write(every)
-            every = max(EVERY, 20 * (time.perf_counter() - begun))
+            every = max(EVERY, 20 * made.write(every))
         sleep(every)
     made.write()
