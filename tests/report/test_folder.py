@@ -169,6 +169,32 @@ def test_a_resumed_run_takes_the_place_of_the_steps_that_it_does_again(tmp_path)
     assert run.ranks.count == 3 and run.ranks.own.points("2")[0] == [4]  # another start, with other ranks
 
 
+def test_a_line_without_times_still_has_memory(tmp_path):
+    """The step that the monitor counts whole has no times."""
+    folder = make_run(tmp_path / "run", [step(1), step(2)])
+    start = {"ranks": 2, "mesh": {"col": 2}, "machines": ["a", "b"], "device": "cpu"}
+    counted = {"step": 2, "memory_now_gib": [1.0, 1.0], "memory_peak_gib": [9.0, 3.0]}
+    write_lines(
+        folder / "monitor.jsonl", [start, of_ranks(1, [0.1, 0.1]), counted, counted | {"step": 3, "seconds": 5}]
+    )
+    run = looked(folder)
+    assert run.ranks.peak.tolist() == [9.0, 3.0] and run.ranks.own.points("0")[0] == [1]
+    assert run.ranks.unusable == 1
+
+
+def test_why_a_run_failed_stands_above(tmp_path):
+    folder = make_run(tmp_path / "run", [step(1)])
+    text = "rank 1, step 7, forward: memory ran out\n  see docs/debugging/out-of-memory.md"
+    write_lines(folder / "events.jsonl", [{"time": 1.0, "step": 7, "kind": "ended", "text": text}])
+    page = reported(folder)
+    assert f"the run ended: {' '.join(text.split())}" in page.text
+    assert looked(folder).status == "rank 1, step 7, forward: memory ran out"
+    resumed = [{"time": 2.0, "step": 7, "kind": "said", "text": "from checkpoint-5"}]
+    with (folder / "events.jsonl").open("a") as events:
+        events.write(json.dumps(resumed[0]) + "\n")
+    assert "the run ended" not in reported(folder).text
+
+
 def test_of_many_ranks_the_slowest_are_shown(tmp_path):
     folder = make_run(tmp_path / "run", [step(1)])
     seconds = [0.1] * 500

@@ -199,6 +199,15 @@ def test_two_runs_stand_side_by_side(tmp_path):
     }
 
 
+def test_a_machine_that_is_slow_as_a_whole_is_named(tmp_path):
+    records = [monitored(n) for n in range(1, 5)]
+    for record in records[2:]:
+        record["slowest"]["whole_machine"] = True
+    text = reported(make_run(tmp_path / "run", records)).text
+    assert "rank 3 on node-b was the slowest at 4 of 4 logging steps" in text
+    assert "at 2 of them every rank of that machine was slower than all others" in text
+
+
 def test_a_prediction_has_a_column_only_where_there_is_one(tmp_path):
     folder = make_run(tmp_path / "run", [monitored(1), monitored(2)])
     assert "predicted" not in reported(folder).text

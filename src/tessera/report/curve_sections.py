@@ -172,12 +172,13 @@ def slowest(runs: Sequence[RunFolder]) -> Html:
     told = []
     for run in runs:
         named = sorted(run.metrics.slowest.items(), key=lambda item: -item[1][1])
-        times = sum(count for _, (count, _) in named)
-        for (rank, machine), (count, seconds) in named[:3]:
+        times = sum(count for _, (count, _, _) in named)
+        for (rank, machine), (count, seconds, together) in named[:3]:
             where = f" on {machine}" if machine else ""
             excess = numbers.shown(seconds / count, numbers.SECONDS)
             often = f"was the slowest at {count:,} of {times:,} logging steps, by {excess} a step"
-            told.append(tag("li", letter(run, runs), f"rank {rank}{where} {often}"))
+            whole = f"; at {together:,} of them every rank of that machine was slower than all others" * (together > 0)
+            told.append(tag("li", letter(run, runs), f"rank {rank}{where} {often}{whole}"))
     return join(tag("h3", "The slowest rank"), tag("ul", *told)) if told else Html()
 
 

@@ -37,7 +37,8 @@ class Events:
     def add(self, records: Sequence[dict[str, Any]]) -> None:
         """Take the objects of some lines, in their order."""
         for record in records:
-            kind, text = cut_short(record.get("kind") or "said", 40), cut_short(record.get("text") or "")
+            kind = cut_short(record.get("kind") or "said", 40)
+            text = cut_short(record.get("text") or "").removeprefix("warning: ")
             event = Event(number(record.get("time")), whole(record.get("step")), kind, text)
             self.count += 1
             if len(self.first) < FIRST:

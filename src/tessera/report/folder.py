@@ -19,12 +19,11 @@ from tessera.report.lines import Lines, nested, whole
 from tessera.report.metrics import Metrics, predicted
 from tessera.report.ranks import Ranks
 from tessera.report.settings import Settings, read_settings
-from tessera.train.notes import METRICS, RESOLVED, SUMMARY
+from tessera.train.notes import EVENTS, METRICS, MONITOR, RESOLVED, SUMMARY
 
-MONITOR, EVENTS = "monitor.jsonl", "events.jsonl"
 MISSING = {
     METRICS: "no step was trained, or the file was removed: no curves",
-    MONITOR: "the run was not monitored, or before this was kept: no times of single ranks",
+    MONITOR: "the run was not monitored (key monitor): no times of single ranks",
     EVENTS: "the run was before events were kept: what it said is not known",
     RESOLVED: "the config is not known",
 }
@@ -176,7 +175,7 @@ class RunFolder:
         if self.going_on:
             return f"running ({self.going_on})"
         if self.events.end is not None:
-            return self.events.end.text or "ended"
+            return cut_short(self.events.end.text.partition("\n")[0] or "ended", 120)
         return "finished" if self.whole.finished else "not running, and not finished"
 
     @property

@@ -46,8 +46,9 @@ class Metrics:
         self._known: dict[tuple[str, str], str] = {}
         self.kinds: dict[str, float] = {}
         self.predicted: dict[str, float] = {}
-        self.slowest: dict[tuple[int, str], tuple[int, float]] = {}
-        """How often each (rank, machine) was the slowest, and by how many seconds all together."""
+        self.slowest: dict[tuple[int, str], tuple[int, float, int]] = {}
+        """How often each (rank, machine) was the slowest, by how many seconds all together, and how often every rank of
+        its machine was slower than all others."""
         self.first_step: int | None = None
         self.last_step: int | None = None
         self.best: tuple[float, int] | None = None
@@ -147,8 +148,8 @@ class Metrics:
             return
         who = (rank, cut_short(told.get("machine") or "", 100))
         if who in self.slowest or len(self.slowest) < MOST_NAMED:
-            times, seconds = self.slowest.get(who, (0, 0.0))
-            self.slowest[who] = (times + 1, seconds + excess)
+            times, seconds, machine = self.slowest.get(who, (0, 0.0, 0))
+            self.slowest[who] = (times + 1, seconds + excess, machine + (told.get("whole_machine") is True))
 
     @property
     def steps(self) -> int:

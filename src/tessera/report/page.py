@@ -154,6 +154,8 @@ def _warnings(runs: Sequence[RunFolder]) -> Html:
         told += [tag("li", sign, _when(event), event.text, class_="warning") for event in run.events.warnings]
         more = run.events.warning_count - len(run.events.warnings)
         told += [tag("li", sign, f"{more:,} more warnings are in events.jsonl")] if more else []
+        if run.events.end is not None and not run.whole.finished:
+            told += [tag("li", sign, f"the run ended: {run.events.end.text}", class_="warning")]
         told += [tag("li", sign, line, class_="missing") for line in run.complaints]
     return section("Warnings, and what is missing", tag("ul", *told, class_="notes")) if told else Html()
 

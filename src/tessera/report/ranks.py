@@ -57,8 +57,13 @@ class Ranks:
                 continue
             step = whole(record.get("step"))
             late = step is None or not self.count or (self.last_step is not None and step <= self.last_step)
-            seconds = None if late else self._seconds(record)
-            if step is None or seconds is None:
+            if step is None or late or not self._take_memory(record):
+                self.unusable += 1
+                continue
+            if "seconds" not in record:  # a step that was counted whole has no times
+                continue
+            seconds = self._seconds(record)
+            if seconds is None:
                 self.unusable += 1
                 continue
             if self.last_step is None:
@@ -87,6 +92,13 @@ class Ranks:
         self.mesh = {cut_short(axis, 60): size for axis, size in list(mesh)[:MOST_AXES] if whole(size)}
         self.device = cut_short(record.get("device") or "", 200)
 
+    def _take_memory(self, record: dict[str, Any]) -> bool:
+        """Keep the peak of each rank; False where the line has memory, but not a number of each rank."""
+        peak = self._row(record.get("memory_peak_gib"))
+        if peak is not None:
+            self.peak = np.maximum(self.peak, peak)
+        return peak is not None or "memory_peak_gib" not in record
+
     def _seconds(self, record: dict[str, Any]) -> np.ndarray | None:
         """The seconds that each rank spent by itself; None unless the line has a number of each rank."""
         seconds = nested(record.get("seconds"))
@@ -101,9 +113,6 @@ class Ranks:
             if name in self._sums or len(self._sums) < len(TERMS) + MOST_AXES:
                 self._sums[name] = self._sums.get(name, 0.0) + row
                 self._counts[name] = self._counts.get(name, 0) + 1
-        peak = self._row(record.get("memory_peak_gib"))
-        if peak is not None:
-            self.peak = np.maximum(self.peak, peak)
         total = np.zeros(self.count)
         for term in OWN:
             total += rows.get(term, 0.0)
