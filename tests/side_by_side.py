@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-BESIDE = ("benchmarks", "checkpoint", "cli", "config", "data", "demos", "docs", "doctor", "launch", "verify")
+BESIDE = ("benchmarks", "checkpoint", "cli", "config", "data", "demos", "docs", "doctor", "launch", "monitor", "report")
 NOTHING_TO_RUN = 5
 
 

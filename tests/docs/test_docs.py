@@ -219,10 +219,10 @@ def test_the_page_of_examples_names_a_trained_file_or_a_refusal_for_each(tmp_pat
     assert refused >= len(named) - len(runs) - 1
 
 
-def test_every_folder_of_tests_has_a_budget_and_they_make_ten_minutes():
+def test_every_folder_of_tests_has_a_budget_and_they_make_eleven_minutes():
     assert sorted(budgets()) == sorted(folder for part in parts() for folder in part)
     for part in parts():
-        assert sum(budgets()[folder] for folder in part) <= 600
+        assert sum(budgets()[folder] for folder in part) <= 660
 
 
 def test_a_folder_above_its_budget_is_told():

@@ -17,8 +17,8 @@ from tessera.engine.step import Step
 from tessera.models.decoder import Decoder
 from train.on_rank import own_rank, train_on_rank
 
-DELAY = 0.6
-"""Seconds: at least ten times what a step of these runs takes."""
+DELAY = 0.4
+"""Seconds: at least five times what a step of these runs takes."""
 
 
 def delayed_on_rank(settings: dict[str, Any], steps: dict[int, str], axis: str, rank: int) -> None:

@@ -280,6 +280,16 @@ class RunLock:
                 os._exit(1)
 
 
+def holder(output: Path) -> Owner | None:
+    """Whose run goes on in `output`, None where none does: what a look tells that takes no lock and changes nothing."""
+    owner = read_owner(output / LOCK)
+    if owner is None or owner.released:
+        return None
+    if owner.boot == boot_id() and owner.space == pid_space():
+        return owner if lives(owner.pid) else None
+    return owner if silence(output / LOCK) < STALE else None
+
+
 def make_folders(folder: Path) -> list[Path]:
     """Make a folder with its parents; those that were not there before, outermost first."""
     made = [path for path in (folder, *folder.parents) if not path.exists()][::-1]

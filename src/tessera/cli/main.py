@@ -273,6 +273,26 @@ def doctor(
 
 
 @app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="The output_dir of a run.", metavar="OUTPUT_DIR")],
+    other: Annotated[
+        Path | None, typer.Argument(help="That of another run, to compare with.", metavar="[OUTPUT_DIR]")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The page; without it report.html (of two: compared.html) in OUTPUT_DIR."),
+    ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Write it again while the run goes on; the page reloads itself.")
+    ] = False,
+) -> None:
+    """Write one HTML page on a run, or two side by side: loss, time, memory, communication, ranks, config."""
+    from tessera.cli.report import report
+
+    report([folder, *([other] if other else [])], output, watch)
+
+
+@app.command()
 def convert(
     source: Annotated[Path, typer.Argument(help="A checkpoint-N folder, or a Hugging Face one.", metavar="FROM")],
     target: Annotated[Path, typer.Argument(help="The folder to write, new or empty.", metavar="TO")],

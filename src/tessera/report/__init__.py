@@ -1,0 +1,1 @@
+"""`tessera report`: a run as one page that needs nothing beside it."""
