@@ -89,6 +89,24 @@ def row(length: int, mean: int, vocabulary: int) -> Any:
     return MicroBatch(ids, ids.roll(-1, 1), length, 0, torch.tensor([positions]), torch.tensor([documents]))
 
 
+def contiguous_owners(length: int, ranks: int) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """Of each rank the tokens that it owns, one behind another."""
+    each = length // ranks
+    return tuple(((rank * each, (rank + 1) * each),) for rank in range(ranks))
+
+
+def busiest(arguments: argparse.Namespace, length: int) -> str:
+    """The work of attention on the rank that has most, beside the mean, contiguous and balanced."""
+    from tessera.nn.context.assign import assign, work
+
+    bounds = (*row(length, arguments.documents, arguments.vocabulary).document_starts, length)
+    both = contiguous_owners(length, arguments.ranks), assign(bounds, arguments.ranks)
+    alone, balanced = (max(found) / (sum(found) / len(found)) for found in (work(owned, bounds) for owned in both))
+    return (
+        f"{length:,} tokens, the busiest rank's attention of the mean: contiguous {alone:.2f}, balanced {balanced:.2f}"
+    )
+
+
 def contiguous_part(batch: Any, rank: int, ranks: int) -> Any:
     """What `rank` has of a row of which each rank owns tokens that follow one another; the step cuts it no further."""
     import torch
@@ -98,7 +116,7 @@ def contiguous_part(batch: Any, rank: int, ranks: int) -> Any:
     length = batch.input_ids.numel()
     each = length // ranks
     own = slice(rank * each, (rank + 1) * each)
-    stream = Stream((*batch.document_starts, length), tuple(((r * each, (r + 1) * each),) for r in range(ranks)))
+    stream = Stream((*batch.document_starts, length), contiguous_owners(length, ranks))
     positions = torch.arange(length)[None] if batch.positions is None else batch.positions
     documents = torch.zeros_like(positions) if batch.documents is None else batch.documents
     vectors = (batch.input_ids, batch.targets, positions, documents)
@@ -284,6 +302,8 @@ def main() -> None:
             f"| {length:,} | {way.name} | {way.ranks} | {wall:.3f} | {share} | {length / wall:,.0f} | {cpu:.3f} "
             f"| {peak / 2**20:,.1f} | {resident / 2**20:,.0f} | {received / 2**20:,.2f} |"
         )
+    for length in arguments.lengths if arguments.contiguous else ():
+        print(f"\n{busiest(arguments, length)}")
     for length in arguments.lengths if arguments.alone else ():
         print(
             f"\none rank, {length:,} tokens, counted: {counted_alone(arguments, length) / 2**20:,.1f} MiB at the peak"
