@@ -73,7 +73,12 @@ def make_run(folder: Path, records: list[dict[str, Any]], *, drawn: bool = False
     if drawn:
         (model / "config.json").write_text(json.dumps(LLAMA))
     write_lines(folder / "metrics.jsonl", records)
-    keys = {"base_model": str(model), "datasets": [{"path": "text"}], "sequence_len": 32, "micro_batch_size": 4}
+    keys = {
+        "base_model": str(model),
+        "datasets": [{"path": "text", "type": None}],
+        "sequence_len": 32,
+        "micro_batch_size": 4,
+    }
     (folder / "resolved_config.yaml").write_text(json.dumps(keys | {"max_steps": 100} | config))
     return folder
 

@@ -121,7 +121,7 @@ def test_the_config_shows_first_what_is_not_at_its_default(whole):
     _, page = whole
     changed, rest = page.text.split("Keys that are not at their defaults")[1].split("The other")
     assert "learning_rate 0.0003" in changed and "tensor_parallel_size 2" in changed
-    assert "seed" not in changed and "max_steps 100" in changed
+    assert "seed" not in changed and "max_steps 100" in changed and "datasets [{path: text}]" in changed
 
 
 def test_the_layout_is_drawn(whole):

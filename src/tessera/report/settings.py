@@ -63,5 +63,8 @@ def _defaults() -> dict[str, str]:
 
 
 def _in_one_line(value: object) -> str:
+    """The value as YAML in a line; of data sets, which have many keys, those that are given."""
+    if isinstance(value, list):
+        value = [{k: v for k, v in e.items() if v is not None} if isinstance(e, dict) else e for e in value]
     text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=2**20)
     return text.removesuffix("\n").removesuffix("\n...")
