@@ -8,7 +8,7 @@ from tessera.report.charts import Line, bar, line_chart, stacked_chart, swatch
 from tessera.report.folder import RunFolder
 from tessera.report.html import Html, join, table, tag
 from tessera.report.lines import number
-from tessera.report.metrics import KINDS, TERMS
+from tessera.report.metrics import BETWEEN, KINDS, TERMS
 
 OF_RUNS = ("k0", "k1")
 """Colours of the first and the second run."""
@@ -87,11 +87,11 @@ def colour_of(term: str, axes: Sequence[str]) -> str:
 
 
 def _layers(run: RunFolder) -> tuple[list[int], list[Line]]:
-    """The terms of time as layers, at the steps that have them: compute below, then communication by axis."""
+    """The terms of a step as layers, at the steps that have them: compute below, then communication by axis."""
     metrics = run.metrics
     names = {"compute": "seconds.compute"}
     names |= {f"communication over {axis}": f"seconds.communication.{axis}" for axis in metrics.axes}
-    names |= {term: f"seconds.{term}" for term in TERMS}
+    names |= {term: f"seconds.{term}" for term in TERMS if term not in BETWEEN}
     names = {term: name for term, name in names.items() if name in metrics.curves}
     by_term = {term: metrics.curves.means(name) for term, name in names.items()}
     there = [any(values[at] is not None for values in by_term.values()) for at in range(len(metrics.curves.steps()))]
@@ -145,26 +145,30 @@ def time_table(runs: Sequence[RunFolder]) -> Html:
         heads += [label(run, runs, "predicted")] if predicted else []
     heads += ["B against A"] if len(runs) == 2 else []
     axes = list(dict.fromkeys(axis for run in runs for axis in run.metrics.axes))
+    steps = [sum(seconds for term, seconds in found.items() if term not in BETWEEN) for found in means]
+    terms = dict.fromkeys(term for found in (*means, *expected) for term in found)
     rows: list[list[object]] = []
-    for term in dict.fromkeys(term for found in (*means, *expected) for term in found):
-        cells: list[object] = [join(swatch(colour_of(term, axes)), term)]
-        for found, predicted in zip(means, expected, strict=True):
-            share = found[term] / whole if term in found and (whole := sum(found.values())) > 0 else None
+    for term in sorted(terms, key=lambda term: term in BETWEEN):
+        name = f"{term}, between steps" if term in BETWEEN else term
+        cells: list[object] = [join(swatch(colour_of(term, axes)), name)]
+        for found, step, predicted in zip(means, steps, expected, strict=True):
+            share = found[term] / step if term in found and step > 0 and term not in BETWEEN else None
             cells += [numbers.shown(found.get(term), numbers.SECONDS), numbers.shown(share, numbers.SHARE)]
             cells += [numbers.shown(predicted.get(term), numbers.SECONDS)] if predicted else []
         cells += [numbers.difference(means[0].get(term), means[1].get(term))] if len(runs) == 2 else []
         rows.append(cells)
-    rows.append([tag("b", "together"), *_totals([sum(found.values()) for found in means], expected)])
+    rows.insert(sum(term not in BETWEEN for term in terms), [tag("b", "a step"), *_totals(steps, expected)])
     return table(heads, rows)
 
 
-def _totals(whole: Sequence[float], expected: Sequence[dict[str, float]]) -> list[object]:
-    """The last row of the table of time, below its numbers."""
+def _totals(steps: Sequence[float], expected: Sequence[dict[str, float]]) -> list[object]:
+    """The row of the table of time that sums the terms of a step."""
     cells: list[object] = []
-    for seconds, predicted in zip(whole, expected, strict=True):
+    for seconds, predicted in zip(steps, expected, strict=True):
         cells += [numbers.shown(seconds, numbers.SECONDS), ""]
-        cells += [numbers.shown(sum(predicted.values()), numbers.SECONDS)] if predicted else []
-    return cells + ([numbers.difference(*whole)] if len(whole) == 2 else [])
+        whole = sum(value for term, value in predicted.items() if term not in BETWEEN)
+        cells += [numbers.shown(whole, numbers.SECONDS)] if predicted else []
+    return cells + ([numbers.difference(*steps)] if len(steps) == 2 else [])
 
 
 def slowest(runs: Sequence[RunFolder]) -> Html:

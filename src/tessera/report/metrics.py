@@ -22,6 +22,8 @@ PLAIN = (
 )
 TERMS = ("compute", "data", "optimizer", "idle", "other", "save", "evaluation")
 """What the time of a step is made of, beside communication, which is by axis."""
+BETWEEN = ("save", "evaluation")
+"""Those of them that are between steps: the others are the step."""
 KINDS = ("states", "activations", "gathered", "other")
 """What lies in memory."""
 _OF_TERMS = {term: f"seconds.{term}" for term in TERMS}
