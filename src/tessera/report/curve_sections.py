@@ -131,7 +131,7 @@ def time(runs: Sequence[RunFolder]) -> Html:
     return section(
         "Time by term",
         tag("div", *charts, class_="charts wide-first" if len(runs) == 1 else "charts"),
-        tag("div", time_table(runs), tag("div", slowest(runs)), class_="columns"),
+        tag("div", time_table(runs), tag("div", slowest(runs)), class_="columns" if len(runs) == 1 else None),
     )
 
 
