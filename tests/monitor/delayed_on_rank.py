@@ -15,6 +15,7 @@ from tessera.core.recorder import Record
 from tessera.data.loader import Loader
 from tessera.engine.step import Step
 from tessera.models.decoder import Decoder
+from tessera.monitor.timeline import Timeline
 from train.on_rank import own_rank, train_on_rank
 
 DELAY = 0.4
@@ -76,4 +77,19 @@ def leaking_on_rank(settings: dict[str, Any], rank: int) -> None:
         return result
 
     with patch.object(Step, "__call__", call):
+        train_on_rank(settings)
+
+
+def failing_on_rank(settings: dict[str, Any], step: int, rank: int) -> None:
+    """Train while on one rank what turns marks into seconds fails from `step` on."""
+    real = Timeline.settle
+    calls = [0]
+
+    def settle(self: Timeline) -> None:
+        calls[0] += 1
+        if calls[0] > 2 * (step - 1) and own_rank() == rank:  # twice a report
+            raise RuntimeError("no clock")
+        real(self)
+
+    with patch.object(Timeline, "settle", settle):
         train_on_rank(settings)

@@ -4,6 +4,7 @@ from distributed.model_cases import LLAMA, batches, build, share
 from support.mesh import shared_mesh
 from tessera.core.axes import AXES
 from tessera.core.collectives import Recorder
+from tessera.core.recorder import GATHER_WAIT, SUM_WAIT
 from tessera.engine.fsdp import mark_waits
 from tessera.engine.optimizer import build_optimizer
 from tessera.engine.step import Step
@@ -30,14 +31,17 @@ class Ahead:
     blocks = False
 
     def __init__(self) -> None:
-        self.now = 0
+        self.now_ = 0
 
     def mark(self) -> int:
-        self.now += 1
-        return self.now
+        self.now_ += 1
+        return self.now_
 
     def start(self) -> None:
         pass
+
+    def now(self) -> float:
+        return float(self.now_)
 
     def seconds(self, mark: int) -> float:
         return float(mark)
@@ -58,4 +62,8 @@ def waits_of_fsdp() -> tuple[int, list[int], float]:
     timeline.add(recorder.spans)
     timeline.settle()
     _, communication = Together(mesh, ["here"] * 2).split(timeline.waits)
-    return len(model.layers), [len(s.marks) for s in recorder.spans if s.kind == "wait"], communication[("shard",)]
+    return (
+        len(model.layers),
+        [len(s.marks) for s in recorder.spans if s.kind in (GATHER_WAIT, SUM_WAIT)],
+        communication[("shard",)],
+    )

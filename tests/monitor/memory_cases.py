@@ -22,20 +22,20 @@ def counted_on_rank(settings: dict[str, Any]) -> tuple[dict[str, int], int, int,
     real, count = Monitor.step, MemoryByKind.peak_by_kind
 
     @contextmanager
-    def step(self: Monitor) -> Iterator[Recorder]:
+    def step(self: Monitor, **how: Any) -> Iterator[Recorder]:
         model = self._of.model
         if self._done == COUNTED_STEP:  # the step after
             tensors = list(model.parameters())
             state = [t for of in self._of.optimizer.state.values() for t in of.values()]
             held.append(sum(to_local(p.grad).untyped_storage().nbytes() for p in tensors if p.grad is not None))
-            with PeakMemory() as alone, real(self) as recorder:
+            with PeakMemory() as alone, real(self, **how) as recorder:
                 for tensor in [*tensors, *state]:
                     alone._count(to_local(tensor))
                 held.append(alone.current)
                 yield recorder
             peaks.append(alone.peak)
         else:
-            with real(self) as recorder:
+            with real(self, **how) as recorder:
                 yield recorder
 
     def by_kind(self: MemoryByKind) -> dict[str, int]:

@@ -23,6 +23,9 @@ class Clock(Protocol):
     def start(self) -> None:
         """Say that the device has nothing left to do, as after a step's loss has been read."""
 
+    def now(self) -> float:
+        """This moment in seconds of the host's clock; of a device that has nothing left to do, its moment too."""
+
     def seconds(self, mark: Mark) -> float:
         """The moment in seconds of the host's clock, which processes of one machine share. The mark has passed."""
 
@@ -38,12 +41,16 @@ class HostClock:
     def start(self) -> None:
         pass
 
+    def now(self) -> float:
+        return time.perf_counter()
+
     def seconds(self, mark: float) -> float:
         return mark
 
 
 class CudaClock:
-    """Moments of a GPU's current stream. `start` costs no wait: an event on an idle stream is passed at once."""
+    """Moments of a GPU's current stream. `start` costs no wait: the stream is idle, so its event is passed by the next
+    time that one is asked for."""
 
     blocks = False
 
@@ -57,6 +64,9 @@ class CudaClock:
 
     def start(self) -> None:
         self._host, self._zero = time.perf_counter(), self.mark()
+
+    def now(self) -> float:
+        return time.perf_counter()
 
     def seconds(self, mark: torch.cuda.Event) -> float:
         """Milliseconds between two events are exact to a microsecond; both must have been marked since `start`."""

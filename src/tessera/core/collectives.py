@@ -40,9 +40,10 @@ class Pending:
     ) -> None:
         self._result, self.work, self._record, self._span = result, work, record, span
 
-    def wait(self) -> Tensor:
+    def wait(self, marked: bool = True) -> Tensor:
+        """The result; where time is measured, this wait is in it unless `marked` is false."""
         if self.work is not None:
-            with _labelled("wait", self._record.axes if self._record else ()), _marked(self._span):
+            with _labelled("wait", self._record.axes if self._record else ()), _marked(self._span if marked else None):
                 self.work.wait()
             for recorder in active:
                 recorder.events.append(("wait", self._record))

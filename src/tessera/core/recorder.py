@@ -13,6 +13,9 @@ from tessera.core.clock import Clock, Mark
 LABEL = "tessera: "
 """How the labels of this package begin in a profiler's trace."""
 
+GATHER_WAIT, SUM_WAIT = "wait for a gather", "wait for sums"
+"""Kinds of spans without a collective of their own: where FSDP2 waits, on a GPU's stream, for what it has issued."""
+
 
 @dataclass(frozen=True)
 class Record:

@@ -19,9 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from tessera.core.collectives import all_reduce, gather_into, reduce_scatter_into
+from tessera.core.collectives import gather_into, reduce_scatter_into, start_all_reduce
 from tessera.core.mesh import Group
-from tessera.core.recorder import begin_span
+from tessera.core.recorder import GATHER_WAIT, SUM_WAIT, begin_span
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import Fsdp, Savers
 from tessera.models.config import ModelConfig
@@ -102,24 +102,25 @@ def _shard(decoder: Decoder, fsdp: Fsdp) -> None:
 def mark_waits(unit: Any, axes: tuple[str, ...]) -> None:
     """Have spans of the recorder that times say where FSDP2 waits for the gathers and sums of `unit`.
 
-    On a GPU it waits on streams, which our door does not see; what it copies out of a gather then is in the time too.
-    Torch has no hook for it, so two methods of its own are wrapped, where they are called so.
+    On a GPU it waits on streams, which our door does not see; what it copies out of a gather then is in the time too,
+    and what it waits for sums of other layers within the backward is not. Torch has no hook for it, so two methods of
+    its own are wrapped, where they are called so.
     """
     state = unit._get_fsdp_state()
     for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
-        for name in ("wait_for_unshard", "finalize_backward"):
+        for name, kind in (("wait_for_unshard", GATHER_WAIT), ("finalize_backward", SUM_WAIT)):
             if (wait := getattr(group, name, None)) is not None:
-                setattr(group, name, _marked(wait, axes))
+                setattr(group, name, _marked(wait, kind, axes))
 
 
-def _marked(wait: Callable[[], None], axes: tuple[str, ...]) -> Callable[[], None]:
+def _marked(wait: Callable[[], None], kind: str, axes: tuple[str, ...]) -> Callable[[], None]:
     def marked() -> None:
-        if (span := begin_span("wait", axes)) is None:
+        if (span := begin_span(kind, axes)) is None:
             return wait()
-        span.mark()  # nothing was issued
+        span.waited_for = False  # others wait for what was issued before
         span.mark()
-        wait()
-        span.mark()
+        with span.within():
+            wait()
 
     return marked
 
@@ -134,7 +135,8 @@ def _cut_again(decoder: Any, *_: Any) -> None:
 
 def _sum_over(copies: Group) -> Any:
     def hook(reduced: Tensor) -> None:
-        all_reduce(reduced, copies)
+        # on a GPU FSDP2 calls this on a stream of its own, where nobody stands meanwhile
+        start_all_reduce(reduced, copies).wait(marked=not reduced.is_cuda)
         if reduced.is_cuda:  # made on another stream, which would use its memory again when it is dropped
             reduced.record_stream(torch.cuda.current_stream())
 

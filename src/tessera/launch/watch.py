@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tessera.core import terminal
 from tessera.core.errors import RunFailed
 from tessera.core.exhausted import kernel_kills
+from tessera.core.pages import RANKS_DISAGREE
 from tessera.launch.machines import Machines
 from tessera.launch.outcome import EndKind, Outcome, describe, error_text, follows_from_another, timed_out
 from tessera.launch.rank import STACK
@@ -238,4 +239,4 @@ class Watch:
             lines += [f"  {line}" for line in words] or [f"  {held}"]
         if newest := self.signals.newest():
             lines.append(f"the newest whole checkpoint is {newest}")
-        return "\n".join(lines)
+        return "\n".join([*lines, f"what to do: {RANKS_DISAGREE}"])

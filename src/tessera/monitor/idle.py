@@ -35,14 +35,14 @@ class Together:
 
     def __init__(self, mesh: Mesh, machines: Sequence[object]) -> None:
         self.mesh, self.machines = mesh, machines
-        self._members: dict[Axes, list[int]] = {}
 
     def split(self, waits: Sequence[Waits]) -> tuple[float, dict[Axes, float]]:
         """This rank's seconds of `waits`: idle ones, and those of communication by axes.
 
         Costs an all-gather, and an all-reduce for each set of axes among them.
 
-        Where the ranks of a group have not met in as many collectives, all of their time counts as communication.
+        Where the ranks of a group have not met in as many collectives, or clocks cannot be compared, all of their time
+        counts as communication.
         """
         sets: dict[Axes, list[Waits]] = {}
         for one in waits:
@@ -60,10 +60,13 @@ class Together:
             communication[axes] = spent
         return idle, communication
 
-    def _table(self, sets: Mapping[Axes, list[Waits]], waits: Sequence[Waits]) -> tuple[list[dict[int, Any]], float]:
+    def _table(
+        self, sets: Mapping[Axes, list[Waits]], waits: Sequence[Waits]
+    ) -> tuple[list[dict[int, Any]], float | None]:
         """For each rank how many collectives and messages of each set it has; how far this machine's clock is behind.
 
-        Clocks are compared by the moment at which ranks have left what they all took part in last.
+        Clocks are compared by the moment at which ranks have left what they all took part in last; where machines have
+        no such moment, that is None.
         """
         world = self.mesh.present(AXES)
         left = [times[-1][1] for one in waits if one.axes == world and (times := one.times)]
@@ -75,20 +78,22 @@ class Together:
         own = torch.tensor([row], dtype=torch.float64, device=self.mesh.device)
         rows = all_gather(own, 0, self.mesh.group(AXES)).tolist()
         counts = [{int(r[i]): (r[i + 1], r[i + 2]) for i in range(1, len(r), 3) if r[i]} for r in rows]
-        here, first = (
-            min((r[0] for r, at in zip(rows, self.machines, strict=True) if at == machine), default=math.nan)
-            for machine in (self.machines[self.mesh.rank], self.machines[0])
-        )
-        return counts, 0.0 if math.isnan(first - here) else first - here
+        if len(set(self.machines)) == 1:
+            return counts, 0.0
+        if any(math.isnan(r[0]) for r in rows):
+            return counts, None
+        own_machine, first = self.machines[self.mesh.rank], self.machines[0]
+        moments = {at: min(r[0] for r, of in zip(rows, self.machines, strict=True) if of == at) for at in self.machines}
+        return counts, moments[first] - moments[own_machine]
 
-    def _came(self, axes: Axes, own: list[Waits], table: list[dict[int, Any]], ahead: float) -> list[float]:
+    def _came(self, axes: Axes, own: list[Waits], table: list[dict[int, Any]], ahead: float | None) -> list[float]:
         """For each of this rank's collectives along `axes` when the last rank came that it needed, by this clock."""
-        counts: list[Any] = [table[rank].get(mask_of(axes)) for rank in self._ranks(axes)]
+        counts: list[Any] = [table[rank].get(mask_of(axes)) for rank in self.mesh.members(axes)]
         group = self.mesh.group(axes)
         together = [one for one in own if one.peer is None]
         messages = [one for one in own if one.peer is not None]
         came = {id(one): NEVER for one in own}
-        if group is None or None in counts:
+        if group is None or None in counts or ahead is None:
             return list(came.values())
         if together and len({count[0] for count in counts}) == 1:
             arrivals = [
@@ -112,16 +117,6 @@ class Together:
         answers = {key: iter(arrivals) for key, arrivals in theirs.items()}
         ends = {id(one): answers.get((one.peer or 0, one.kind != "receive"), iter(())) for one in messages}
         return {key: next(end, NEVER) - ahead for key, end in ends.items()}
-
-    def _ranks(self, axes: Axes) -> list[int]:
-        """The ranks of this one's group along `axes`."""
-        if axes not in self._members:
-            places = {rank: self.mesh.at(rank).coordinates for rank in range(self.mesh.world)}
-            own = places[self.mesh.rank]
-            self._members[axes] = [
-                rank for rank, place in places.items() if all(place[a] == own[a] for a in AXES if a not in axes)
-            ]
-        return self._members[axes]
 
 
 def mask_of(axes: Axes) -> int:

@@ -9,6 +9,7 @@ other        what the backward and the optimizer make: gradients of activations,
 import gc
 from collections import Counter, deque
 from collections.abc import Iterable
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -134,9 +135,10 @@ def _objects() -> tuple[Counter[str], Counter[str]]:
     others: Counter[str] = Counter()
     for one in gc.get_objects():
         kind = type(one)
-        if issubclass(kind, Tensor):
+        if not issubclass(kind, Tensor):
+            others[kind.__qualname__] += 1
+            continue
+        with suppress(RuntimeError, ValueError):  # one without a shape, nested or not initialised
             shape = " × ".join(map(str, one.shape)) or "of one number"
             tensors[f"{shape} ({str(one.dtype).removeprefix('torch.')})"] += 1
-        else:
-            others[kind.__qualname__] += 1
     return tensors, others

@@ -20,11 +20,12 @@ from tessera.core import device as devices
 from tessera.core.axes import AXES
 from tessera.core.clock import Clock, clock_for
 from tessera.core.collectives import Recorder, all_gather, gathered
+from tessera.core.errors import cut_short
 from tessera.engine.step import Step
 from tessera.monitor.idle import Together
 from tessera.monitor.memory import Leak, MemoryByKind
 from tessera.monitor.report import Report, Row, report_of
-from tessera.monitor.timeline import NOT_COUNTED, Timeline
+from tessera.monitor.timeline import BESIDE, NOT_COUNTED, Timeline
 from tessera.nn.parameter import to_local
 
 COUNTED_STEP = 2
@@ -32,7 +33,10 @@ COUNTED_STEP = 2
 
 
 class Monitor:
-    """Measures the steps that `step` does on this rank. Every rank makes the same calls."""
+    """Measures the steps that `step` does on this rank. Every rank makes the same calls.
+
+    What fails in it ends no run: the rank measures nothing more, takes part in reports, and says so there.
+    """
 
     def __init__(self, step: Step, clock: Clock | None = None) -> None:
         self.mesh, self._of = step.mesh, step
@@ -43,75 +47,106 @@ class Monitor:
         places = gathered((socket.gethostname(), first_here), self.mesh.world)
         self.machines = _names(places)
         self._together = Together(self.mesh, places)
-        self._done = self._timed = 0  # steps of this process; those since the last report whose time counts
+        self._done = 0  # steps of this process
+        self._since = self._timed = 0  # since the last report: all steps, and those whose time counts
+        self._times = False  # whether the time of this step counts
         self._recorder: Recorder | None = None
         self._counting: MemoryByKind | None = None
         self._kinds: dict[str, int] = {}
         self._leak = Leak()
         self._found: str | None = None
+        self._broken = False
 
     def enter(self, phase: str) -> None:
         """This rank goes on to another phase of its step, or to what lies between steps."""
-        self.timeline.enter(phase)
-        if self._counting is not None:
-            self._counting.phase = phase
-        if phase == "optimizer" and not self.clock.blocks and self._recorder is not None:
-            # the norm has just been read, so the device has passed every mark and has nothing left to do
-            self.timeline.add(self._recorder.spans)
-            self._recorder.spans = []
-            self.timeline.settle()
-            self.timeline.restart()
+        with self._failing_alone():
+            if self._counting is not None:
+                self._counting.phase = phase
+            if phase == "optimizer" and self._times and not self.clock.blocks:
+                self._drained(phase)  # the norm has just been read
+            elif not self._broken and (phase in (*BESIDE, NOT_COUNTED, "data") or self._times):
+                self.timeline.enter(phase)
 
     @contextmanager
-    def step(self) -> Iterator[Recorder]:
-        """Around data, forward, backward and update of one step, whose collectives are in the recorder given."""
-        model = self._of.model
-        if self._done + 1 == COUNTED_STEP:
+    def step(self, timed: bool = True) -> Iterator[Recorder]:
+        """Around data, forward, backward and update of one step, whose collectives are in the recorder given.
+
+        Its time counts if `timed`, and if it is not the step whose memory is counted.
+        """
+        counted, model = self._done + 1 == COUNTED_STEP, self._of.model
+        self._times = timed and not counted and not self._broken
+        if counted:
             state = [t for of in self._of.optimizer.state.values() for t in of.values() if torch.is_tensor(t)]
             self._counting = MemoryByKind([*model.parameters(), *state])
-        self._recorder = Recorder(clock=self.clock, made=self._counting.brought if self._counting else None)
+        self._recorder = Recorder(
+            clock=self.clock if self._times else None, made=self._counting.brought if self._counting else None
+        )
+        self.timeline.begin_step()
         with self._counting or nullcontext(), self._recorder:
             yield self._recorder
-        self.enter("other")
-        self.timeline.add(self._recorder.spans)
-        if self._counting is not None:
-            for parameter in model.parameters():
-                if parameter.grad is not None:
-                    self._counting.label(to_local(parameter.grad), "states")
-            self._kinds = self._counting.peak_by_kind()
-        self._recorder = None
+        with self._failing_alone():
+            if self._times and not self.clock.blocks and self._recorder.spans:
+                self._drained("other")  # a step without an update: its norm was read last
+            elif self._times:
+                self.timeline.add(self._recorder.spans)
+                self.timeline.enter("other")
+            if self._counting is not None:
+                for parameter in model.parameters():
+                    if parameter.grad is not None:
+                        self._counting.label(to_local(parameter.grad), "states")
+                self._kinds = self._counting.peak_by_kind()
+        self._recorder = self._counting = None
 
     def end(self, step: int) -> None:
         """The time of optimizer step `step` is over; what follows lies between steps."""
         self.enter(NOT_COUNTED)
         self._done += 1
-        if self._counting is None:
-            self._timed += 1
-        else:  # it took longer than others
-            self._counting = None
-            self.timeline.drop()
-        self._found = self._leak.step(devices.held_memory_bytes(self.mesh.device), step) or self._found
+        self._since += 1
+        self._timed += self._times
+        with self._failing_alone():
+            if not self._times:
+                self.timeline.drop_step()
+            self._found = self._leak.step(devices.held_memory_bytes(self.mesh.device), step) or self._found
+        self._times = False
 
     def report(self, step: int) -> tuple[Report, list[str]]:
         """What the steps since the last report took, and lines that warn of leaks. Every rank calls it."""
-        timeline, everyone = self.timeline, self.mesh.group(AXES)
+        timeline, everyone, device = self.timeline, self.mesh.group(AXES), self.mesh.device
         if self.clock.blocks:
-            timeline.settle()
-        idle, communication = self._together.split(timeline.waits)
-        timeline.settle()  # on a GPU too all is passed, now that ranks have met
-        device = self.mesh.device
+            self._settle()
+        idle, communication = self._together.split([] if self._broken else timeline.waits)
+        self._settle()  # on a GPU too all is passed, now that ranks have met
         held, peak = devices.held_memory_bytes(device), devices.peak_memory_bytes(device)
         own = Row(timeline.seconds | {"idle": idle}, communication, held, peak, self._kinds, bool(self._found))
         numbers = torch.tensor([own.numbers()], dtype=torch.float64, device=device)
         rows = [Row.of(row) for row in all_gather(numbers, 0, everyone).tolist()]
-        report = report_of(rows, self.machines, step, self._timed)
+        report = report_of(rows, self.machines, step, self._timed, self._since)
         warnings = []
         if any(row.leaks for row in rows):
             found = gathered(self._found, self.mesh.world)
             warnings = [f"rank {rank}: {what}" for rank, what in enumerate(found) if what]
         timeline.clear()
-        self._timed, self._kinds, self._found = 0, {}, None
+        self._since, self._timed, self._kinds, self._found = 0, 0, {}, None
         return report, warnings
+
+    def _drained(self, phase: str) -> None:
+        """The device has passed every mark and has nothing left to do."""
+        assert self._recorder is not None
+        self.timeline.add(self._recorder.spans)
+        self._recorder.spans = []
+        self.timeline.drained(phase)
+
+    def _settle(self) -> None:
+        with self._failing_alone():
+            self.timeline.settle()
+
+    @contextmanager
+    def _failing_alone(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of any kind: what is measured is worth less than the run
+            self._broken, self.timeline = True, Timeline(self.clock)
+            self._found = f"the monitor failed, this rank is measured no more: {cut_short(error, 300)}"
 
 
 def _names(places: Sequence[tuple[str, int]]) -> list[str]:

@@ -54,17 +54,17 @@ class Profiler:
         self.bytes = 0
 
     @contextmanager
-    def step(self, number: int) -> Iterator[None]:
-        """One step of the run, by its number: profiled if it is one of those to profile."""
+    def step(self, number: int) -> Iterator[bool]:
+        """One step of the run, by its number: profiled if it is one of those to profile; whether a profiler runs."""
         warms = number + 1 == self.numbers.start and len(self.numbers) > 0
         running = self._begun(number) if warms or number in self.numbers else None
         if running is None:
-            yield
+            yield False
             return
         watch, within = running
         try:
             with within:
-                yield
+                yield True
                 devices.synchronize(self.device)
         except BaseException:
             with suppress(Exception):

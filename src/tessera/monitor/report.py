@@ -1,6 +1,6 @@
 """What all ranks measured, put together: the line of metrics.jsonl and a number of each rank."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
@@ -64,21 +64,39 @@ class Report:
     slowest: Slowest | None
 
 
-def report_of(rows: Sequence[Row], machines: Sequence[str], step: int, steps: int) -> Report:
-    """The report after `step`, of `steps` steps that have times; `rows` and `machines` have one for each rank."""
-    each: dict[str, Any] = {term: [row.seconds[term] / max(1, steps) for row in rows] for term in TERMS}
+def report_of(rows: Sequence[Row], machines: Sequence[str], step: int, timed: int, steps: int) -> Report:
+    """The report after `step`, of the `steps` since the last one, of which `timed` have times.
+
+    `rows` and `machines` have one for each rank.
+    """
+    each: dict[str, Any] = {
+        term: [row.seconds[term] / max(1, steps if term in BESIDE else timed) for row in rows] for term in TERMS
+    }
     sets = sorted({axes for row in rows for axes in row.communication}, key=mask_of)
-    along = {"·".join(axes): [row.communication.get(axes, 0.0) / max(1, steps) for row in rows] for axes in sets}
-    slowest = slowest_of([sum(each[t][r] for t in IN_STEP) for r in range(len(rows))], machines) if steps else None
+    along = {"·".join(axes): [row.communication.get(axes, 0.0) / max(1, timed) for row in rows] for axes in sets}
+    slowest = slowest_of([sum(each[t][r] for t in IN_STEP) for r in range(len(rows))], machines) if timed else None
     now, peak = [row.held / GIB for row in rows], [row.peak / GIB for row in rows]
     memory: dict[str, Any] = {"now_gib": max(now), "peak_gib": max(peak)}
+    ranks: dict[str, Any] = {"step": step}
     fullest = max(rows, key=lambda row: sum(row.kinds.values()))
     if fullest.kinds:
         memory["kinds_gib"] = {kind: size / GIB for kind, size in fullest.kinds.items()}
-    mean: Callable[[dict[str, list[float]]], dict[str, Any]] = lambda terms: {k: fmean(v) for k, v in terms.items()}  # noqa: E731
+        ranks["memory_kinds_gib"] = {kind: [row.kinds.get(kind, 0) / GIB for row in rows] for kind in KINDS}
     record: dict[str, Any] = {"memory": memory}
-    if steps:
-        record |= {"seconds": mean(each) | {"communication": mean(along)}}
+    if timed:
+        means = {term: fmean(of_ranks) for term, of_ranks in each.items()}
+        means_along = {axes: fmean(of_ranks) for axes, of_ranks in along.items()}
+        record |= {"seconds": means | {"communication": means_along}}
         record |= {"slowest": slowest.record() if slowest else None}
-    ranks = {"step": step, **({"seconds": each | {"communication": along}} if steps else {})}
-    return Report(record, ranks | {"memory_now_gib": now, "memory_peak_gib": peak}, slowest)
+        ranks["seconds"] = each | {"communication": along}
+    ranks |= {"memory_now_gib": now, "memory_peak_gib": peak}
+    return Report(record, _short(ranks), slowest)
+
+
+def _short(value: Any) -> Any:
+    """The same with numbers of four digits: a line has many, and a run many lines."""
+    if isinstance(value, dict):
+        return {key: _short(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [float(f"{number:.4g}") for number in value]
+    return value

@@ -12,11 +12,12 @@ it) is taken out of its phase: it is communication, or idle where a slower rank 
 """
 
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from tessera.core.clock import Clock, Mark
-from tessera.core.recorder import Span
+from tessera.core.recorder import GATHER_WAIT, Span
 
 TERM = {"forward": "compute", "backward": "compute", "data": "data", "optimizer": "optimizer"}
 IN_STEP = ("compute", "data", "optimizer", "other")
@@ -26,7 +27,7 @@ NOT_COUNTED = "between"
 """The phase of what is done after a step's time was taken: its line is written, the next step begins."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Waits:
     """One collective of this rank, in seconds: when it came, and each time it stood in it.
 
@@ -54,9 +55,14 @@ class Timeline:
     waits: list[Waits] = field(default_factory=list)
     _phases: list[tuple[str, Mark]] = field(default_factory=list)
     _spans: list[Span] = field(default_factory=list)
+    _begun: tuple[int, int] = (0, 0)  # of the phases and spans, how many are from before this step
 
     def enter(self, phase: str) -> None:
         self._phases.append((phase, self.clock.mark()))
+
+    def begin_step(self) -> None:
+        """What comes now, from the phase that has just begun, is a step."""
+        self._begun = (max(0, len(self._phases) - 1), len(self._spans))
 
     def add(self, spans: Iterable[Span]) -> None:
         """Take the collectives of a step."""
@@ -64,32 +70,42 @@ class Timeline:
 
     def settle(self) -> None:
         """Count all phases but the last, which goes on. Every mark so far has been passed."""
-        phases = [(phase, self.clock.seconds(mark)) for phase, mark in self._phases]
-        starts = [start for _, start in phases]
-        for (phase, start), end in zip(phases, starts[1:], strict=False):
-            self._count(phase, end - start)
-        for span in self._spans:
-            waits = self._settled(span)
-            self.waits.append(waits)
-            for begin, end in waits.times:
-                phase = phases[max(0, bisect_right(starts, begin) - 1)][0] if phases else NOT_COUNTED
-                self._count(phase, begin - end)
-        self._spans.clear()
+        self._settle([])
         self._phases = self._phases[-1:]
 
-    def restart(self) -> None:
-        """Count on from here: the device has nothing left to do, and the phase that goes on begins now."""
+    def drained(self, phase: str) -> None:
+        """Count all phases, and go on to another: the device has nothing left to do."""
+        self._settle([self.clock.now()])
         self.clock.start()
-        self._phases = [(phase, self.clock.mark()) for phase, _ in self._phases]
+        self._phases = [(phase, self.clock.mark())]
 
-    def drop(self) -> None:
-        """Forget the marks of the step that has just ended; what was settled before stays."""
-        self._phases, self._spans = self._phases[-1:], []
+    def drop_step(self) -> None:
+        """Forget this step, of which nothing was settled, but for the phase that goes on."""
+        phases, spans = self._begun
+        self._phases, self._spans = [*self._phases[:phases], *self._phases[-1:]], self._spans[:spans]
 
     def clear(self) -> None:
         """Begin to count anew; marks that are not settled stay."""
         self.seconds.clear()
         self.waits.clear()
+
+    def _settle(self, end: list[float]) -> None:
+        phases = [(phase, self.clock.seconds(mark)) for phase, mark in self._phases]
+        starts = [start for _, start in phases]
+        for (phase, start), following in zip(phases, [*starts[1:], *end], strict=False):
+            self._count(phase, following - start)
+        gathers: dict[tuple[str, ...], deque[float | None]] = {}
+        for span in self._spans:
+            waits = self._settled(span)
+            if span.kind == "all_gather":
+                gathers.setdefault(span.axes, deque()).append(waits.arrival)
+            elif span.kind == GATHER_WAIT and gathers.get(span.axes):  # it came when it issued what it waits for
+                waits.arrival, waits.waited_for = gathers[span.axes].popleft(), True
+            self.waits.append(waits)
+            for begin, until in waits.times:
+                phase = phases[max(0, bisect_right(starts, begin) - 1)][0] if phases else NOT_COUNTED
+                self._count(phase, begin - until)
+        self._spans, self._begun = [], (0, 0)
 
     def _count(self, phase: str, seconds: float) -> None:
         if phase != NOT_COUNTED:

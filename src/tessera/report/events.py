@@ -9,7 +9,7 @@ from tessera.core.errors import cut_short
 from tessera.report.lines import number, whole
 
 FIRST, LAST = 100, 200
-WARNING, ENDED = "warning", "ended"
+WARNING, SAVED, ENDED = "warning", "saved", "ended"
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class Events:
                 self.first.append(event)
             else:
                 self.later.append(event)
-            self.end = event if kind == ENDED else None
+            if kind != SAVED:  # a save beside training may be told of late
+                self.end = event if kind == ENDED else None
             if kind == WARNING:
                 self.warning_count += 1
                 if len(self.warnings) < FIRST:

@@ -79,15 +79,15 @@ class Events:
         self._tell("warning", f"warning: {text}")
 
     def saved(self, path: Path) -> None:
-        """A checkpoint is whole."""
-        self._tell("saved", f"{path.name} is written", path)
+        """A checkpoint is whole; steps may have been done since those that are in it."""
+        self._tell("saved", f"{path.name} is written", path, step=int(path.name.rpartition("-")[2]))
 
     def ended(self, text: str) -> None:
         self._tell("ended", text)
 
-    def _tell(self, kind: Kind, text: str, path: Path | None = None) -> None:
+    def _tell(self, kind: Kind, text: str, path: Path | None = None, step: int | None = None) -> None:
         for sink in self.sinks:
-            sink.event(Event(kind, text, self._step, path))
+            sink.event(Event(kind, text, self._step if step is None else step, path))
 
     def close(self) -> None:
         for sink in reversed(self.sinks):

@@ -14,6 +14,9 @@ from tessera.monitor.timeline import NOT_COUNTED
 from tessera.train.events import Events
 from tessera.train.where import Where
 
+TIMED = 10
+"""So many steps before a line are timed at most: marks are kept until then."""
+
 
 class Measure:
     """Follows one rank through its steps; what was measured goes into the records of steps and to `events`.
@@ -46,9 +49,11 @@ class Measure:
         if self.monitor is not None:
             self.monitor.enter(NOT_COUNTED)
 
-    def step(self) -> AbstractContextManager[Recorder]:
-        """Around one step: what it hands to torch.distributed."""
-        return self.monitor.step() if self.monitor is not None else Recorder()
+    def step(self, number: int, profiled: bool) -> AbstractContextManager[Recorder]:
+        """Around one step: what it hands to torch.distributed. A `profiled` one takes longer, and is not timed."""
+        if self.monitor is None:
+            return Recorder()
+        return self.monitor.step(timed=not profiled and -number % self.events.every < TIMED)
 
     def end(self, step: int) -> None:
         """The time of optimizer step `step` ends here."""

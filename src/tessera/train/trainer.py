@@ -107,9 +107,10 @@ class Trainer:
                 self.records.write_plot()
             ending.fail(failed)
             self.events.ended("finished" if done else f"stopped after step {self.progress.step}")
-        except RunFailed as error:
+        except Exception as error:
             with suppress(RunFailed):  # where another run has the folder by now
-                self.events.ended(str(error))
+                self.saver.wait()
+                self.events.ended(str(error)[:2000] or type(error).__name__)
             raise
         finally:
             self.saver.close()
@@ -124,15 +125,16 @@ class Trainer:
             index = self.progress.step
             self.measure.enter("data", index + 1)
             rate = rates(index)
-            with self.measure.step() as recorder, self.profiler.step(index + 1):
-                batches = self.built.loader.step_batches(index)
-                result = self.built.step(batches, index, rate, stop=self._asked_to_stop)
+            with self.profiler.step(index + 1) as profiled:
+                with self.measure.step(index + 1, profiled) as recorder:
+                    batches = self.built.loader.step_batches(index)
+                    result = self.built.step(batches, index, rate, stop=self._asked_to_stop)
+                seconds = watch.lap()
+                self.measure.end(index + 1)
             self.health.count_skipped(result, index + 1)
             self.share.check()
             self.progress.step += 1
             self.progress.tokens += result.tokens if result.finite else 0
-            seconds = watch.lap()
-            self.measure.end(self.progress.step)
             record = self.records.step(result, rate, seconds, recorder, batches)
             self.measure.report(record)
             step, epoch_ends = self.progress.step, self._epoch_ends()
