@@ -37,14 +37,20 @@ def measured(output: Path) -> dict[int, dict[str, list[float]]]:
     return found
 
 
-def off_by(found: dict[int, dict[str, list[float]]], step: int, expected: dict[tuple[str, int], float]) -> float:
-    """The largest difference of a term of a rank from what steps without a delay have, plus what is expected."""
-    usual = [n for n in found if n not in TRIES and TRIES.get(n - 1) != "save"]
-    return max(
-        abs(of_ranks[rank] - median(found[n][term][rank] for n in usual) - expected.get((term, rank), 0.0))
-        for term, of_ranks in found[step].items()
-        for rank in range(len(of_ranks))
-    )
+def misses(found: dict[int, dict[str, list[float]]], step: int, expected: dict[tuple[str, int], float]) -> list[str]:
+    """The terms of ranks that are not what they usually are plus what is expected, within a fifth of the delay.
+
+    What they usually are is the median of steps without a delay; as far as those are apart, more is allowed.
+    """
+    usual = [n for n in found if n > 2 and n not in TRIES and TRIES.get(n - 1) != "save"]
+    told = []
+    for term, of_ranks in found[step].items():
+        for rank, seconds in enumerate(of_ranks):
+            others = sorted(found[n][term][rank] for n in usual)
+            off = seconds - median(others) - expected.get((term, rank), 0.0)
+            if abs(off) > 0.2 * DELAY + others[-1] - others[0]:
+                told.append(f"step {step}, rank {rank}, {term}: off by {off:.3f}, usually {others}")
+    return told
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -72,7 +78,8 @@ def test_a_delay_is_reported_where_it_is(workshop: Workshop, tmp_path, name):
     for what in set(steps.values()):
         # of two tries one is enough: a machine that others use may stand still for a while
         tries = [step + (what == "save") for step in steps if steps[step] == what]
-        assert min(off_by(found, step, expected[what]) for step in tries) < 0.2 * DELAY, (what, found)
+        missed = [misses(found, step, expected[what]) for step in tries]
+        assert not all(missed), (what, missed)
     whole = taken = 0.0  # of rank 0, whose are the times of steps
     for line in metrics(settings):
         if "seconds" not in line:
@@ -84,7 +91,7 @@ def test_a_delay_is_reported_where_it_is(workshop: Workshop, tmp_path, name):
             taken += line["step_seconds"]
         if steps.get(line["step"]) == "rank":
             slowest = line["slowest"]
-            assert slowest["rank"] == SLOW and slowest["excess_seconds"] == pytest.approx(DELAY, rel=0.2), line
+            assert slowest["rank"] == SLOW and slowest["excess_seconds"] == pytest.approx(DELAY, rel=0.5), line
     assert whole == pytest.approx(taken, rel=0.02)
 
 

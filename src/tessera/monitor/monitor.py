@@ -21,6 +21,7 @@ from tessera.core.axes import AXES
 from tessera.core.clock import Clock, clock_for
 from tessera.core.collectives import Recorder, all_gather, gathered
 from tessera.core.errors import cut_short
+from tessera.core.pages import OUT_OF_MEMORY
 from tessera.engine.step import Step
 from tessera.monitor.idle import Together
 from tessera.monitor.memory import Leak, MemoryByKind
@@ -106,7 +107,8 @@ class Monitor:
         with self._failing_alone():
             if not self._times:
                 self.timeline.drop_step()
-            self._found = self._leak.step(devices.held_memory_bytes(self.mesh.device), step) or self._found
+            if leak := self._leak.step(devices.held_memory_bytes(self.mesh.device), step):
+                self._found = f"{leak}; see {OUT_OF_MEMORY}"
         self._times = False
 
     def report(self, step: int) -> tuple[Report, list[str]]:
@@ -138,7 +140,8 @@ class Monitor:
 
     def _settle(self) -> None:
         with self._failing_alone():
-            self.timeline.settle()
+            if not self._broken:
+                self.timeline.settle()
 
     @contextmanager
     def _failing_alone(self) -> Iterator[None]:

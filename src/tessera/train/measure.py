@@ -6,7 +6,7 @@ from typing import Any
 
 from tessera.core import device as devices
 from tessera.core.collectives import Recorder
-from tessera.core.pages import OUT_OF_MEMORY, SLOW
+from tessera.core.pages import SLOW
 from tessera.engine.step import Step
 from tessera.monitor.monitor import Monitor
 from tessera.monitor.slow import Slow
@@ -68,6 +68,6 @@ class Measure:
         record |= report.record
         self.events.measured(report.ranks)
         for warning in warnings:
-            self.events.warn(f"{warning}; see {OUT_OF_MEMORY}")
+            self.events.warn(warning)
         for warning in self._slow.step(record):
             self.events.warn(f"{warning}; see {SLOW}")
