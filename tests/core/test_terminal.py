@@ -101,7 +101,9 @@ def test_every_word_goes_through_the_one_writer():
             if isinstance(node, ast.Attribute) and ast.unparse(node) in ("sys.stdout", "sys.stderr"):
                 past.append(f"{path.relative_to(SOURCE)}:{node.lineno} {ast.unparse(node)}")
     flushed = {f"launch/rank.py {name}" for name in ("sys.stdout", "sys.stderr")}  # before os._exit
-    assert {f"{p.partition(':')[0]} {p.split()[1]}" for p in past if not p.startswith("core/terminal.py")} <= flushed
+    replaced = {f"{name} sys.stderr" for name in ("launch/debug.py", "doctor/pairs.py")}  # by a Lasting; for stdout
+    allowed = flushed | replaced
+    assert {f"{p.partition(':')[0]} {p.split()[1]}" for p in past if not p.startswith("core/terminal.py")} <= allowed
 
 
 @pytest.mark.parametrize(
