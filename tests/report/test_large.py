@@ -53,6 +53,7 @@ def check(page, size: int, steps: int, spike: int) -> None:
     assert size < LIMIT, size
     drawn = [path for name, a in page.elements if name == "path" and (path := a.get("d")) is not None]
     assert min(float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", drawn[1])) < 20  # the spike, near the top
+    assert any(str(a.get("class")).startswith("band") for name, a in page.elements if name == "path")
 
 
 def test_ten_thousand_steps_two_runs(tmp_path):

@@ -17,13 +17,17 @@ WIDTH, HEIGHT = 1000, 300
 
 @dataclass(frozen=True)
 class Line:
-    """One curve: `values` at ascending `steps`. `colour` is a class of page.css, `style` line, dash or dots."""
+    """One curve: `values` at ascending `steps`. `colour` is a class of page.css, `style` line, dash or dots.
+
+    `means` are steps and values to draw on top, where `values` are the least and the greatest of many steps.
+    """
 
     name: str
     steps: Sequence[int]
     values: Sequence[float]
     colour: str
     style: str = "line"
+    means: tuple[Sequence[int], Sequence[float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,14 @@ def line_chart(
         return Html()
     across, scale = _across(lines), scale_of((v for line in lines for v in line.values), zero=zero)
     note = ", ".join(filter(None, [note, "logarithmic scale" if scale.log else ""]))
-    drawn = [tag("path", class_=f"{line.style} {line.colour}", d=_path(line, across, scale)) for line in lines]
+    drawn = [
+        tag("path", class_=f"{'band' if line.means else line.style} {line.colour}", d=_path(line, across, scale))
+        for line in lines
+    ]
+    for line in lines:
+        if line.means is not None:
+            mean = Line(line.name, *line.means, line.colour)
+            drawn.append(tag("path", class_=f"line {line.colour}", d=_path(mean, across, scale)))
     if marks:
         ticks = "".join(f"M{_x(step, across):.1f} 0v14" for step in marks)
         drawn.append(tag("path", class_="mark", d=ticks))

@@ -47,10 +47,15 @@ def curve(
     run: RunFolder, runs: Sequence[RunFolder], name: str, said: str, *, style: str = "line", colour: str = ""
 ) -> Line:
     """A curve of metrics.jsonl in its run's colour, or where one run is shown in `colour`."""
-    own = OF_RUNS[runs.index(run)]
-    return Line(
-        label(run, runs, said), *run.metrics.curves.points(name), colour if colour and len(runs) == 1 else own, style
-    )
+    colour = colour if colour and len(runs) == 1 else OF_RUNS[runs.index(run)]
+    curves = run.metrics.curves
+    means = None
+    if curves.width > 1 and style == "line":
+        known = [
+            (step, mean) for step, mean in zip(curves.steps(), curves.means(name), strict=True) if mean is not None
+        ]
+        means = ([step for step, _ in known], [mean for _, mean in known])
+    return Line(label(run, runs, said), *curves.points(name), colour, style, means)
 
 
 def training(runs: Sequence[RunFolder]) -> Html:

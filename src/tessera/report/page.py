@@ -248,6 +248,8 @@ def _footer(runs: Sequence[RunFolder]) -> Html:
     some = (
         ""
         if widths == {1}
-        else (f" Curves show the least and the greatest of each {max(widths):,} steps, layers their mean.")
+        else (
+            f" Pale bands show the least and the greatest of each {max(widths):,} steps, lines and layers their mean."
+        )
     )
     return tag("footer", f"Made by tessera report {__version__}, {numbers.moment(time.time())}.{some}")
