@@ -18,7 +18,7 @@ from tessera.models.decoder import Decoder
 from tessera.monitor.timeline import Timeline
 from train.on_rank import own_rank, train_on_rank
 
-DELAY = 0.5
+DELAY = 0.7
 """Seconds: at least five times what a step of these runs takes."""
 
 

@@ -53,21 +53,19 @@ def misses(found: dict[int, dict[str, list[float]]], step: int, expected: dict[t
     return told
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_a_delay_is_reported_where_it_is(workshop: Workshop, tmp_path, name):
+def wrong(workshop: Workshop, output: Path, name: str) -> list[str]:
+    """What a run in this layout, with delays, reports otherwise than it was."""
     layout, axis = LAYOUTS[name]
     own = layout | {"max_steps": STEPS, "save_steps": 3 * STEPS, "save_async": False}
-    settings = workshop.settings("llama", tmp_path / "run", **own)
-    steps = {step: what for step, what in TRIES.items() if (axis or what != "axis") and (layout or what != "rank")}
-    if name != "1 rank":  # the others take this path whatever the layout
-        steps = {step: what for step, what in steps.items() if what in ("axis", "rank")}
-    saves = [step for step, what in steps.items() if what == "save"]
-    if saves:
+    settings = workshop.settings("llama", output, **own)
+    # what is no rank's or axis's takes one path whatever the layout
+    kinds = ("axis", "rank") if layout else ("loader", "optimizer", "save")
+    steps = {step: what for step, what in TRIES.items() if what in kinds}
+    if "save" in kinds:
         settings |= {"save_strategy": "steps", "save_steps": 1}
     ranks = TrainConfig.model_validate(settings).world_size
     pool(ranks).run(delayed_on_rank, settings, steps, axis, SLOW)
-    found = measured(tmp_path / "run")
-    everyone = range(ranks)
+    found, everyone = measured(output), range(ranks)
     expected: dict[str, dict[tuple[str, int], float]] = {
         "axis": {(axis, rank): DELAY for rank in everyone},
         "rank": {("compute" if rank == SLOW else "idle", rank): DELAY for rank in everyone},
@@ -75,24 +73,35 @@ def test_a_delay_is_reported_where_it_is(workshop: Workshop, tmp_path, name):
         "optimizer": {("optimizer", rank): DELAY for rank in everyone},
         "save": {("save", rank): DELAY for rank in everyone},
     }
-    for what in set(steps.values()):
+    told = []
+    for what in kinds:
         # of two tries one is enough: a machine that others use may stand still for a while
-        tries = [step + (what == "save") for step in steps if steps[step] == what]
-        missed = [misses(found, step, expected[what]) for step in tries]
-        assert not all(missed), (what, missed)
+        missed = [misses(found, step + (what == "save"), expected[what]) for step in steps if steps[step] == what]
+        told += missed[0] + missed[1] if all(missed) else []
     whole = taken = 0.0  # of rank 0, whose are the times of steps
     for line in metrics(settings):
         if "seconds" not in line:
             assert line["step"] == 2 and "kinds_gib" in line["memory"]
             continue
-        if line["step"] not in steps:
-            terms = found[line["step"]]
-            whole += sum(terms[term][0] for term in terms if term not in ("other", "save", "evaluation"))
-            taken += line["step_seconds"]
-        if steps.get(line["step"]) == "rank":
-            slowest = line["slowest"]
-            assert slowest["rank"] == SLOW and slowest["excess_seconds"] == pytest.approx(DELAY, rel=0.5), line
-    assert whole == pytest.approx(taken, rel=0.02)
+        terms = found[line["step"]]
+        whole += sum(terms[term][0] for term in terms if term not in ("other", "save", "evaluation"))
+        taken += line["step_seconds"]
+    told += [] if whole == pytest.approx(taken, rel=0.02) else [f"terms have {whole} s of {taken} s"]
+    slow = [line["slowest"] for line in metrics(settings) if steps.get(line["step"]) == "rank"]
+    if slow and not any(s["rank"] == SLOW and s["excess_seconds"] == pytest.approx(DELAY, rel=0.2) for s in slow):
+        told.append(f"the slowest are {slow}")
+    return told
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_delay_is_reported_where_it_is(workshop: Workshop, tmp_path, name):
+    """Real time on a machine that others use: of three runs one must be right in all."""
+    told = []
+    for attempt in range(3):
+        told = wrong(workshop, tmp_path / f"run-{attempt}", name)
+        if not told:
+            break
+    assert not told
 
 
 @pytest.mark.parametrize("every", [2, 3])
