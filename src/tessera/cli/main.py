@@ -20,6 +20,13 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Replace a key of the file; inner ones with dots."),
 ]
+MainAddress = Annotated[
+    str | None, typer.Option("--main-process-ip", "--master-addr", help="Address or host name of machine 0.")
+]
+MainPort = Annotated[
+    int | None,
+    typer.Option("--main-process-port", "--master-port", min=1, max=65535, help="Its port; unset: 29500."),
+]
 
 app = typer.Typer(
     name="tessera",
@@ -71,13 +78,8 @@ def train(
         int | None,
         typer.Option("--machine-rank", "--node-rank", max=bounds.RANKS, help="Which of them this is, from 0."),
     ] = None,
-    main_address: Annotated[
-        str | None, typer.Option("--main-process-ip", "--master-addr", help="Address or host name of machine 0.")
-    ] = None,
-    main_port: Annotated[
-        int | None,
-        typer.Option("--main-process-port", "--master-port", min=1, max=65535, help="Its port; unset: 29500."),
-    ] = None,
+    main_address: MainAddress = None,
+    main_port: MainPort = None,
     max_restarts: Annotated[
         int,
         typer.Option(
@@ -252,13 +254,8 @@ def doctor(
             help="Which of them this is: started on each, they measure the network between them.",
         ),
     ] = None,
-    main_address: Annotated[
-        str | None, typer.Option("--main-process-ip", "--master-addr", help="Address or host name of machine 0.")
-    ] = None,
-    main_port: Annotated[
-        int | None,
-        typer.Option("--main-process-port", "--master-port", min=1, max=65535, help="Its port; unset: 29500."),
-    ] = None,
+    main_address: MainAddress = None,
+    main_port: MainPort = None,
     measure: Annotated[
         bool, typer.Option("--measure/--no-measure", help="Measure links, by processes that exchange messages.")
     ] = True,

@@ -219,8 +219,9 @@ def _messages(sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tens
 def start_shift(x: Tensor, by: int, group: Group | None) -> Pending:
     """Issue `shift`: receive from the rank `by` places further along the ring, send to the one as far behind."""
     if group is None or by % group.size == 0:
-        for recorder in active:
-            recorder.shifts_nothing(group.axes if group is not None else ())
+        if group is not None:
+            for recorder in active:
+                recorder.shifts_nothing(group.axes)
         return Pending(x)
     sent, received = x.detach().contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
     if _leaving_out():

@@ -96,9 +96,7 @@ class Recorder:
         active.remove(self)
 
     def shifts_nothing(self, axes: tuple[str, ...]) -> None:
-        """Others along `axes` shift something now, this rank does not; along no axes there are no others."""
-        if not axes:
-            return
+        """Others along `axes` shift something now, this rank does not."""
         self.idle.append(len(self.records))
         if self.clock is not None:
             self.spans.append(Span("shift", axes, self.clock))

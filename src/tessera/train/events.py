@@ -2,7 +2,7 @@
 
     sink                      file                   takes
     Files (files.py)          *.jsonl                every step, every event, what each rank measured
-    Progress (progress.py)    terminal               steps that are shown, what the run says
+    Terminal (progress.py)    terminal               steps that are shown, what the run says
     Trackers (trackers/)      TensorBoard and others steps that are shown, evaluations
 
 A sink lives on the first rank; on the others the stream has none, and costs nothing.
