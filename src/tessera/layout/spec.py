@@ -11,6 +11,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard
 
 from tessera.core.mesh import Mesh
 from tessera.layout.streams import Layout
+from tessera.sizes.arrays import smaller
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ class ParameterSpec:
         """The part of each dim that this rank holds: of dim 0 less than it uses, under FSDP2."""
         used, *others = self.local_slices(mesh)
         step = -(-(used.stop - used.start) // mesh.size(self.stored_over))
-        start = min(used.stop, used.start + step * mesh.index(self.stored_over))
-        return slice(start, min(used.stop, start + step)), *others
+        start = smaller(used.stop, used.start + step * mesh.index(self.stored_over))
+        return slice(start, smaller(used.stop, start + step)), *others
 
     def local_shape(self, mesh: Mesh) -> tuple[int, ...]:
         """The shape of what this rank uses."""
@@ -80,5 +81,5 @@ def local_slice(n: int, axes: tuple[str, ...], mesh: Mesh) -> slice:
     start, stop = 0, n
     for axis in axes:
         step = -(-(stop - start) // mesh.sizes[axis])
-        start, stop = (min(stop, start + step * (mesh.coordinates[axis] + i)) for i in (0, 1))
+        start, stop = (smaller(stop, start + step * (mesh.coordinates[axis] + i)) for i in (0, 1))
     return slice(start, stop)
