@@ -1,0 +1,142 @@
+"""What the planner knows of a machine: the rates of a device, and the links inside a machine and between machines.
+
+A `Profile` is one device with one software stack: measured by `tessera measure`, or one of those that ship in
+profiles/, each figure with its source. A `Cluster` is a number of machines of such devices. No torch.
+
+A collective of a rank that receives b bytes takes (facts of NCCL: ring bytes over bandwidth, and a term with √b that
+stands for protocols and pipelines which fill slowly)
+
+    alpha + hop (n − 1) + root √b + b / bandwidth
+
+with n the ranks of the group inside one machine, and the machines of a group that spans several. There the bandwidth is
+that of a link between machines times the group's ranks on each (each brings its own), at most the one inside.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from tessera.core.errors import UserError
+from tessera.sizes.arrays import larger, smaller, where
+
+Level = Literal["inside", "between"]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The time of a collective against the bytes that a rank receives. Arrays of candidates are taken too."""
+
+    alpha_seconds: float
+    hop_seconds: float
+    root_seconds: float
+    bytes_per_second: float
+
+    def seconds(self, received: Any, steps: Any, bandwidth: Any = None) -> Any:
+        """Seconds of one call; `steps`: ranks or machines in a row; `bandwidth` instead of the curve's own, bytes/s."""
+        rate = self.bytes_per_second if bandwidth is None else bandwidth
+        fixed = self.alpha_seconds + self.hop_seconds * larger(steps - 1, 0)
+        return fixed + self.root_seconds * np.sqrt(received) + received / rate
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One device with one stack. FLOP/s are of floats, bandwidths bytes/s, times seconds.
+
+    `peak_flops` by dtype: the vendor's, of which MFU is a share. A product of M, N, K multiplies at
+    `product_flops · d / (d + product_half)`, d the least of the three; attention at `attention_flops`. Operators that
+    memory bounds move `memory_efficiency · memory_bandwidth`. The host issues an operator in `dispatch_seconds`: a layer
+    takes no less than that. Of what may overlap with compute the share `overlap` does, and compute is `contention` times
+    slower then. `step_seconds`: what a step takes beside. `inside` and `between` have a curve for a kind of collective,
+    or for `any`. `error`: half of the band of a prediction, as a share. `sources` names where figures come from.
+    """
+
+    name: str
+    device: str
+    stack: str
+    date: str
+    devices_per_machine: int
+    memory_bytes: int
+    peak_flops: Mapping[str, float]
+    product_flops: float
+    product_half: float
+    attention_flops: float
+    memory_bandwidth: float
+    memory_efficiency: float
+    dispatch_seconds: float
+    inside: Mapping[str, Curve]
+    between: Mapping[str, Curve]
+    overlap: float = 0.7
+    contention: float = 1.13
+    step_seconds: float = 0.0
+    error: float = 0.25
+    measured: bool = False
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    def curve(self, level: Level, kind: str) -> Curve:
+        """The curve of a kind of collective at a level."""
+        curves = self.inside if level == "inside" else self.between
+        return curves.get(kind, curves["any"])
+
+    def collective_seconds(self, kind: str, received: Any, ranks: Any, machines: Any = 1) -> Any:
+        """Seconds of one collective of `ranks`, which lie on `machines` machines, each of which receives `received` bytes.
+
+        Numbers or arrays of candidates; 0 where there is one rank.
+        """
+        near, far = self.curve("inside", kind), self.curve("between", kind)
+        beside = larger(1, ranks // larger(machines, 1))  # ranks of the group on one machine, each with its own link
+        inside = near.seconds(received, ranks)
+        bandwidth = smaller(near.bytes_per_second, far.bytes_per_second * beside)
+        between = far.seconds(received, machines, bandwidth)
+        return where(ranks > 1, where(machines > 1, between, inside), 0.0)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """`machines` of `per_machine` devices each, all alike."""
+
+    machines: int
+    per_machine: int
+    profile: Profile
+
+    @property
+    def devices(self) -> int:
+        return self.machines * self.per_machine
+
+    def __str__(self) -> str:
+        return f"{self.machines} × {self.per_machine} × {self.profile.device}"
+
+    def of(self, devices: int) -> "Cluster":
+        """The same with as many machines as so many devices need; fewer than a machine's are part of one."""
+        per_machine = min(self.per_machine, devices)
+        return replace(self, machines=-(-devices // per_machine), per_machine=per_machine)
+
+
+_PROFILE = TypeAdapter(Profile)
+
+
+def read_profile(path: Path) -> Profile:
+    """A profile that `tessera measure` has written. Raises UserError for what is none."""
+    try:
+        return _PROFILE.validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        reason = "is no profile of a machine: " + str(error).splitlines()[0]
+        raise UserError("--profile", path, reason, "tessera measure writes one") from error
+
+
+def written_profile(profile: Profile) -> str:
+    """A profile as JSON, which `read_profile` reads."""
+    return json.dumps(_PROFILE.dump_python(profile, mode="json"), indent=1) + "\n"
+
+
+def shipped_profiles() -> dict[str, Profile]:
+    """The profiles that come with Tessera, by name."""
+    folder = resources.files("tessera.plan") / "profiles"
+    files = sorted((file for file in folder.iterdir() if file.name.endswith(".json")), key=lambda file: file.name)
+    profiles = (_PROFILE.validate_json(file.read_bytes()) for file in files)
+    return {profile.name: profile for profile in profiles}
