@@ -49,9 +49,9 @@ class Profile:
     """One device with one stack. FLOP/s are of floats, bandwidths bytes/s, times seconds.
 
     `peak_flops` by dtype: the vendor's, of which MFU is a share. A product of M, N, K multiplies at
-    `product_flops · d / (d + product_half)`, d the least of the three; attention at `attention_flops`. Operators that
-    memory bounds move `memory_efficiency · memory_bandwidth`. The host issues an operator in `dispatch_seconds`: a layer
-    takes no less than that. Of what may overlap with compute the share `overlap` does, and compute is `contention` times
+    `product_flops · d / (d + product_half)`, d the least of the three; attention at `attention_flops`. What memory
+    bounds moves `memory_efficiency · memory_bandwidth`. The host issues an operator in `dispatch_seconds`: a layer
+    takes no less than that. Of what may overlap with compute the share `overlap` does; compute is `contention` times
     slower then. `step_seconds`: what a step takes beside. `inside` and `between` have a curve for a kind of collective,
     or for `any`. `error`: half of the band of a prediction, as a share. `sources` names where figures come from.
     """
@@ -84,7 +84,7 @@ class Profile:
         return curves.get(kind, curves["any"])
 
     def collective_seconds(self, kind: str, received: Any, ranks: Any, machines: Any = 1) -> Any:
-        """Seconds of one collective of `ranks`, which lie on `machines` machines, each of which receives `received` bytes.
+        """Seconds of one collective of `ranks`, on `machines` machines, each of which receives `received` bytes.
 
         Numbers or arrays of candidates; 0 where there is one rank.
         """
