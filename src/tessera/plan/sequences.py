@@ -19,8 +19,9 @@ owner or one further on reads. The numbers are those of nn/context/route.py, by 
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from tessera.data.batch import Stream
@@ -28,6 +29,8 @@ from tessera.layout.parallel import Parallel
 from tessera.models.anatomy import Attention
 from tessera.nn.context.heads import kv_heads_of, repeats
 from tessera.nn.context.route import ExchangeRoute, RingRoute, length, route_of
+from tessera.plan.many import ManyMeshes
+from tessera.sizes.arrays import rounded_up, where
 
 
 class AttentionMove(NamedTuple):
@@ -37,8 +40,8 @@ class AttentionMove(NamedTuple):
     what: str
     kind: str
     axes: tuple[str, ...]
-    calls: int
-    received: int
+    calls: Any
+    received: Any
 
 
 def attention_moves(attention: Attention, stream: Stream, tokens: int, parallel: Parallel) -> Iterator[AttentionMove]:
@@ -69,6 +72,39 @@ def attention_moves(attention: Attention, stream: Stream, tokens: int, parallel:
             yield AttentionMove(phase, what, kind, owners, calls * groups, received * features * itemsize)
 
 
+def whole_row_moves(attention: Attention, rows: Any, tokens: Any, parallel: Parallel) -> Iterator[AttentionMove]:
+    """The same where each row is one document, in closed form: of candidates' arrays, on the first rank.
+
+    Owners of a row have its blocks in zigzag: the first reads all that the n − 1 others own, and half as much of its
+    own is read by each of them.
+    """
+    mesh, element = parallel.mesh, parallel.compute.itemsize
+    ranks, head = mesh.sizes["ulysses"], tokens * attention.head_dim * element
+    queries, heads = query_heads_on(attention, parallel), traded_kv_heads(attention, parallel)
+    groups = parallel.context.chunks
+    if mesh.present(("ulysses",)):
+        for phase in ("forward", "backward"):
+            again = phase == "backward" and groups > 1
+            parts = {"q": 1 + again, "k·v": 1 + again, "result": 1 + again}
+            for what, times in parts.items():
+                received = times * head * (2 * heads if what == "k·v" else queries) * (ranks - 1) // ranks
+                named = what if phase == "forward" else "·".join(f"d{part}" for part in what.split("·"))
+                calls = where(ranks > 1, groups * times, 0)
+                yield AttentionMove(phase, named, "all_to_all", ("ulysses",), calls, received)
+    owners = mesh.present(parallel.owners)
+    if not owners:
+        return
+    count = mesh.size(owners)
+    others = count // np.gcd(count, rows) - 1  # ranks that own parts of a row beside this one
+    features, ring = 2 * (heads // ranks) * attention.head_dim, parallel.context.transport == "ring"
+    wide = torch.promote_types(parallel.compute, torch.float32).itemsize if ring else element
+    calls, received = where(others > 0, others if ring else 1, 0) * groups, others * tokens * features * element
+    for phase in ("forward", "backward"):
+        yield AttentionMove(phase, "k·v", "receive" if ring else "all_to_all", owners, calls, received)
+    gradients = received // element * wide // (1 if ring else 2)
+    yield AttentionMove("backward", "dk·dv", "receive" if ring else "all_to_all", owners, calls, gradients)
+
+
 _Tokens = tuple[str, str, str, int, int]  # phase, what, kind, calls, key/value tokens received
 
 
@@ -91,23 +127,28 @@ def _along_ring(route: RingRoute) -> Iterator[_Tokens]:
     yield "backward", "dk·dv", "receive", len(sums), sum(sums)
 
 
-def query_heads_on(attention: Attention, parallel: Parallel) -> int:
+def query_heads_on(attention: Attention, parallel: Parallel) -> Any:
     """The query heads of a rank, before any are traded for tokens."""
     return attention.heads // parallel.mesh.size(parallel.attention.features)
 
 
-def kv_heads_on(attention: Attention, parallel: Parallel) -> int:
+def kv_heads_on(attention: Attention, parallel: Parallel) -> Any:
     """The key and value heads that this rank's queries read."""
     local = query_heads_on(attention, parallel)
+    if isinstance(parallel.mesh, ManyMeshes):  # the first rank's
+        return rounded_up(local, attention.heads // attention.kv_heads)
     first = parallel.mesh.index(parallel.attention.features) * local
     return len(kv_heads_of(range(first, first + local), attention.heads, attention.kv_heads))
 
 
-def traded_kv_heads(attention: Attention, parallel: Parallel) -> int:
+def traded_kv_heads(attention: Attention, parallel: Parallel) -> Any:
     """The same as they are traded for tokens: each repeated, so that the ranks along ulysses get equally many; in
     groups those of all groups together."""
     ranks, heads = parallel.mesh.sizes["ulysses"], kv_heads_on(attention, parallel)
     queries = query_heads_on(attention, parallel)
+    if isinstance(parallel.mesh, ManyMeshes):
+        chunks = parallel.context.chunks
+        return chunks * np.lcm(rounded_up(queries // chunks, queries // heads), ranks)
     each = queries // (parallel.context.chunks if ranks > 1 else 1)
     read = [len(kv_heads_of(range(first, first + each), queries, heads)) for first in range(0, queries, each)]
     return sum(count * repeats(count, ranks) for count in read)

@@ -12,5 +12,7 @@ def mlp_tiles(block: Block, shape: StepShape, parallel: Parallel) -> list[int]:
     gathered = mesh.sizes["col"] if parallel.residual.stored_dim("col") == 0 else 1
     scattered = mesh.sizes["inner"] if hidden.stored_dim("inner") == 0 else 1
     tokens = shape.tokens_on(mesh, parallel.streams.ids) // gathered
+    if shape.savers.mlp_tiles == 1:
+        return [tokens * gathered]
     sizes = tile_sizes(tokens, shape.savers.mlp_tiles, block.column.width, gathered, scattered)
     return [size * gathered for size in sizes]

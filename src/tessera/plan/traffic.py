@@ -18,13 +18,15 @@ With n ranks along the axes and b bytes a rank of the operand as it is stored cu
 
 where [s] is 1 on the ranks that the skew moves and [e] on those that the way home does. H moves by all-gather and
 reduce-scatter in every schedule, and so do the embedding and the head. What attention moves where ranks share
-sequences is in sequences.py. `tests/plan` holds all of this, exactly, against what a recorder counts.
+sequences is in sequences.py. `tests/plan` holds all of this, exactly, against what a recorder counts. The sizes of a
+mesh and of a step may be arrays of candidates (plan/many.py): so are the calls and bytes then, on each one's rank 0.
 """
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 import torch
 
@@ -37,8 +39,10 @@ from tessera.layout.spec import local_slice
 from tessera.models.anatomy import EMBEDDING, HEAD, LOSS, Attention, Block, Norm, Parameter, Product, anatomy_of
 from tessera.models.config import ModelConfig
 from tessera.nn.context.cut import streams_of
-from tessera.plan.sequences import attention_moves
+from tessera.plan.many import ManyMeshes
+from tessera.plan.sequences import attention_moves, whole_row_moves
 from tessera.plan.tiles import mlp_tiles
+from tessera.sizes.arrays import where
 from tessera.sizes.schedule import GATHER, Schedule
 
 
@@ -55,9 +59,9 @@ class Transfer:
     what: str
     kind: str
     axes: tuple[str, ...]
-    calls: int
-    received: int
-    times: int = 1
+    calls: Any
+    received: Any
+    times: Any = 1
 
     @property
     def axis(self) -> str:
@@ -83,7 +87,7 @@ def received_bytes(transfers: Iterable[Transfer]) -> int:
 LAYERS, OUTSIDE = "layers", "embedding and head"
 """The sites of what FSDP2 moves: each layer's parameters together, and those outside of the layers."""
 
-Move = tuple[str, int, int]  # kind, calls, bytes received
+Move = tuple[str, Any, Any]  # kind, calls, bytes received
 
 
 @dataclass(frozen=True)
@@ -95,8 +99,8 @@ class _MovedOperand:
 
     what: str
     axes: tuple[str, ...]
-    ranks: int
-    whole: int
+    ranks: Any
+    whole: Any
     cut: bool = True
     schedule: str = "gather"
     pieces: int = 1
@@ -112,19 +116,20 @@ class _MovedOperand:
 
     def _move(self, one: str, panels: str, turns: int) -> Move | None:
         n, block = self.ranks, self.whole // self.ranks
-        if n == 1:
+        if isinstance(n, int) and n == 1:
             return None
         if self.schedule == "summa":
-            return panels, n, (n - 1) * block
+            return panels, where(n > 1, n, 0), (n - 1) * block
         if self.schedule == "cannon":
             shifts = n - 1 + (turns % n != 0)
             return "shift", shifts, shifts * block
+        calls = where(n > 1, self.pieces, 0)
         if one == "all_reduce":  # which a ring cuts into n shards, even if they are not equal
-            return one, self.pieces, self.pieces * ring(one, self.whole // self.pieces, n)
-        return one, self.pieces, (n - 1) * block
+            return one, calls, self.pieces * ring(one, self.whole // self.pieces, n)
+        return one, calls, (n - 1) * block
 
 
-def ring(kind: str, whole: int, ranks: int) -> int:
+def ring(kind: str, whole: Any, ranks: Any) -> Any:
     """Bytes a rank receives when a gather, scatter or all-reduce of `whole` bytes runs around a ring."""
     return (2 if kind == "all_reduce" else 1) * whole * (ranks - 1) // ranks
 
@@ -141,35 +146,47 @@ class _Step:
         self.features = model.hidden_size // self.mesh.sizes["inner"]
         vocabulary = local_slice(model.vocab_size, ("col",), self.mesh)
         self.vocabulary = vocabulary.stop - vocabulary.start
-        self.times: Counter[tuple[str, str, str, str, tuple[str, ...], int, int]] = Counter()
+        self.added: list[Transfer] = []
 
-    def add(self, site: str, phase: str, what: str, axes: Iterable[str], times: int, move: Move | None) -> None:
+    def add(self, site: str, phase: str, what: str, axes: Iterable[str], times: Any, move: Move | None) -> None:
         """One more transfer, or the same as before at a site that several blocks or kinds of layers share."""
-        if move is not None and times:
-            self.times[site, phase, what, move[0], self.mesh.present(axes), move[1], move[2]] += times
+        if move is not None and (not isinstance(times, int) or times):
+            self.added.append(Transfer(site, phase, what, move[0], self.mesh.present(axes), move[1], move[2], times))
 
-    def one(self, site: str, phase: str, what: str, axes: Iterable[str], times: int, kind: str, whole: int) -> None:
+    @property
+    def transfers(self) -> list[Transfer]:
+        """All of them, the same at one site together; candidates' arrays stay as they were added."""
+        numbers = [each for each in self.added if isinstance(each.calls * each.received * each.times, int)]
+        times: Counter[Transfer] = Counter()
+        for each in numbers:
+            times[replace(each, times=1)] += each.times
+        return [replace(each, times=count) for each, count in times.items()] + [
+            each for each in self.added if not isinstance(each.calls * each.received * each.times, int)
+        ]
+
+    def one(self, site: str, phase: str, what: str, axes: Iterable[str], times: Any, kind: str, whole: Any) -> None:
         """One collective of `whole` bytes."""
         axes = self.mesh.present(axes)
         if axes:
-            self.add(site, phase, what, axes, times, (kind, 1, ring(kind, whole, self.mesh.size(axes))))
+            ranks = self.mesh.size(axes)
+            self.add(site, phase, what, axes, times, (kind, where(ranks > 1, 1, 0), ring(kind, whole, ranks)))
 
     def residual(self, what: str, schedule: Schedule = GATHER) -> _MovedOperand:
         cut, across = self.parallel.residual.stored_dim("col") is not None, self.mesh.coordinates["row"]
         whole = self.tokens * self.features * self.element
         return _MovedOperand(what, ("col",), self.mesh.sizes["col"], whole, cut, schedule.name, schedule.slices, across)
 
-    def weight(self, rows: int, itemsize: int, schedule: Schedule = GATHER) -> _MovedOperand:
+    def weight(self, rows: Any, itemsize: int, schedule: Schedule = GATHER) -> _MovedOperand:
         """A weight with `rows` features of H, or of the vocabulary, on this rank."""
         over, across = self.parallel.weights_over, self.mesh.coordinates["col"]
         whole = rows * self.features * itemsize
         return _MovedOperand("W", over, self.mesh.size(over), whole, True, schedule.name, schedule.slices, across)
 
-    def hidden(self, what: str, features: int, pieces: int = 1) -> _MovedOperand:
+    def hidden(self, what: str, features: Any, pieces: int = 1) -> _MovedOperand:
         whole = self.tokens * features * self.element
         return _MovedOperand(what, ("inner",), self.mesh.sizes["inner"], whole, pieces=pieces)
 
-    def tiled(self, block: Block, tiles: list[int], backwards: int) -> None:
+    def tiled(self, block: Block, tiles: list[int], backwards: Any) -> None:
         """The products of an MLP in tiles of so many tokens, which runs once more in the backward (nn/mlp_tiles.py).
 
         In a layer that runs again that run ends before them, unless dropout follows, which saves its mask. Weights move
@@ -187,7 +204,7 @@ class _Step:
             self.add(product.site, "backward", W.what, W.axes, backwards, W.into())
             self.add(product.site, "backward", f"d{W.what}", W.axes, backwards, W.out())
 
-    def product(self, product: Product, forwards: int, backwards: int, weights: bool = True) -> None:
+    def product(self, product: Product, forwards: Any, backwards: Any, weights: bool = True) -> None:
         """A matrix product of every layer of a kind; `weights`: its weights move for it."""
         schedule, site, local = self.parallel.schedule, product.site, product.features // self.mesh.sizes["col"]
         R = self.residual("X" if product.column else "Y", schedule)
@@ -211,7 +228,7 @@ class _Step:
         widths = {linear.features for linear in product.linears}
         return len(product.linears) if scattered and len(widths) > 1 else 1
 
-    def norm(self, norm: Norm, forwards: int, backwards: int) -> None:
+    def norm(self, norm: Norm, forwards: Any, backwards: Any) -> None:
         """Statistics of each token, where axes cut the features: one sum, or two, in float64 in LayerNorm's forward."""
         residual = self.parallel.residual
         tokens = self.shape.tokens_on(self.mesh, residual.tokens)
@@ -220,21 +237,30 @@ class _Step:
         self.one(norm.site, "forward", "statistics", residual.features, forwards, "all_reduce", forward)
         self.one(norm.site, "backward", "statistics", residual.features, backwards, "all_reduce", backward)
 
-    def key_value_heads(self, attention: Attention, forwards: int, backwards: int) -> None:
+    def key_value_heads(self, attention: Attention, forwards: Any, backwards: Any) -> None:
         """k and v come together along the minor axes of the heads until no head is cut."""
         layout, heads = self.parallel.attention, attention.kv_heads
-        tokens, axes = self.shape.tokens_on(self.mesh, layout.tokens), list(layout.features)
-        while heads % self.mesh.size(axes):
+        tokens, axes, cut = self.shape.tokens_on(self.mesh, layout.tokens), list(layout.features), True
+        while axes:
+            cut = cut & (heads % self.mesh.size(axes) != 0)  # once no head is cut, nothing more comes together
             axis = axes.pop()
-            whole = 2 * tokens * (heads * attention.head_dim // self.mesh.size(axes)) * self.element
-            self.one(attention.site, "forward", "k·v", (axis,), forwards, "all_gather", whole)
-            self.one(attention.site, "backward", "dk·dv", (axis,), backwards, "reduce_scatter", whole)
+            whole = where(cut, 2 * tokens * (heads * attention.head_dim // self.mesh.size(axes)) * self.element, 0)
+            if cut is not False:
+                self.one(attention.site, "forward", "k·v", (axis,), forwards, "all_gather", whole)
+                self.one(attention.site, "backward", "dk·dv", (axis,), backwards, "reduce_scatter", whole)
 
-    def shared_sequences(self, attention: Attention, forwards: int, backwards: int) -> None:
+    def shared_sequences(self, attention: Attention, forwards: Any, backwards: Any) -> None:
         """Heads for tokens, and keys and values between owners, of every micro-batch as its documents lie."""
-        if not self.parallel.cuts_sequences:
-            return
         parallel, tokens = self.parallel, self.shape.tokens_on(self.mesh, self.parallel.attention.tokens)
+        if isinstance(self.mesh, ManyMeshes):
+            for phase, what, kind, axes, calls, received in whole_row_moves(
+                attention, self.shape.batch, tokens, parallel
+            ):
+                count = forwards if phase == "forward" else backwards
+                self.add(attention.site, phase, what, axes, count, (kind, calls, received))
+            return
+        if not parallel.cuts_sequences:
+            return
         for starts, batches in Counter(self.shape.document_starts).items():
             streams = streams_of(starts, self.shape.tokens, parallel, self.windows)
             own = streams[self.mesh.index(parallel.attention.tokens) if len(streams) > 1 else 0]
@@ -243,7 +269,7 @@ class _Step:
                 count = times[phase] * batches // self.shape.micro_batches
                 self.add(attention.site, phase, what, axes, count, (kind, calls, received))
 
-    def embedding(self, times: int) -> None:
+    def embedding(self, times: Any) -> None:
         """A row-parallel product whose X is free; its weight is looked up in the dtype it is stored in."""
         W, Y = self.weight(self.vocabulary, self.stored), self.residual("Y")
         self.add(EMBEDDING, "forward", "W", W.axes, times, W.into())
@@ -251,15 +277,15 @@ class _Step:
         self.add(EMBEDDING, "backward", "dY", Y.axes, times, Y.into())
         self.add(EMBEDDING, "backward", "dW", W.axes, times, W.out())
 
-    def head(self, times: int) -> None:
+    def head(self, times: Any) -> None:
         """A column-parallel product in chunks of tokens, whose gradients are formed in the forward."""
         X, W = self.residual("X"), self.weight(self.vocabulary, self.element)
         inner, col = self.mesh.sizes["inner"], self.mesh.sizes["col"]
         self.add(HEAD, "forward", "X", X.axes, times, X.into())
         self.add(HEAD, "forward", "W", W.axes, times, W.into())
         chunk, numbers = self.shape.chunk_tokens * inner, 3 if self.shape.label_smoothing else 2
-        full, last = divmod(self.tokens, chunk)
-        for tokens, chunks in ((chunk, full), (last, 1 if last else 0)):
+        full, last = self.tokens // chunk, self.tokens % chunk
+        for tokens, chunks in ((chunk, full), (last, where(last > 0, 1, 0))):
             logits = tokens * self.vocabulary * self.element
             exchanged = col * numbers * (tokens // inner) * self.statistic
             self.one(HEAD, "forward", "logits", ("inner",), times * chunks, "reduce_scatter", logits)
@@ -271,17 +297,19 @@ class _Step:
     def replicas(self) -> None:
         """Gradients summed at the end of a step, over `ParameterSpec.summed_axes`: for each set of axes the large ones
         each alone, the others in one all-reduce."""
-        gradients: defaultdict[tuple[str, ...], list[int]] = defaultdict(list)
+        gradients: defaultdict[tuple[str, ...], list[tuple[Any, int]]] = defaultdict(list)
         for parameters, times in self.anatomy.units(self.parallel):
             for parameter in parameters:
                 size = prod(parameter.spec.stored_shape(self.mesh)) * self.stored
-                gradients[self.mesh.present(parameter.spec.summed_axes)] += [size] * (times if size else 0)
-        for axes in sorted(axes for axes, sizes in gradients.items() if axes and sizes):
-            wholes = [size for size in gradients[axes] if size >= LARGE]
-            if small := [size for size in gradients[axes] if size < LARGE]:
-                wholes.append(sum(small))
-            received = sum(ring("all_reduce", whole, self.mesh.size(axes)) for whole in wholes)
-            self.add("gradients", "step", "replicas", axes, 1, ("all_reduce", len(wholes), received))
+                gradients[self.mesh.present(parameter.spec.summed_axes)].append((size, times))
+        for axes, sizes in sorted(gradients.items()):
+            ranks = self.mesh.size(axes)
+            small = sum(times * where(size < LARGE, size, 0) for size, times in sizes)
+            calls = sum(times * where(size >= LARGE, 1, 0) for size, times in sizes) + where(small > 0, 1, 0)
+            large = sum(times * ring("all_reduce", where(size >= LARGE, size, 0), ranks) for size, times in sizes)
+            if axes and not (isinstance(calls, int) and calls == 0):
+                received = large + ring("all_reduce", small, ranks)
+                self.add("gradients", "step", "replicas", axes, 1, ("all_reduce", calls, received))
         self.one("gradients", "step", "norm, loss, stop", AXES, 1, "all_reduce", 3 * 8)
         self.one(LOSS, "forward", "targets", self.parallel.streams.batch, 1, "all_reduce", 8)
 
@@ -342,4 +370,4 @@ def step_transfers(model: ModelConfig, shape: StepShape, parallel: Parallel) -> 
     if parallel.fsdp is not None:
         step.data()
     step.replicas()
-    return [Transfer(*key, times) for key, times in step.times.items()]
+    return step.transfers
