@@ -13,13 +13,14 @@ that of a link between machines times the group's ranks on each (each brings its
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
 from tessera.core.errors import UserError
@@ -44,16 +45,64 @@ class Curve:
         return fixed + self.root_seconds * np.sqrt(received) + received / rate
 
 
+LIKE = ("tokens", "hidden_size", "tensor", "data", "stages", "layers")
+"""By what runs are alike: binary logarithms of a micro-batch's tokens on a rank, of the model's width, of the ranks
+that cut a layer and that cut the batch, of stages, and of a rank's layers."""
+_LENGTHS = (0.6, 0.6, 0.6, 2.0, 2.0, 8.0)
+_NOISE = 0.05
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """What the terms miss of measured runs: a Gaussian process over `LIKE` (Rasmussen & Williams 2006, equation 2.25).
+
+    `logs` are those of measured over predicted seconds, of runs at `places`.
+    """
+
+    places: tuple[tuple[float, ...], ...]
+    logs: tuple[float, ...]
+
+    def at(self, places: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Of each of `places` [n, 6] the expected logarithm of measured over predicted, and its standard deviation."""
+        known, logs = np.asarray(self.places, float), np.asarray(self.logs, float)
+        variance = max(float(np.mean(logs**2)), _NOISE**2)
+        of_known = variance * _alike(known, known) + _NOISE**2 * np.eye(len(logs))
+        cross = variance * _alike(np.asarray(places, float), known)
+        weights = np.linalg.solve(of_known, cross.T).T
+        spread = np.maximum(variance - (weights * cross).sum(1), 0.0) + _NOISE**2
+        return weights @ logs, np.sqrt(spread)
+
+
+def far_apart(places: Sequence[Sequence[float]], count: int) -> list[int]:
+    """Which `count` of `places` to measure for a calibration: each the farthest from those before."""
+    known = np.asarray(places, float) / np.asarray(_LENGTHS)
+    apart = np.square(known - np.median(known, axis=0)).sum(1)
+    chosen = [int(np.argmin(apart))]
+    nearest = np.square(known - known[chosen[0]]).sum(1)
+    while len(chosen) < min(count, len(known)):
+        chosen.append(int(np.argmax(nearest)))
+        nearest = np.minimum(nearest, np.square(known - known[chosen[-1]]).sum(1))
+    return chosen
+
+
+def _alike(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
+    apart = (a[:, None] - b[None]) / np.asarray(_LENGTHS)
+    return np.asarray(np.exp(-0.5 * (apart**2).sum(-1)))
+
+
 @dataclass(frozen=True)
 class Profile:
     """One device with one stack. FLOP/s are of floats, bandwidths bytes/s, times seconds.
 
     `peak_flops` by dtype: the vendor's, of which MFU is a share. A product of M, N, K multiplies at
     `product_flops · d / (d + product_half)`, d the least of the three; attention at `attention_flops`. What memory
-    bounds moves `memory_efficiency · memory_bandwidth`. The host issues an operator in `dispatch_seconds`: a layer
-    takes no less than that. Of what may overlap with compute the share `overlap` does; compute is `contention` times
-    slower then. `step_seconds`: what a step takes beside. `inside` and `between` have a curve for a kind of collective,
-    or for `any`. `error`: half of the band of a prediction, as a share. `sources` names where figures come from.
+    bounds moves at `memory_efficiency · memory_bandwidth`. The host issues an operator in `dispatch_seconds`: a layer
+    takes no less than that, and where it does not run `asynchronous`, as on a CPU, that much more. Of what may overlap
+    with compute the share `overlap` does; compute is `contention` times slower then. `step_seconds`: what a step takes
+    beside. `inside` and `between` have a curve for a kind of collective, or for `any`. `error`: half of the band of a
+    prediction, as a share; `measured`: on the machine itself. Kernels that form attention's scores move `score_bytes`
+    for each; flash kernels none. `residuals`: of measured runs, what the terms alone miss. `sources` names where
+    figures come from.
     """
 
     name: str
@@ -71,11 +120,14 @@ class Profile:
     dispatch_seconds: float
     inside: Mapping[str, Curve]
     between: Mapping[str, Curve]
+    score_bytes: float = 0.0
+    asynchronous: bool = True
     overlap: float = 0.7
     contention: float = 1.13
     step_seconds: float = 0.0
     error: float = 0.25
     measured: bool = False
+    residuals: Residuals | None = None
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def curve(self, level: Level, kind: str) -> Curve:

@@ -1,0 +1,160 @@
+"""A profile brought to the runs of a machine: rates that explain measured steps, and what they leave unexplained.
+
+The rates are fitted to the logarithm of each run's seconds by Levenberg and Marquardt's damped least squares, starting
+from a profile's and held near them (a normal prior on the logarithm of each factor); errors beyond `BEND` count
+linearly (Huber 1964), since some measured runs are odd in ways that no rate explains. What remains is kept with the
+profile, by what runs are alike (`machine.Residuals`): kernels have shapes at which they are fast or slow.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tessera.plan.machine import Curve, Profile, Residuals
+from tessera.plan.time import ONE_STAGE, Pipeline, StepTime, step_time
+from tessera.plan.traffic import Transfer
+from tessera.plan.work import Moved, Multiplied, Work
+
+BEND = 0.03
+"""The error, as a share, beyond which a run counts linearly."""
+PRIOR = 0.7
+"""The standard deviation of the logarithm of a rate's factor before any run is seen."""
+ROUNDS = 60
+
+
+@dataclass(frozen=True)
+class Run:
+    """A measured step: the work of its longest rank, `place` by `machine.LIKE`, and the seconds that it took."""
+
+    work: Work
+    place: tuple[float, ...]
+    seconds: float
+    pipeline: Pipeline = ONE_STAGE
+
+
+def calibrated(profile: Profile, runs: Sequence[Run], name: str) -> Profile:
+    """`profile` with the rates that explain `runs`, and what these leave; raises ValueError without runs."""
+    if not runs:
+        raise ValueError("calibration needs at least one measured run")
+    work, pipeline = stacked([run.work for run in runs]), stacked([run.pipeline for run in runs])
+    logs = np.log([run.seconds for run in runs])
+    bare = replace(profile, residuals=None)
+
+    def missed(factors: NDArray[Any]) -> NDArray[Any]:
+        return np.asarray(logs - np.log(step_time(work, _scaled(bare, factors), pipeline).total))
+
+    factors = _least(lambda factors: np.concatenate([_bent(missed(factors) / BEND), factors / PRIOR]))
+    residuals = Residuals(tuple(run.place for run in runs), tuple(map(float, missed(factors))))
+    return replace(_scaled(bare, factors), name=name, residuals=residuals, measured=True)
+
+
+def _curves(field: str, part: str) -> Callable[[Profile, float], Profile]:
+    def scale(profile: Profile, factor: float) -> Profile:
+        curves: Mapping[str, Curve] = getattr(profile, field)
+        scaled = {kind: replace(curve, **{part: getattr(curve, part) * factor}) for kind, curve in curves.items()}
+        return replace(profile, **{field: scaled})
+
+    return scale
+
+
+def _rate(field: str) -> Callable[[Profile, float], Profile]:
+    return lambda profile, factor: replace(profile, **{field: getattr(profile, field) * factor})
+
+
+_RATES: tuple[Callable[[Profile, float], Profile], ...] = (
+    *map(_rate, ("product_flops", "product_half", "attention_flops", "memory_efficiency", "score_bytes")),
+    *map(_rate, ("dispatch_seconds", "overlap", "step_seconds")),
+    *(_curves("inside", part) for part in ("alpha_seconds", "hop_seconds", "bytes_per_second")),
+    *(_curves("between", part) for part in ("alpha_seconds", "hop_seconds", "bytes_per_second")),
+)
+
+
+def _scaled(profile: Profile, logs: NDArray[Any]) -> Profile:
+    for scale, log in zip(_RATES, logs, strict=True):
+        profile = scale(profile, float(np.exp(log)))
+    return profile
+
+
+def _bent(errors: NDArray[Any]) -> NDArray[Any]:
+    """Errors whose squares grow linearly above 1."""
+    size = np.abs(errors)
+    return np.where(size <= 1, errors, np.sign(errors) * np.sqrt(np.maximum(2 * size - 1, 0)))
+
+
+def _least(errors: Callable[[NDArray[Any]], NDArray[Any]]) -> NDArray[Any]:
+    """The logarithms of the factors with the least sum of squares (Marquardt 1963)."""
+    at, damping = np.zeros(len(_RATES)), 1e-2
+    now, step = errors(at), 1e-4
+    for _ in range(ROUNDS):
+        slopes = np.stack([(errors(at + step * axis) - now) / step for axis in np.eye(len(at))], axis=1)
+        better = None
+        while better is None and damping < 1e8:
+            move = np.linalg.solve(slopes.T @ slopes + damping * np.eye(len(at)), -slopes.T @ now)
+            there = errors(at + move)
+            better = there if (there**2).sum() < (now**2).sum() else None
+            damping = damping * 4 if better is None else max(damping / 4, 1e-6)
+        if better is None:
+            break
+        gained, at, now = (now**2).sum() - (better**2).sum(), at + move, better
+        if gained < 1e-5 * (now**2).sum():
+            break
+    return at
+
+
+def corrected(time: StepTime, places: NDArray[Any], profile: Profile) -> StepTime:
+    """`time` at `places` [n, 6] as runs of like shape were measured, with the band that 90% of them lie in."""
+    if profile.residuals is None:
+        return time
+    missed, deviation = profile.residuals.at(places)
+    shape = np.shape(time.total)
+    factor = np.exp(missed).reshape(shape) - 1
+    band = np.minimum(1.645 * deviation, WIDEST).reshape(shape)
+    return replace(time, calibration=time.total * factor, error=band)
+
+
+WIDEST = 0.25
+"""Half of the widest band beside measured runs, as a share."""
+
+
+def stacked(values: Sequence[Any]) -> Any:
+    """Numbers in like places of each of `values` as one array: works, pipelines and what they are made of.
+
+    A collective that some do not have is one of no calls there.
+    """
+    first = values[0]
+    if isinstance(first, Work):
+        rest = {f.name: [getattr(value, f.name) for value in values] for f in fields(Work) if f.name != "moved"}
+        return Work(moved=_moved([value.moved for value in values]), **{k: stacked(v) for k, v in rest.items()})
+    if isinstance(first, Multiplied):
+        numbers = (stacked([value[place] for value in values]) for place in range(2, len(first)))
+        return Multiplied(first.site, first.phase, *numbers)
+    if is_dataclass(first):
+        return type(first)(**{f.name: stacked([getattr(value, f.name) for value in values]) for f in fields(first)})
+    if isinstance(first, Mapping):
+        return {key: stacked([value.get(key, 0) for value in values]) for key in first}
+    if isinstance(first, (list, tuple)):
+        return [stacked(parts) for parts in zip(*values, strict=True)]
+    return np.asarray(values, float)
+
+
+def _moved(of_each: Sequence[Sequence[Moved]]) -> list[Moved]:
+    """Collectives of the same site together."""
+    by_key = [{_key(moved): moved for moved in every} for every in of_each]
+    keys = dict.fromkeys(key for known in by_key for key in known)
+    none = Moved(Transfer("", "", "", "", (), 0, 0, 0), 1, 1, "")
+    made = []
+    for key in keys:
+        every = [known.get(key, none) for known in by_key]
+        counts = (stacked([getattr(m.transfer, name) for m in every]) for name in ("calls", "received", "times"))
+        ranks, machines = (stacked([m[place] for m in every]) for place in (1, 2))
+        *what, hidden = key
+        made.append(Moved(Transfer(*what, *counts), ranks, machines, hidden))
+    return made
+
+
+def _key(moved: Moved) -> tuple[Any, ...]:
+    of = moved.transfer
+    return (of.site, of.phase, of.what, of.kind, of.axes, moved.hidden)

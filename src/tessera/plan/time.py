@@ -1,0 +1,165 @@
+"""How long a step takes on a machine, term by term: the work of a rank (plan/work.py) at the rates of a profile.
+
+    products      Σ 2 M N K / (R d / (d + half)), d the least of M, N, K on the rank
+    attention     its FLOPs at their own rate
+    elementwise   bytes at the share of the memory bandwidth that such operators reach
+    dispatch      what the host takes longer to issue a phase than the device to run it
+    exposed       of each axis: seconds of its collectives, less what overlaps: of those that may, what exceeds the
+                  share `overlap` of the compute beside them
+    contention    compute is slower while collectives run beside it
+    bubble        stages of a pipeline wait (p − 1) times for a micro-batch, and for the stage with the logits
+    optimizer     bytes at the memory bandwidth
+    step          what every step takes
+    calibration   what measured runs of like shape took more or less than these terms (plan/calibrate.py)
+
+Each term is a number of seconds, or an array of candidates.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tessera.models.anatomy import HEAD
+from tessera.plan.machine import Profile
+from tessera.plan.work import Moved, Multiplied, Phase, Work
+from tessera.sizes.arrays import larger, smaller
+
+PHASES: tuple[Phase, Phase] = ("forward", "backward")
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step by term. `exposed` by axis; `collectives` are all of them, hidden or not.
+
+    `error`: half of the band, as a share of the total.
+    """
+
+    products: Any
+    attention: Any
+    elementwise: Any
+    dispatch: Any
+    contention: Any
+    bubble: Any
+    optimizer: Any
+    step: Any
+    exposed: Mapping[str, Any]
+    collectives: Mapping[str, Any]
+    error: Any
+    calibration: Any = 0.0
+
+    @property
+    def compute(self) -> Any:
+        """Seconds in which the device computes for layers and head, or waits for the host."""
+        return self.products + self.attention + self.elementwise + self.dispatch + self.contention
+
+    @property
+    def communication(self) -> Any:
+        """Exposed seconds of all axes."""
+        return sum(self.exposed.values())
+
+    @property
+    def total(self) -> Any:
+        """Seconds of the step."""
+        return self.compute + self.communication + self.bubble + self.optimizer + self.step + self.calibration
+
+    @property
+    def terms(self) -> dict[str, Any]:
+        """Every term by name; they add up to the total."""
+        exposed = {f"exposed along {axis}": seconds for axis, seconds in self.exposed.items()}
+        names = ("products", "attention", "elementwise", "dispatch", "contention")
+        rest = {name: getattr(self, name) for name in (*names, "bubble", "optimizer", "step", "calibration")}
+        return rest | exposed
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Stages of a pipeline in which 1F1B runs micro-batches: layers are cut over them, the last has the head too."""
+
+    stages: Any = 1
+    machines: Any = 1
+    message_bytes: Any = 0
+
+
+ONE_STAGE = Pipeline()
+
+
+def step_time(work: Work, profile: Profile, pipeline: Pipeline = ONE_STAGE) -> StepTime:
+    """The time of a step whose rank does `work`, of one stage where there are several."""
+    products = {
+        phase: sum(_seconds(each, profile) for each in work.products if each.phase == phase) for phase in PHASES
+    }
+    attention = {phase: work.attention.get(phase, 0) / profile.attention_flops for phase in PHASES}
+    bandwidth = profile.memory_efficiency * profile.memory_bandwidth
+    elementwise = {
+        phase: (work.elementwise[phase] + profile.score_bytes * work.scores[phase]) / bandwidth for phase in PHASES
+    }
+    device = {phase: products[phase] + attention[phase] + elementwise[phase] for phase in PHASES}
+    host = {phase: work.operators[phase] * profile.dispatch_seconds for phase in PHASES}
+    collectives, exposed, beside = _communication(work.moved, device, attention, profile)
+    of_axes = {phase: sum(seconds for (at, _), seconds in exposed.items() if at == phase) for phase in PHASES}
+    busy = {phase: device[phase] + of_axes[phase] if profile.asynchronous else 0.0 for phase in PHASES}
+    waits = {phase: larger(host[phase] - busy[phase], 0.0) for phase in PHASES}
+    of_head = sum(_seconds(each, profile) for each in work.products if each.site == HEAD)
+    along: defaultdict[str, Any] = defaultdict(float)
+    for (_, axis), seconds in exposed.items():
+        along[axis] += seconds
+    in_layers = sum(device.values()) + sum(waits.values()) + along.get("col", 0.0) - of_head
+    return StepTime(
+        sum(products.values()),
+        sum(attention.values()),
+        sum(elementwise.values()),
+        sum(waits.values()),
+        (profile.contention - 1) * beside,
+        _bubble(work, profile, pipeline, in_layers, of_head),
+        work.optimizer / bandwidth,
+        profile.step_seconds,
+        dict(along),
+        collectives,
+        profile.error,
+    )
+
+
+def _seconds(product: Multiplied, profile: Profile) -> Any:
+    """A product at the rate that its least dim reaches."""
+    least = smaller(smaller(product.m, product.n), product.k)
+    return product.flops / (profile.product_flops * least / (least + profile.product_half))
+
+
+def _communication(
+    moved: "list[Moved] | Any", device: Mapping[Phase, Any], attention: Mapping[Phase, Any], profile: Profile
+) -> tuple[dict[str, Any], dict[tuple[str, str], Any], Any]:
+    """Seconds of collectives by axis, those of them that are exposed, and seconds of compute beside some."""
+    collectives: defaultdict[str, Any] = defaultdict(float)
+    exposed: defaultdict[tuple[str, str], Any] = defaultdict(float)
+    pools: defaultdict[tuple[str, Phase], dict[str, Any]] = defaultdict(dict)
+    for transfer, ranks, machines, hidden in moved:
+        calls = transfer.calls * transfer.times
+        each = transfer.received / larger(transfer.calls, 1)
+        seconds = calls * profile.collective_seconds(transfer.kind, each, ranks, machines)
+        collectives[transfer.axis] += seconds
+        if hidden and transfer.phase != "step":
+            pool = pools[hidden, transfer.phase]
+            pool[transfer.axis] = pool.get(transfer.axis, 0.0) + seconds
+        else:
+            exposed[transfer.phase, transfer.axis] += seconds
+    beside: Any = 0.0
+    for (hidden, phase), pool in pools.items():
+        room = profile.overlap * (attention if hidden == "attention" else device)[phase]
+        whole = sum(pool.values())
+        hides = smaller(whole, room)
+        beside = beside + hides
+        for axis, seconds in pool.items():
+            exposed[phase, axis] += seconds * (1 - hides / np.maximum(whole, 1e-12))
+    return dict(collectives), dict(exposed), beside
+
+
+def _bubble(work: Work, profile: Profile, pipeline: Pipeline, in_layers: Any, of_head: Any) -> Any:
+    """Seconds that the stage of the rank waits for others: filling and emptying, the longer last stage, messages."""
+    stages, batches = pipeline.stages, work.micro_batches
+    if isinstance(stages, int) and stages == 1:
+        return 0.0
+    message = profile.collective_seconds("receive", pipeline.message_bytes, 2, pipeline.machines)
+    return (stages - 1) * in_layers / batches + 2 * (batches + stages - 1) * np.where(stages > 1, message, 0.0)

@@ -1,0 +1,237 @@
+"""What one rank does in an optimizer step, whatever the machine: products, attention, memory traffic, collectives.
+
+A layer's products have M tokens, N outputs and K inputs on this rank, after what moves has come together. A micro-batch
+runs each once forward (once more where layers are computed again) and twice backward, for dX and for dW. Beside the
+products, in elements of the compute dtype, with t tokens of the residual stream, h features, and q, kv, f those of
+queries, keys and gate (or up) in the hidden stream, memory moves
+
+                        forward          backward
+    norm                2 t h            4 t h
+    added to residual   3 t h            2 t h
+    rotation            2 t (q + kv)     2 t (q + kv)
+    activation          3 t f            5 t f          without a gate 2 and 3
+    loss                2 t V in float32 and 2 t V      once, in the forward
+
+and the optimizer moves ten times the rank's share: the norm reads the gradient, clipping reads and writes it, AdamW
+reads four states and writes three. Sizes of a mesh and of a step may be arrays of candidates (plan/many.py).
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from tessera.core.axes import AXES
+from tessera.core.mesh import Mesh
+from tessera.layout.parallel import Parallel
+from tessera.layout.shape import StepShape
+from tessera.models.anatomy import HEAD, Attention, Block, Product, anatomy_of
+from tessera.models.config import ModelConfig
+from tessera.plan.sequences import query_heads_on
+from tessera.plan.traffic import LAYERS, OUTSIDE, Transfer, step_transfers
+from tessera.sizes.arrays import larger, smaller
+
+OPTIMIZER_PASSES = 10
+OPERATORS = {"norm": (4, 8), "product": (4, 8), "attention": (12, 20), "activation": (4, 6), "add": (2, 2)}
+"""Operators that the host issues, forward and backward."""
+
+Phase = Literal["forward", "backward"]
+
+
+class Multiplied(NamedTuple):
+    """A product of M tokens, N outputs and K inputs, run `times` in a step."""
+
+    site: str
+    phase: Phase
+    m: Any
+    n: Any
+    k: Any
+    times: Any
+
+    @property
+    def flops(self) -> Any:
+        """Floating-point operations in a step."""
+        return 2 * self.times * self.m * self.n * self.k
+
+
+class Moved(NamedTuple):
+    """A kind of collective in a step, as `traffic.Transfer` has it; `hidden`: what it can overlap with.
+
+    `machines`: on how many the ranks of its group lie.
+    """
+
+    transfer: Transfer
+    ranks: Any
+    machines: Any
+    hidden: Literal["", "compute", "attention"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """A step of one rank. Counts are those of the step: FLOPs, bytes, operators. `layers`: those of the rank."""
+
+    products: Sequence[Multiplied]
+    attention: Mapping[Phase, Any]
+    scores: Mapping[Phase, Any]
+    elementwise: Mapping[Phase, Any]
+    operators: Mapping[Phase, Any]
+    moved: Sequence[Moved]
+    optimizer: Any
+    micro_batches: Any
+    layers: int
+    element: int
+
+    @property
+    def flops(self) -> Any:
+        """Of all products and attention."""
+        return sum(each.flops for each in self.products) + sum(self.attention.values())
+
+
+def step_work(model: ModelConfig, shape: StepShape, parallel: Parallel, per_machine: int) -> Work:
+    """The work of the rank of `parallel.mesh`, where `per_machine` ranks that follow one another share a machine."""
+    made = _Made(model, shape, parallel)
+    for layer, count in anatomy_of(model).kinds:
+        for block in layer:
+            made.block(block, shape.micro_batches * count)
+    made.head()
+    transfers = step_transfers(model, shape, parallel)
+    mesh = parallel.mesh
+    moved = [
+        Moved(
+            each, mesh.size(each.axes), machines_of(each.axes, mesh, per_machine), hidden_under(each, shape, parallel)
+        )
+        for each in transfers
+    ]
+    units = anatomy_of(model).units(parallel)
+    share = sum(times * prod(p.spec.stored_shape(mesh)) for unit, times in units for p in unit)
+    optimizer = OPTIMIZER_PASSES * share * parallel.dtype.itemsize
+    return Work(
+        made.products,
+        dict(made.attention),
+        dict(made.scores),
+        dict(made.elementwise),
+        dict(made.operators),
+        moved,
+        optimizer,
+        shape.micro_batches,
+        model.num_layers,
+        parallel.compute.itemsize,
+    )
+
+
+class _Made:
+    """Collects the work of the layers and the head."""
+
+    def __init__(self, model: ModelConfig, shape: StepShape, parallel: Parallel) -> None:
+        self.model, self.shape, self.parallel, self.mesh = model, shape, parallel, parallel.mesh
+        self.tokens = shape.tokens_on(self.mesh, parallel.streams.ids)
+        self.stream = shape.tokens_on(self.mesh, parallel.residual.tokens)
+        self.products: list[Multiplied] = []
+        self.attention: defaultdict[Phase, Any] = defaultdict(int)
+        self.elementwise: defaultdict[Phase, Any] = defaultdict(int)
+        self.scores: defaultdict[Phase, Any] = defaultdict(int)
+        self.operators: defaultdict[Phase, Any] = defaultdict(int)
+
+    def multiply(self, product: Product, forwards: Any, backwards: Any) -> None:
+        local, inside = product.features // self.mesh.sizes["col"], product.width // self.mesh.sizes["inner"]
+        n, k = (local, inside) if product.column else (inside, local)
+        self.products.append(Multiplied(product.site, "forward", self.tokens, n, k, forwards))
+        self.products.append(Multiplied(product.site, "backward", self.tokens, n, k, 2 * backwards))
+
+    def beside(self, what: str, elements: tuple[Any, Any], forwards: Any, backwards: Any) -> None:
+        """Elements that an operator moves forward and backward."""
+        forward, backward = OPERATORS[what]
+        self.elementwise["forward"] += forwards * elements[0] * self.parallel.compute.itemsize
+        self.elementwise["backward"] += backwards * elements[1] * self.parallel.compute.itemsize
+        self.operators["forward"] += forwards * forward
+        self.operators["backward"] += backwards * backward
+
+    def block(self, block: Block, backwards: Any) -> None:
+        forwards = backwards * (2 if self.shape.recompute else 1)
+        width = block.norm.width // self.mesh.size(self.parallel.residual.features)
+        stream = self.stream * width
+        self.beside("norm", (2 * stream, 4 * stream), forwards, backwards)
+        self.beside("add", (3 * stream, 2 * stream), forwards, backwards)
+        tiled = block.attention is None and self.shape.savers.mlp_tiles != 1
+        again = backwards * (3 if self.shape.recompute else 2) if tiled else forwards
+        for product in block.products:
+            self.multiply(product, again, backwards)
+            self.beside("product", (0, 0), forwards, backwards)
+        if block.attention is not None:
+            once = backwards if self.shape.savers.attention_once else forwards
+            self.attend(block.attention, once, backwards)
+            return
+        hidden = block.row.hidden(self.parallel)
+        features = block.row.features // self.mesh.size(hidden.features)
+        elements = self.shape.tokens_on(self.mesh, hidden.tokens) * features
+        gated = len(block.column.linears) > 1
+        moves = (3, 5) if gated else (2, 3)
+        self.beside("activation", (moves[0] * elements, moves[1] * elements), again, backwards)
+
+    def attend(self, attention: Attention, forwards: Any, backwards: Any) -> None:
+        """Attention of this rank: two products of queries and keys forward, five backward; causal ones are half."""
+        mesh, heads = self.mesh, query_heads_on(attention, self.parallel)
+        tokens = self.shape.tokens_on(mesh, self.parallel.attention.tokens)
+        width = heads * attention.head_dim
+        flops = 2 * tokens * width * self._keys(attention)
+        self.scores["forward"] += flops // (2 * attention.head_dim) * forwards
+        self.scores["backward"] += flops // (2 * attention.head_dim) * backwards
+        self.attention["forward"] += 2 * flops * forwards
+        self.attention["backward"] += 5 * flops * backwards
+        kv = width * attention.kv_heads // attention.heads
+        rotated = 2 * tokens * (width + kv) if attention.rotary else 0
+        self.beside("attention", (rotated, rotated), forwards, backwards)
+
+    def _keys(self, attention: Attention) -> Any:
+        """The keys that a query sees, on average over the tokens of a step."""
+        causal = 2 if self.model.causal else 1
+        if not self.shape.documents:
+            seen = self.shape.sequence
+            return seen / causal if attention.window is None else smaller(seen / causal, attention.window)
+        lengths = [
+            end - start
+            for starts in self.shape.documents
+            for start, end in zip(starts, (*starts[1:], self.shape.tokens), strict=True)
+        ]
+        windows = (length if attention.window is None else min(length, 2 * attention.window) for length in lengths)
+        return sum(n * seen for n, seen in zip(lengths, windows, strict=True)) / causal / sum(lengths)
+
+    def head(self) -> None:
+        """The head and the loss: gradients are formed in the forward, so all of it runs there."""
+        head, times = anatomy_of(self.model).head, self.shape.micro_batches
+        n, k = larger(1, head.features // self.mesh.sizes["col"]), head.width // self.mesh.sizes["inner"]
+        self.products.append(Multiplied(HEAD, "forward", self.tokens, n, k, 3 * times))
+        wide = torch.promote_types(self.parallel.compute, torch.float32).itemsize
+        inner = self.mesh.sizes["inner"]
+        self.elementwise["forward"] += times * self.tokens * n // inner * 2 * (wide + self.parallel.compute.itemsize)
+        self.operators["forward"] += times * 12 * larger(1, self.tokens // self.shape.chunk_tokens)
+
+
+def machines_of(axes: Sequence[str], mesh: Mesh, per_machine: int) -> Any:
+    """On how many machines the ranks along `axes` lie, ranks being numbered as `AXES` has the axes."""
+    stride: Any = 1
+    beside: Any = 1
+    for axis in reversed(AXES):
+        size = mesh.sizes[axis]
+        if axis in axes:
+            beside = beside * smaller(size, larger(1, per_machine // stride))
+        stride = stride * size
+    return larger(1, mesh.size(axes) // beside)
+
+
+def hidden_under(transfer: Transfer, shape: StepShape, parallel: Parallel) -> Literal["", "compute", "attention"]:
+    """What a transfer can overlap with: other compute, attention, or nothing."""
+    schedule, what = parallel.schedule, transfer.what
+    if transfer.site in (LAYERS, OUTSIDE):
+        return "compute"
+    if transfer.kind == "receive" or transfer.kind == "send":
+        return "attention"
+    if transfer.site == HEAD or transfer.phase == "step" or what not in ("X", "W", "Y", "dX", "dW", "dY"):
+        return ""
+    if schedule.in_panels:
+        return "compute"
+    early = what == "W" and schedule.prefetch or what == "dW" and schedule.defer or what == "dX" and schedule.overlap
+    return "compute" if early else ""
