@@ -1,0 +1,157 @@
+"""A layout to choose: every key of a config that decides what a step costs, as one value."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import log2, prod
+from typing import Any
+
+import torch
+
+from tessera.core.axes import DATA_AXES, MODEL_AXES, SEQUENCE_AXES
+from tessera.core.mesh import Mesh
+from tessera.layout.parallel import Parallel
+from tessera.layout.resolve import parallel_of
+from tessera.layout.shape import Savers, StepShape, padded_length
+from tessera.sizes.context import ContextParallel
+from tessera.sizes.rules import TensorParallel, modes_with
+
+RECOMPUTES = ("false", "selective", "true")
+"""The values of gradient_checkpointing, from the fastest to the one that keeps least."""
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is trained, whatever the layout: rows of `sequence_len` tokens, `global_batch` of them in a step.
+
+    Products run in `dtype`; parameters, gradients and AdamW's moments are held in `stored`.
+    """
+
+    sequence_len: int
+    global_batch: int
+    dtype: str = "bfloat16"
+    stored: str = "float32"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step."""
+        return self.sequence_len * self.global_batch
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the axes (those left out are 1), rows of a micro-batch and micro-batches of a step, and switches.
+
+    `recompute` is the value of gradient_checkpointing; `offload`: what layers keep lies in host memory;
+    `offload_params`: the states do.
+    """
+
+    sizes: Mapping[str, int] = field(hash=False)
+    micro_batch: int
+    micro_batches: int
+    recompute: str = "false"
+    reshard: bool = True
+    schedule: str = "gather"
+    slices: int = 1
+    offload: bool = False
+    offload_params: bool = False
+
+    @property
+    def devices(self) -> int:
+        return prod(self.sizes.values())
+
+    def size(self, *axes: str) -> int:
+        """How many ranks lie along `axes` together."""
+        return prod(self.sizes.get(axis, 1) for axis in axes)
+
+    @property
+    def mode(self) -> str:
+        """The first geometry that has its tensor axes."""
+        return modes_with({axis: self.size(axis) for axis in MODEL_AXES})[0]
+
+    @property
+    def tensor(self) -> TensorParallel:
+        """The tensor axes and their schedule."""
+        axes = {axis: self.size(axis) for axis in MODEL_AXES}
+        return TensorParallel(self.mode, mesh=axes, schedule=self.schedule, slices=self.slices)
+
+    @property
+    def context(self) -> ContextParallel:
+        """The sequence axes."""
+        return ContextParallel(self.size(*SEQUENCE_AXES), ulysses=self.size("ulysses"))
+
+    @cached_property
+    def mesh(self) -> Mesh:
+        """The mesh as rank 0 sees it; no process stands behind it."""
+        return Mesh(self.sizes, rank=0)
+
+    def parallel(self, training: Training, mesh: Mesh | None = None) -> Parallel:
+        """The layouts of its streams on rank 0, or on another mesh of these axes."""
+        return parallel_of(
+            self.tensor,
+            self.mesh if mesh is None else mesh,
+            self.micro_batch,
+            dtype=DTYPES[training.stored],
+            compute=DTYPES[training.dtype],
+            context=self.context,
+        )
+
+    def shape(self, training: Training, parallel: Parallel) -> StepShape:
+        """What a data rank runs in a step, padded."""
+        length = padded_length(training.sequence_len, self.micro_batch, parallel.residual, self.mesh)
+        savers = Savers(self.recompute == "selective", self.offload)
+        return StepShape(
+            self.micro_batch,
+            length,
+            self.micro_batches,
+            recompute=self.recompute != "false",
+            reshard=self.reshard,
+            savers=savers,
+        )
+
+    def place(self, training: Training, width: int, layers: int) -> tuple[float, ...]:
+        """By what measured runs are like it: see `machine.LIKE`."""
+        tokens = self.micro_batch * training.sequence_len / self.size("depth", "row", *SEQUENCE_AXES)
+        return tuple(map(log2, (tokens, width, self.size("inner", "col"), self.size(*DATA_AXES), 1, layers)))
+
+    @property
+    def keys(self) -> dict[str, Any]:
+        """The keys of a config that ask for it; those of their default values are left out."""
+        data = self.size(*DATA_AXES, *SEQUENCE_AXES) > 1
+        made: dict[str, Any] = {"dp_shard_size": self.size("shard")} if data else {}
+        if self.size("replicate") > 1:
+            made["dp_replicate_size"] = self.size("replicate")
+        if self.size(*MODEL_AXES) > 1:
+            made["tensor_parallel_mode"] = self.mode
+            made |= {"tensor_parallel_size": self.size(*MODEL_AXES)}
+            if self.mode != "1d":
+                made["tensor_parallel_mesh"] = {axis: self.size(axis) for axis in MODEL_AXES if self.size(axis) > 1}
+        if self.schedule != "gather":
+            made["tensor_parallel_schedule"] = self.schedule
+        if self.slices > 1:
+            made["tensor_parallel_slices"] = self.slices
+        if self.context.size > 1:
+            made |= {"context_parallel_size": self.context.size, "ulysses_size": self.size("ulysses")}
+        made |= {"micro_batch_size": self.micro_batch, "gradient_accumulation_steps": self.micro_batches}
+        made["gradient_checkpointing"] = {"false": False, "true": True}.get(self.recompute, self.recompute)
+        fsdp = {} if self.reshard or not data else {"reshard_after_forward": False}
+        fsdp |= {"offload_params": True} if self.offload_params else {}
+        if fsdp:
+            made["fsdp_config"] = fsdp
+        if self.offload:
+            made["activation_offloading"] = True
+        return made
+
+    def __str__(self) -> str:
+        sizes = [f"{axis} {self.size(axis)}" for axis in (*DATA_AXES, *SEQUENCE_AXES) if self.size(axis) > 1]
+        if self.size(*MODEL_AXES) > 1:
+            sizes.append(
+                f"{self.mode} (" + " × ".join(f"{a} {self.size(a)}" for a in MODEL_AXES if self.size(a) > 1) + ")"
+            )
+        words = [" × ".join(sizes) or "one device", f"micro-batch {self.micro_batch} × {self.micro_batches}"]
+        words += [self.schedule] * (self.schedule != "gather") + [f"slices {self.slices}"] * (self.slices > 1)
+        words += {"true": ["recompute"], "selective": ["recompute but attention"]}.get(self.recompute, [])
+        words += ["weights kept"] * (not self.reshard and self.size(*DATA_AXES, *SEQUENCE_AXES) > 1)
+        words += ["activations on the host"] * self.offload + ["states on the host"] * self.offload_params
+        return ", ".join(words)
