@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import re
 import sys
 from pathlib import Path
 
@@ -122,6 +123,17 @@ def describe(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu, {counted(torch.get_num_threads(), 'thread')} a rank"
+
+
+def hardware(device: torch.device) -> str:
+    """The name of the hardware alone, the same for every run: that of a GPU, or of the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        model = re.search(r"^(?:model name|Model)\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        model = None
+    return f"CPU {model[1].strip() if model else platform.processor() or platform.machine()}"
 
 
 # Dense bf16 peak of one device in TFLOP/s, from the vendors' data sheets; the first that a device's name holds counts.

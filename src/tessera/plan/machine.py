@@ -13,7 +13,7 @@ that of a link between machines times the group's ranks on each (each brings its
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
 from tessera.core.errors import UserError
+from tessera.core.files import read_bytes
 from tessera.sizes.arrays import larger, smaller, where
 
 Level = Literal["inside", "between"]
@@ -99,10 +100,12 @@ class Profile:
     bounds moves at `memory_efficiency · memory_bandwidth`. The host issues an operator in `dispatch_seconds`: a layer
     takes no less than that, and where it does not run `asynchronous`, as on a CPU, that much more. Of what may overlap
     with compute the share `overlap` does; compute is `contention` times slower then. `step_seconds`: what a step takes
-    beside. `inside` and `between` have a curve for a kind of collective, or for `any`. `error`: half of the band of a
-    prediction, as a share; `measured`: on the machine itself. Kernels that form attention's scores move `score_bytes`
-    for each; flash kernels none. `residuals`: of measured runs, what the terms alone miss. `sources` names where
-    figures come from.
+    beside. `inside` and `between` have a curve for a kind of collective, or for `any`. Where devices are joined pair by
+    pair and not by a switch, `pair_bandwidth` is that of one such link: a group then has those between its ranks alone.
+    `shared`: where ranks share cores, by how much the rates of one fall with so many computing at once. `error`: half
+    of the band of a prediction, as a share; `measured`: on the machine itself. Kernels that form attention's scores
+    move `score_bytes` for each; flash kernels none. `residuals`: of measured runs, what the terms alone miss. `sources`
+    names where figures come from.
     """
 
     name: str
@@ -128,6 +131,8 @@ class Profile:
     error: float = 0.25
     measured: bool = False
     residuals: Residuals | None = None
+    pair_bandwidth: float | None = None
+    shared: Mapping[int, float] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def curve(self, level: Level, kind: str) -> Curve:
@@ -142,15 +147,18 @@ class Profile:
         """
         near, far = self.curve("inside", kind), self.curve("between", kind)
         beside = larger(1, ranks // larger(machines, 1))  # ranks of the group on one machine, each with its own link
-        inside = near.seconds(received, ranks)
-        bandwidth = smaller(near.bytes_per_second, far.bytes_per_second * beside)
+        own = near.bytes_per_second
+        if self.pair_bandwidth is not None:
+            own = smaller(own, self.pair_bandwidth * larger(beside - 1, 1))
+        inside = near.seconds(received, ranks, own)
+        bandwidth = smaller(own, far.bytes_per_second * beside)
         between = far.seconds(received, machines, bandwidth)
         return where(ranks > 1, where(machines > 1, between, inside), 0.0)
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """`machines` of `per_machine` devices each, all alike."""
+    """`machines` of `per_machine` devices each, all alike; 0 machines: as many as are asked for with `of`."""
 
     machines: int
     per_machine: int
@@ -161,7 +169,7 @@ class Cluster:
         return self.machines * self.per_machine
 
     def __str__(self) -> str:
-        return f"{self.machines} × {self.per_machine} × {self.profile.device}"
+        return f"{self.machines or 'N'} × {self.per_machine} × {self.profile.device}"
 
     def of(self, devices: int) -> "Cluster":
         """The same with as many machines as so many devices need; fewer than a machine's are part of one."""
@@ -170,15 +178,59 @@ class Cluster:
 
 
 _PROFILE = TypeAdapter(Profile)
+BYTES = 2**20
+"""Of a profile's file; those that are measured have a few thousand."""
+FASTEST, LARGEST, LONGEST = 1e18, 2**50, 60.0
+"""No device does so many FLOP or moves so many bytes a second, or has so many; no operator or message takes so long."""
+AT_ONCE = 1024
+"""Devices of a machine at most."""
 
 
 def read_profile(path: Path) -> Profile:
-    """A profile that `tessera measure` has written. Raises UserError for what is none."""
+    """A profile that `tessera measure` has written. Raises UserError for what is none, or has absurd figures."""
+    hint = "tessera measure writes one"
+    content = read_bytes(path, "--profile", limit=BYTES, hint=hint)
     try:
-        return _PROFILE.validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        reason = "is no profile of a machine: " + str(error).splitlines()[0]
-        raise UserError("--profile", path, reason, "tessera measure writes one") from error
+        profile = _PROFILE.validate_json(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise UserError("--profile", path, f"is no profile of a machine: {place}: {first['msg']}", hint) from error
+    for name, value, least, most in _bounds(profile):
+        if not least <= value <= most:
+            raise UserError(
+                "--profile", path, f"{name} is {value:g}, which no machine has: {least:g} to {most:g}", hint
+            )
+    for level in ("inside", "between"):
+        if "any" not in getattr(profile, level):
+            raise UserError("--profile", path, f"{level} has no curve for any kind of collective", hint)
+    return profile
+
+
+def _bounds(profile: Profile) -> Iterator[tuple[str, float, float, float]]:
+    """Each figure of a profile: its name, its value, and between what it must lie."""
+    yield "devices_per_machine", profile.devices_per_machine, 1, AT_ONCE
+    yield "memory_bytes", profile.memory_bytes, 1, LARGEST
+    for dtype, peak in profile.peak_flops.items():
+        yield f"peak_flops.{dtype}", peak, 1, FASTEST
+    for name in ("product_flops", "attention_flops", "memory_bandwidth"):
+        yield name, getattr(profile, name), 1, FASTEST
+    yield "product_half", profile.product_half, 0, 2**20
+    yield "memory_efficiency", profile.memory_efficiency, 1e-3, 1
+    yield "dispatch_seconds", profile.dispatch_seconds, 0, LONGEST
+    yield "step_seconds", profile.step_seconds, 0, LONGEST
+    yield "overlap", profile.overlap, 0, 1
+    yield "contention", profile.contention, 1, 100
+    yield "error", profile.error, 0, 10
+    if profile.pair_bandwidth is not None:
+        yield "pair_bandwidth", profile.pair_bandwidth, 1, FASTEST
+    for ranks, times in profile.shared.items():
+        yield f"shared.{ranks}", times, 1, 2 * AT_ONCE
+    for level, curves in (("inside", profile.inside), ("between", profile.between)):
+        for kind, curve in curves.items():
+            yield f"{level}.{kind}.bytes_per_second", curve.bytes_per_second, 1, FASTEST
+            for name in ("alpha_seconds", "hop_seconds", "root_seconds"):
+                yield f"{level}.{kind}.{name}", getattr(curve, name), 0, LONGEST
 
 
 def written_profile(profile: Profile) -> str:

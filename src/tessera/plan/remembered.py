@@ -17,13 +17,17 @@ from tessera.core.files import read_json
 _FORMAT = "tessera schedules, 2"
 
 
+def cache_folder() -> Path:
+    """Where what was measured on this machine is kept for later runs of the same user; need not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "tessera"
+
+
 class Remembered:
     """What was measured under one `key`: JSON values that say all that the measurement depends on."""
 
     def __init__(self, key: dict[str, Any]) -> None:
         self.key = json.dumps(key, sort_keys=True)
-        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        self.path = Path(cache) / "tessera" / "schedules.json"
+        self.path = cache_folder() / "schedules.json"
 
     def read(self, names: list[str]) -> list[float] | None:
         """Milliseconds of each of `names`; None when not all are known."""
