@@ -24,8 +24,11 @@ is offloaded is on the device for at most two layers.
 """
 
 from dataclasses import dataclass
+from functools import reduce
 from math import prod
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from tessera.layout.parallel import Parallel
@@ -33,8 +36,9 @@ from tessera.layout.shape import StepShape
 from tessera.models.anatomy import Attention, Block, Layer, Norm, anatomy_of
 from tessera.models.config import ModelConfig
 from tessera.plan.sequences import kv_heads_on, query_heads_on, traded_kv_heads
-from tessera.plan.tiles import mlp_tiles
+from tessera.plan.tiles import largest_tile
 from tessera.plan.traffic import padded_shard
+from tessera.sizes.arrays import larger, smaller, where
 
 
 @dataclass(frozen=True)
@@ -73,10 +77,10 @@ def saved_bytes(model: ModelConfig, shape: StepShape, parallel: Parallel) -> int
     statistic = t * _statistic(parallel)
     layers = kept_by_layers(model, shape, parallel)
     if shape.savers.offload:
-        layers = min(layers, 2 * max(_kept(layer, shape, parallel) for layer, _ in anatomy.kinds))
+        layers = smaller(layers, 2 * reduce(larger, (layer_bytes(layer, shape, parallel) for layer, _ in anatomy.kinds)))
 
     # the embedding saves ids and which of them lie here; learned positions save positions
-    ids = shape.tokens_on(mesh, parallel.streams.ids) * (index + 1) if mesh.sizes["col"] > 1 else 0
+    ids = shape.tokens_on(mesh, parallel.streams.ids) * (index + 1) * (mesh.sizes["col"] > 1)
     shared, tables = parallel.cuts_sequences, anatomy.positions is None
     ids += 4 * shape.tokens_on(mesh, ()) * index if shared else 0
     row = shape.tokens_on(mesh, parallel.attention.tokens) if shared else shape.sequence
@@ -114,34 +118,39 @@ def _widened_gains(norm: Norm, attention: Attention | None, parallel: Parallel) 
 
 def kept_by_layers(model: ModelConfig, shape: StepShape, parallel: Parallel) -> int:
     """What the layers among it keep for one micro-batch's backward, on the device or in host memory."""
-    return sum(count * _kept(layer, shape, parallel) for layer, count in anatomy_of(model).kinds)
+    return sum(count * layer_bytes(layer, shape, parallel) for layer, count in anatomy_of(model).kinds)
 
 
-def _kept(layer: Layer, shape: StepShape, parallel: Parallel) -> int:
+def layer_bytes(layer: Layer, shape: StepShape, parallel: Parallel) -> int:
     """Bytes of one layer."""
     t = shape.tokens_on(parallel.mesh, parallel.residual.tokens)
     width = layer[0].column.width // parallel.mesh.size(parallel.residual.features)
     stream = t * width * parallel.compute.itemsize
     if not shape.recompute:
-        statistic = t * _statistic(parallel)
-        return sum(
-            _saved_by_block(block, shape, parallel, stream)
-            + block.norm.statistics * statistic
-            + _widened_gains(block.norm, block.attention, parallel)
-            for block in layer
-        )
+        saved = (saved_by_block(block, shape, parallel, tiled=tiled(block, shape, parallel)) for block in layer)
+        return sum(sum(block) for block in saved)
     if not shape.savers.attention_once:
         return stream
-    return stream + sum(_result(block.attention, shape, parallel) for block in layer if block.attention is not None)
+    return stream + sum(
+        result_bytes(block.attention, shape, parallel) for block in layer if block.attention is not None
+    )
 
 
-def _result(attention: Attention, shape: StepShape, parallel: Parallel) -> int:
+def tiled(block: Block, shape: StepShape, parallel: Parallel) -> bool:
+    """Whether an MLP falls into several tiles; of candidates' arrays: whether it may."""
+    if block.attention is not None or shape.savers.mlp_tiles == 1:
+        return False
+    size, tokens = largest_tile(block, shape, parallel)
+    return bool((size < tokens).any()) if isinstance(size < tokens, np.ndarray) else size < tokens
+
+
+def result_bytes(attention: Attention, shape: StepShape, parallel: Parallel) -> Any:
     """Bytes that a layer keeps which runs again while attention does not."""
     mesh, head = parallel.mesh, attention.head_dim * parallel.compute.itemsize
     queries = query_heads_on(attention, parallel)
     kept = queries * (head + _statistic(parallel))
-    if mesh.sizes["ulysses"] > 1 and parallel.context.chunks == 1:
-        kept += 2 * (queries + traded_kv_heads(attention, parallel)) * head
+    if parallel.context.chunks == 1:
+        kept = kept + 2 * (queries + traded_kv_heads(attention, parallel)) * head * (mesh.sizes["ulysses"] > 1)
     return shape.tokens_on(mesh, parallel.attention.tokens) * kept
 
 
@@ -150,30 +159,49 @@ def _statistic(parallel: Parallel) -> int:
     return torch.promote_types(parallel.compute, torch.float32).itemsize
 
 
-def _saved_by_block(block: Block, shape: StepShape, parallel: Parallel, stream: int) -> int:
-    """The part of the table above that one block has, in bytes, its norm's statistics left out; `stream` is t h."""
+class BlockSaved(NamedTuple):
+    """Bytes of what one block saves: the table above, in the order of the forward; weights where they are copies."""
+
+    stream: Any
+    statistics: Any
+    column_input: Any
+    column_weights: Any
+    inside: Any
+    row_input: Any
+    row_weights: Any
+
+
+def saved_by_block(block: Block, shape: StepShape, parallel: Parallel, *, tiled: bool) -> BlockSaved:
+    """The part of the table above that one block has, in bytes; `tiled`: an MLP in tiles."""
     mesh, schedule, element = parallel.mesh, parallel.schedule, parallel.compute.itemsize
     inner, rows, hidden = mesh.sizes["inner"], mesh.size(parallel.weights_over), block.row.hidden(parallel)
     width, tokens = block.column.width // inner, shape.tokens_on(mesh, hidden.tokens)
-    matrices = sum(p.features for p in block.products) // mesh.sizes["col"] * (width // rows) * element
+    t = shape.tokens_on(mesh, parallel.residual.tokens)
+    stream = t * (block.column.width // mesh.size(parallel.residual.features)) * element
+    statistics = block.norm.statistics * t * _statistic(parallel) + _widened_gains(block.norm, block.attention, parallel)
+    shards = [p.features // mesh.sizes["col"] * (width // rows) * element for p in block.products]
     copies = parallel.dtype != parallel.compute and parallel.fsdp is None  # which gathers them in the compute dtype
-    weights = matrices if copies else 0
-    if block.attention is None and len(mlp_tiles(block, shape, parallel)) > 1:
-        return 2 * stream + weights
+    weights = shards if copies else [0, 0]
+    if block.attention is None and tiled:
+        return BlockSaved(stream, statistics, stream, weights[0], 0, 0, weights[1])
     into_column, into_row = stream, tokens * (block.row.features // mesh.size(hidden.features)) * element
     inside = len(block.column.linears) * into_row
     if block.attention is not None:
-        traded = mesh.sizes["ulysses"] > 1 and parallel.context.chunks == 1
-        shared = parallel.cuts_sequences and (traded or mesh.sizes["ulysses"] == 1)
-        inside = tokens * (_saved_by_shared_attention if shared else _saved_by_attention)(block.attention, parallel)
-        inside += into_row if traded else 0
+        inside = tokens * _saved_by_attention(block.attention, parallel)
+        if parallel.cuts_sequences:
+            inside = tokens * _saved_by_shared_attention(block.attention, parallel)
+            if parallel.context.chunks == 1:
+                inside = inside + into_row * (mesh.sizes["ulysses"] > 1)
+            else:
+                whole = tokens * _saved_by_attention(block.attention, parallel)
+                inside = where(mesh.sizes["ulysses"] > 1, whole, inside)
     if schedule.keep:
         into_column = shape.tokens_on(mesh, parallel.streams.ids) * width * element  # brought together along col
-        if block.attention is not None and inner > 1:
-            inside += into_row  # attention keeps its own result beside what is brought together along inner
-        into_row *= inner
-        weights = matrices * rows if rows > 1 else weights
-    return stream + into_column + inside + into_row + weights
+        if block.attention is not None:
+            inside = inside + into_row * (inner > 1)  # attention's own result beside what comes along inner
+        into_row = into_row * inner
+        weights = [where(rows > 1, shard * rows, w) for shard, w in zip(shards, weights, strict=True)]
+    return BlockSaved(stream, statistics, into_column, weights[0], inside, into_row, weights[1])
 
 
 def _saved_by_attention(attention: Attention, parallel: Parallel) -> int:

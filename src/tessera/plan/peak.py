@@ -1,28 +1,38 @@
-"""The most memory that one rank holds in a step, in closed form: an estimate for people who plan.
+"""The most memory that one rank holds in an optimizer step, in closed form: a walk through the step of a last micro-batch.
 
-    states        parameters, gradients and AdamW's two moments of the rank's shards; on the host with offload
-    activations   what a micro-batch's forward saves
-    gathered      weights that FSDP2 keeps after the forward (embedding, head and last norm, and layers that are not cut
-                  again), and the gradient of the former
-    working       the larger one of what a layer's backward holds and of what the loss does. A layer: of FSDP2 the
-                  weights of two, unless they are all kept, and the gradient of one; what a product brings together
-                  (plan/scratch.py); half of what the layer saves, as gradients, and with gradient checkpointing all of
-                  that, computed again. The loss: its input along col and the gradient of that, W and dW, a chunk of
-                  logits, that in float32, and its gradient
+    states        parameters and AdamW's two moments of the rank's shards, and gradients as far as they are formed
+    activations   what a micro-batch's forward saves for its backward, as far as that has not come to it
+    gathered      what collectives bring: weights that FSDP2 or the products gather, operands, keys and values of others
+    working       all else: gradients of activations and those of weights on their way, copies, sums, a chunk of logits
 
-Not counted: the CUDA context (about half a GiB), NCCL's buffers, what the allocator cannot join, and keys and values
-that ranks which share sequences receive.
+The walk goes through the places where most may be alive: the loss, which holds a chunk of logits, the head's gathered
+weight and its gradient, while all layers' activations are there; the backward of each kind of layer, of its last layer
+and of its first, when all gradients are there; the gradient of the embedding; FSDP2's sum of the gradients of what is in
+no layer; the update. What comes and goes there is in layer_walk.py, product_walk.py and attention_walk.py. Sizes of the
+mesh and the step may be arrays of candidates that agree in all switches (plan/many.py).
+
+Not counted: the context of the device's driver (about half a GiB), buffers of NCCL, what the allocator cannot join, and
+what libraries take inside one operator.
 """
 
 from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
 
+import numpy as np
 import torch
 
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape
+from tessera.layout.spec import local_slice
+from tessera.models.anatomy import Layer, anatomy_of
 from tessera.models.config import ModelConfig
-from tessera.plan.memory import gathered_units, kept_weights, saved_bytes, state_bytes
-from tessera.plan.scratch import scratch_bytes
+from tessera.plan.layer_walk import Walk, layer_backward, norm_backward
+from tessera.plan.ledger import Ledger
+from tessera.plan.memory import gathered_units, kept_weights, layer_bytes, saved_bytes, state_bytes, tiled
+from tessera.plan.product_walk import ProductSizes, sizes_of
+from tessera.plan.tiles import largest_tile
+from tessera.sizes.arrays import larger, rounded_up, smaller, where
 
 RESERVED = 2**30
 """Bytes that are left for what is not counted."""
@@ -30,49 +40,297 @@ RESERVED = 2**30
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes on one rank, as the table above has them."""
+    """Bytes on one rank, as the table above has them, and where in the step they are alive."""
 
-    states: int
-    activations: int
-    gathered: int
-    working: int
+    states: Any
+    activations: Any
+    gathered: Any
+    working: Any
+    moment: str = ""
 
     @property
-    def total(self) -> int:
+    def total(self) -> Any:
         """All of them at once."""
         return self.states + self.activations + self.gathered + self.working
 
 
-def peak_bytes(model: ModelConfig, shape: StepShape, parallel: Parallel, *, offload: bool = False) -> Peak:
-    """The estimate for the rank of `parallel.mesh`; `offload`: FSDP2 keeps the states on the host."""
-    one, on_device = replace(model, num_layers=1), replace(shape, savers=replace(shape.savers, offload=False))
-    whole, bare = (saved_bytes(one, replace(on_device, recompute=again), parallel) for again in (False, True))
-    of_layer = max(0, whole - bare)
-    # gradients, and what is computed again
-    beside = of_layer // 2 + (of_layer if shape.recompute else 0)
-    running = scratch_bytes(model, shape.tokens, parallel, recompute=True) + beside
-    states, kept, gradient = state_bytes(model, parallel), kept_weights(model, shape, parallel), 0
-    if parallel.fsdp is not None:
-        states = 0 if offload else states
-        *layers, (outside, _) = gathered_units(model, parallel)
-        largest, every = max(size for size, _ in layers), sum(size * times for size, times in layers)
-        resharded = shape.reshard and shape.by_layer
-        running += min(every, 2 * largest) * parallel.compute.itemsize if resharded else 0
-        running += (largest if shape.by_layer else every) * parallel.dtype.itemsize
-        gradient = outside * parallel.dtype.itemsize
-    saved = saved_bytes(model, shape, parallel) - kept
-    return Peak(states, saved, kept + gradient, max(running, _loss(model, shape, parallel)))
+def peak_bytes(
+    model: ModelConfig,
+    shape: StepShape,
+    parallel: Parallel,
+    *,
+    offload: bool = False,
+    optimizer: str = "adamw_torch_fused",
+) -> Peak:
+    """The estimate for the rank of `parallel.mesh`; `offload`: FSDP2 keeps the states on the host.
+
+    `optimizer` is the key of the config: with "adamw_torch" the update makes a copy of the second moments.
+    """
+    mlp = anatomy_of(model).layers[0][1]
+    if shape.savers.mlp_tiles != 1 and tiled(mlp, shape, parallel):
+        size, tokens = largest_tile(mlp, shape, parallel)
+        in_tiles = _Step(model, shape, parallel, offload, optimizer).walk(True)
+        if not isinstance(size < tokens, np.ndarray) or (size < tokens).all():
+            return in_tiles
+        whole = replace(shape, savers=replace(shape.savers, mlp_tiles=1))
+        at_once = _Step(model, whole, parallel, offload, optimizer).walk(False)
+        kinds = ("states", "activations", "gathered", "working")
+        chosen = {kind: where(size < tokens, getattr(in_tiles, kind), getattr(at_once, kind)) for kind in kinds}
+        return Peak(**chosen, moment=in_tiles.moment)
+    return _Step(model, shape, parallel, offload, optimizer).walk(False)
 
 
-def _loss(model: ModelConfig, shape: StepShape, parallel: Parallel) -> int:
-    """What the fused head and loss hold."""
-    mesh, element, inner = parallel.mesh, parallel.compute.itemsize, parallel.mesh.sizes["inner"]
-    wide = torch.promote_types(parallel.compute, torch.float32).itemsize
-    rows = shape.tokens_on(mesh, parallel.streams.ids)
-    stream = 2 * rows * (model.hidden_size // inner) * element
-    vocabulary = -(-model.vocab_size // mesh.sizes["col"])
-    # under FSDP2 W and dW are among what it has gathered
-    weights = 0 if parallel.fsdp is not None else 2 * vocabulary * (model.hidden_size // inner) * element
-    chunk = min(rows, shape.chunk_tokens * inner) * vocabulary
-    logits = chunk * element + chunk // inner * (wide if element == wide else 2 * wide)
-    return stream + weights + logits
+class _Step:
+    """The sizes of one rank's step, and the walk through it."""
+
+    def __init__(
+        self, model: ModelConfig, shape: StepShape, parallel: Parallel, offload: bool, optimizer: str
+    ) -> None:
+        self.model, self.shape, self.parallel, self.anatomy = model, shape, parallel, anatomy_of(model)
+        self.mesh, self.ledger = parallel.mesh, Ledger()
+        self.element, self.stored = parallel.compute.itemsize, parallel.dtype.itemsize
+        self.wide = torch.promote_types(parallel.compute, torch.float32).itemsize
+        self.offload, self.optimizer = offload, optimizer
+        self.several = where(shape.micro_batches > 1, 1, 0)
+        self.head = sizes_of(self.anatomy.head, shape, parallel)
+        self.vocabulary = local_slice(model.vocab_size, ("col",), self.mesh).stop
+        units = self.anatomy.units(parallel)
+        self.shards = [sum(prod(p.spec.stored_shape(self.mesh)) for p in unit) for unit, _ in units]
+        self.layers = [self.anatomy.kinds.index(kind) for kind in self._kinds_in_order()]
+        self.units = [size for size, _ in gathered_units(model, parallel)] if parallel.fsdp else []
+        self.stored_over = self.mesh.size(parallel.fsdp) if parallel.fsdp else 1
+
+    def _kinds_in_order(self) -> list[tuple[Layer, int]]:
+        counts = dict(self.anatomy.kinds)
+        return [(layer, counts[layer]) for layer in self.anatomy.layers]
+
+    @property
+    def fixed(self) -> Any:
+        """Bytes of parameters and moments on the device."""
+        return 0 if self.offload else state_bytes(self.model, self.parallel) // 4 * 3
+
+    def gradients(self, done: int, outside: Any = 1) -> Any:
+        """Bytes of gradients when so many layers' backward is over, and that of a share of what is outside of them."""
+        if self.offload:
+            return 0
+        formed = sum(self.shards[kind] for kind in self.layers[len(self.layers) - done :])
+        every = sum(self.shards[kind] for kind in self.layers)
+        if self.parallel.fsdp is not None:
+            return (formed + 0 * every) * self.stored
+        return where(self.several > 0, every + self.shards[-1], formed + outside * self.head_shard) * self.stored
+
+    @property
+    def head_shard(self) -> Any:
+        """Elements of the head's weight on this rank."""
+        return self.vocabulary * (self.model.hidden_size // self.mesh.sizes["inner"] // self.head.rows)
+
+    def accumulated(self, done: int) -> Any:
+        """Bytes of whole gradients that FSDP2 holds, of earlier micro-batches and of what is outside of the layers."""
+        if self.parallel.fsdp is None:
+            return 0
+        waiting = sum(self.units[kind] for kind in self.layers[: len(self.layers) - done])
+        return self.several * (waiting + self.units[-1]) * self.stored
+
+    def saved_until(self, index: int) -> Any:
+        """Bytes that layers before `index` have saved, and what is saved before them."""
+        shape, parallel = self.shape, self.parallel
+        outside = self.saved_in_all - sum(
+            times * layer_bytes(layer, replace_offload(shape), parallel) for layer, times in self.anatomy.kinds
+        )
+        layers = [layer_bytes(layer, shape, parallel) for layer in self.anatomy.layers[:index]]
+        if shape.savers.offload:
+            layers = layers[-2:]
+        return outside + sum(layers)
+
+    @property
+    def saved_in_all(self) -> Any:
+        """What the forward leaves, without gradients of the loss, the last norm's part, and kept weights."""
+        shape = replace_offload(self.shape)
+        every = saved_bytes(self.model, shape, self.parallel) - kept_weights(self.model, shape, self.parallel)
+        bias = self.vocabulary if self.model.head_bias else 0
+        return every - 2 * self.head.s - (self._head_weight + bias) * self.element
+
+    @property
+    def _head_weight(self) -> Any:
+        return self.head_shard
+
+    def gathered(self, index: int) -> Any:
+        """Weights that FSDP2 has gathered when the backward of layer `index` begins, with those that come for the next.
+
+        `index` as many as there are layers: in the loss.
+        """
+        if self.parallel.fsdp is None:
+            return 0
+        shape, outside, moves = self.shape, self.units[-1], where(self.stored_over > 1, 1, 0)
+        if not shape.by_layer:
+            every = outside + sum(self.units[kind] for kind in self.layers)
+            return (every + every * moves * (index == len(self.layers))) * self.element
+        if not shape.reshard:
+            held = outside + sum(self.units[kind] for kind in self.layers[: index + 1])
+            last = self.units[self.layers[-1]] * moves if index == len(self.layers) else 0
+            return (held + last) * self.element
+        if index == len(self.layers):
+            return (outside + self.units[self.layers[-1]] * moves) * self.element
+        ahead = self.units[self.layers[index - 1]] * moves if index else 0
+        return (outside + self.units[self.layers[index]] + ahead) * self.element
+
+    def walk(self, in_tiles: bool) -> Peak:
+        """The whole step."""
+        self.loss()
+        last = len(self.layers) - 1
+        places = {max(i for i in range(last + 1) if self.layers[i] == kind) for kind in set(self.layers)}
+        places |= {min(i for i in range(last + 1) if self.layers[i] == kind) for kind in set(self.layers)}
+        for index in sorted(places, reverse=True):
+            self.layer(index, in_tiles)
+        self.embedding()
+        self.sums()
+        self.update()
+        return Peak(**self.ledger.most, moment=self.ledger.moment)
+
+    def begin(self, phase: str, done: int, activations: Any, gathered: Any, outside: Any = 1, working: Any = 0) -> None:
+        """Go to a place where so many layers' gradients are there."""
+        states = self.fixed + self.gradients(done, outside)
+        working = working + self.accumulated(done)
+        self.ledger.begin(phase, states=states, activations=activations, gathered=gathered, working=working)
+
+    def loss(self) -> None:
+        """The forward of the loss, in which its gradients are formed (nn/loss.py)."""
+        ledger, head, shape, parallel = self.ledger, self.head, self.shape, self.parallel
+        e, w, inner = self.element, self.wide, self.mesh.sizes["inner"]
+        saved = self.saved_in_all
+        if shape.savers.offload:
+            saved = self.saved_until(len(self.layers))
+        ahead = self._first_of_backward().early if self._early else 0
+        self.begin("loss", 0, saved + head.s, self.gathered(len(self.layers)) + ahead, outside=0)
+        cast = self._head_weight * e if e != self.stored and parallel.fsdp is None else 0
+        ledger.hold(head.s + cast)  # the head's input, and its weight in the compute dtype
+        weight = self.vocabulary * (self.model.hidden_size // inner) * e
+        shard = weight // head.rows
+        ledger.hold(head.whole_r * head.r_moves + weight * head.w_moves, "gathered")
+        ledger.touch(shard * head.w_moves)
+        ledger.hold(head.whole_r)  # dX
+        rows = shape.tokens_on(self.mesh, parallel.streams.ids)
+        tokens = smaller(rows, shape.chunk_tokens * inner)
+        many = rounded_up(rows, tokens) > 1
+        z = tokens * self.vocabulary * e
+        own, wider = z // inner, w // e
+        beside = where(inner > 1, z + own, 0) + own  # logits of all ranks along inner, and this rank's sum
+        whole_dw = weight * where(many, wider, 1)
+        # the first chunk: logits in the wide dtype, dz brought together, and dW
+        first = larger(beside + own * wider * (wider > 1), own + z + whole_dw + where(many, weight * (wider > 1), 0))
+        # a later one: dW is there, and dz of the chunk before
+        old = z + whole_dw
+        later = old + larger(own + larger(where(inner > 1, z, 0), own * wider * (wider > 1)), own + z * 0)
+        later = larger(later, own + z + whole_dw + weight * (wider > 1))
+        ledger.touch(larger(first, where(many, later, 0)))
+        # at the end dX and dW are summed; a chunk's logits and dz are there still
+        ledger.hold(own + z + whole_dw)
+        ledger.hold(head.s * head.r_moves)
+        narrow = where(many, weight * (wider > 1), 0)
+        ledger.touch(narrow + (weight + shard) * head.w_moves)
+
+    @property
+    def _early(self) -> bool:
+        return self.parallel.schedule.prefetch and not self.parallel.schedule.in_panels
+
+    def _first_of_backward(self) -> ProductSizes:
+        block = self.anatomy.layers[-1][0] if self.shape.recompute else self.anatomy.layers[-1][1]
+        product = block.column if self.shape.recompute else block.row
+        return sizes_of(product, self.shape, self.parallel)
+
+    def layer(self, index: int, in_tiles: bool) -> None:
+        """The backward of one layer."""
+        kind, shape, parallel = self.layers[index], self.shape, self.parallel
+        layer, done = self.anatomy.layers[index], len(self.layers) - 1 - index
+        s = self.head.s
+        saved = self.saved_until(index + 1)
+        if shape.recompute or shape.savers.offload:
+            pass
+        self.begin(f"backward of layer {index}", done, saved, self.gathered(index), working=s)
+        ledger = self.ledger
+        if parallel.fsdp is None:
+            # the head's weight: its gradient in the parameters' dtype, or still to be added to the embedding's
+            pass
+        else:
+            self._fsdp_gradients(index)
+        following = 0
+        if self._early:
+            following = self._following(index).early
+        layer_backward(Walk(ledger, shape, parallel, self.several, in_tiles), layer, following)
+        if parallel.fsdp is not None and shape.by_layer:
+            self._fsdp_sum(kind, self.units[kind], index)
+
+    def _following(self, index: int) -> ProductSizes:
+        layer = self.anatomy.layers[max(0, index - 1)]
+        product = layer[0].column if self.shape.recompute else layer[1].row
+        return sizes_of(product, self.shape, self.parallel)
+
+    def _fsdp_gradients(self, index: int) -> None:
+        """What waits while a layer runs: gradients of the head, and those that the layer after hands over to be summed."""
+        outside = self._head_weight * self.element
+        self.ledger.hold(where(self.several > 0, outside * (self.element == self.stored) * 0 + outside, outside))
+        if not self.shape.by_layer:
+            done = self.layers[index + 1 :]
+            self.ledger.hold(sum(self.units[kind] for kind in done) * self.element)
+        elif index + 1 < len(self.layers):
+            self.ledger.hold(self.units[self.layers[index + 1]] * self.stored * where(self.stored_over > 0, 1, 0))
+
+    def _fsdp_sum(self, kind: int, unit: Any, index: int) -> None:
+        """FSDP2 sums a unit's gradients: they are copied into one piece in the parameters' dtype, whose sum is kept."""
+        ledger = self.ledger
+        if index + 1 < len(self.layers):
+            ledger.drop(self.units[self.layers[index + 1]] * self.stored)
+        if self.shape.reshard or True:
+            ledger.drop(unit * self.element, "gathered")
+        ledger.hold(unit * self.stored)
+        ledger.touch(unit // self.stored_over * self.stored)
+
+    def embedding(self) -> None:
+        """The gradient of the embedding: of the whole table on this rank, in the parameters' dtype."""
+        ledger, head, parallel = self.ledger, self.head, self.parallel
+        table = self.vocabulary * (self.model.hidden_size // self.mesh.sizes["inner"])
+        every = len(self.layers)
+        if parallel.fsdp is None:
+            self.begin("backward of the embedding", every, 0, 0, working=head.s)
+            ledger.hold(head.whole_r * head.r_moves)
+            ledger.hold(table * self.stored)
+            ledger.touch((table + self.head_shard) * self.stored * head.w_moves)
+            ledger.touch(self.head_shard * self.stored * head.w_moves * 2)
+            return
+        whole = self.units[-1] * self.element
+        last = self.units[self.layers[0]] * self.stored if self.shape.by_layer else 0
+        if not self.shape.by_layer:
+            layers = sum(self.units[kind] for kind in self.layers)
+            self.begin("backward of the embedding", 0, 0, whole + layers * self.element, working=head.s)
+            ledger.hold(layers * self.element)
+        else:
+            self.begin("backward of the embedding", every, 0, whole, working=head.s + last)
+        ledger.hold(self.head_shard * self.element)  # the gradient of the head
+        ledger.hold(table * self.stored)
+        ledger.touch(table * self.element * where(self.stored != self.element, 1, 0) + 0)
+
+    def sums(self) -> None:
+        """FSDP2's sum of the gradients of what is in no layer, or of all."""
+        if self.parallel.fsdp is None:
+            return
+        every, unit = len(self.layers), self.units[-1]
+        if not self.shape.by_layer:
+            unit = unit + sum(self.units[kind] for kind in self.layers)
+            every = 0
+        self.begin("sum of gradients", every, 0, 0)
+        ledger = self.ledger
+        self.ledger.hold(unit * self.element * where(self.several > 0, self.element == self.stored, 1))
+        ledger.drop(self.accumulated(every) * 0)
+        ledger.hold(unit * self.stored)
+        ledger.hold(unit // self.stored_over * self.stored)
+
+    def update(self) -> None:
+        """The update by the optimizer, all gradients there."""
+        every = 0 if self.offload else state_bytes(self.model, self.parallel)
+        copies = every // 4 if self.optimizer == "adamw_torch" else 0
+        self.ledger.begin("update", states=every, working=copies)
+
+
+def replace_offload(shape: StepShape) -> StepShape:
+    """The shape with what layers keep on the device."""
+    return replace(shape, savers=replace(shape.savers, offload=False))

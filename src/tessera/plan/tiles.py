@@ -1,9 +1,14 @@
 """Into which tiles an MLP falls on a rank, where `tiled_mlp` cuts its tokens."""
 
+from typing import Any
+
+import numpy as np
+
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape
 from tessera.models.anatomy import Block
 from tessera.nn.mlp_tiles import tile_sizes
+from tessera.sizes.arrays import larger, rounded_up, smaller
 
 
 def mlp_tiles(block: Block, shape: StepShape, parallel: Parallel) -> list[int]:
@@ -16,3 +21,16 @@ def mlp_tiles(block: Block, shape: StepShape, parallel: Parallel) -> list[int]:
         return [tokens * gathered]
     sizes = tile_sizes(tokens, shape.savers.mlp_tiles, block.column.width, gathered, scattered)
     return [size * gathered for size in sizes]
+
+
+def largest_tile(block: Block, shape: StepShape, parallel: Parallel) -> tuple[Any, Any]:
+    """The tokens of the largest tile, and of all together; sizes may be arrays of candidates."""
+    mesh, hidden = parallel.mesh, block.column.hidden(parallel)
+    gathered = mesh.sizes["col"] if parallel.residual.stored_dim("col") == 0 else 1
+    scattered = mesh.sizes["inner"] if hidden.stored_dim("inner") == 0 else 1
+    together = shape.tokens_on(mesh, parallel.streams.ids)
+    unit = scattered // np.gcd(scattered, gathered)
+    units = together // gathered // unit
+    wanted = shape.savers.mlp_tiles or rounded_up(together, block.column.width)
+    tiles = larger(1, smaller(wanted, units))
+    return rounded_up(units, tiles) * unit * gathered, together

@@ -1,0 +1,259 @@
+"""What is alive while a layer runs backward, and before that forward once more where it is computed again.
+
+What a layer saved goes as its backward comes to it, in the reverse order of the forward; what it makes meanwhile are
+the gradients of its activations and of its weights, and what products, attention and norms hold while they run.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tessera.layout.parallel import Parallel
+from tessera.layout.shape import StepShape
+from tessera.models.anatomy import Attention, Block, Layer, Norm
+from tessera.plan.attention_walk import attention_backward
+from tessera.plan.ledger import Ledger
+from tessera.plan.memory import BlockSaved, result_bytes, saved_by_block
+from tessera.plan.product_walk import ProductSizes, backward, forward, sizes_of
+from tessera.plan.tiles import largest_tile
+from tessera.sizes.arrays import larger, where
+
+
+@dataclass(frozen=True)
+class Walk:
+    """One layer's walk: what the step needs to say of it beside the sizes that follow from the layout.
+
+    `accumulates`: gradients of an earlier micro-batch are there, 0 or 1; `tiled`: whether its MLP goes in tiles.
+    """
+
+    ledger: Ledger
+    shape: StepShape
+    parallel: Parallel
+    accumulates: Any
+    tiled: bool
+
+    @property
+    def wide(self) -> int:
+        """Bytes of an element that norms, softmax and sums compute in."""
+        return torch.promote_types(self.parallel.compute, torch.float32).itemsize
+
+    @property
+    def widening(self) -> float:
+        """How much larger a tensor is in that dtype."""
+        return self.wide // self.parallel.compute.itemsize
+
+    @property
+    def holding(self) -> int:
+        """How much larger a weight's gradient is in the parameters' dtype than in the compute dtype."""
+        return self.parallel.dtype.itemsize // self.parallel.compute.itemsize
+
+    @property
+    def early(self) -> bool:
+        """Whether weights come a product early."""
+        schedule = self.parallel.schedule
+        return schedule.prefetch and not schedule.in_panels
+
+    @property
+    def late(self) -> bool:
+        """Whether the sum of a weight's gradient is waited for a product late."""
+        schedule = self.parallel.schedule
+        return schedule.defer and not schedule.in_panels
+
+
+def layer_backward(walk: Walk, layer: Layer, following: Any) -> None:
+    """The layer's own walk. The gradient of its result is held as working, as is then that of its input.
+
+    What it saved is held as activations: where it runs again its input, and attention's result if that is kept, else
+    all. `following`: bytes of the weights that the product after its last one gathers early.
+    """
+    ledger, shape, parallel = walk.ledger, walk.shape, walk.parallel
+    saved = [saved_by_block(block, shape, parallel, tiled=walk.tiled) for block in layer]
+    products = [[sizes_of(product, shape, parallel) for product in block.products] for block in layer]
+    in_order = [p for block in products for p in block]
+    if shape.recompute:
+        _forward_again(walk, layer, saved, products)
+    s = in_order[0].s
+    before = [p.early * walk.early for p in in_order]
+    order = list(reversed(range(len(in_order))))
+    for number in reversed(range(len(layer))):
+        block, held, (column, row) = layer[number], saved[number], products[number]
+        ledger.hold(s)  # the gradient of the stream goes into the block, and past it
+        if block.attention is None and walk.tiled:
+            _tiles_backward(walk, block, held, column, row)
+        else:
+            _block_backward(walk, block, held, (column, row), number, before, following)
+        ledger.drop(held.column_input + held.column_weights, "activations")
+        norm_backward(ledger, block.norm, s, walk.widening)
+        ledger.drop(held.stream + held.statistics, "activations")
+        ledger.drop(s)  # added to what has gone past it
+    del order
+
+
+def _block_backward(
+    walk: Walk,
+    block: Block,
+    held: BlockSaved,
+    products: tuple[ProductSizes, ProductSizes],
+    number: int,
+    before: list[Any],
+    following: Any,
+) -> None:
+    ledger, parallel, (column, row) = walk.ledger, walk.parallel, products
+    place = 2 * number  # of the column-parallel product among the layer's
+    late = [0 if place + 2 >= len(before) else _late(walk, column, before), row.late * walk.late]
+    backward(ledger, row, parallel, before[place], late[0])
+    gradients(walk, row)
+    ledger.drop(row.s)  # of the two gradients of the stream the block's own one
+    ledger.drop(held.row_input + held.row_weights, "activations")
+    into_row = row.hidden
+    if block.attention is not None:
+        attention_backward(ledger, block.attention, held.inside, walk.shape, parallel)
+        ledger.drop(into_row)
+        ledger.hold(column.hidden)
+    elif len(column.h) > 1:  # with a gate: silu(gate), dy · up, and the gradient of gate
+        ledger.hold(2 * into_row)
+        ledger.touch(into_row)
+        ledger.drop(into_row)
+        ledger.drop(held.inside, "activations")
+    else:
+        ledger.touch(into_row)
+        ledger.drop(held.inside, "activations")
+    backward(ledger, column, parallel, before[place - 1] if place else following, late[1])
+    gradients(walk, column)
+    ledger.drop(column.hidden)
+
+
+def _late(walk: Walk, column: ProductSizes, before: list[Any]) -> Any:
+    return column.late * walk.late
+
+
+def gradients(walk: Walk, p: ProductSizes) -> None:
+    """The gradients of a product's weights, which are held in the compute dtype, become those of the parameters."""
+    ledger, parallel = walk.ledger, walk.parallel
+    whole = p.shards
+    if parallel.fsdp is not None:
+        return  # FSDP2 takes them as they are, layer by layer
+    held = [w * walk.holding for w in p.w]
+    if walk.holding > 1:
+        ledger.touch(where(walk.accumulates, held[0], sum(held) - whole + p.w[-1]))
+    turned = p.column * p.w_moves  # summed over shards that lie across: copied so that it lies as the parameter does
+    ledger.touch(where(walk.accumulates, 0, held[-1] * turned))
+    ledger.drop(whole)
+    ledger.hold(where(walk.accumulates, 0, sum(held)), "states")
+
+
+def norm_backward(ledger: Ledger, norm: Norm, s: Any, widening: Any) -> None:
+    """A norm's backward: the gradient of its result, of `s` bytes, is held and becomes that of its input.
+
+    In the wide dtype: RMSNorm has x, dy, their product and dx; LayerNorm x̂, dy and dx, and a product of two.
+    """
+    copied = 1 if widening > 1 else 0
+    tensors = 3 + copied if norm.centred else 2 * copied + 2
+    ledger.touch(tensors * s * widening if not norm.centred else (2 + copied) * s * widening + copied * s)
+    if not norm.centred:
+        ledger.touch((tensors * widening + copied) * s)
+
+
+def norm_forward(ledger: Ledger, norm: Norm, s: Any, widening: Any) -> None:
+    """x in the wide dtype, and what is scaled of it, which is copied into the compute dtype."""
+    copied = 1 if widening > 1 else 0
+    ledger.touch((copied + 1) * s * widening + copied * s)
+
+
+def _forward_again(
+    walk: Walk, layer: Layer, saved: list[BlockSaved], products: list[list[ProductSizes]]
+) -> None:
+    """What the layer saves comes, but for what is there: its input, and the result of attention that is kept."""
+    ledger, parallel = walk.ledger, walk.parallel
+    for number, (block, held, (column, row)) in enumerate(zip(layer, saved, products, strict=True)):
+        if number:
+            ledger.hold(held.stream, "activations")
+        ledger.touch(column.s * (2 * walk.widening))
+        ledger.hold(held.column_input + held.statistics + held.column_weights, "activations")
+        if block.attention is None and walk.tiled:
+            return
+        forward(ledger, column, parallel, row.early * walk.early)
+        kept = result_bytes(block.attention, walk.shape, parallel) if block.attention is not None else 0
+        kept = kept if walk.shape.savers.attention_once else 0
+        ledger.hold(held.inside + held.row_input - kept, "activations")
+        if block.attention is not None:
+            ledger.touch(column.hidden + row.hidden)
+        ledger.hold(held.row_weights, "activations")
+        following = products[number + 1][0] if number + 1 < len(layer) else row
+        forward(ledger, row, parallel, following.early * walk.early)
+
+
+def _tiles_backward(walk: Walk, block: Block, held: BlockSaved, column: ProductSizes, row: ProductSizes) -> None:
+    """Tile by tile: forward, then backward; weights are gathered once, their gradients summed in float32 or wider."""
+    ledger, parallel, wide = walk.ledger, walk.parallel, walk.widening
+    panels = parallel.schedule.in_panels
+    size, tokens = largest_tile(block, walk.shape, parallel)
+    part = _Tile(size, tokens)
+    small_column, small_row = part.of(column, panels), part.of(row, panels)
+    moves = 0 if panels else 1
+    whole = column.whole_w if moves else column.shards
+    whole_row = row.whole_w if moves else row.shards
+    w = ledger.hold((whole * column.w_moves + whole_row * row.w_moves) * moves, "gathered")
+    dx = ledger.hold(column.s)
+    sums = where(size < tokens, (whole + whole_row) * wide, 0)
+    ledger.hold(sums)
+    activations = ledger.hold(small_column.hidden + small_row.hidden, "activations")
+    tile = small_row.s
+    ledger.hold(tile)
+    backward(ledger, small_row, parallel, 0, 0)
+    gates = len(column.h) > 1
+    ledger.touch((2 if gates else 0) * small_row.hidden + small_row.hidden)
+    ledger.drop(small_row.hidden)
+    ledger.hold(small_column.hidden)
+    backward(ledger, small_column, parallel, 0, 0)
+    copy = whole + whole_row if wide > 1 else 0
+    ledger.touch(copy * 0 + larger(whole // len(column.w), whole_row) * wide * (1 if wide > 1 else 0))
+    ledger.drop(small_column.hidden + small_column.s + tile)
+    ledger.drop(activations, "activations")
+    ledger.drop(small_column.shards + small_row.shards)
+    # in the compute dtype, and reduced
+    narrow = ledger.hold((whole + whole_row) if wide > 1 else 0)
+    ledger.drop(sums)
+    ledger.drop(w, "gathered")
+    ledger.drop(narrow)
+    ledger.hold(column.shards + row.shards)
+    gradients(walk, row)
+    gradients(walk, column)
+    ledger.drop(row.s)
+    ledger.hold(column.s)
+    ledger.drop(dx)
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """The largest tile of so many tokens: `size` of `tokens`."""
+
+    size: Any
+    tokens: Any
+
+    def of(self, p: ProductSizes, panels: bool) -> ProductSizes:
+        """The sizes of a product of this tile's tokens, whose weights are there unless they come panel by panel."""
+        whole = p.w if panels else tuple(w * p.rows for w in p.w)
+        return ProductSizes(
+            p.column,
+            self._part(p.whole_r),
+            self._part(p.s),
+            whole,
+            tuple(self._part(h) for h in p.h),
+            p.r_moves,
+            p.w_moves if panels else 0,
+            p.h_moves,
+            p.col,
+            p.rows if panels else 1,
+            p.inner,
+            p.by_features,
+        )
+
+    def _part(self, size: Any) -> Any:
+        return size * self.size // self.tokens
+
+
+def attention_of(layer: Layer) -> Attention | None:
+    """The attention of a layer."""
+    return next((block.attention for block in layer if block.attention is not None), None)
