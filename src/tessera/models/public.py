@@ -11,8 +11,8 @@ as it reads a file), and beside them:
     hub          its names on the Hugging Face hub; the first is the one whose config.json the row is
 
 The other names of a row have the same sizes; their positions may differ. An empty cell is a key that is not there.
-Rows that Lightning-AI/litgpt has too (litgpt/config.py at 0006c97, with links to each config.json) were compared with it;
-tests/models/test_public.py counts the parameters of every row and compares them with the column.
+Rows that Lightning-AI/litgpt has too (litgpt/config.py at 0006c97, with links to each config.json) were compared
+with it; tests/models/test_public.py counts the parameters of every row and compares them with the column.
 """
 
 import csv
