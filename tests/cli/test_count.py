@@ -5,8 +5,11 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from tessera.cli.count import Asked, question
 from tessera.cli.main import app
 from tessera.core.errors import RunFailed, UserError
+from tessera.layout.shape import StepShape
+from tessera.models.shapes import shape_of
 
 CONFIG = {
     "model_type": "llama",
@@ -111,20 +114,20 @@ def test_counts_that_are_not_the_formula_fail_the_command(folder, monkeypatch):
     assert isinstance(error, RunFailed) and "1D on 2 devices" in str(error)
 
 
-TINY = ("--batch", "2", "--sequence", "8", "--layers", "1", "--ranks", "2")
-
-
-def test_a_model_is_the_argument_by_folder_name_or_size(folder, monkeypatch):
+def test_a_model_is_the_argument_or_the_option_by_folder_name_or_size(folder, monkeypatch):
     monkeypatch.setattr("tessera.models.hub.download", lambda *_: pytest.fail("the hub was asked"))
-    by_option, by_argument = run("--model", str(folder), *TINY), run(str(folder), *TINY)
-    assert by_option.exit_code == by_argument.exit_code == 0 and by_option.output == by_argument.output
-    for name in ("135M", "HuggingFaceTB/SmolLM2-135M", "smollm2-135m"):
-        result = run(name, *TINY)
-        assert result.exit_code == 0, result.exception
-        assert "1 layers, hidden 576, ffn 1536, heads 9 (3 kv), vocabulary 49152; 16 tokens (2 × 8)" in said(result)
-    assert isinstance(run(str(folder), "--model", "8B", *TINY).exception, UserError)
-    error = run("9B", *TINY).exception
-    assert isinstance(error, UserError) and "8B (llama-3.1-8b)" in error.hint
+    usual = ([8, 16, 64, 512], StepShape(512, 64))
+    for asked in (Asked(str(folder)), Asked(model=str(folder))):
+        devices, model, shape = question(asked)
+        assert (devices, shape) == usual and (model.hidden_size, model.num_layers) == (64, 2)
+    for name in ("70B", "meta-llama/Llama-3.1-70B", "llama-3.1-70b"):
+        assert question(Asked(name))[1] == question(Asked(model=name))[1] == shape_of("70B")
+    assert question(Asked("gpt2", layers=3, batch=4, sequence=8, ranks="2"))[::2] == ([2], StepShape(4, 8))
+    assert question(Asked("gpt2"))[1].residual_dropout == 0 and question(Asked())[1].num_layers == 16
+    with pytest.raises(UserError, match="already: 7B"):
+        question(Asked("7B", model="8B"))
+    with pytest.raises(UserError, match=r"8B \(llama-3.1-8b\)"):
+        question(Asked("9B"))
 
 
 def test_of_a_file_it_takes_model_rows_and_devices(folder, tmp_path):
@@ -135,9 +138,10 @@ def test_of_a_file_it_takes_model_rows_and_devices(folder, tmp_path):
     )
     result = run(str(config))
     assert result.exit_code == 0, result.exception
-    assert "2 layers, hidden 64" in said(result) and "48 tokens (4 × 12)" in said(result)
+    words = " ".join(result.output.split())
+    assert "2 layers, hidden 64" in words and "48 tokens (4 × 12)" in words
     assert {row.split()[0] for row in result.output.splitlines() if "1D + SP" in row} == {"4"}
-    assert "8 tokens (2 × 4)" in said(run(str(config), *TINY[:2], "--sequence", "4", "--ranks", "1"))
+    assert question(Asked(str(config), batch=2, ranks="8"))[::2] == ([8], StepShape(2, 12))
 
 
 def test_one_device_receives_nothing_and_a_full_one_is_told(folder, tmp_path):
@@ -150,8 +154,3 @@ def test_one_device_receives_nothing_and_a_full_one_is_told(folder, tmp_path):
     check_reasons(text, rows)
     assert next(row for row in rows if row[1] == "1D")[3:6] == ["0", "0", "0"]
     assert "no mesh fits 107 B: the one that holds least, 1·1·1·1, holds " in text
-
-
-def said(result):
-    """What was printed, without the ends of lines."""
-    return " ".join(result.output.split())

@@ -312,9 +312,10 @@ def test_a_model_is_inspected_by_name_size_or_folder(config, capsys, no_network)
         assert report["ranks"] == 3 and report["totals"]["all"]["elements"] == 134_515_008
     assert reported("gpt2", capsys)["streams"][0]["shape"][0] == 1024, "rows no longer than its positions"
     folder = config.parent / "model"
-    assert reported(folder, capsys, *layout("2d", 4))["parameters"] == reported(
-        config, capsys, *layout("2d", 4), "micro_batch_size=1"
-    )["parameters"]
+    assert (
+        reported(folder, capsys, *layout("2d", 4))["parameters"]
+        == reported(config, capsys, *layout("2d", 4), "micro_batch_size=1")["parameters"]
+    )
     for wrong, key in (("9B", "model"), ("no/such.yaml", "config file"), ("run", "config file")):
         with pytest.raises(UserError) as caught:
             inspect(wrong, [], None, None, None, True)

@@ -54,7 +54,7 @@ def count(asked: Asked, output: Path | None) -> None:
     """Count every layout at each number of devices; print the table, and write it and its figure into `output`."""
     if not 0 < asked.memory <= GIB:  # nor is nan
         raise UserError("--memory", asked.memory, "is not the memory of a device, in GiB", "for example 80")
-    worlds, config, shape = _question(asked)
+    worlds, config, shape = question(asked)
     if output is not None:
         check_target_folder(output, "--output")
         with writing_target(output, "--output"):
@@ -79,7 +79,7 @@ def count(asked: Asked, output: Path | None) -> None:
         console.print(f"written: {output}/scale.md, scale.svg, scale.png")
 
 
-def _question(asked: Asked) -> tuple[list[int], ModelConfig, StepShape]:
+def question(asked: Asked) -> tuple[list[int], ModelConfig, StepShape]:
     """The numbers of devices, the model and the step that are asked about; what is not given is the file's, if any."""
     if asked.subject is not None and asked.model is not None:
         raise UserError("--model", asked.model, f"the model is given already: {asked.subject}", "give one of the two")

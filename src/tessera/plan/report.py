@@ -146,7 +146,10 @@ def draw(title: str, lines: Sequence[Line], folder: Path) -> None:
             elements.plot([], [], **look)
         received = "10⁹ elements received by one device in a step"
         for axes, label in ((elements, received), (memory, "peak GiB of one device")):
-            axes.set(xscale="log", yscale="log", xlabel="devices", ylabel=label)
+            axes.set(xlabel="devices", ylabel=label)
+            if not axes.lines or all(not len(line.get_xdata()) for line in axes.lines):
+                continue  # one device receives nothing, and nothing has no logarithm
+            axes.set(xscale="log", yscale="log")
             numbers = sorted({line.contender.ranks for line in lines})
             axes.set_xticks(numbers, [str(n) for n in numbers])
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
