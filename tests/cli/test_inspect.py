@@ -277,3 +277,60 @@ def test_mistakes_are_named_and_nothing_is_drawn(config, options, overrides, key
         inspect(config, overrides, **asked, as_json=False)
     assert caught.value.key == key and said in str(caught.value)
     assert list(Path().iterdir()) == []
+
+
+HSDP = """\
+base_model: meta-llama/Llama-3.1-70B
+dp_shard_size: 4
+dp_replicate_size: 2
+tensor_parallel_size: 2
+fsdp_version: 2
+datasets: [{path: ./alpaca.jsonl, type: alpaca}]
+sequence_len: 4096
+"""
+"""What ../shared/configs/two_nodes_16gpu.yaml says of model and layout."""
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    monkeypatch.setattr("tessera.models.hub.download", lambda *_: pytest.fail("the hub was asked"))
+
+
+def test_a_public_model_needs_no_files_and_no_network(tmp_path, monkeypatch, capsys, no_network):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(HSDP)
+    report = reported(tmp_path / "run.yaml", capsys)
+    assert report["ranks"] == 16 and report["totals"]["all"]["elements"] == 70_553_706_496
+    assert report["matrices_are_one_of"] == 8
+    tokens = reported(tmp_path / "run.yaml", capsys, "tokens=[a, b, c]", "tensor_parallel_size=1")
+    assert tokens["totals"]["all"]["elements"] == 70_553_706_496 + 3 * 2 * 8192  # each may be a new row of both tables
+
+
+def test_a_model_is_inspected_by_name_size_or_folder(config, capsys, no_network):
+    for name in ("135M", "huggingfacetb/smollm2-135m"):
+        report = reported(name, capsys, "tensor_parallel_size=3")
+        assert report["ranks"] == 3 and report["totals"]["all"]["elements"] == 134_515_008
+    assert reported("gpt2", capsys)["streams"][0]["shape"][0] == 1024, "rows no longer than its positions"
+    folder = config.parent / "model"
+    assert (
+        reported(folder, capsys, *layout("2d", 4))["parameters"]
+        == reported(config, capsys, *layout("2d", 4), "micro_batch_size=1")["parameters"]
+    )
+    for wrong, key in (("9B", "model"), ("no/such.yaml", "config file"), ("run", "config file")):
+        with pytest.raises(UserError) as caught:
+            inspect(wrong, [], None, None, None, True)
+        assert caught.value.key == key
+
+
+CONFIGS = Path(__file__).parents[3] / "shared" / "configs"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CONFIGS.is_dir(), reason=f"{CONFIGS} is not there")
+def test_the_neighbours_configs_are_inspected_by_the_names_they_give(tmp_path, monkeypatch, capsys, no_network):
+    monkeypatch.chdir(tmp_path)
+    seen = {}
+    for path in sorted(CONFIGS.glob("*.yaml")):
+        if "base_model: ./" not in path.read_text():
+            seen[path.stem] = reported(path, capsys)["ranks"]
+    assert seen == {"four_d_32gpu": 32, "llama70b_8gpu": 8, "long_context_8gpu": 8, "two_nodes_16gpu": 16}

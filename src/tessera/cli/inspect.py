@@ -1,6 +1,7 @@
-"""`tessera inspect CONFIG`: what each rank of a layout holds, a picture of it, and what travels on which axis.
+"""`tessera inspect CONFIG|MODEL`: what each rank of a layout holds, a picture of it, and what travels on which axis.
 
-Needs config.json of the base model alone: no ranks, data or weights; writes nothing but the picture it is asked for.
+Needs the sizes of the base model alone (its config.json, or the table of public models): no ranks, data or weights;
+writes nothing but the picture it is asked for.
 """
 
 import json
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tessera.config.load import load_config
+from tessera.cli.subject import config_of
 from tessera.core import terminal
 from tessera.core.axes import AXES, DATA_AXES, MODEL_AXES, SEQUENCE_AXES
 from tessera.core.files import writing_target
@@ -23,7 +24,7 @@ from tessera.inspect.tables import WIDTH, Report, print_report
 
 
 def inspect(
-    config_path: Path,
+    subject: str | Path,
     overrides: Sequence[str],
     weight: str | None,
     activation: str | None,
@@ -31,10 +32,13 @@ def inspect(
     as_json: bool,
     documents: str | None = None,
 ) -> None:
-    """Print the report on the config, as tables or JSON, and draw it into `picture`. Raises UserError first."""
+    """Print the report on a YAML file or a model, as tables or JSON, and draw it into `picture`.
+
+    Raises UserError before anything is printed.
+    """
     if picture is not None:
         check_picture(picture)
-    config, notes = load_config(config_path, overrides)
+    config, notes = config_of(str(subject), overrides)
     report = report_on(config, weight, activation, documents)
     if picture is not None:
         with writing_target(picture, "--picture"):

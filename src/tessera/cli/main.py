@@ -16,6 +16,9 @@ from tessera.core.writing import why
 from tessera.sizes import bounds
 
 Config = Annotated[Path, typer.Argument(help="The YAML file of the run.", metavar="CONFIG")]
+Subject = Annotated[
+    str, typer.Argument(help="A YAML file, or a model: a folder, a name or a size such as 70B.", metavar="CONFIG|MODEL")
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Replace a key of the file; inner ones with dots."),
@@ -169,7 +172,7 @@ def preprocess(
 
 @app.command(cls=ReadsConfig)
 def inspect(
-    config: Config,
+    config: Subject,
     overrides: Overrides = None,
     weight: Annotated[str | None, typer.Option(help="The parameter to picture; without it the first up.")] = None,
     activation: Annotated[
@@ -194,24 +197,42 @@ def inspect(
 
 @app.command()
 def count(
-    ranks: Annotated[str, typer.Option(help="Numbers of devices to compare, with commas between.")] = "8,16,64,512",
-    model: Annotated[str | None, typer.Option(help="A folder with config.json; unset: sizes of Llama 3 70B.")] = None,
-    layers: Annotated[
-        int | None, typer.Option(min=1, max=bounds.LAYERS, help="Layers; unset: those of the folder, or 16.")
+    subject: Annotated[
+        str | None,
+        typer.Argument(
+            help="A YAML file, or a model: a folder, a name or a size such as 70B; unset: Llama 3 70B with 16 layers.",
+            metavar="[CONFIG|MODEL]",
+        ),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, max=bounds.ROWS, help="Sequences of the micro-batch.")] = 512,
-    sequence: Annotated[int, typer.Option(min=1, max=bounds.TOKENS, help="Tokens of a sequence.")] = 64,
+    ranks: Annotated[
+        str | None,
+        typer.Option(
+            help="Numbers of devices to compare, with commas between; unset: as many as the file has, or 8,16,64,512."
+        ),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The model, as the argument has it.")] = None,
+    layers: Annotated[
+        int | None, typer.Option(min=1, max=bounds.LAYERS, help="Layers; unset: those of the model.")
+    ] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, max=bounds.ROWS, help="Sequences of the micro-batch; unset: as in the file, or 512."),
+    ] = None,
+    sequence: Annotated[
+        int | None,
+        typer.Option(min=1, max=bounds.TOKENS, help="Tokens of a sequence; unset: as in the file, or 64."),
+    ] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Keep gathered copies for the backward.")] = False,
-    memory: Annotated[float, typer.Option(help="GB of a device, which the best mesh may hold.")] = 80.0,
+    memory: Annotated[float, typer.Option(help="GiB of a device, which the best mesh may hold.")] = 80.0,
     context: Annotated[
         bool, typer.Option("--context", help="Also layouts whose devices share rows: Ulysses, exchange, ring.")
     ] = False,
     output: Annotated[Path | None, typer.Option(help="A folder for scale.md, scale.svg and scale.png.")] = None,
 ) -> None:
     """Estimate communication and memory per device for up to hundreds of devices; needs no devices."""
-    from tessera.cli.count import count
+    from tessera.cli.count import Asked, count
 
-    count(ranks, model, layers, batch, sequence, keep, memory, context, output)
+    count(Asked(subject, model, ranks, layers, batch, sequence, keep, memory, context), output)
 
 
 @app.command(cls=ReadsConfig)

@@ -5,13 +5,19 @@ from pathlib import Path
 from tessera.core.errors import UserError
 from tessera.core.network import reachable
 from tessera.models.beside import TEMPLATES, TOKENIZER_FILES
+from tessera.models.public import nearest_names, public_model
 
 
 def download(name: str, weights: bool) -> Path:
     """The folder of model `name` of the hub, in the library's cache; downloaded where the cache lacks it.
 
-    UserError: the hub has no such model, or cannot be reached and the cache has no copy.
+    UserError: the hub has no such model, or cannot be reached and the cache has no copy; or the name is one that only
+    the table of public models has.
     """
+    public = public_model(name)
+    if public and name.lower() not in [hub.lower() for hub in public.hub]:
+        reason = f"means the sizes of {public.name}; where files are needed it takes a folder or a name of the hub"
+        raise UserError("base_model", name, reason, public.hub[0] if public.hub else "a folder with config.json")
     import huggingface_hub  # most runs name a folder and need none of it
     from huggingface_hub import constants  # the package alone does not have it
 
@@ -26,6 +32,7 @@ def download(name: str, weights: bool) -> Path:
         if offline:
             said = ("HF_HUB_OFFLINE is set" if told else f"{endpoint} cannot be reached") + ", its cache has no copy"
         reason = f"no such folder, and the hub gives no model of this name: {said}"
-        raise UserError("base_model", name, reason, "check the name, the network, or give a local folder") from error
+        hint = f"check the name, the network, or give a local folder; sizes are known of {nearest_names(name)}, …"
+        raise UserError("base_model", name, reason, hint) from error
     finally:
         constants.HF_HUB_OFFLINE = told

@@ -66,35 +66,38 @@ def describe(model: ModelConfig, shape: StepShape, keep: bool, memory: float) ->
         f"{model.num_layers} layers, hidden {model.hidden_size}, ffn {model.ffn_size}, heads {model.num_heads} "
         f"({model.num_kv_heads} kv), vocabulary {model.vocab_size}; {shape.tokens} tokens ({shape.batch} × "
         f"{shape.sequence}); float32, AdamW; operands {'kept' if keep else 'gathered again'}; "
-        f"best mesh: the fewest elements within {memory:g} GB"
+        f"best mesh: the fewest elements within {memory:g} GiB"
     )
 
 
 NOTES = """\
 mesh: the sizes of inner·depth·row·col. Elements: what one device (rank 0) receives in one optimizer step, counted
 and by formula alike; kept: by formula, with gathered operands kept for the backward. Bytes of the device, counted: the
-peak of the step; states: parameters, gradients and moments; saved: what the forward leaves for the backward. FSDP: the
-axis row alone. SUMMA, published: its loop C = A B in every layer, a formula; SUMMA loop: ours, A Bᵀ in every second
-layer. Ulysses, exchange, ring, with --context alone: all devices share each row, and FSDP2 cuts weights over them."""
+peak of the step; states: parameters, gradients and moments; saved: what the forward leaves for the backward. Of each —
+the reason is below. FSDP: the axis row alone. SUMMA, published: its loop C = A B in every layer, a formula; SUMMA loop:
+ours, A Bᵀ in every second layer. Ulysses, exchange, ring, with --context alone: all devices share each row, and FSDP2
+cuts weights over them."""
 
 
 def cells(line: Line, unit: float) -> dict[str, str]:
-    """One row of the table by heading: elements in `unit`, bytes in GB."""
+    """One row of the table by heading: elements in `unit`, bytes in GiB. `left_out` says why a cell is "—"."""
     contender, memory = line.contender, line.memory
+    known = contender.tensor is not None or contender.elements > 0
     elements = {"counted": line.counted, "by formula": contender.elements, "kept": contender.kept}
+    elements = elements if known else dict.fromkeys(elements)
     held = {"peak": memory.peak, "states": memory.states, "saved": memory.activations} if memory else {}
     return {
         "devices": str(contender.ranks),
         "layout": contender.name,
         "mesh": contender.mesh,
-        **{name: f"{number / unit:,.0f}" if number else "—" for name, number in elements.items()},
-        **{name: f"{held[name] / 1e9:.2f}" if held else "—" for name in ("peak", "states", "saved")},
+        **{name: f"{number / unit:,.0f}" if number is not None else "—" for name, number in elements.items()},
+        **{name: f"{held[name] / 2**30:.2f}" if held else "—" for name in ("peak", "states", "saved")},
     }
 
 
 def terminal_table(title: str, lines: Sequence[Line]) -> Table:
     """Eight columns; where elements are counted they are the formula's, or the command has failed."""
-    caption = f"elements in millions, bytes in GB. {' '.join(NOTES.split())}"
+    caption = f"elements in millions, bytes in GiB. {' '.join(NOTES.split())}"
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD)
     table.padding, table.pad_edge = (0, 1, 0, 0), False  # to fit 80 columns
     for heading in ("devices", "layout", "mesh", "elements", "kept", "peak", "states", "saved"):
@@ -105,7 +108,7 @@ def terminal_table(title: str, lines: Sequence[Line]) -> Table:
 
 
 def left_out(lines: Sequence[Line]) -> list[str]:
-    """What does not fit, and why."""
+    """What does not fit or is not counted, and why: of every line that has a "—"."""
     return [f"{c.ranks} devices, {c.name}: {c.reason}" for c in (line.contender for line in lines) if c.reason]
 
 
@@ -139,11 +142,14 @@ def draw(title: str, lines: Sequence[Line], folder: Path) -> None:
             if all(line.counted is not None for line in own):
                 counted = [line.counted / 1e9 for line in own if line.counted]
                 elements.plot(devices, counted, color=colour, ls="", marker=marker, ms=6)
-                memory.plot(devices, [line.memory.peak / 1e9 for line in own if line.memory], **look)
+                memory.plot(devices, [line.memory.peak / 2**30 for line in own if line.memory], **look)
             elements.plot([], [], **look)
         received = "10⁹ elements received by one device in a step"
-        for axes, label in ((elements, received), (memory, "peak GB of one device")):
-            axes.set(xscale="log", yscale="log", xlabel="devices", ylabel=label)
+        for axes, label in ((elements, received), (memory, "peak GiB of one device")):
+            axes.set(xlabel="devices", ylabel=label)
+            if not axes.lines or all(not len(line.get_xdata()) for line in axes.lines):
+                continue  # one device receives nothing, and nothing has no logarithm
+            axes.set(xscale="log", yscale="log")
             numbers = sorted({line.contender.ranks for line in lines})
             axes.set_xticks(numbers, [str(n) for n in numbers])
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from tessera.core.axes import MODEL_AXES
 from tessera.core.errors import UserError
 from tessera.core.mesh import Mesh
+from tessera.core.text import human
 from tessera.layout import resolve
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape, padded_length
@@ -23,6 +24,7 @@ from tessera.sizes.numbers import divisors_of
 from tessera.sizes.rules import Ask, TensorParallel, first_misfit, modes_with
 
 SHARING = ("Ulysses", "exchange", "ring")
+FORMULA = "is a published formula of what is received: there is no code of it whose step could be counted"
 
 
 def parallel_of(tensor: TensorParallel, batch: int, rank: int = 0, context: ContextParallel = WHOLE) -> Parallel:
@@ -77,14 +79,31 @@ def best_mesh(
 
     Of several the one that holds the least.
     """
+    return _best_of(fitting_meshes(model, shape, ranks, keep), model, shape, memory)
+
+
+def fitting_meshes(
+    model: ModelConfig, shape: StepShape, ranks: int, keep: bool = False
+) -> list[tuple[TensorParallel, int]]:
+    """Every mesh of so many ranks that fits the model and the batch, with the bytes that rank 0 holds in it."""
     meshes = (replace(tensor, keep_gathered=keep) for tensor in every_mesh(ranks))
-    fitting = [tensor for tensor in meshes if misfit(model, shape, tensor) is None]
-    held = {tensor.written_mesh: sum(held_bytes(model, shape, tensor)) for tensor in fitting}
-    return min(
-        (tensor for tensor in fitting if held[tensor.written_mesh] <= memory),
-        key=lambda tensor: (received_elements(model, shape, tensor), held[tensor.written_mesh]),
-        default=None,
-    )
+    fitting = (tensor for tensor in meshes if misfit(model, shape, tensor) is None)
+    return [(tensor, sum(held_bytes(model, shape, tensor))) for tensor in fitting]
+
+
+def _best_of(
+    fitting: list[tuple[TensorParallel, int]], model: ModelConfig, shape: StepShape, memory: float
+) -> TensorParallel | None:
+    within = [(tensor, held) for tensor, held in fitting if held <= memory]
+    return min(within, key=lambda each: (received_elements(model, shape, each[0]), each[1]), default=(None, 0))[0]
+
+
+def _why_no_mesh(fitting: list[tuple[TensorParallel, int]], memory: float) -> str:
+    if not fitting:
+        return "no mesh of so many devices divides the model and the batch"
+    tensor, least = min(fitting, key=lambda each: each[1])
+    mesh = "·".join(map(str, tensor.axes.values()))
+    return f"no mesh fits {human(memory)}: the one that holds least, {mesh}, holds {human(least)}"
 
 
 def published_loop_elements(model: ModelConfig, shape: StepShape, ranks: int) -> int | None:
@@ -111,7 +130,7 @@ def published_loop_elements(model: ModelConfig, shape: StepShape, ranks: int) ->
 
 @dataclass(frozen=True)
 class Contender:
-    """One layout at one number of devices: what it costs by formula, or why it does not fit.
+    """One layout at one number of devices: what it costs by formula; `reason`: why it does not fit, or is not counted.
 
     `elements` are those received in a step, `kept` the same with gathered copies kept; `states` and `saved` are bytes,
     see plan/memory.py. `context`: how devices share rows.
@@ -137,6 +156,8 @@ def contenders(
     model: ModelConfig, shape: StepShape, ranks: int, keep: bool = False, memory: float = math.inf
 ) -> list[Contender]:
     """Every layout of the comparison on so many devices; `memory` is the bytes that the best mesh may hold."""
+    fitting = fitting_meshes(model, shape, ranks, keep)
+    best = _best_of(fitting, model, shape, memory)
     asked = {
         "1D": TensorParallel("1d", ranks, sequence_parallel=False),
         "1D + SP": TensorParallel("1d", ranks),
@@ -144,13 +165,18 @@ def contenders(
         "2D": TensorParallel("2d", ranks),
         "2.5D": TensorParallel("2.5d", ranks),
         "3D": TensorParallel("3d", ranks),
-        "best mesh": best_mesh(model, shape, ranks, keep, memory),
+        "best mesh": best,
         "SUMMA loop": TensorParallel("2d", ranks, schedule="summa"),
     }
-    made = [_contender(model, shape, name, ranks, tensor, keep) for name, tensor in asked.items()]
+    made = [
+        Contender(name, ranks, None, _why_no_mesh(fitting, memory))
+        if tensor is None
+        else _contender(model, shape, name, ranks, tensor, keep)
+        for name, tensor in asked.items()
+    ]
     published = published_loop_elements(model, shape, ranks)
     if published is not None:
-        made.append(Contender("SUMMA, published", ranks, None, elements=published, kept=published))
+        made.append(Contender("SUMMA, published", ranks, None, FORMULA, elements=published, kept=published))
     return made
 
 
@@ -166,16 +192,17 @@ def _sharing(model: ModelConfig, shape: StepShape, name: str, context: ContextPa
         return Contender(name, context.size, None, error.reason)
     parallel = parallel_of(TensorParallel(), shape.batch, context=context)
     shape = padded(shape, parallel)
-    elements = received_bytes(step_transfers(model, shape, parallel)) // parallel.compute.itemsize
+    elements, kept = (
+        received_bytes(step_transfers(model, replace(shape, reshard=reshard), parallel)) // parallel.compute.itemsize
+        for reshard in (shape.reshard, False)
+    )
     held = state_bytes(model, parallel), saved_bytes(model, shape, parallel)
-    return Contender(name, context.size, TensorParallel(), "", elements, 0, *held, context)
+    return Contender(name, context.size, TensorParallel(), "", elements, kept, *held, context)
 
 
 def _contender(
-    model: ModelConfig, shape: StepShape, name: str, ranks: int, tensor: TensorParallel | None, keep: bool
+    model: ModelConfig, shape: StepShape, name: str, ranks: int, tensor: TensorParallel, keep: bool
 ) -> Contender:
-    if tensor is None:
-        return Contender(name, ranks, None, "no mesh fits")
     if reason := misfit(model, shape, tensor):
         return Contender(name, ranks, None, reason)
     loop = tensor.schedule != "gather"

@@ -41,7 +41,6 @@ NUMBER = 1e100
 """A rate, a decay or a norm: its square is far from the end of float64."""
 MINUTES = 10**6
 GIB = 10**6
-GB = 10**9
 RESTARTS = 10**6
 
 MODEL_SIZES: Mapping[str, int] = {

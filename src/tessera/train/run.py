@@ -17,12 +17,14 @@ from tessera.config.schema import TrainConfig
 from tessera.core import terminal
 from tessera.core.device import gpus_missing
 from tessera.core.errors import UserError
+from tessera.data.added_tokens import AddedTokens
 from tessera.data.prepare import Prepared, prepare
 from tessera.data.stream import check_beginning, find_stream
 from tessera.data.tokenizer import tokens_needed
 from tessera.models.beside import read_generation_config
 from tessera.models.config import LayerKind, ModelConfig
 from tessera.models.hub import check_weights, dtype_of_folder, read_model_config, resolve_model_folder
+from tessera.models.shapes import known_shape
 from tessera.models.trained import trained_parameters
 from tessera.sizes.bounds import RANKS_HERE, VOCABULARY, at_most
 from tessera.train.output import check_output
@@ -106,10 +108,15 @@ def resolve(config: TrainConfig, processes: int | None = None) -> Run:
 def model_of(config: TrainConfig, folder: Path | None = None) -> ModelConfig:
     """The model of base_model (of config.json in `folder`, where known), whatever the layout.
 
-    UserError when its positions, or those in its window, are below `sequence_len`.
+    Without a folder a model of the table of public ones needs no files. UserError when its positions, or those in its
+    window, are below `sequence_len`.
     """
-    folder = folder or resolve_model_folder(config.base_model, weights=False)
-    model = _with_room(config, read_model_config(folder), folder)
+    public = known_shape(config.base_model) if folder is None else None
+    if public is not None:
+        model = _with_room(config, public.config, None)
+    else:
+        folder = folder or resolve_model_folder(config.base_model, weights=False)
+        model = _with_room(config, read_model_config(folder), folder)
     if model.rope is None and config.sequence_len > model.max_positions:
         reason = f"the model has {model.max_positions} positions"
         raise UserError("sequence_len", config.sequence_len, reason, f"at most {model.max_positions}")
@@ -123,9 +130,15 @@ def model_of(config: TrainConfig, folder: Path | None = None) -> ModelConfig:
     return replace(model, layer_kinds=(LayerKind(),))  # a window as long as the row hides nothing
 
 
-def _with_room(config: TrainConfig, model: ModelConfig, folder: Path) -> ModelConfig:
-    """With a vocabulary for every id of the run's tokenizer, and never a smaller one than that of the base model."""
-    needed = tokens_needed(config.model_copy(update={"base_model": str(folder)}))
+def _with_room(config: TrainConfig, model: ModelConfig, folder: Path | None) -> ModelConfig:
+    """With a vocabulary for every id of the run's tokenizer, and never a smaller one than that of the base model.
+
+    Without the folder of the base model its tokenizer is not known: each token that is added may need a row.
+    """
+    if folder is None and config.tokenizer is None:
+        needed = model.vocab_size + len(AddedTokens.of(config).texts)
+    else:
+        needed = tokens_needed(config.model_copy(update={"base_model": str(folder or config.base_model)}))
     if config.resize_token_embeddings_to_32x:
         needed = -(-needed // 32) * 32
     at_most("tokenizer", needed, VOCABULARY, "is the number of its tokens")

@@ -50,7 +50,8 @@ class ModelKeys(Section):
     """The model that is trained, and its tokenizer."""
 
     base_model: LocalPath = Field(
-        description="A local folder with config.json and safetensors, or a model of the Hugging Face hub (owner/name)."
+        description="A local folder with config.json and safetensors, or a model of the Hugging Face hub (owner/name). "
+        "Where sizes alone are needed (inspect, count, verify, doctor), also a name or a size of docs/models.md: 70B."
     )
     random_init: bool = Field(False, description="Start from random weights; of base_model config.json alone is read.")
     tokenizer: TokenizerChoice | None = Field(
