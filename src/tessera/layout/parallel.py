@@ -49,7 +49,7 @@ class Parallel:
     @property
     def cuts_sequences(self) -> bool:
         """Whether a rank has a part of each sequence alone."""
-        return self.mesh.size(("ulysses", *self.owners)) > 1
+        return bool(self.mesh.present(("ulysses", *self.owners)))
 
     @property
     def served(self) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ from tessera.layout.shape import StepShape
 from tessera.layout.spec import local_slice
 from tessera.models.anatomy import Layer, anatomy_of
 from tessera.models.config import ModelConfig
-from tessera.plan.layer_walk import Walk, layer_backward, norm_backward
+from tessera.plan.layer_walk import Walk, layer_backward
 from tessera.plan.ledger import Ledger
 from tessera.plan.memory import gathered_units, kept_weights, layer_bytes, saved_bytes, state_bytes, tiled
 from tessera.plan.product_walk import ProductSizes, sizes_of
@@ -83,9 +83,7 @@ def peak_bytes(
 class _Step:
     """The sizes of one rank's step, and the walk through it."""
 
-    def __init__(
-        self, model: ModelConfig, shape: StepShape, parallel: Parallel, offload: bool, optimizer: str
-    ) -> None:
+    def __init__(self, model: ModelConfig, shape: StepShape, parallel: Parallel, offload: bool, optimizer: str) -> None:
         self.model, self.shape, self.parallel, self.anatomy = model, shape, parallel, anatomy_of(model)
         self.mesh, self.ledger = parallel.mesh, Ledger()
         self.element, self.stored = parallel.compute.itemsize, parallel.dtype.itemsize

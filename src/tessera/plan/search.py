@@ -42,6 +42,7 @@ CUT = ("replicate", "shard", "context", "inner", "depth", "row", "col")
 SCHEDULES = (("gather", 2), ("gather", 4), ("gather", 8), ("summa", 1), ("cannon", 1))
 """Beside gather in one piece."""
 KEPT = 300
+_TOKENS = ("depth", "row", *SEQUENCE_AXES)
 Numbers = NDArray[np.int64]
 
 
@@ -87,7 +88,7 @@ def search(model: ModelConfig, cluster: Cluster, training: Training, *, exhausti
     """
     sizes, batch = _meshes(model, cluster.devices, training)
     plain = [Switches(recompute, reshard) for recompute in RECOMPUTES for reshard in (False, True)]
-    every = [_costs(model, cluster, training, sizes, batch, switches) for switches in plain]
+    every = [_costs(model, training, sizes, batch, switches) for switches in plain]
     found = _joined(every, training)
     room = cluster.profile.memory_bytes
     timed = np.full(len(found), True) if exhaustive else _worth_timing(found, plain, len(batch), room)
@@ -166,10 +167,16 @@ def _degree(model: ModelConfig, context: int, ways: int, rows: int, joined: int)
 def _groups(sizes: dict[str, Numbers], batch: Numbers) -> Iterator[NDArray[np.int64]]:
     """The places of candidates that share every rule: whether FSDP2 serves them, how attention cuts their rows."""
     parts = sizes["depth"] * sizes["row"]
-    data = sizes["replicate"] * sizes["shard"] * sizes["ring"] * sizes["ulysses"] > 1
-    rules = data * 4 + (batch % (parts * sizes["inner"]) == 0) * 2 + (batch % parts == 0)
+    rules = np.zeros(len(batch), np.int64)
+    data = sizes["replicate"] * sizes["shard"] > 1
+    for rule in (data, batch % (parts * sizes["inner"]) == 0, batch % parts == 0, *_above_one(sizes)):
+        rules = rules * 2 + rule
     for rule in np.unique(rules):
         yield np.flatnonzero(rules == rule)
+
+
+def _above_one(sizes: dict[str, Numbers]) -> list[NDArray[np.bool_]]:
+    return [sizes[axis] > 1 for axis in SEQUENCE_AXES]
 
 
 class _Group(NamedTuple):
@@ -278,7 +285,7 @@ def _with_schedules(
             own = allowed[found.which[allowed] == which]
             switches = found.switches[int(which)]._replace(schedule=name, slices=slices)
             sizes = {axis: n[own] for axis, n in found.sizes.items()}
-            costs = _costs(model, cluster, found.training, sizes, found.micro_batch[own], switches)
+            costs = _costs(model, found.training, sizes, found.micro_batch[own], switches)
             yield _timed(model, cluster, costs, costs.peak <= room)
 
 

@@ -135,9 +135,20 @@ class _Made:
         self.scores: defaultdict[Phase, Any] = defaultdict(int)
         self.operators: defaultdict[Phase, Any] = defaultdict(int)
 
+    @property
+    def panels(self) -> Any:
+        """Into how many a product falls."""
+        schedule = self.parallel.schedule
+        return schedule.slices if schedule.name == "gather" else self.mesh.sizes["col"]
+
     def multiply(self, product: Product, forwards: Any, backwards: Any) -> None:
         local, inside = product.features // self.mesh.sizes["col"], product.width // self.mesh.sizes["inner"]
         n, k = (local, inside) if product.column else (inside, local)
+        panels = self.panels
+        if product.column:  # X and W come in panels of K, of a row-parallel layer W and Y in panels of N
+            k, forwards, backwards = k // panels, forwards * panels, backwards * panels
+        else:
+            n, forwards, backwards = n // panels, forwards * panels, backwards * panels
         self.products.append(Multiplied(product.site, "forward", self.tokens, n, k, forwards))
         self.products.append(Multiplied(product.site, "backward", self.tokens, n, k, 2 * backwards))
 
