@@ -13,7 +13,9 @@ from tessera.plan.sequences import kv_heads_on, query_heads_on, traded_kv_heads
 from tessera.sizes.arrays import larger, where
 
 
-def attention_backward(ledger: Ledger, attention: Attention, inside: Any, shape: StepShape, parallel: Parallel) -> None:
+def attention_backward(
+    ledger: Ledger, attention: Attention, inside: Any, shape: StepShape, parallel: Parallel
+) -> None:
     """Between the two products: the gradient of the result is held as working, and `inside` as activations.
 
     Nothing of the gradients of q, k and v, which the caller holds next, is held afterwards; `inside` goes.

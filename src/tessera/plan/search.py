@@ -211,12 +211,7 @@ def _group(places: Numbers, found: Found, switches: Switches) -> _Group:
 
 
 def _costs(
-    model: ModelConfig,
-    cluster: Cluster,
-    training: Training,
-    sizes: dict[str, Numbers],
-    batch: Numbers,
-    switches: Switches,
+    model: ModelConfig, training: Training, sizes: dict[str, Numbers], batch: Numbers, switches: Switches
 ) -> Found:
     """The memory of every candidate with these switches; none is timed yet."""
     count = len(batch)
