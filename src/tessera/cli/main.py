@@ -290,6 +290,40 @@ def doctor(
     doctor(config, overrides or [], options, as_json, measure)
 
 
+@app.command(cls=ReadsConfig)
+def plan(
+    subject: Annotated[
+        str, typer.Argument(metavar="MODEL|CONFIG", help="A model by name, size or folder; or the YAML file of a run.")
+    ],
+    cluster: Annotated[
+        str, typer.Option(metavar="TEXT|FILE", help="The devices: 8xH100, 4x8xA100-80, a file, or this machine.")
+    ] = "this",
+    sequence_len: Annotated[int | None, typer.Option(min=1, max=bounds.TOKENS, help="Tokens of a row.")] = None,
+    global_batch: Annotated[int | None, typer.Option(min=1, max=bounds.ROWS, help="Rows of a step.")] = None,
+    dtype: Annotated[str, typer.Option(help="What products run in: bfloat16, float16 or float32.")] = "bfloat16",
+    config: Annotated[Path | None, typer.Option(help="A YAML file whose other keys the plan's config keeps.")] = None,
+    top: Annotated[int, typer.Option(min=1, max=50, help="How many layouts to show.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    target: Annotated[
+        float | None,
+        typer.Option("--target-tokens-per-second", help="Find the smallest cluster of such devices that reaches it."),
+    ] = None,
+    tokens: Annotated[str | None, typer.Option(help="Say how long so many tokens take, e.g. 1T.")] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="Of a device hour, in any currency.")] = None,
+    profile: Annotated[str | None, typer.Option(help="A profile of the device, by name or as a file.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the winner's config here.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Find the layout for a model on a cluster, or judge that of a config: does it fit, how fast, why."""
+    from tessera.cli.plan import Asked, plan_command
+
+    asked = Asked(
+        cluster, sequence_len, global_batch, dtype, config, top, as_json, target, tokens, price, profile,
+        overrides or [], output,
+    )  # fmt: skip
+    plan_command(subject, asked)
+
+
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="The output_dir of a run.", metavar="OUTPUT_DIR")],

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import log2, prod
+from math import prod
 from typing import Any
 
 import torch
@@ -109,11 +109,6 @@ class Layout:
             reshard=self.reshard,
             savers=savers,
         )
-
-    def place(self, training: Training, width: int, layers: int) -> tuple[float, ...]:
-        """By what measured runs are like it: see `machine.LIKE`."""
-        tokens = self.micro_batch * training.sequence_len / self.size("depth", "row", *SEQUENCE_AXES)
-        return tuple(map(log2, (tokens, width, self.size("inner", "col"), self.size(*DATA_AXES), 1, layers)))
 
     @property
     def keys(self) -> dict[str, Any]:

@@ -307,3 +307,8 @@ def _joined(parts: Sequence[Found], training: Training) -> Found:
     others = (np.concatenate([getattr(part, name) for part in parts]) for name in ("micro_batch", "peak", "seconds"))
     batch, peak, seconds = others
     return Found(sizes, batch, switches, np.concatenate(which), peak, seconds, training)
+
+
+def buildable(model: ModelConfig, devices: int, training: Training) -> bool:
+    """Whether any layout of so many devices divides the model and the batch."""
+    return len(_meshes(model, devices, training)[1]) > 0

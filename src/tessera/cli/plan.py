@@ -1,0 +1,190 @@
+"""`tessera plan`: which layout, does it fit, how fast, why."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.table import Table
+
+from tessera.core import terminal
+from tessera.core.errors import UserError
+from tessera.core.files import read_text
+from tessera.plan.choice import Training
+from tessera.plan.cluster import cluster_of, profile_named
+from tessera.plan.machine import Cluster
+from tessera.plan.recommend import Judged, Plan, plan, smallest
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The options of the command."""
+
+    cluster: str
+    sequence_len: int | None
+    global_batch: int | None
+    dtype: str
+    config: Path | None
+    top: int
+    as_json: bool
+    target: float | None
+    tokens: str | None
+    price: float | None
+    profile: str | None
+    overrides: Sequence[str]
+    output: Path | None
+
+
+def plan_command(subject: str, asked: Asked) -> None:
+    """Plan a model, or judge a config, and print it."""
+    profile = profile_named(asked.profile) if asked.profile else None
+    cluster = cluster_of(asked.cluster, profile)
+    if subject.endswith((".yaml", ".yml")):
+        _judge(Path(subject), asked, cluster)
+        return
+    base = _read(asked.config)
+    training = Training(
+        asked.sequence_len or int(base.get("sequence_len", 4096)), asked.global_batch or _rows(base), asked.dtype
+    )
+    if asked.target is not None:
+        made = smallest(subject, cluster, training, asked.target, _growing(cluster))
+    else:
+        made = plan(subject, cluster, training, top=asked.top, config=base)
+    if asked.as_json:
+        terminal.say(json.dumps(as_json(made), indent=1))
+        return
+    console = terminal.console(markup=False)
+    title = f"{subject} on {made.cluster}: {made.considered:,} layouts of {made.cluster.devices} devices"
+    console.print(_table(title, made.choices))
+    for line in [*explained(made.best), *_duration(made.best, asked)]:
+        console.print(line)
+    if asked.output is not None:
+        asked.output.write_text(made.to_yaml())
+        console.print(f"wrote {asked.output}")
+    else:
+        console.print("\n" + made.to_yaml())
+
+
+def _judge(path: Path, asked: Asked, cluster: Cluster) -> None:
+    """A given config on the cluster."""
+    from tessera.config.load import load_config
+    from tessera.train.foresee import foresee
+    from tessera.train.run import model_of
+
+    config, notes = load_config(path, asked.overrides)
+    judged = foresee(config, model_of(config), cluster)
+    if asked.as_json:
+        terminal.say(json.dumps(_judged_json(judged), indent=1))
+        return
+    console = terminal.console(markup=False)
+    for note in notes:
+        console.print(note)
+    console.print(_table(f"{path} on {judged.cluster}", [judged]))
+    for line in [*explained(judged), *_duration(judged, asked)]:
+        console.print(line)
+
+
+def _read(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    keys = yaml.safe_load(read_text(path, "--config"))
+    if not isinstance(keys, dict):
+        raise UserError("--config", path, "is no mapping of keys", "a YAML file as tessera train takes")
+    return keys
+
+
+def _rows(base: dict[str, Any]) -> int:
+    """Rows of a step that a file's keys say on one device, or 256."""
+    return int(base.get("micro_batch_size", 0)) * int(base.get("gradient_accumulation_steps", 1)) or 256
+
+
+def _growing(cluster: Cluster) -> list[int]:
+    """Numbers of devices to try, smallest first: parts of a machine, then whole machines, twice as many each time."""
+    parts = [n for n in (1, 2, 4, 8, 16) if n < cluster.per_machine]
+    return [*parts, *(cluster.per_machine * 2**power for power in range(11))]
+
+
+def _table(title: str, judged: Sequence[Judged]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for name in ("layout", "s/step", "tokens/s", "MFU", "exposed", "GiB", "", "against the best"):
+        table.add_column(name, justify="left" if name in ("layout", "", "against the best") else "right")
+    for place, each in enumerate(judged):
+        table.add_row(
+            each.name,
+            f"{each.seconds:.3g} ±{each.band:.0%}",
+            f"{each.tokens_per_second:,.0f}",
+            f"{each.mfu:.0%}",
+            f"{each.time.communication / each.seconds:.0%}",
+            gib(each.peak.total),
+            each.verdict,
+            each.lost or ("best" if place == 0 and len(judged) > 1 else ""),
+        )
+    return table
+
+
+def explained(judged: Judged) -> list[str]:
+    """Every term of the time and of the memory, in lines."""
+    terms = [(name, seconds) for name, seconds in judged.time.terms.items() if abs(seconds) >= 5e-4 * judged.seconds]
+    lines = ["time of a step:"]
+    lines += [f"  {name:28}{1e3 * seconds:12.1f} ms {seconds / judged.seconds:7.1%}" for name, seconds in terms]
+    peak = judged.peak
+    lines.append(
+        f"memory at the peak ({peak.moment or 'estimated'}), of {gib(judged.cluster.profile.memory_bytes)} GiB:"
+    )
+    for name in ("states", "activations", "gathered", "working"):
+        lines.append(f"  {name:28}{gib(getattr(peak, name)):>12} GiB")
+    profile = judged.cluster.profile
+    source = "measured" if profile.measured else "published figures, not measured on your machine"
+    lines.append(f"rates of {profile.name}: {source}; half of the band {judged.band:.0%}")
+    return lines
+
+
+def gib(size: float) -> str:
+    return f"{size / 2**30:.1f}"
+
+
+def _duration(judged: Judged, asked: Asked) -> list[str]:
+    """How long a number of tokens takes, and what that costs."""
+    if asked.tokens is None:
+        return []
+    tokens = number_of_tokens(asked.tokens)
+    seconds = tokens / judged.tokens_per_second
+    hours = seconds / 3600 * judged.devices
+    said = f"{asked.tokens} tokens: {seconds / 86400:,.1f} days, {hours:,.0f} device hours"
+    return [said + (f", {hours * asked.price:,.0f} at {asked.price:g} an hour" if asked.price is not None else "")]
+
+
+def number_of_tokens(text: str) -> float:
+    """`1T`, `300B`, `5e9`. Raises UserError for what is none of these."""
+    scales = {"T": 1e12, "B": 1e9, "M": 1e6, "K": 1e3}
+    scale = scales.get(text[-1:].upper())
+    try:
+        number = float(text[:-1] if scale else text) * (scale or 1.0)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < 1e18:
+        raise UserError("--tokens", text, "is no number of tokens", "for example 300B or 1T")
+    return number
+
+
+def as_json(made: Plan) -> dict[str, Any]:
+    """A plan as JSON values; times in seconds, memory in bytes."""
+    choices = [_judged_json(each) for each in made.choices]
+    return {"model": made.name, "cluster": str(made.cluster), "considered": made.considered, "choices": choices}
+
+
+def _judged_json(judged: Judged) -> dict[str, Any]:
+    return {
+        "layout": judged.name,
+        "keys": judged.layout.keys if judged.layout else {},
+        "seconds": judged.seconds,
+        "half_band": judged.band,
+        "terms": judged.time.terms,
+        "tokens_per_second": judged.tokens_per_second,
+        "mfu": judged.mfu,
+        "memory": asdict(judged.peak) | {"total": judged.peak.total},
+        "verdict": judged.verdict,
+        "lost": judged.lost,
+    }

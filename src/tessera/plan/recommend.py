@@ -1,0 +1,263 @@
+"""Which layout, does it fit, how fast, and why: what `tessera plan` prints, as values.
+
+plan       every layout of a cluster, the best ones and why the others lost
+judge      one layout on a cluster: its memory, its time by term, what to turn where it does not fit
+smallest   the smallest cluster that reaches so many tokens a second
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import yaml
+
+from tessera.core.axes import DATA_AXES
+from tessera.core.errors import UserError
+from tessera.layout.parallel import Parallel
+from tessera.layout.shape import StepShape
+from tessera.models.config import ModelConfig
+from tessera.models.shapes import shape_of
+from tessera.plan.calibrate import corrected
+from tessera.plan.choice import Layout, Training
+from tessera.plan.cluster import cluster_of
+from tessera.plan.flops import step_flops
+from tessera.plan.machine import Cluster
+from tessera.plan.peak import Peak, fits, peak_bytes
+from tessera.plan.search import Found, search
+from tessera.plan.time import StepTime, step_time
+from tessera.plan.work import step_work
+
+TOP = 5
+DIFFERENCE = 0.005
+"""The least difference, as a share of the step, that is named as a reason."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A layout on a cluster. `name` says it in words; `layout` where it is one that the search knows.
+
+    `verdict`: fits, may fit, or does not fit; `lost`: why it is not the best.
+    """
+
+    name: str
+    devices: int
+    training: Training
+    cluster: Cluster
+    peak: Peak
+    time: StepTime
+    flops: int
+    verdict: str
+    layout: Layout | None = None
+    lost: str = ""
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of a step."""
+        return float(self.time.total)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all devices together."""
+        return self.training.tokens / self.seconds
+
+    @property
+    def mfu(self) -> float:
+        """The model's FLOPs over what the devices' peak would do in that time (plan/flops.py)."""
+        peak = self.cluster.profile.peak_flops.get(self.training.dtype, self.cluster.profile.product_flops)
+        return self.flops / (self.seconds * self.devices * peak)
+
+    @property
+    def band(self) -> float:
+        """Half of the band of the time, as a share."""
+        return float(self.time.error)
+
+
+def judge(model: ModelConfig, layout: Layout, cluster: Cluster, training: Training) -> Judged:
+    """The memory and the time of a layout on rank 0, which holds the largest shards."""
+    parallel = layout.parallel(training)
+    shape = layout.shape(training, parallel)
+    judged = judge_step(model, shape, parallel, cluster, training, str(layout), offload=layout.offload_params)
+    return replace(judged, layout=layout)
+
+
+def judge_step(
+    model: ModelConfig,
+    shape: StepShape,
+    parallel: Parallel,
+    cluster: Cluster,
+    training: Training,
+    name: str,
+    *,
+    offload: bool = False,
+) -> Judged:
+    """The same of a step as the trainer runs it, on the rank of `parallel.mesh`."""
+    mesh = parallel.mesh
+    peak = peak_bytes(model, shape, parallel, offload=offload)
+    time = step_time(step_work(model, shape, parallel, cluster.per_machine), cluster.profile)
+    tokens = shape.tokens_on(mesh, parallel.streams.ids)
+    like = (tokens, model.hidden_size, mesh.size(("inner", "col")), mesh.size(DATA_AXES), 1, model.num_layers)
+    time = _scalars(corrected(time, np.log2([like]), cluster.profile))
+    flops = step_flops(model, [training.sequence_len]) * training.global_batch
+    verdict = fits(peak.total, cluster.profile.memory_bytes)
+    return Judged(name, mesh.world, training, cluster, peak, time, flops, verdict)
+
+
+def _scalars(time: StepTime) -> StepTime:
+    """The same with plain numbers."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: plain(part) for key, part in value.items()}
+        return float(np.asarray(value).reshape(-1)[0])
+
+    return StepTime(**{name: plain(value) for name, value in vars(time).items()})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The best layouts of a cluster, the fastest first; `considered` layouts were compared.
+
+    `too_large`: the fastest of those that do not fit, where it would be faster than the best. `config`: the keys of the
+    file that the winner's are written over.
+    """
+
+    name: str
+    model: ModelConfig
+    cluster: Cluster
+    training: Training
+    considered: int
+    choices: Sequence[Judged]
+    too_large: Judged | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def best(self) -> Judged:
+        """The fastest that fits."""
+        return self.choices[0]
+
+    @cached_property
+    def keys(self) -> dict[str, Any]:
+        """The keys of a config that trains the best layout."""
+        placeholder = {"datasets": [{"path": "./data.jsonl", "type": "completion"}], "output_dir": "./outputs"}
+        dtype = {"bfloat16": {"bf16": True}}.get(self.training.dtype, {"bf16": False})
+        ours = {"base_model": self.name, "sequence_len": self.training.sequence_len} | dtype
+        given = {key: value for key, value in self.config.items() if key not in _LAYOUT_KEYS}
+        assert self.best.layout is not None
+        return placeholder | ours | given | self.best.layout.keys
+
+    def to_yaml(self) -> str:
+        """A config of the best layout, which `tessera train` takes once `datasets` names your data."""
+        best = self.best
+        said = [
+            f"# {best.name}",
+            f"# on {self.cluster}: {best.seconds:.3g} s a step ± {best.band:.0%}, "
+            f"{best.tokens_per_second:,.0f} tokens/s, {best.peak.total / 2**30:.1f} GiB a device ({best.verdict})",
+        ]
+        return "\n".join(said) + "\n" + yaml.safe_dump(self.keys, sort_keys=False, allow_unicode=True)
+
+
+_LAYOUT_KEYS = (
+    "dp_shard_size", "dp_replicate_size", "tensor_parallel_mode", "tensor_parallel_size", "tensor_parallel_mesh",
+    "tensor_parallel_depth", "tensor_parallel_schedule", "tensor_parallel_slices", "context_parallel_size",
+    "context_parallel_mode", "ulysses_size", "ulysses_chunks", "micro_batch_size", "gradient_accumulation_steps",
+    "gradient_checkpointing", "fsdp_config", "activation_offloading", "sequence_parallel",
+)  # fmt: skip
+
+
+def plan(
+    model: str | ModelConfig,
+    cluster: str | Cluster,
+    training: Training,
+    *,
+    top: int = TOP,
+    config: Mapping[str, Any] | None = None,
+) -> Plan:
+    """The best layouts for training `model` on all devices of `cluster`.
+
+    `model` is a name, a size such as "70B", a folder, or a ModelConfig; `cluster` a text such as "2x8xH100". `config`:
+    keys of a file, which `Plan.to_yaml` keeps. Raises UserError where nothing can be built, with the nearest that can.
+    """
+    name, model = (model, shape_of(model)) if isinstance(model, str) else (model.family, model)
+    cluster = cluster_of(cluster) if isinstance(cluster, str) else cluster
+    found = search(model, cluster, training)
+    if not len(found):
+        raise _no_layout(model, cluster, training)
+    timed = np.flatnonzero(np.isfinite(found.seconds))
+    order = timed[np.argsort(found.seconds[timed], kind="stable")]
+    chosen = _distinct(model, found, order, cluster, training, top)
+    if not chosen:
+        raise _too_large(model, found, cluster, training)
+    best = chosen[0]
+    explained = [best, *(replace(other, lost=why_slower(other, best)) for other in chosen[1:])]
+    return Plan(name, model, cluster, training, len(found), explained, config=dict(config or {}))
+
+
+def _distinct(
+    model: ModelConfig, found: Found, order: Sequence[int], cluster: Cluster, training: Training, top: int
+) -> list[Judged]:
+    """The fastest of each mesh, in order, as far as they fit when each is judged by itself."""
+    chosen: dict[tuple[tuple[str, int], ...], Judged] = {}
+    for place in order:
+        layout = found.layout(int(place))
+        mesh = tuple(layout.sizes.items())
+        if mesh in chosen:
+            continue
+        judged = judge(model, layout, cluster, training)
+        if judged.verdict != "does not fit":
+            chosen[mesh] = judged
+        if len(chosen) == top:
+            break
+    return sorted(chosen.values(), key=lambda judged: judged.seconds)
+
+
+def why_slower(other: Judged, best: Judged) -> str:
+    """What costs `other` most against `best`, e.g. "+14% exposed along col"."""
+    terms, base = other.time.terms, best.time.terms
+    more = {name: (seconds - base.get(name, 0.0)) / best.seconds for name, seconds in terms.items()}
+    name, share = max(more.items(), key=lambda item: item[1])
+    memory = (other.peak.total - best.peak.total) / 2**30
+    said = [f"+{share:.1%} {name}"] if share >= DIFFERENCE else []
+    said += [f"+{memory:.1f} GiB"] if memory >= 1 else []
+    return ", ".join(said) or "as fast"
+
+
+def _no_layout(model: ModelConfig, cluster: Cluster, training: Training) -> UserError:
+    """That no layout of all devices divides the model and the batch, with numbers of devices that do."""
+    from tessera.plan.search import buildable
+
+    near = [n for n in range(cluster.devices - 1, 0, -1) if buildable(model, n, training)][:1]
+    reason = (
+        f"no mesh of {cluster.devices} devices divides the model's widths and heads and {training.global_batch} rows"
+    )
+    hint = f"{near[0]} devices, or a --global-batch that divides by {cluster.devices}" if near else "fewer devices"
+    return UserError("--cluster", str(cluster), reason, hint)
+
+
+def _too_large(model: ModelConfig, found: Found, cluster: Cluster, training: Training) -> UserError:
+    least = judge(model, found.layout(int(np.argmin(found.peak))), cluster, training)
+    device = cluster.profile.memory_bytes / 2**30
+    reason = (
+        f"nothing fits: the smallest of {len(found):,} layouts needs {least.peak.total / 2**30:.1f} GiB of "
+        f"{device:.1f} on a device ({least.name})"
+    )
+    need = -(-least.peak.total * cluster.devices // cluster.profile.memory_bytes)
+    return UserError("--cluster", str(cluster), reason, f"about {need} such devices, or a shorter --sequence-len")
+
+
+def smallest(
+    model: str | ModelConfig, cluster: Cluster, training: Training, tokens_per_second: float, devices: Sequence[int]
+) -> Plan:
+    """The plan of the first of `devices` that reaches the rate. Raises UserError where none does."""
+    fastest = 0.0
+    for count in devices:
+        try:
+            found = plan(model, cluster.of(count), training)
+        except UserError:
+            continue
+        fastest = max(fastest, found.best.tokens_per_second)
+        if found.best.tokens_per_second >= tokens_per_second:
+            return found
+    reason = f"up to {max(devices)} devices reach {fastest:,.0f} tokens/s with {training.global_batch} rows a step"
+    raise UserError("--target-tokens-per-second", tokens_per_second, reason, "a larger --global-batch, or less")
