@@ -66,6 +66,14 @@ class Layout:
         return prod(self.sizes.get(axis, 1) for axis in axes)
 
     @property
+    def unusual(self) -> int:
+        """How many ways of cutting and moving it combines: of equally fast layouts the one with fewer is shown."""
+        tensor = sum(self.size(axis) > 1 for axis in MODEL_AXES) + 2 * (self.size("inner", "depth") > 1)
+        context = 2 * sum(self.size(axis) > 1 for axis in SEQUENCE_AXES)
+        moved = (self.schedule != "gather") + (self.slices > 1) + self.offload + self.offload_params
+        return tensor + context + moved + (self.size("replicate") > 1)
+
+    @property
     def mode(self) -> str:
         """The first geometry that has its tensor axes."""
         return modes_with({axis: self.size(axis) for axis in MODEL_AXES})[0]

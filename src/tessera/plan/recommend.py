@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from numpy.typing import NDArray
 
 from tessera.core.axes import DATA_AXES
 from tessera.core.errors import UserError
@@ -30,6 +31,7 @@ from tessera.plan.time import StepTime, step_time
 from tessera.plan.work import step_work
 
 TOP = 5
+LOOKED_AT = 500
 DIFFERENCE = 0.005
 """The least difference, as a share of the step, that is named as a reason."""
 
@@ -195,11 +197,18 @@ def plan(
 
 
 def _distinct(
-    model: ModelConfig, found: Found, order: Sequence[int], cluster: Cluster, training: Training, top: int
+    model: ModelConfig, found: Found, order: NDArray[np.int64], cluster: Cluster, training: Training, top: int
 ) -> list[Judged]:
-    """The fastest of each mesh, in order, as far as they fit when each is judged by itself."""
+    """The fastest of each mesh, in order, as far as they fit when each is judged by itself.
+
+    Of those that are equally fast the plainest comes first.
+    """
     chosen: dict[tuple[tuple[str, int], ...], Judged] = {}
-    for place in order:
+    near = (
+        order[found.seconds[order] <= found.seconds[order[0]] * (1 + DIFFERENCE)][:LOOKED_AT] if len(order) else order
+    )
+    first = sorted(near, key=lambda place: (found.layout(int(place)).unusual, found.seconds[place]))
+    for place in [*first, *order[len(near) :]]:
         layout = found.layout(int(place))
         mesh = tuple(layout.sizes.items())
         if mesh in chosen:
@@ -209,7 +218,7 @@ def _distinct(
             chosen[mesh] = judged
         if len(chosen) == top:
             break
-    return sorted(chosen.values(), key=lambda judged: judged.seconds)
+    return list(chosen.values())
 
 
 def why_slower(other: Judged, best: Judged) -> str:

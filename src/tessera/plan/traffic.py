@@ -244,10 +244,15 @@ class _Step:
         while axes:
             cut = cut & (heads % self.mesh.size(axes) != 0)  # once no head is cut, nothing more comes together
             axis = axes.pop()
-            whole = where(cut, 2 * tokens * (heads * attention.head_dim // self.mesh.size(axes)) * self.element, 0)
-            if cut is not False:
-                self.one(attention.site, "forward", "k·v", (axis,), forwards, "all_gather", whole)
-                self.one(attention.site, "backward", "dk·dv", (axis,), backwards, "reduce_scatter", whole)
+            whole = 2 * tokens * (heads * attention.head_dim // self.mesh.size(axes)) * self.element
+            calls, ranks = where(cut, 1, 0), self.mesh.sizes[axis]
+            for phase, what, kind, times in (
+                ("forward", "k·v", "all_gather", forwards),
+                ("backward", "dk·dv", "reduce_scatter", backwards),
+            ):
+                if self.mesh.present((axis,)) and cut is not False:
+                    moves = (kind, where(ranks > 1, calls, 0), calls * ring(kind, whole, ranks))
+                    self.add(attention.site, phase, what, (axis,), times, moves)
 
     def shared_sequences(self, attention: Attention, forwards: Any, backwards: Any) -> None:
         """Heads for tokens, and keys and values between owners, of every micro-batch as its documents lie."""

@@ -1,0 +1,56 @@
+"""What the search leaves out is never the best; what it finds can be built."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from tests.plan.validation import gpt
+
+from tessera.layout.resolve import check_layout
+from tessera.plan.choice import Training
+from tessera.plan.cluster import cluster_of
+from tessera.plan.recommend import judge
+from tessera.plan.search import search
+
+SMALL = gpt(512, 8, 2, 1024, 4096)
+
+
+def tight(name: str, share: float):
+    """A cluster whose devices have the memory of so many bytes."""
+    cluster = cluster_of(name)
+    return replace(cluster, profile=replace(cluster.profile, memory_bytes=int(share * 2**20)))
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "mebibytes"), [("4xA100-80", 4, 1e5), ("4xA100-80", 4, 200), ("2x2xH100", 8, 150)]
+)
+def test_what_is_left_out_is_never_the_best(name, rows, mebibytes):
+    cluster, training = tight(name, mebibytes), Training(512, rows)
+    pruned, whole = (search(SMALL, cluster, training, exhaustive=every) for every in (False, True))
+    fitting = whole.peak <= cluster.profile.memory_bytes
+    assert fitting.any()
+    best = whole.seconds[fitting].min()
+    assert np.isclose(pruned.seconds.min(), best, rtol=1e-12)
+    assert np.isfinite(pruned.seconds).sum() < len(whole)
+
+
+def test_arrays_of_candidates_give_what_each_gives_by_itself():
+    cluster, training = cluster_of("2x4xA100-80"), Training(512, 16)
+    found = search(SMALL, cluster, training, exhaustive=True)
+    rng = np.random.default_rng(0)
+    for place in rng.choice(len(found), 40, replace=False):
+        layout = found.layout(int(place))
+        judged = judge(SMALL, layout, cluster, training)
+        assert judged.peak.total == pytest.approx(found.peak[place], rel=2e-3), layout
+        assert judged.seconds == pytest.approx(found.seconds[place], rel=0.02), layout
+
+
+def test_every_layout_that_is_found_can_be_built():
+    found = search(SMALL, cluster_of("8xA100-80"), Training(512, 8), exhaustive=True)
+    assert {found.layout(place).mode for place in range(len(found))} == {"1d", "2d", "2.5d", "3d"}
+    for place in range(0, len(found), 7):
+        layout = found.layout(place)
+        data = {axis: layout.size(axis) for axis in ("replicate", "shard", "ring", "ulysses")}
+        check_layout(layout.tensor, data, SMALL.dimensions, layout.micro_batch)
+        assert layout.devices == 8
+        assert layout.micro_batch * layout.micro_batches * layout.size("replicate", "shard") == 8
