@@ -17,7 +17,7 @@ from tessera.plan.ledger import Ledger
 from tessera.plan.memory import BlockSaved, result_bytes, saved_by_block
 from tessera.plan.product_walk import ProductSizes, backward, forward, sizes_of
 from tessera.plan.tiles import largest_tile
-from tessera.sizes.arrays import larger, where
+from tessera.sizes.arrays import where
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,8 @@ def layer_backward(walk: Walk, layer: Layer, following: Any) -> None:
         _forward_again(walk, layer, saved, products)
     s = in_order[0].s
     before = [p.early * walk.early for p in in_order]
-    order = list(reversed(range(len(in_order))))
     for number in reversed(range(len(layer))):
         block, held, (column, row) = layer[number], saved[number], products[number]
-        ledger.hold(s)  # the gradient of the stream goes into the block, and past it
         if block.attention is None and walk.tiled:
             _tiles_backward(walk, block, held, column, row)
         else:
@@ -87,7 +85,6 @@ def layer_backward(walk: Walk, layer: Layer, following: Any) -> None:
         norm_backward(ledger, block.norm, s, walk.widening)
         ledger.drop(held.stream + held.statistics, "activations")
         ledger.drop(s)  # added to what has gone past it
-    del order
 
 
 def _block_backward(
@@ -104,7 +101,6 @@ def _block_backward(
     late = [0 if place + 2 >= len(before) else _late(walk, column, before), row.late * walk.late]
     backward(ledger, row, parallel, before[place], late[0])
     gradients(walk, row)
-    ledger.drop(row.s)  # of the two gradients of the stream the block's own one
     ledger.drop(held.row_input + held.row_weights, "activations")
     into_row = row.hidden
     if block.attention is not None:
@@ -196,8 +192,8 @@ def _tiles_backward(walk: Walk, block: Block, held: BlockSaved, column: ProductS
     whole_row = row.whole_w if moves else row.shards
     w = ledger.hold((whole * column.w_moves + whole_row * row.w_moves) * moves, "gathered")
     dx = ledger.hold(column.s)
-    sums = where(size < tokens, (whole + whole_row) * wide, 0)
-    ledger.hold(sums)
+    sums = ledger.hold((whole + whole_row) * wide)
+    found = ledger.hold(whole + whole_row + part.of(column, panels).s)  # what the tile before has found is dropped late
     activations = ledger.hold(small_column.hidden + small_row.hidden, "activations")
     tile = small_row.s
     ledger.hold(tile)
@@ -207,8 +203,7 @@ def _tiles_backward(walk: Walk, block: Block, held: BlockSaved, column: ProductS
     ledger.drop(small_row.hidden)
     ledger.hold(small_column.hidden)
     backward(ledger, small_column, parallel, 0, 0)
-    copy = whole + whole_row if wide > 1 else 0
-    ledger.touch(copy * 0 + larger(whole // len(column.w), whole_row) * wide * (1 if wide > 1 else 0))
+    ledger.drop(found)
     ledger.drop(small_column.hidden + small_column.s + tile)
     ledger.drop(activations, "activations")
     ledger.drop(small_column.shards + small_row.shards)
@@ -220,9 +215,8 @@ def _tiles_backward(walk: Walk, block: Block, held: BlockSaved, column: ProductS
     ledger.hold(column.shards + row.shards)
     gradients(walk, row)
     gradients(walk, column)
-    ledger.drop(row.s)
-    ledger.hold(column.s)
     ledger.drop(dx)
+    ledger.hold(column.s)
 
 
 @dataclass(frozen=True)

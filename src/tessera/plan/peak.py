@@ -176,6 +176,7 @@ class _Step:
 
     def walk(self, in_tiles: bool) -> Peak:
         """The whole step."""
+        self.first()
         self.loss()
         last = len(self.layers) - 1
         places = {max(i for i in range(last + 1) if self.layers[i] == kind) for kind in set(self.layers)}
@@ -185,7 +186,8 @@ class _Step:
         self.embedding()
         self.sums()
         self.update()
-        return Peak(**self.ledger.most, moment=self.ledger.moment)
+        most = {kind: size if isinstance(size, np.ndarray) else int(size) for kind, size in self.ledger.most.items()}
+        return Peak(**most, moment=self.ledger.moment)
 
     def begin(self, phase: str, done: int, activations: Any, gathered: Any, outside: Any = 1, working: Any = 0) -> None:
         """Go to a place where so many layers' gradients are there."""
@@ -214,17 +216,19 @@ class _Step:
         many = rounded_up(rows, tokens) > 1
         z = tokens * self.vocabulary * e
         own, wider = z // inner, w // e
-        beside = where(inner > 1, z + own, 0) + own  # logits of all ranks along inner, and this rank's sum
+        copied = 1 if wider > 1 else 0
+        partial, wide_z = where(inner > 1, z, 0), own * wider * copied
+        dz = where(inner > 1, z, own * copied)  # in float32 it takes the place of the logits
         whole_dw = weight * where(many, wider, 1)
-        # the first chunk: logits in the wide dtype, dz brought together, and dW
-        first = larger(beside + own * wider * (wider > 1), own + z + whole_dw + where(many, weight * (wider > 1), 0))
-        # a later one: dW is there, and dz of the chunk before
-        old = z + whole_dw
-        later = old + larger(own + larger(where(inner > 1, z, 0), own * wider * (wider > 1)), own + z * 0)
-        later = larger(later, own + z + whole_dw + weight * (wider > 1))
+        # logits summed along inner; in the wide dtype; dz from them, brought together; dW
+        first = larger(larger(partial + own, own + wide_z + own * copied + partial), own + dz + weight)
+        first = larger(first, own + dz + weight + where(many, whole_dw * copied, 0))
+        # of a later chunk too, when logits, dz and dW of those before are there
+        later = larger(own + dz + partial + own, own + wide_z + larger(dz, own * copied + partial))
+        later = whole_dw + larger(later, own + dz + weight * copied)
         ledger.touch(larger(first, where(many, later, 0)))
         # at the end dX and dW are summed; a chunk's logits and dz are there still
-        ledger.hold(own + z + whole_dw)
+        ledger.hold(own + dz + whole_dw)
         ledger.hold(head.s * head.r_moves)
         narrow = where(many, weight * (wider > 1), 0)
         ledger.touch(narrow + (weight + shard) * head.w_moves)
@@ -244,14 +248,10 @@ class _Step:
         layer, done = self.anatomy.layers[index], len(self.layers) - 1 - index
         s = self.head.s
         saved = self.saved_until(index + 1)
-        if shape.recompute or shape.savers.offload:
-            pass
         self.begin(f"backward of layer {index}", done, saved, self.gathered(index), working=s)
         ledger = self.ledger
-        if parallel.fsdp is None:
-            # the head's weight: its gradient in the parameters' dtype, or still to be added to the embedding's
-            pass
-        else:
+        ledger.hold(self._head_waits)
+        if parallel.fsdp is not None:
             self._fsdp_gradients(index)
         following = 0
         if self._early:
@@ -265,49 +265,80 @@ class _Step:
         product = layer[0].column if self.shape.recompute else layer[1].row
         return sizes_of(product, self.shape, self.parallel)
 
+    @property
+    def _head_waits(self) -> Any:
+        """Bytes of the head's gradient that is not in the parameter's yet: a tied one waits for the embedding's."""
+        tied = self.anatomy.tied
+        if self.parallel.fsdp is None:
+            return self.several * self.head_shard * self.stored * tied
+        at_once = self.several * (self.element == self.stored) * (not tied)
+        return self._head_weight * self.element * (1 - at_once)
+
     def _fsdp_gradients(self, index: int) -> None:
-        """What waits while a layer runs: gradients of the head, and those that the layer after hands over to be summed."""
-        outside = self._head_weight * self.element
-        self.ledger.hold(where(self.several > 0, outside * (self.element == self.stored) * 0 + outside, outside))
+        """What waits while a layer runs: gradients that the layer after hands over to be summed, or of all layers."""
         if not self.shape.by_layer:
             done = self.layers[index + 1 :]
             self.ledger.hold(sum(self.units[kind] for kind in done) * self.element)
         elif index + 1 < len(self.layers):
-            self.ledger.hold(self.units[self.layers[index + 1]] * self.stored * where(self.stored_over > 0, 1, 0))
+            self.ledger.hold(self.units[self.layers[index + 1]] * self.stored)
 
     def _fsdp_sum(self, kind: int, unit: Any, index: int) -> None:
         """FSDP2 sums a unit's gradients: they are copied into one piece in the parameters' dtype, whose sum is kept."""
         ledger = self.ledger
         if index + 1 < len(self.layers):
             ledger.drop(self.units[self.layers[index + 1]] * self.stored)
-        if self.shape.reshard or True:
-            ledger.drop(unit * self.element, "gathered")
+        ledger.drop(unit * self.element, "gathered")
         ledger.hold(unit * self.stored)
         ledger.touch(unit // self.stored_over * self.stored)
 
     def embedding(self) -> None:
         """The gradient of the embedding: of the whole table on this rank, in the parameters' dtype."""
         ledger, head, parallel = self.ledger, self.head, self.parallel
-        table = self.vocabulary * (self.model.hidden_size // self.mesh.sizes["inner"])
-        every = len(self.layers)
-        if parallel.fsdp is None:
-            self.begin("backward of the embedding", every, 0, 0, working=head.s)
-            ledger.hold(head.whole_r * head.r_moves)
-            ledger.hold(table * self.stored)
-            ledger.touch((table + self.head_shard) * self.stored * head.w_moves)
-            ledger.touch(self.head_shard * self.stored * head.w_moves * 2)
+        table, served = head.rows * self.head_shard, parallel.fsdp is not None
+        every, by_layer = len(self.layers), self.shape.by_layer
+        whole = self.units[-1] * self.element if served else 0
+        waiting = self._head_waits + self._positions * (self.element if served else 0)
+        if served and by_layer:
+            waiting = waiting + self.units[self.layers[0]] * self.stored
+        if served and not by_layer:
+            layers = sum(self.units[kind] for kind in self.layers) * self.element
+            whole, waiting, every = whole + layers, waiting + layers, 0
+        self.begin("backward of the embedding", every, 0, whole, working=head.s + waiting)
+        if not served:
+            ledger.hold(self._positions * self.stored * (1 - self.several), "states")
+        ledger.hold(head.whole_r * head.r_moves)
+        whole_gradient = ledger.hold(table * self.stored)
+        # summed along row: turned for it, then this rank's shard, which is turned back
+        ledger.touch((table + self.head_shard) * self.stored * head.w_moves)
+        ledger.touch(self.head_shard * self.stored * head.w_moves * 2)
+        ledger.drop(whole_gradient * head.w_moves)
+        ledger.hold(self.head_shard * self.stored * head.w_moves)
+        cast = self.element if served else self.stored
+        if served and self.element != self.stored:
+            ledger.touch(self.head_shard * cast)
+        if self.anatomy.tied:  # added to that of the head
+            ledger.touch(self.head_shard * cast * (1 if cast == self.stored else 0))
+
+    @property
+    def _positions(self) -> Any:
+        """Elements of the learned positions on this rank as they are used."""
+        if self.anatomy.positions is None:
+            return 0
+        return self.anatomy.positions * (self.model.hidden_size // self.mesh.size(self.parallel.residual.features))
+
+    def first(self) -> None:
+        """The forward's begin: FSDP2 has gathered what is in no layer, and holds its buffer until the first layer's."""
+        if self.parallel.fsdp is None:
             return
-        whole = self.units[-1] * self.element
-        last = self.units[self.layers[0]] * self.stored if self.shape.by_layer else 0
+        moves, done = where(self.stored_over > 1, 1, 0), 0
+        outside = self.units[-1]
         if not self.shape.by_layer:
-            layers = sum(self.units[kind] for kind in self.layers)
-            self.begin("backward of the embedding", 0, 0, whole + layers * self.element, working=head.s)
-            ledger.hold(layers * self.element)
-        else:
-            self.begin("backward of the embedding", every, 0, whole, working=head.s + last)
-        ledger.hold(self.head_shard * self.element)  # the gradient of the head
-        ledger.hold(table * self.stored)
-        ledger.touch(table * self.element * where(self.stored != self.element, 1, 0) + 0)
+            outside = outside + sum(self.units[kind] for kind in self.layers)
+        self.begin("begin of the forward", done, 0, outside * (1 + moves) * self.element, outside=0)
+        table = self.head.rows * self.head_shard
+        self.ledger.touch(table * self.stored * (self.element != self.stored or self.head.w_moves))
+        if self.shape.by_layer:
+            self.ledger.touch(self.units[self.layers[0]] * (1 + moves) * self.element, "gathered")
 
     def sums(self) -> None:
         """FSDP2's sum of the gradients of what is in no layer, or of all."""

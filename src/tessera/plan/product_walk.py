@@ -216,8 +216,10 @@ def _backward_in_panels(ledger: Ledger, p: ProductSizes, parallel: Parallel) -> 
     comes_w = 0 if keep else _incoming(w, w_count, p.w_moves, parallel)
     out_w = _outgoing(w, p.shards, w_count, p.w_moves, parallel)
     if p.column:
-        # dH joined from several, and gathered; the weights joined
-        held = ledger.hold((several * p.hidden) + p.whole_h * p.h_moves + several * p.shards, "gathered")
+        # dH joined from several, or gathered of these; the weights joined
+        ledger.touch(several * p.hidden + p.whole_h * p.h_moves)
+        joined = several * p.hidden * (1 - p.h_moves)
+        held = ledger.hold(joined + p.whole_h * p.h_moves + several * p.shards, "gathered")
         comes_r = 0 if keep else _incoming(r, r_count, p.r_moves, parallel)
         held = held + ledger.hold(comes_w + comes_r, "gathered")
         out_r = ledger.hold(_outgoing(r, p.s, r_count, p.r_moves, parallel))
