@@ -128,8 +128,8 @@ def gradients(walk: Walk, p: ProductSizes) -> None:
     """The gradients of a product's weights, which are held in the compute dtype, become those of the parameters."""
     ledger, parallel = walk.ledger, walk.parallel
     whole = p.shards
-    if parallel.fsdp is not None:
-        return  # FSDP2 takes them as they are, layer by layer
+    if parallel.fsdp is not None:  # which takes them as they are, layer by layer; those of before are added to
+        return ledger.drop(whole * walk.accumulates * (walk.holding == 1))
     held = [w * walk.holding for w in p.w]
     if walk.holding > 1:
         ledger.touch(where(walk.accumulates, held[0], sum(held) - whole + p.w[-1]))

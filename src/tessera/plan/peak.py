@@ -181,6 +181,7 @@ class _Step:
         last = len(self.layers) - 1
         places = {max(i for i in range(last + 1) if self.layers[i] == kind) for kind in set(self.layers)}
         places |= {min(i for i in range(last + 1) if self.layers[i] == kind) for kind in set(self.layers)}
+        places |= {min(1, last), max(0, last - 1)}  # between them FSDP2 sums one layer's and gathers another's
         for index in sorted(places, reverse=True):
             self.layer(index, in_tiles)
         self.embedding()
@@ -258,7 +259,7 @@ class _Step:
             following = self._following(index).early
         layer_backward(Walk(ledger, shape, parallel, self.several, in_tiles), layer, following)
         if parallel.fsdp is not None and shape.by_layer:
-            self._fsdp_sum(kind, self.units[kind], index)
+            self._fsdp_sum(self.units[kind], index)
 
     def _following(self, index: int) -> ProductSizes:
         layer = self.anatomy.layers[max(0, index - 1)]
@@ -282,7 +283,7 @@ class _Step:
         elif index + 1 < len(self.layers):
             self.ledger.hold(self.units[self.layers[index + 1]] * self.stored)
 
-    def _fsdp_sum(self, kind: int, unit: Any, index: int) -> None:
+    def _fsdp_sum(self, unit: Any, index: int) -> None:
         """FSDP2 sums a unit's gradients: they are copied into one piece in the parameters' dtype, whose sum is kept."""
         ledger = self.ledger
         if index + 1 < len(self.layers):

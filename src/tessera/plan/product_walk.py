@@ -220,6 +220,8 @@ def _backward_in_panels(ledger: Ledger, p: ProductSizes, parallel: Parallel) -> 
         ledger.touch(several * p.hidden + p.whole_h * p.h_moves)
         joined = several * p.hidden * (1 - p.h_moves)
         held = ledger.hold(joined + p.whole_h * p.h_moves + several * p.shards, "gathered")
+        # a place for dW is made as large as the weights are, joined once more for that
+        ledger.touch(several * p.shards + p.shards * (parallel.schedule.name == "gather"))
         comes_r = 0 if keep else _incoming(r, r_count, p.r_moves, parallel)
         held = held + ledger.hold(comes_w + comes_r, "gathered")
         out_r = ledger.hold(_outgoing(r, p.s, r_count, p.r_moves, parallel))
