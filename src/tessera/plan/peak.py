@@ -93,7 +93,8 @@ class _Step:
         self.offload, self.optimizer = offload, optimizer
         self.several = where(shape.micro_batches > 1, 1, 0)
         self.head = sizes_of(self.anatomy.head, shape, parallel)
-        self.vocabulary = local_slice(model.vocab_size, ("col",), self.mesh).stop
+        vocabulary = local_slice(model.vocab_size, ("col",), self.mesh)
+        self.vocabulary = vocabulary.stop - vocabulary.start
         units = self.anatomy.units(parallel)
         self.shards = [sum(prod(p.spec.stored_shape(self.mesh)) for p in unit) for unit, _ in units]
         self.layers = [self.anatomy.kinds.index(kind) for kind in self._kinds_in_order()]
