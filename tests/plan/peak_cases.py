@@ -63,12 +63,12 @@ class PeakCase:
 
 
 def random_case(seed: int) -> PeakCase:
-    """The layout number `seed`: what is drawn anew until it fits."""
+    """The layout number `seed`: what is drawn anew until it fits. Every other has few words: its loss takes little."""
     dice = random.Random(seed)
     while True:
         case = _drawn(dice)
         if case is not None:
-            return case
+            return replace(case, model=replace(case.model, vocab_size=4096)) if seed % 2 else case
 
 
 def _drawn(dice: random.Random) -> PeakCase | None:
