@@ -1,8 +1,11 @@
 """Peak bytes of live tensors, counted exactly: every storage that an operator returns, until it is freed."""
 
+import sys
 import weakref
+from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from torch import Tensor, UntypedStorage
 from torch._guards import active_fake_mode
@@ -69,3 +72,79 @@ class PeakMemory(TorchDispatchMode):
         if storage._cdata in self._sizes:
             self._add(storage._cdata, size)
         return result
+
+
+class Change(NamedTuple):
+    """A storage, by its number in the order in which they were made, grows by so many bytes; or it goes."""
+
+    number: int
+    grown: int
+
+
+class LoggedMemory(PeakMemory):
+    """Also keeps every change, so that it can say afterwards what was alive when, and where it was made.
+
+    `sites` has of each storage the operator that made it and the innermost functions of this package that called it;
+    `marks` the places of `changes` at which a part of the step began, by name.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.changes: list[Change] = []
+        self.sites: list[str] = []
+        self.marks: list[tuple[int, str]] = []
+        self._number: dict[int, int] = {}
+        self._operator = ""
+
+    def mark(self, name: str) -> None:
+        """A part of the step begins here."""
+        self.marks.append((len(self.changes), name))
+
+    def number(self, tensor: Tensor) -> int | None:
+        """Which storage a tensor's is; None of one that has not been seen."""
+        return self._number.get(tensor.untyped_storage()._cdata)
+
+    def alive_at_peak(self, since: int = 0) -> Counter[str]:
+        """Bytes by site when most was alive, of the changes from number `since` on."""
+        alive = most = place = 0
+        for index, change in enumerate(self.changes):
+            alive += change.grown
+            if index >= since and alive > most:
+                most, place = alive, index
+        found: Counter[str] = Counter()
+        for change in self.changes[: place + 1]:
+            found[self.sites[change.number]] += change.grown
+        return +found
+
+    def __torch_dispatch__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self._operator = str(function).removeprefix("aten.")
+        return super().__torch_dispatch__(function, types, args, kwargs)
+
+    def _add(self, key: int, size: int) -> None:
+        if key not in self._sizes:
+            self._number[key] = len(self.sites)
+            self.sites.append(_site(self._operator))
+        self.changes.append(Change(self._number[key], size - self._sizes.get(key, 0)))
+        super()._add(key, size)
+
+    def _freed(self, key: int) -> None:
+        self.changes.append(Change(self._number.pop(key), -self._sizes[key]))
+        super()._freed(key)
+
+
+_PACKAGE = str(Path(__file__).parents[1])
+
+
+def _site(operator: str) -> str:
+    """E.g. "mm.default in product/gathered.py backward, in nn/mlp.py forward": at most two functions."""
+    found: list[str] = []
+    frame = sys._getframe(1)
+    while frame is not None and len(found) < 2:
+        file, name = frame.f_code.co_filename, frame.f_code.co_name
+        if file.startswith(_PACKAGE) and file != __file__ and not file.endswith("plan/count.py"):
+            place = f"{file.removeprefix(_PACKAGE).lstrip('/')} {name}"
+            found += [place] if place not in found else []
+        frame = frame.f_back  # type: ignore[assignment]
+    return ", in ".join([f"{operator} in {found[0]}", *found[1:]]) if found else operator

@@ -19,7 +19,8 @@ from tessera.inspect.held import MOMENTS, Collective, Held, Inspection, Totals, 
 from tessera.inspect.picture import LABELS, Grid, colours, grid_of, label, mesh_grid, text_picture
 from tessera.inspect.sequences import Sequences
 from tessera.layout.shape import StepShape
-from tessera.plan.peak import RESERVED, Peak
+from tessera.plan.fit import fits
+from tessera.plan.peak import Peak
 
 WIDTH = 100
 
@@ -180,8 +181,7 @@ def peak_in_words(peak: Peak, device_bytes: int | None) -> str:
     line = f"the peak of a rank is about {human(peak.total)}, by formula: {told}"
     if device_bytes is None:
         return line
-    fits = peak.total + RESERVED <= device_bytes
-    return f"{line}; {'it fits' if fits else 'it does not fit'} in this device's {human(device_bytes)}"
+    return f"{line}; it {fits(peak.total, device_bytes)} in this device's {human(device_bytes)}"
 
 
 def stream_table(report: Report) -> Table:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 import torch
@@ -97,13 +97,21 @@ def counted_step(model: ModelConfig, shape: StepShape, parallel: Parallel) -> Co
     sizes = {axis: size for axis, size in parallel.mesh.sizes.items() if size > 1}
     with fake_world(sizes, parallel.mesh.rank) as mesh:
         parallel = replace(parallel, mesh=mesh)
-        with _built(model, shape, parallel) as (decoder, memory):
+        with built(model, shape, parallel, PeakMemory()) as (decoder, memory):
             return _counted(decoder, shape, memory)
 
 
+Memory = TypeVar("Memory", bound=PeakMemory)
+
+
 @contextmanager
-def _built(model: ModelConfig, shape: StepShape, parallel: Parallel) -> Iterator[tuple[Decoder, PeakMemory]]:
-    """The decoder, its parameters fake, with fake tensors from then on; FSDP2 arranges ranks before, with real ones."""
+def built(
+    model: ModelConfig, shape: StepShape, parallel: Parallel, memory: Memory
+) -> Iterator[tuple[Decoder, Memory]]:
+    """The decoder, its parameters fake, with fake tensors from then on, which `memory` counts.
+
+    FSDP2 arranges ranks before, with real ones.
+    """
     asked = Fsdp(reshard=shape.reshard, by_layer=shape.by_layer)
     again, savers = shape.recompute, shape.savers
     build = partial(build_decoder, model, parallel, asked, gradient_checkpointing=again, savers=savers)
@@ -111,7 +119,7 @@ def _built(model: ModelConfig, shape: StepShape, parallel: Parallel) -> Iterator
     if parallel.fsdp is not None:
         with mock.patch.object(Decoder, "to_empty"):
             decoder = build()
-    with fake_tensors() as fake, PeakMemory() as memory:
+    with fake_tensors() as fake, memory:
         if decoder is None:
             decoder = build()
         else:
@@ -124,7 +132,7 @@ def _built(model: ModelConfig, shape: StepShape, parallel: Parallel) -> Iterator
 def _counted(decoder: Decoder, shape: StepShape, memory: PeakMemory) -> CountedStep:
     optimizer = build_optimizer(decoder, "adamw_torch_fused", (0.9, 0.95), 1e-8, 0.1)
     step = Step(decoder, optimizer, max_grad_norm=1.0, label_smoothing=0.1 if shape.label_smoothing else 0.0)
-    batches = _batches(shape)
+    batches = batches_of(shape)
     make_state(decoder, optimizer)
     if decoder.parallel.schedule.prefetch:
         step.gradients(batches[:1], 0)
@@ -148,7 +156,7 @@ def _counted(decoder: Decoder, shape: StepShape, memory: PeakMemory) -> CountedS
     )
 
 
-def _batches(shape: StepShape) -> list[MicroBatch]:
+def batches_of(shape: StepShape) -> list[MicroBatch]:
     """The micro-batches of a step, with their documents where the shape has them."""
     ids = torch.zeros(shape.batch, shape.sequence, dtype=torch.int64)
     batch = MicroBatch(ids, ids, shape.tokens)

@@ -194,18 +194,19 @@ def _tiles_backward(walk: Walk, block: Block, held: BlockSaved, column: ProductS
     dx = ledger.hold(column.s)
     sums = ledger.hold((whole + whole_row) * wide)
     found = ledger.hold(whole + whole_row + part.of(column, panels).s)  # what the tile before has found is dropped late
-    activations = ledger.hold(small_column.hidden + small_row.hidden, "activations")
+    ledger.hold(small_column.hidden + small_row.hidden, "activations")
     tile = small_row.s
     ledger.hold(tile)
     backward(ledger, small_row, parallel, 0, 0)
+    ledger.drop(small_row.hidden, "activations")
     gates = len(column.h) > 1
     ledger.touch((2 if gates else 0) * small_row.hidden + small_row.hidden)
     ledger.drop(small_row.hidden)
+    ledger.drop(small_column.hidden, "activations")
     ledger.hold(small_column.hidden)
     backward(ledger, small_column, parallel, 0, 0)
     ledger.drop(found)
     ledger.drop(small_column.hidden + small_column.s + tile)
-    ledger.drop(activations, "activations")
     ledger.drop(small_column.shards + small_row.shards)
     # in the compute dtype, and reduced
     narrow = ledger.hold((whole + whole_row) if wide > 1 else 0)

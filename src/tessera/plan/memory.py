@@ -209,7 +209,10 @@ def _saved_by_attention(attention: Attention, parallel: Parallel) -> int:
     head, statistic = attention.head_dim * parallel.compute.itemsize, _statistic(parallel)
     queries, keys = query_heads_on(attention, parallel), kv_heads_on(attention, parallel)
     saved = (queries + (3 if attention.rotary else 2) * keys) * head + queries * statistic
-    return saved + ((queries + keys) * (head + statistic) if attention.norms else 0)
+    if not attention.norms:
+        return saved
+    # their inputs: of rotated keys what they were is there already
+    return saved + queries * head + (queries + keys) * statistic + (0 if attention.rotary else keys * head)
 
 
 def _saved_by_shared_attention(attention: Attention, parallel: Parallel) -> int:

@@ -367,8 +367,3 @@ class _Step:
 def replace_offload(shape: StepShape) -> StepShape:
     """The shape with what layers keep on the device."""
     return replace(shape, savers=replace(shape.savers, offload=False))
-
-
-def fits(estimate: int, device_bytes: int) -> str:
-    """Stand-in."""
-    return "fits" if estimate * 1.03 + RESERVED < device_bytes else "may fit" if estimate < device_bytes else "does not fit"

@@ -11,14 +11,9 @@ from tessera.core.errors import UserError
 from tessera.core.mesh import Mesh
 from tessera.core.pages import OUT_OF_MEMORY
 from tessera.core.text import human, table_lines
-from tessera.layout.parallel import Parallel
-from tessera.layout.shape import Savers, StepShape
-from tessera.models.anatomy import anatomy_of
 from tessera.models.config import ModelConfig
-from tessera.plan.memory import saved_bytes, state_bytes
-from tessera.plan.scratch import scratch_bytes
-from tessera.plan.tiles import mlp_tiles
-from tessera.train.saved import gathered_bytes
+from tessera.plan.memory import state_bytes
+from tessera.plan.peak import peak_bytes
 from tessera.train.settings import fitting_layout, parallel_for, step_shape
 
 MOST = 3
@@ -28,36 +23,12 @@ MOST = 3
 def held_bytes(config: TrainConfig, model: ModelConfig, compute: torch.dtype, copies: bool) -> int:
     """What rank 0 holds at the peak of a step by formula; `copies`: with those of a save beside training."""
     parallel = parallel_for(config, Mesh(config.mesh_sizes, "meta", rank=0), compute=compute)
-    shape = step_shape(config, parallel)
+    shape, offload = step_shape(config, parallel), config.fsdp_config.offload_params
     if not _on_gpu():  # host memory is what ran out
-        shape = replace(shape, savers=replace(shape.savers, offload=False))
-    states, saved = state_bytes(model, parallel), saved_bytes(model, shape, parallel)
-    mesh, working = parallel.mesh, scratch_bytes(model, shape.tokens, parallel, recompute=shape.recompute)
-    working += _layer_running(model, shape, parallel)
-    rows = min(shape.chunk_tokens, shape.tokens // mesh.size(parallel.streams.ids))
-    logits = rows * model.vocab_size // mesh.sizes["col"] * torch.float32.itemsize
-    beside = states * 3 // 4 if copies and config.save_async else 0  # all but gradients
-    return states + saved + max(working, logits) + beside
-
-
-def _layer_running(model: ModelConfig, shape: StepShape, parallel: Parallel) -> int:
-    """What the layer that is computed again saves meanwhile, one tile of its MLP, and one group of its heads."""
-
-    def layer(savers: Savers) -> int:
-        whole = replace(shape, recompute=False, savers=savers)
-        two, one = (saved_bytes(replace(model, num_layers=n), whole, parallel) for n in (2, 1))
-        return two - one
-
-    attention, mlp = anatomy_of(model).kinds[0][0]
-    chunks, tiles = parallel.context.chunks, len(mlp_tiles(mlp, shape, parallel))
-    in_tiles = layer(Savers(mlp_tiles=shape.savers.mlp_tiles))
-    running = in_tiles if shape.recompute else 0
-    if tiles > 1:
-        running += (layer(Savers()) - in_tiles) // tiles
-    if chunks > 1 and attention.attention is not None:
-        tokens = shape.tokens_on(parallel.mesh, parallel.attention.tokens)
-        running += gathered_bytes(attention.attention, tokens, parallel, chunks)
-    return running
+        shape, offload = replace(shape, savers=replace(shape.savers, offload=False)), False
+    peak = peak_bytes(model, shape, parallel, offload=offload, optimizer=config.optimizer).total
+    beside = state_bytes(model, parallel) * 3 // 4 if copies and config.save_async else 0  # all but gradients
+    return int(peak + beside)
 
 
 def _on_gpu() -> bool:
