@@ -116,7 +116,7 @@ def _unseen(usable: int, torch: Torch, served: tuple[int, int] | None) -> Findin
 
 
 def _one(gpu: Gpu, alone: bool) -> list[Finding]:
-    """A line for the GPU, and one for each thing that is wrong with it; `alone`: torch sees this device and no other."""
+    """A line for the GPU, and one for each thing that is wrong with it; `alone`: torch sees no other device."""
     name = f"GPU {gpu.index}"
     told = [gpu.name]
     if gpu.memory is not None:
