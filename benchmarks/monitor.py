@@ -65,7 +65,8 @@ def work(rank: int, world: int, store: str, steps: int) -> None:
     from tessera.layout.streams import residual_layout
     from tessera.models.config import ModelConfig
     from tessera.models.decoder import Decoder
-    from tessera.monitor.monitor import COUNTED_STEP, Monitor
+    from tessera.monitor.counted import COUNTED_STEP
+    from tessera.monitor.monitor import Monitor
     from tessera.nn.rope import RopeConfig
 
     torch.set_num_threads(1)

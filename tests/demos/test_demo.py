@@ -42,6 +42,20 @@ def test_the_demo_removes_nothing_of_anybody(tmp_path):
     assert (tmp_path / "thesis.txt").exists()
 
 
+def test_a_demo_that_is_stopped_says_so_and_compares_nothing(small, tmp_path, monkeypatch):
+    launched = []
+
+    def stopped(config, overrides):
+        launched.append(overrides)
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+
+    monkeypatch.setattr(demo, "launch", stopped)
+    with pytest.raises(RunFailed, match=r"stopped after step 2 of its run in .*begins anew"):
+        demo.demo(tmp_path, 3)
+    assert len(launched) == 1
+
+
 def test_the_comparison_finds_a_difference():
     same = [{"step": 1, "loss": 2.0, "grad_norm": 1.0}]
     other = [{"step": 1, "loss": 2.0, "grad_norm": 1.001}]

@@ -1,6 +1,7 @@
 """What the driver prints is read: GPUs, links, versions, which GPUs are visible; nothing where there is none."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -78,3 +79,6 @@ def test_which_gpus_are_visible_and_in_which_order():
     assert chosen(None) == [0, 1, 2, 3] and chosen("") == []
     assert chosen("2,0") == [2, 0] and chosen("GPU-3a, 1") == [3, 1]
     assert chosen("1,7,2") == [1] and chosen("-1") == []
+    assert chosen("MIG-8a1b,1") == [], "no GPU is cut"
+    every[1:3] = [replace(gpu, mig=True) for gpu in every[1:3]]
+    assert chosen("MIG-8a1b") == [1] and chosen("MIG-GPU-2abc/3/0") == [2] and chosen("MIG-GPU-3abc/3/0") == []

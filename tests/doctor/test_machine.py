@@ -192,7 +192,7 @@ def test_how_fast_a_disk_takes_a_file(tmp_path):
 MEMINFO = "MemTotal:       67108864 kB\nMemAvailable:   1 kB\nSwapTotal:       8388608 kB\nSwapFree:        {} kB\n"
 
 
-def host(need=None, gpus=False, left=60 * GIB, limit=None, swapped=0, shared=32 * GIB):
+def host(need=None, gpus=False, left=60 * GIB, limit=None, swapped=0, shared=(32 * GIB, 32 * GIB)):
     return memory.host_findings(
         need, gpus, lambda path: MEMINFO.format(8388608 - swapped // 1024), lambda: left, lambda: limit, lambda: shared
     )
@@ -211,9 +211,22 @@ def test_the_memory_of_the_host():
 
 
 def test_little_shared_memory_matters_to_gpus():
-    assert states(host(shared=64 * 2**20))["/dev/shm"] == "ok"
-    assert "--shm-size" in only(host(gpus=True, shared=64 * 2**20), "wrong").mend
+    small = (64 * 2**20, 64 * 2**20)
+    assert states(host(shared=small))["/dev/shm"] == "ok"
+    assert "--shm-size" in only(host(gpus=True, shared=small), "wrong").mend
     assert states(host(shared=None))["/dev/shm"] == "unknown"
+
+
+def test_shared_memory_that_is_full_is_seen():
+    full = (2**20, 32 * GIB)
+    found = only(host(gpus=True, shared=full), "wrong")
+    assert found.text.startswith("1 MiB of 32 GiB free") and "ls -l /dev/shm" in found.mend
+    assert only(host(shared=full), "slow").subject == "/dev/shm"
+
+
+def test_a_file_system_s_room_is_what_the_kernel_says():
+    left, whole = memory.room_of("/")
+    assert 0 <= left <= whole and memory.room_of("/nowhere") is None
 
 
 def test_the_memory_of_gpus():
@@ -323,9 +336,27 @@ def test_gpus_that_run_slowly_are_named():
     ]
     mixed = [a100[0], rtx[0]]
     assert "several kinds" in only(devices.gpu_findings(mixed, mixed, replace(CUDA, gpus=2), None), "slow").text
-    broken = [replace(a100[0], errors=2, mig=True)]
-    wrong = [f.text for f in devices.gpu_findings(broken, broken, replace(CUDA, gpus=1), None) if f.state == "wrong"]
-    assert len(wrong) == 2 and "2 memory errors" in wrong[0] and "MIG" in wrong[1]
+    broken = [replace(a100[0], errors=2)]
+    assert "2 memory errors" in only(devices.gpu_findings(broken, broken, replace(CUDA, gpus=1), None), "wrong").text
+
+
+def test_mig_is_wrong_for_several_ranks_alone():
+    cut = [replace(gpu, mig=True, reasons=0) for gpu in gpus(driver("a100"))[:2]]
+    several = devices.gpu_findings(cut, cut, replace(CUDA, gpus=2), (12, 4))
+    assert ["MIG" in f.text for f in several if f.state == "wrong"] == [True, True]
+    one = devices.gpu_findings(cut, cut[:1], replace(CUDA, gpus=1), (12, 4))
+    assert "wrong" not in {f.state for f in one} and any("has one: enough" in f.text for f in one)
+    # two GPUs that are cut: CUDA shows one instance, which is no GPU that torch fails to see
+    assert "wrong" not in {f.state for f in devices.gpu_findings(cut, cut, replace(CUDA, gpus=1), (12, 4))}
+
+
+def test_numbers_of_gpus_of_several_kinds_depend_on_the_order_that_cuda_counts_in():
+    mixed, torch = [gpus(driver("a100"))[0], gpus(driver("4090"))[0]], replace(CUDA, gpus=2)
+    assert only(devices.gpu_findings(mixed, mixed, torch, None), "unknown").mend == "CUDA_DEVICE_ORDER=PCI_BUS_ID"
+    by_bus = devices.gpu_findings(mixed, mixed, torch, None, "PCI_BUS_ID")
+    assert "unknown" not in {f.state for f in by_bus}
+    alike = mixed[:1] * 2
+    assert "unknown" not in {f.state for f in devices.gpu_findings(alike, alike, torch, None)}
 
 
 def test_gpus_that_torch_does_not_see():

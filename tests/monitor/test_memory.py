@@ -1,7 +1,9 @@
 """Memory by kind sums to the peak that is tracked; a leak is told from what goes up and down."""
 
+import json
 import random
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from monitor.memory_cases import counted_on_rank
 from support.pool import pool
 from tessera.config.schema import TrainConfig
 from tessera.core.recorder import Record
+from tessera.monitor.counted import COUNTED_STEP, CountedSteps
 from tessera.monitor.memory import Leak, MemoryByKind
 from train.runs import Workshop, metrics
 
@@ -47,14 +50,50 @@ def test_memory_by_kind_sums_to_the_tracked_peak(workshop: Workshop, tmp_path, n
     """Steps 2 and 3 have rows of one length. Nothing is gathered on one rank, and something on several."""
     own = LAYOUTS[name] | {"max_steps": 3, "pad_to_sequence_len": True}
     settings = workshop.settings("llama", tmp_path / "run", **own)
-    for kinds, peak, before, gradients in pool(TrainConfig.model_validate(settings).world_size).run(
-        counted_on_rank, settings
-    ):
-        assert sum(kinds.values()) == pytest.approx(peak, rel=0.01)
-        assert before <= kinds["states"] <= before + gradients
-        assert kinds["activations"] > 0 and (kinds["gathered"] > 0) == (name != "1 rank")
+    for (found,) in pool(TrainConfig.model_validate(settings).world_size).run(counted_on_rank, settings):
+        assert found.step == COUNTED_STEP and sum(found.kinds.values()) == pytest.approx(found.peak, rel=0.01)
+        assert found.before <= found.kinds["states"] <= found.before + found.gradients
+        assert found.kinds["activations"] > 0 and (found.kinds["gathered"] > 0) == (name != "1 rank")
     told = metrics(settings)[1]["memory"]["kinds_gib"]
     assert set(told) == {"states", "activations", "gathered", "other"}
+
+
+def test_memory_by_kind_follows_a_run_whose_rows_become_longer(workshop: Workshop, tmp_path):
+    """Rows of 4 tokens up to step 4, of 30 from then on, and an evaluation between: step 6 is counted anew."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        "".join(json.dumps({"input_ids": [7] * size, "labels": [7] * size}) + "\n" for size in [4] * 24 + [30] * 24)
+    )
+    own = {"datasets": [{"path": str(rows)}], "sequence_len": 32, "val_set_size": 2, "eval_steps": 5, "max_steps": 7}
+    settings = workshop.settings("llama", tmp_path / "run", **own, tensor_parallel_size=2)
+    for first, second in pool(2).run(counted_on_rank, settings, 4):
+        assert (first.step, second.step) == (2, 6)
+        for found in (first, second):
+            assert sum(found.kinds.values()) == pytest.approx(found.peak, rel=0.01)
+        assert second.kinds["activations"] > 3 * first.kinds["activations"]
+        assert second.peak > 1.1 * first.peak, "what step 2 has would not be within 1% of it"
+    told = {line["step"]: line["memory"].get("kinds_gib") for line in metrics(settings)}
+    assert told[2] and told[6] and not (told[5] or told[7])
+
+
+def counted_steps(peak: Callable[[int], int], steps: int, every: int = 1) -> list[int]:
+    """The steps that are counted of a run in which the peak after each step is `peak` of it, on one of two ranks."""
+    plan, found = CountedSteps(), []
+    for step in range(1, steps + 1):
+        if plan.next_is(step):
+            found.append(step)
+        if step % every == 0:
+            plan.reported(step, [100 * MIB, peak(step)])
+    return found
+
+
+def test_steps_are_counted_by_kind_again_when_a_peak_rises_and_seldom():
+    assert counted_steps(lambda step: 200 * MIB, 303) == [2, 102, 202, 302]
+    assert counted_steps(lambda step: 200 * MIB + 3 * MIB * (step >= 30), 140) == [2, 31, 131]
+    assert counted_steps(lambda step: 200 * MIB + 3 * MIB * (step >= 5), 140) == [2, 22, 122]
+    assert counted_steps(lambda step: 200 * MIB + MIB * (step >= 30), 140) == [2, 102], "by less than 1%"
+    assert counted_steps(lambda step: 2**step, 65) == [2, 22, 42, 62], "not more often, whatever happens"
+    assert counted_steps(lambda step: 200 * MIB + 3 * MIB * (step >= 30), 140, every=25) == [2, 51]
 
 
 def test_a_leak_among_ups_and_downs_is_found_once():

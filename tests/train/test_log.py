@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import re
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from tessera.config.load import load_config
 from tessera.config.schema import TrainConfig
 from tessera.plan.flops import step_flops
 from tessera.train.events import perplexity
-from tessera.train.files import Files
+from tessera.train.files import Files, _lines_before
 from tessera.train.notes import Notes
 from tessera.train.progress import Pace, shares
 from tessera.train.run import model_of
@@ -66,6 +67,7 @@ def test_a_run_killed_before_its_first_line_keeps_those_of_the_run_it_goes_on_fr
     file = tmp_path / "metrics.jsonl"
     before = "".join(f'{{"step": {step}}}\n' for step in (1, 2, 3)) + '{"step": 4, "lo'
     file.write_text(before)
+    (tmp_path / "copy.jsonl").hardlink_to(file)  # so it is written anew: to cut it is one call of the system
 
     def killed(self: Path, content: bytes) -> int:
         with self.open("wb") as stream:
@@ -184,3 +186,38 @@ def test_a_line_that_a_killed_run_left_unfinished_is_no_obstacle(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
     log_of(tmp_path, 2)
     assert steps_in(tmp_path) == [1, 2]
+
+
+def test_of_a_long_file_the_tail_is_read_alone(tmp_path, monkeypatch):
+    """200,000 lines, of which those of 7 steps are to be done again; a copy under another name stays as it is."""
+    path, lines = tmp_path / "metrics.jsonl", [f'{{"step": {step}}}\n' for step in range(1, 200_001)]
+    path.write_text("".join(lines))
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", None)
+        log_of(tmp_path, 199_993)
+    assert path.read_text() == "".join(lines[:199_993])
+    copy = tmp_path / "copy"
+    copy.hardlink_to(path)
+    log_of(tmp_path, 10)
+    assert path.read_text() == "".join(lines[:10]) and copy.read_text() == "".join(lines[:199_993])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_cut_off_is_what_is_left_out_line_by_line(tmp_path, monkeypatch, seed):
+    """Lines of several runs one after another, lines about a whole run among them, the last one cut anywhere."""
+    generator = random.Random(seed)
+    monkeypatch.setattr("tessera.train.files.TAIL", 16)
+    lines = ["{}\n"]
+    for step in range(1, generator.randrange(2, 40)):
+        lines += [
+            f'{{"step": {step}, "x": "{"y" * generator.randrange(60)}"}}\n',
+            *["{}\n"] * (generator.random() < 0.1),
+        ]
+    first = generator.randrange(1, 50)
+    text = "".join(lines)
+    (tmp_path / "monitor.jsonl").write_text(text[: len(text) - generator.randrange(30)])
+    (tmp_path / "whole.jsonl").write_bytes(_lines_before((tmp_path / "monitor.jsonl").read_bytes(), first))
+    log_of(tmp_path, first)
+    kept, right = ((tmp_path / name).read_text().splitlines() for name in ("monitor.jsonl", "whole.jsonl"))
+    with_steps = [[line for line in of if "step" in line] for of in (kept, right)]
+    assert with_steps[0] == with_steps[1]

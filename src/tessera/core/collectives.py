@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tessera.core.mesh import Group
-from tessera.core.recorder import LABEL, Record, Span, active, begin_span
+from tessera.core.recorder import LABEL, Record, Span, active, begin_span, labels
 from tessera.core.recorder import Recorder as Recorder
 from tessera.core.recorder import totals as totals
 
@@ -56,9 +56,8 @@ _NOTHING: AbstractContextManager[None] = nullcontext()
 
 def _labelled(what: str, axes: Sequence[str]) -> AbstractContextManager[Any]:
     """The mark that a profiler puts around a call or a wait: nothing unless one runs."""
-    label = next((recorder.label for recorder in active if recorder.label is not None), None)
     # the format of traces takes ASCII alone
-    return _NOTHING if label is None else label(f"{LABEL}{what} {'+'.join(axes)}")
+    return labels[0](f"{LABEL}{what} {'+'.join(axes)}") if labels else _NOTHING
 
 
 def _marked(span: Span | None) -> AbstractContextManager[None]:

@@ -145,7 +145,8 @@ def cuda_of_driver(ask: Ask = nvidia_smi) -> tuple[int, int] | None:
 def visible(every: Sequence[Gpu], chosen: str | None) -> list[Gpu]:
     """Those of the driver's GPUs that CUDA counts, in its order; `chosen` is CUDA_VISIBLE_DEVICES (None: not set).
 
-    As CUDA does, it stops at the first word that names no GPU.
+    As CUDA does, it stops at the first word that names no GPU. A MIG instance stands for its GPU; its UUID does not say
+    for which, so it is taken to be of the first that is cut.
     """
     if chosen is None:
         return list(every)
@@ -153,10 +154,16 @@ def visible(every: Sequence[Gpu], chosen: str | None) -> list[Gpu]:
     for word in map(str.strip, chosen.split(",")):
         by_number = [gpu for gpu in every if str(gpu.index) == word]
         by_name = [gpu for gpu in every if word.startswith("GPU-") and gpu.uuid.startswith(word)]
-        if not (by_number or by_name):
+        by_part = [gpu for gpu in every if gpu.mig and (word.startswith(f"MIG-{gpu.uuid}/") or _is_instance(word))]
+        if not (by_number or by_name or by_part):
             break
-        found += (by_number or by_name)[:1]
+        found += (by_number or by_name or by_part)[:1]
     return found
+
+
+def _is_instance(word: str) -> bool:
+    """Whether it is the UUID of a MIG instance, as drivers since 470 write it; before, it began with the GPU's."""
+    return word.startswith("MIG-") and not word.startswith("MIG-GPU-")
 
 
 NVLINK, PCIE = "NVLink", "PCIe"

@@ -90,10 +90,14 @@ class Recorder:
 
     def __enter__(self) -> "Recorder":
         active.append(self)
+        if self.label is not None:
+            labels.append(self.label)
         return self
 
     def __exit__(self, *error: object) -> None:
         active.remove(self)
+        if self.label is not None:
+            labels.remove(self.label)
 
     def shifts_nothing(self, axes: tuple[str, ...]) -> None:
         """Others along `axes` shift something now, this rank does not."""
@@ -141,3 +145,5 @@ def begin_span(kind: str, axes: tuple[str, ...], peer: int | None = None) -> Spa
 # A plain list, not a context variable: on GPUs autograd runs backward, and its collectives, in threads of its own.
 active: list[Recorder] = []
 """The recorders that count now."""
+labels: list[Callable[[str], AbstractContextManager[Any]]] = []
+"""Those of them that have one: every call and every wait looks here, and as a rule there is none."""

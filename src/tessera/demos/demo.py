@@ -15,6 +15,7 @@ from tessera.core.errors import RunFailed, UserError
 from tessera.data.samples import open_samples, unigram_entropy
 from tessera.data.stdlib import standard_library_files
 from tessera.launch.launch import launch
+from tessera.train.notes import SUMMARY
 from tessera.train.plots import plot_loss, read_metrics
 
 STEPS, COMPARED, TOLERANCE = 200, 8, 2e-5
@@ -63,14 +64,23 @@ def demo(output: Path, steps: int | None) -> None:
     stay_on_cpu_without_gpus(2)
     config = write_inputs(output, steps or STEPS)
     console.rule("training at tensor size 2")
-    launch(config)
+    _finish(output / "run", config)
     console.rule("the first steps again, in one process")
     alone = output / "one-process"
     alone.mkdir()
     shutil.copytree(output / "run" / "prepared", alone / "prepared")
     steps_compared = min(COMPARED, steps or STEPS)
-    launch(config, ["tensor_parallel_size=1", f"max_steps={steps_compared}", f"output_dir={alone}"])
+    _finish(alone, config, "tensor_parallel_size=1", f"max_steps={steps_compared}", f"output_dir={alone}")
     report(console, output)
+
+
+def _finish(run: Path, config: Path, *overrides: str) -> None:
+    """Train to the last step into `run`. RunFailed: a signal has stopped it before, which ends the demonstration."""
+    launch(config, overrides)
+    if not (run / SUMMARY).exists():  # written after the last step alone
+        done = read_metrics(run)[-1]["step"]
+        text = f"the demonstration was stopped after step {done} of its run in {run}: there is nothing to compare"
+        raise RunFailed(f"{text}; started again, it begins anew")
 
 
 def clear(output: Path) -> None:

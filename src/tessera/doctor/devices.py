@@ -74,17 +74,18 @@ def _quota(files: Callable[[str], str | None]) -> float | None:
 
 
 def gpu_findings(
-    every: Sequence[Gpu], usable: Sequence[Gpu], torch: Torch, served: tuple[int, int] | None
+    every: Sequence[Gpu], usable: Sequence[Gpu], torch: Torch, served: tuple[int, int] | None, order: str = ""
 ) -> list[Finding]:
     """The GPUs of the driver, of which `usable` are those that CUDA_VISIBLE_DEVICES leaves; why torch sees fewer.
 
-    `served` is the newest CUDA version that the driver serves.
+    `served` is the newest CUDA version that the driver serves, `order` what CUDA_DEVICE_ORDER says.
     """
     if not every:
         told = f"torch sees {counted(torch.gpus, 'GPU')}, of which nvidia-smi tells nothing" if torch.gpus else "none"
         return [Finding("GPUs", "unknown" if torch.gpus else "ok", told)]
     found = []
-    if torch.gpus < len(usable):
+    # of GPUs that are cut CUDA gives a process one instance, however many there are
+    if torch.gpus < len(usable) and not (torch.gpus and any(gpu.mig for gpu in usable)):
         found.append(_unseen(len(usable), torch, served))
     elif len(usable) < len(every):
         text = f"CUDA_VISIBLE_DEVICES leaves {len(usable)} of the driver's {len(every)}"
@@ -93,8 +94,11 @@ def gpu_findings(
         kinds = ", ".join(sorted({gpu.name for gpu in usable}))
         text = f"they are of several kinds ({kinds}): all wait for the slowest"
         found.append(Finding("GPUs", "slow", text, "choose those of one kind (CUDA_VISIBLE_DEVICES)"))
+    if len({gpu.name for gpu in every}) > 1 and order != "PCI_BUS_ID":
+        text = "of several kinds, CUDA counts the fastest first, the driver and these lines by bus: numbers may differ"
+        found.append(Finding("GPUs", "unknown", text, "CUDA_DEVICE_ORDER=PCI_BUS_ID"))
     for gpu in usable:
-        found += _one(gpu)
+        found += _one(gpu, alone=torch.gpus == 1)
     return found
 
 
@@ -111,8 +115,8 @@ def _unseen(usable: int, torch: Torch, served: tuple[int, int] | None) -> Findin
     return Finding("GPUs", "wrong", text, mend)
 
 
-def _one(gpu: Gpu) -> list[Finding]:
-    """A line for the GPU, and one for each thing that is wrong with it."""
+def _one(gpu: Gpu, alone: bool) -> list[Finding]:
+    """A line for the GPU, and one for each thing that is wrong with it; `alone`: torch sees no other device."""
     name = f"GPU {gpu.index}"
     told = [gpu.name]
     if gpu.memory is not None:
@@ -141,7 +145,9 @@ def _one(gpu: Gpu) -> list[Finding]:
     if gpu.errors:
         text = f"{counted(gpu.errors, 'memory error')} that could not be corrected since the driver was loaded"
         found.append(Finding(name, "wrong", text, f"leave it out, and nvidia-smi --gpu-reset -i {gpu.index}"))
-    if gpu.mig:
+    if gpu.mig and alone:
+        found.append(Finding(name, "ok", "cut into MIG instances, of which this process has one: enough for one rank"))
+    elif gpu.mig:
         text = "cut into MIG instances, between which NCCL does not exchange"
         found.append(Finding(name, "wrong", text, f"nvidia-smi -i {gpu.index} -mig 0, or train on one instance alone"))
     return [Finding(name, "ok", ", ".join(told)), *found]

@@ -85,7 +85,8 @@ def examine(asked: Asked, now: Callable[[], float] = time.time, environment: Map
     placed = None if asked.config is None else _placed(asked.config, asked, machine)
     ranks = _ranks_here(asked, placed, machine)
     seen = network.seen(asked.port, asked.place.address if asked.place.machines > 1 else None)
-    gpus = gpu_findings(machine.gpus, machine.usable, machine.torch, machine.served)
+    order = environment.get("CUDA_DEVICE_ORDER", "")
+    gpus = gpu_findings(machine.gpus, machine.usable, machine.torch, machine.served, order)
     sections = [
         Section("devices", [*cpu_findings(), *gpus]),
         Section("versions", version_findings(machine.torch, machine.gpus, machine.served, required())),

@@ -12,6 +12,8 @@ from tessera.doctor.finding import Finding, State, read
 
 SHARED = 2**30
 """Bytes of /dev/shm that several GPUs of a machine may take: NCCL exchanges through it what NVLink does not carry."""
+FULL = 0.95
+"""The share of /dev/shm in use from which it is called full."""
 SWAPPED = 2**30
 BUSY = 2**30
 """Bytes in use on a GPU above which somebody else computes there; a desktop takes less."""
@@ -36,7 +38,7 @@ def host_findings(
     files: Callable[[str], str | None] = read,
     free: Callable[[], int | None] = exhausted.host_bytes_free,
     limit: Callable[[], int | None] = exhausted.group_limit,
-    shared: Callable[[], int | None] = lambda: size_of("/dev/shm"),
+    shared: Callable[[], tuple[int, int] | None] = lambda: room_of("/dev/shm"),
 ) -> list[Finding]:
     """The host's memory, the limit of its control group, what is swapped out, and /dev/shm."""
     told = {name: int(value) * 1024 for name, value in re.findall(r"(\w+): +(\d+) kB", files("/proc/meminfo") or "")}
@@ -53,25 +55,33 @@ def host_findings(
     if used > SWAPPED:
         text = f"{human(used)} of memory are on disk: whoever needs them waits"
         found.append(Finding("swap", "slow", text, "end what else needs memory, then swapoff -a && swapon -a"))
-    room = shared()
+    return [*found, _shared(shared(), several_gpus)]
+
+
+def _shared(room: tuple[int, int] | None, several_gpus: bool) -> Finding:
+    """Judge /dev/shm by the bytes that are free there and all."""
+    name = "/dev/shm"
     if room is None:
-        found.append(Finding("/dev/shm", "unknown", "is not there"))
-    elif several_gpus and room < SHARED:
-        mend = "docker run --shm-size=8g (or --ipc=host), mount -o remount,size=8g /dev/shm"
-        text = f"{human(room)}: NCCL may not get the memory through which GPUs exchange"
-        found.append(Finding("/dev/shm", "wrong", text, mend))
-    else:
-        found.append(Finding("/dev/shm", "ok", human(room)))
-    return found
+        return Finding(name, "unknown", "is not there")
+    left, whole = room
+    text = f"{human(left)} of {human(whole)} free"
+    emptied = "remove what programs that were killed have left there (ls -l /dev/shm)"
+    if several_gpus and left < SHARED:
+        larger = "docker run --shm-size=8g (or --ipc=host), mount -o remount,size=8g /dev/shm"
+        text += ": NCCL may not get the memory through which GPUs exchange"
+        return Finding(name, "wrong", text, larger if whole < SHARED else emptied)
+    if whole - left > FULL * whole:
+        return Finding(name, "slow", f"{text}: what lies there takes the host's memory", emptied)
+    return Finding(name, "ok", text)
 
 
-def size_of(path: str) -> int | None:
-    """The bytes of the file system at `path`; None where there is none."""
+def room_of(path: str) -> tuple[int, int] | None:
+    """The bytes that this user may still write to the file system at `path`, and all; None where there is none."""
     try:
         status = os.statvfs(path)
     except OSError:
         return None
-    return status.f_blocks * status.f_frsize
+    return status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize
 
 
 def gpu_findings(gpus: Sequence[Gpu], need: Need | None) -> list[Finding]:

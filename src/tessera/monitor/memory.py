@@ -1,4 +1,4 @@
-"""Memory of a rank: by kind at the peak of one step that is counted whole, and a leak, by what there is more of.
+"""Memory of a rank: by kind at the peak of a step that is counted whole, and a leak, by what there is more of.
 
 states       parameters, gradients and the optimizer's state
 activations  what the forward makes and keeps for the backward

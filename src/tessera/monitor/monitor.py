@@ -6,7 +6,7 @@
     end                   bytes held
     on logging steps      terms of the steps since the last one        idle time told from communication; a table of all
 
-The second step is counted whole by kind of memory, which makes it slower: it has no terms of time.
+Some steps are counted whole by kind of memory (counted.py), which makes them slower: they have no terms of time.
 """
 
 import os
@@ -23,14 +23,12 @@ from tessera.core.collectives import Recorder, all_gather, gathered
 from tessera.core.errors import cut_short
 from tessera.core.pages import OUT_OF_MEMORY
 from tessera.engine.step import Step
+from tessera.monitor.counted import CountedSteps
 from tessera.monitor.idle import Together
 from tessera.monitor.memory import Leak, MemoryByKind
 from tessera.monitor.report import Report, Row, report_of
 from tessera.monitor.timeline import BESIDE, NOT_COUNTED, Timeline
 from tessera.nn.parameter import to_local
-
-COUNTED_STEP = 2
-"""The step of a run whose memory is counted by kind: the first that has the optimizer's state from its begin."""
 
 
 class Monitor:
@@ -52,6 +50,7 @@ class Monitor:
         self._since = self._timed = 0  # since the last report: all steps, and those whose time counts
         self._times = False  # whether the time of this step counts
         self._recorder: Recorder | None = None
+        self._counted = CountedSteps()
         self._counting: MemoryByKind | None = None
         self._kinds: dict[str, int] = {}
         self._leak = Leak()
@@ -72,9 +71,9 @@ class Monitor:
     def step(self, timed: bool = True) -> Iterator[Recorder]:
         """Around data, forward, backward and update of one step, whose collectives are in the recorder given.
 
-        Its time counts if `timed`, and if it is not the step whose memory is counted.
+        Its time counts if `timed`, and if its memory is not counted.
         """
-        counted, model = self._done + 1 == COUNTED_STEP, self._of.model
+        counted, model = self._counted.next_is(self._done + 1), self._of.model
         self._times = timed and not counted and not self._broken
         if counted:
             state = [t for of in self._of.optimizer.state.values() for t in of.values() if torch.is_tensor(t)]
@@ -122,6 +121,7 @@ class Monitor:
         own = Row(timeline.seconds | {"idle": idle}, communication, held, peak, self._kinds, bool(self._found))
         numbers = torch.tensor([own.numbers()], dtype=torch.float64, device=device)
         rows = [Row.of(row) for row in all_gather(numbers, 0, everyone).tolist()]
+        self._counted.reported(self._done, [row.peak for row in rows])
         report = report_of(rows, self.machines, step, self._timed, self._since)
         warnings = []
         if any(row.leaks for row in rows):
