@@ -58,7 +58,7 @@ class Way:
         mesh = Mesh({"ring": self.ring, "col": TENSOR}, rank=0)
         tensor = TensorParallel("1d", TENSOR, sequence_parallel=self.sequence_parallel)
         context = ContextParallel(self.ring, "ring", 1)
-        return parallel_of(tensor, mesh, 1, compute=torch.bfloat16, context=context)
+        return parallel_of(tensor, mesh, 1, LLAMA_3_8B.dimensions, compute=torch.bfloat16, context=context)
 
     def peak(self, tokens: int, recompute: bool) -> Peak:
         """Of a rank, with a row of so many tokens."""

@@ -150,8 +150,9 @@ class Rank:
         mesh, col = Mesh(way.sizes), way.sizes.get("col", 1)
         ulysses = way.sizes.get("ulysses", 1)
         context = ContextParallel(way.sizes.get("ring", 1) * ulysses, way.mode, ulysses)
-        parallel = parallel_of(TensorParallel(size=col), mesh, 1, context=context)
-        model = build_decoder(model_of(arguments), parallel, gradient_checkpointing=arguments.recompute)
+        config = model_of(arguments)
+        parallel = parallel_of(TensorParallel(size=col), mesh, 1, config.dimensions, context=context)
+        model = build_decoder(config, parallel, gradient_checkpointing=arguments.recompute)
         model.initialize(1)
         self.step = Step(model, build_optimizer(model, "adamw_torch_fused", (0.9, 0.95), 1e-8, 0.0))
         self.arguments, self.number, self.way, self.rank = arguments, 0, way, rank
@@ -222,8 +223,8 @@ def counted_alone(arguments: argparse.Namespace, length: int) -> int:
     from tessera.plan.count import counted_step
     from tessera.sizes.rules import TensorParallel
 
-    shape = StepShape(1, length, recompute=arguments.recompute)
-    return counted_step(model_of(arguments), shape, parallel_of(TensorParallel(), Mesh({}), 1)).memory.peak
+    model, shape = model_of(arguments), StepShape(1, length, recompute=arguments.recompute)
+    return counted_step(model, shape, parallel_of(TensorParallel(), Mesh({}), 1, model.dimensions)).memory.peak
 
 
 def table(arguments: argparse.Namespace, folder: Path) -> list[Measured]:

@@ -21,6 +21,8 @@ FSDP = {"fsdp": ("shard", "ring", "ulysses", "row"), "weights_over": ()}
 LOOP = {"fsdp": ("shard", "ring", "ulysses"), "schedule": Schedule("summa")}
 HIDDEN_DROPOUT = replace(GPT2, attention_dropout=0.0)
 WINDOWS = replace(LLAMA, layer_kinds=(LayerKind(3), LayerKind()))
+SIX_HEADS = replace(LLAMA, num_heads=6, num_kv_heads=3)  # which do not divide by col · inner
+CUBE = {"inner": 2, "row": 2, "col": 2}
 
 
 def context(transport: str, base: dict[str, Any] | None = None, **keys: Any) -> dict[str, Any]:
@@ -42,6 +44,14 @@ CASES = [
     ("llama", {"ring": 2, "col": 2}, context("ring"), 3),
     ("llama tied", {"shard": 2, "ring": 2}, context("exchange"), 2),
     ("llama", {"row": 2, "col": 2}, JOINED, 1),
+    (SIX_HEADS, {"inner": 2, "row": 2}, JOINED, 1),
+    (SIX_HEADS, CUBE, JOINED, 1),
+    slow("llama tied", {"inner": 2, "col": 2}, {"context": Context("ring", joined=True)}, 1),
+    slow(SIX_HEADS, CUBE, {"context": Context("ring", joined=True)}, 2),
+    slow(SIX_HEADS, CUBE, JOINED | {"schedule": Schedule("summa")}, 3),
+    slow(SIX_HEADS, {"ring": 2, "inner": 2, "row": 2}, context("ring", joined=True), 1),
+    slow(SIX_HEADS, {"ulysses": 2, "inner": 2, "row": 2}, context("exchange", joined=True), 1),
+    slow(HIDDEN_DROPOUT, {"shard": 2, "inner": 2, "col": 2}, context("exchange", joined=True), 1),
     slow("llama", {"ring": 2, "row": 2, "col": 2}, context("exchange", joined=True), 1),
     slow("llama", {"ring": 2, "row": 2, "col": 2}, context("ring"), 4),
     slow("llama", {"ulysses": 2, "row": 2, "col": 2}, context("exchange", joined=True), 1),
@@ -78,7 +88,9 @@ def case_id(value: Any) -> str:
         return chosen.transport + (" joined" if chosen.joined else "")
     if isinstance(value, str | int):
         return str(value)
-    return label(value) if isinstance(value, dict) else f"{value.family}{' windows' if value == WINDOWS else ''}"
+    if isinstance(value, dict):
+        return label(value)
+    return value.family + {WINDOWS: " windows", SIX_HEADS: " six heads"}.get(value, "")
 
 
 @pytest.mark.parametrize("name, sizes, options, rows", CASES, ids=case_id)
@@ -96,6 +108,7 @@ PACKED = [
     ("llama", {"shard": 2, "ring": 2}, context("ring")),
     ("gpt2", {"ring": 2, "col": 2}, context("exchange")),
     ("llama", {"row": 2, "col": 2}, JOINED),
+    slow("llama", {"inner": 2, "row": 2, "col": 2}, JOINED),
     slow("llama", {"ulysses": 4}, context("exchange")),
     slow("gpt2", {"ring": 2, "row": 2, "col": 2}, context("exchange")),
     slow("llama", {"ring": 2, "row": 2, "col": 2}, context("ring", joined=True)),

@@ -97,7 +97,7 @@ def test_what_the_driver_says_of_the_links():
 def placed(here: int, numbering=AXES, **keys) -> Placed:
     config, _ = make_config({"base_model": "x", "datasets": [{"path": "y"}], "micro_batch_size": 8} | keys)
     mesh = Mesh(config.mesh_sizes, rank=0, numbering=numbering)
-    return Placed(config, LLAMA, parallel_for(config, mesh), here)
+    return Placed(config, LLAMA, parallel_for(config, LLAMA, mesh), here)
 
 
 def test_neighbours_are_those_of_the_mesh():

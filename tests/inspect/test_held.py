@@ -69,7 +69,9 @@ SHAPE = StepShape(BATCH, LENGTH, micro_batches=2)
 
 def inspected(name: str, settings: dict[str, object]) -> Inspection:
     config = config_of(settings)
-    return inspect_model(MODELS[name], parallel_for(config, Mesh(config.mesh_sizes, device="meta", rank=0)))
+    return inspect_model(
+        MODELS[name], parallel_for(config, MODELS[name], Mesh(config.mesh_sizes, device="meta", rank=0))
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -36,7 +36,7 @@ LAYOUTS = {
 
 def inspected(settings, lengths):
     config = fitting_layout(config_of(settings), MODEL)
-    parallel = parallel_for(config, Mesh(config.mesh_sizes, device="meta", rank=0))
+    parallel = parallel_for(config, MODEL, Mesh(config.mesh_sizes, device="meta", rank=0))
     shape = step_shape(config, parallel)
     shape = documents_of(lengths, shape) if lengths else shape
     inspection = inspect_model(MODEL, parallel)

@@ -18,7 +18,7 @@ from tessera.engine.step import Step
 from tessera.layout.context import Context
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import Savers, StepShape
-from tessera.layout.streams import HIDDEN, HIDDEN_BY_HEADS, Layout, residual_layout
+from tessera.layout.streams import HIDDEN, Layout, residual_layout
 from tessera.models.config import LayerKind
 from tessera.plan.traffic import step_transfers, totals
 
@@ -55,10 +55,11 @@ class Case:
         """Options of `model_cases.build`."""
         shared = FSDP if {"shard", "ring", "ulysses"} & set(self.sizes) else {}
         context = Context(self.transport, self.chunks, self.joined)
-        layout = HIDDEN_BY_HEADS if self.joined else self.attention
         dtype = torch.float32 if self.compute == torch.bfloat16 else self.compute
         return (
-            shared | {"context": context, "attention": layout, "dtype": dtype, "compute": self.compute} | self.options
+            shared
+            | {"context": context, "attention": self.attention, "dtype": dtype, "compute": self.compute}
+            | self.options
         )
 
     def __str__(self) -> str:

@@ -40,6 +40,8 @@ FOUR = [
     Case("llama", {"shard": 2, "ring": 2}),
     Case("windows", {"row": 2, "col": 2}, **JOINED),
     Case("llama", {"row": 2, "col": 2}, "ring", **JOINED),
+    Case("kv 6:3", {"inner": 2, "row": 2}, recompute=True, **JOINED),
+    Case("windows", {"inner": 2, "col": 2}, "ring", rows=3, joined=True),
     Case("windows", {"ring": 2, "ulysses": 2}, "ring", recompute=True, chunks=2),
     Case("gpt2", {"ring": 2, "col": 2}, recompute=True, savers=Savers(attention_once=True, mlp_tiles=3)),
 ]
@@ -52,6 +54,9 @@ EIGHT = [
     Case("llama", {"shard": 2, "ring": 2, "col": 2}, "ring"),
     Case("gpt2", {"replicate": 2, "ring": 2, "ulysses": 2}, compute=BF16),
     Case("llama", {"depth": 2, "ring": 2, "col": 2}, rows=2),
+    Case("kv 6:3", {"inner": 2, "row": 2, "col": 2}, **JOINED),
+    Case("windows", {"ring": 2, "inner": 2, "row": 2}, "ring", **JOINED),
+    Case("kv 6:3", {"ulysses": 2, "inner": 2, "row": 2}, **JOINED),
 ]
 
 

@@ -60,14 +60,14 @@ def mesh(axes, **options):
 
 def layer_elements(tensor):
     """Of the four products alone, by formula."""
-    transfers = step_transfers(LAYER, T4H, parallel_of(tensor, T4H.batch))
+    transfers = step_transfers(LAYER, T4H, parallel_of(tensor, T4H.batch, LAYER))
     sites = {product.site for product, _ in anatomy_of(LAYER).products}
     return received_bytes(each for each in transfers if each.site in sites) / 4 / h**2
 
 
 def counted_layer_elements(tensor):
     """All that one layer more adds to a step, counted."""
-    parallel = parallel_of(tensor, T4H.batch)
+    parallel = parallel_of(tensor, T4H.batch, LAYER)
     one, two = (counted_step(replace(LAYER, num_layers=n), T4H, parallel).received for n in (1, 2))
     return (two - one) / 4 / h**2
 
@@ -140,7 +140,7 @@ def test_contenders_say_why_a_layout_does_not_fit():
 def test_sequences_are_padded_until_both_streams_divide():
     model = default_model(1)
     for axes, multiple in (((1, 1, 1, 8), 2), ((2, 1, 2, 2), 1), ((1, 1, 4, 4), 4)):
-        assert padded(StepShape(4, 7), parallel_of(mesh(axes), 4)).sequence == -(-7 // multiple) * multiple
+        assert padded(StepShape(4, 7), parallel_of(mesh(axes), 4, model)).sequence == -(-7 // multiple) * multiple
         assert received_elements(model, StepShape(4, 12), mesh(axes)) > received_elements(
             model, StepShape(4, 8), mesh(axes)
         )

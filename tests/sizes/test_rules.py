@@ -19,9 +19,8 @@ from tessera.core.mesh import Mesh
 from tessera.data.batch import MicroBatch
 from tessera.layout.context import Context
 from tessera.layout.parallel import Parallel
-from tessera.layout.resolve import joins_rows
 from tessera.layout.shape import length_multiple
-from tessera.layout.streams import attention_layout, residual_layout
+from tessera.layout.streams import HIDDEN, HIDDEN_BY_HEADS, attention_layout, joins_rows, residual_layout
 from tessera.models.config import ModelConfig
 from tessera.models.decoder import Decoder
 from tessera.nn.parameter import named_specs
@@ -41,6 +40,7 @@ MODEL = {
 }
 SHAPE = {"num_attention_heads": 6, "kv_features": 6, "intermediate_size": 6}
 CUBE = {"inner": 2, "row": 2, "col": 2}
+CUBE_SIZES = CUBE | {"depth": 1}
 DEEP = {"depth": 2, "row": 2, "col": 2}
 OFF = {"prefetch": False, "defer": False, "overlap": False}
 PANELS = {"summa": {"schedule": "summa"}, "cannon": {"schedule": "cannon"}, "slices 2": {"slices": 2}}
@@ -79,6 +79,17 @@ def refusal(tensor: TensorParallel, dimensions: dict[str, int], batch: int) -> U
 def test_sizes_that_fit(asked, batch):
     hidden = 72 if 3 in asked.axes.values() else 64
     check_sizes(asked, MODEL | {"hidden_size": hidden}, batch)
+
+
+@pytest.mark.parametrize("batch", range(1, 9))
+def test_a_cube_takes_any_batch_with_any_heads_that_col_divides(batch):
+    check_sizes(TensorParallel("3d", 8), MODEL | SHAPE, batch)
+    by_heads, by_rows, neither = (
+        (attention_layout(CUBE_SIZES, batch, MODEL | heads), joins_rows(CUBE_SIZES, batch, MODEL | heads))
+        for heads in ({}, SHAPE, {"num_attention_heads": 6})
+    )
+    assert by_heads == (HIDDEN if batch % 4 == 0 else HIDDEN_BY_HEADS, batch % 2 != 0)
+    assert by_rows == neither == (HIDDEN, batch % 4 != 0)
 
 
 # ---- What does not fit, and what is proposed
@@ -156,28 +167,6 @@ MISFITS: dict[str, Case] = {
         "tensor_parallel_size: 4",
         ["without a row of the vocabulary of 5", "vocab_size 4 or 7", "tensor_parallel_size: 3 fits"],
     ),
-    "batch and heads over inner": (
-        TensorParallel("3d", 8),
-        SHAPE,
-        2,
-        "micro_batch_size: 2",
-        [
-            "depth × row × inner = 4, so that heads are cut over inner; num_attention_heads = 6 and "
-            "num_key_value_heads × head_dim = 6 do not divide over col × inner = 4",
-            "or micro_batch_size: 4",
-            "or a model with num_attention_heads 4 or 8, num_key_value_heads × head_dim 4 or 8",
-        ],
-    ),
-    "batch and query heads over inner": (
-        TensorParallel("3d", 8),
-        SHAPE | {"kv_features": 12},
-        2,
-        "micro_batch_size: 2",
-        [
-            "inner; num_attention_heads = 6 does not divide over col × inner = 4",
-            "or a model with num_attention_heads 4",
-        ],
-    ),
     "size and depth": (
         TensorParallel("2.5d", 7),
         {},
@@ -197,14 +186,14 @@ MISFITS: dict[str, Case] = {
         {},
         4,
         "tensor_parallel_size: 12",
-        ["is not a cube", "tensor_parallel_mesh: {inner: 2, row: 2, col: 3}", "tensor_parallel_size: 8 fits"],
+        ["is not a cube", "tensor_parallel_mesh: {inner: 2, row: 2, col: 3}", "tensor_parallel_size: 8 or 64 fits"],
     ),
     "not a cube, nor any mesh": (
         TensorParallel("3d", 10),
         {},
         4,
         "tensor_parallel_size: 10",
-        ["tensor_parallel_mesh: {inner: 2, row: 2, col: 3} instead of tensor_parallel_size", "size: 8 fits"],
+        ["tensor_parallel_mesh: {inner: 2, row: 2, col: 3} instead of tensor_parallel_size", "size: 8 or 64 fits"],
     ),
     "size and mesh": (
         TensorParallel("2d", 8, mesh={"row": 2, "col": 2}),
@@ -534,9 +523,9 @@ def runs_on(rank: int, tensor: TensorParallel, config: ModelConfig, batch: int) 
         mesh,
         residual_layout(tensor.sequence_parallel, schedule.name),
         schedule=schedule,
-        attention=attention_layout(mesh.sizes, batch),
+        attention=attention_layout(mesh.sizes, batch, config.dimensions),
         weights_over=("depth", "row") if tensor.depth_weights == "shard" else ("row",),
-        context=Context(joined=joins_rows(mesh.sizes, batch)),
+        context=Context(joined=joins_rows(mesh.sizes, batch, config.dimensions)),
     )
     model = Decoder(config, parallel)
     for name, _, spec in named_specs(model):
@@ -593,7 +582,6 @@ REASONS = {
     "of the model": "col",
     "a rank holds": "slices",
     "vocabulary": "vocabulary",
-    "heads are cut over inner": "heads over inner",
 }
 
 

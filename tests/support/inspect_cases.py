@@ -40,7 +40,7 @@ def config_of(settings: dict[str, Any]) -> Any:
 def model_on_rank(name: str, settings: dict[str, Any], dtype: torch.dtype | None = None) -> Decoder:
     config = config_of(settings)
     mesh = shared_mesh({axis: size for axis, size in config.axes.items() if size > 1})
-    return Decoder(MODELS[name], parallel_for(config, mesh, dtype=dtype))
+    return Decoder(MODELS[name], parallel_for(config, MODELS[name], mesh, dtype=dtype))
 
 
 def held_and_received(name: str, settings: dict[str, Any]) -> tuple[dict[str, Any], int]:

@@ -15,7 +15,7 @@ def lines_of(monkeypatch, here, **keys):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
     settings = {"base_model": "x", "datasets": [{"path": "y"}], "sequence_len": 12, "micro_batch_size": 4}
     config, _ = make_config(settings | keys)
-    parallel = parallel_for(config, Mesh(config.mesh_sizes, rank=0))
+    parallel = parallel_for(config, LLAMA, Mesh(config.mesh_sizes, rank=0))
     return config, parallel, mesh_lines(config, LLAMA, parallel)
 
 
@@ -51,6 +51,12 @@ def test_shared_sequences_are_said_with_their_reason(monkeypatch):
     _, _, lines = lines_of(monkeypatch, 4, **grid)
     why = "micro_batch_size 1 does not divide by them"
     assert f"context: the ranks along row 2 share sequences too, by exchange: {why}" in lines
+    cube = {"tensor_parallel_mode": "3d", "tensor_parallel_mesh": {"inner": 8, "row": 2}, "micro_batch_size": 1}
+    _, _, lines = lines_of(monkeypatch, 16, **cube)
+    assert f"context: the ranks along row 2 share sequences too, by exchange: {why}" in lines
+    _, _, lines = lines_of(monkeypatch, 6, **cube | {"tensor_parallel_mesh": {"inner": 3, "row": 2}})
+    why += ", nor do heads by col × inner"
+    assert f"context: the ranks along row 2 · inner 3 share sequences too, by exchange: {why}" in lines
     assert not any("context" in line for line in lines_of(monkeypatch, 2, tensor_parallel_size=2)[2])
 
 

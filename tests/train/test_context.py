@@ -109,6 +109,9 @@ def test_what_attention_across_ranks_cannot_do_is_refused_before_a_process_start
     assert dropped.key == "context_parallel_size" and "attn_pdrop" in dropped.hint
     shared = refusal(workshop, "gpt2 64 dropout", TWO | ONE_ROW)
     assert shared.key == "micro_batch_size" and "micro_batch_size: 2" in shared.hint
+    deep = {"tensor_parallel_mode": "3d", "tensor_parallel_mesh": {"inner": 16}}
+    shared = refusal(workshop, "gpt2 64 dropout", deep | ONE_ROW)
+    assert "depth × row × inner = 16" in shared.reason and "micro_batch_size: 16" in shared.hint
     assert refusal(workshop, "llama 64", WAYS["ring 2"] | {"attn_implementation": "eager"}).hint.startswith("attn_impl")
     assert refusal(workshop, "llama 96", WAYS["ring 2"] | {"ulysses_size": 4}).key == "ulysses_size"
     positions = refusal(workshop, "gpt2 64", WAYS["ring 2"] | {"sequence_len": 64})

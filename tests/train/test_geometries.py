@@ -97,8 +97,9 @@ def calls_by_formula(settings: dict[str, Any], name: str) -> dict[tuple[str, str
     """The same for the schedule `name`, whatever the settings say of it."""
     config, (kind, _, slices) = TrainConfig.model_validate(settings), name.partition(" ")
     asked = {"name": "gather", "slices": int(slices)} if kind == "slices" else {"name": kind, "slices": 1}
-    parallel = parallel_for(config, Mesh(config.mesh_sizes, rank=0), replace(config.schedule, **asked))
-    rows = step_transfers(model_of(config), step_shape(config, parallel), parallel)
+    model, mesh = model_of(config), Mesh(config.mesh_sizes, rank=0)
+    parallel = parallel_for(config, model, mesh, replace(config.schedule, **asked))
+    rows = step_transfers(model, step_shape(config, parallel), parallel)
     return {key: count for key, (count, _) in totals(rows).items()}
 
 

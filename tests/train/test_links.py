@@ -41,7 +41,7 @@ def config_of(**keys: Any) -> TrainConfig:
 
 
 def rows_of(config: TrainConfig, model=LLAMA):
-    parallel = parallel_for(config, Mesh(config.mesh_sizes, rank=0))
+    parallel = parallel_for(config, model, Mesh(config.mesh_sizes, rank=0))
     return step_transfers(model, step_shape(config, parallel), parallel)
 
 
@@ -113,7 +113,9 @@ def test_groups_that_leave_are_those_with_ranks_elsewhere(here):
 def told(config: TrainConfig, here: int, numbering: tuple[str, ...]) -> list[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOCAL_WORLD_SIZE", str(here))
-        return mesh_lines(config, LLAMA, parallel_for(config, Mesh(config.mesh_sizes, rank=0, numbering=numbering)))
+        return mesh_lines(
+            config, LLAMA, parallel_for(config, LLAMA, Mesh(config.mesh_sizes, rank=0, numbering=numbering))
+        )
 
 
 def test_the_numbering_is_told():

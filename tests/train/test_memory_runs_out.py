@@ -170,7 +170,7 @@ def test_the_formula_falls_as_the_counted_peak_does(workshop: Workshop, change):
     from tessera.train.settings import parallel_for, step_shape
 
     def both(config: TrainConfig, model: Any) -> tuple[int, int]:
-        parallel = parallel_for(config, Mesh(config.mesh_sizes, "meta", rank=0))
+        parallel = parallel_for(config, model, Mesh(config.mesh_sizes, "meta", rank=0))
         peak = counted_step(model, step_shape(config, parallel), parallel).memory.peak
         return held_bytes(config, model, torch.float32, False), peak
 

@@ -56,7 +56,7 @@ def config_of(**keys: Any) -> TrainConfig:
 
 def lines_of(**keys: Any) -> list[str]:
     config = config_of(**keys)
-    return saver_lines(config, LLAMA, parallel_for(config, Mesh(config.mesh_sizes, rank=0)))
+    return saver_lines(config, LLAMA, parallel_for(config, LLAMA, Mesh(config.mesh_sizes, rank=0)))
 
 
 def test_a_run_says_what_each_saver_saves():

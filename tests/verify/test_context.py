@@ -50,6 +50,10 @@ MORE = {
         shared(2, "ring", tensor_parallel_mode="3d", tensor_parallel_mesh={"inner": 2, "row": 2}, micro_batch_size=1)
         | PACKED,
     ),
+    "3d inner 3 × row 2, gather, sequences over row·inner by exchange, packed": (
+        6,
+        {"tensor_parallel_mode": "3d", "tensor_parallel_mesh": {"inner": 3, "row": 2}, "micro_batch_size": 1} | PACKED,
+    ),
     "2d exchange 2 × row 2 × col 2, summa, sequences over row, packed": (
         8,
         shared(2, "exchange", **GRID, tensor_parallel_schedule="summa", micro_batch_size=1) | PACKED,

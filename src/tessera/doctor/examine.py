@@ -137,7 +137,7 @@ def _placed(config: TrainConfig, asked: Asked, machine: _Machine) -> Placed:
     alike = here < world and world % here == 0
     order = {"numbering": best_numbering(config, model, here, compute)} if alike else {}
     mesh = Mesh(config.mesh_sizes, device, rank=0, **order)
-    return Placed(config, model, parallel_for(config, mesh, compute=compute), here)
+    return Placed(config, model, parallel_for(config, model, mesh, compute=compute), here)
 
 
 def _crowded(placed: Placed, gpus: int, cores: int) -> list[Finding]:

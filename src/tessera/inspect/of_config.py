@@ -28,7 +28,7 @@ def report_on(
     model = model_of(config)
     config = fitting_layout(config, model)
     mesh = Mesh(config.mesh_sizes, device="meta", rank=0)
-    parallel = parallel_for(config, mesh, compute=compute_dtype(config, devices.local_device()))
+    parallel = parallel_for(config, model, mesh, compute=compute_dtype(config, devices.local_device()))
     inspection, shape = inspect_model(model, parallel), step_shape(config, parallel)
     if documents is not None:
         shape = documents_of(_lengths(documents, config, parallel), shape)

@@ -8,6 +8,7 @@ The ranks along `owners` own the tokens of a stream, equally many each (nn/conte
     ring         a stream, by owner             keys and values, to where tiles read them
     ulysses      an owner's tokens              heads against tokens: q, k, v, and the result on its way back
     depth · row  the stream too, if `joined`    as along ring; else each rank has streams of its own
+    inner        as depth · row, where attention's heads are not cut along it
 """
 
 from dataclasses import dataclass

@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from tessera.core.axes import MODEL_AXES
+from tessera.core.axes import AXES, MODEL_AXES
 from tessera.core.mesh import Mesh
 from tessera.layout.context import Context
 from tessera.layout.streams import HIDDEN, Layout, LinearPlan, Streams, column_parallel, row_parallel
@@ -43,8 +43,9 @@ class Parallel:
 
     @property
     def owners(self) -> tuple[str, ...]:
-        """The axes along which ranks own parts of one stream of tokens, the first major."""
-        return ("ring", *(self.attention.tokens if self.context.joined else ()))
+        """The axes along which ranks own parts of one stream of tokens, the first major: in the order of a group."""
+        joined = self.attention.tokens if self.context.joined else ()
+        return tuple(axis for axis in AXES if axis == "ring" or axis in joined)
 
     @property
     def cuts_sequences(self) -> bool:

@@ -9,7 +9,7 @@ from tessera.core.errors import UserError
 from tessera.core.mesh import Mesh
 from tessera.layout.context import Context
 from tessera.layout.parallel import Parallel
-from tessera.layout.streams import attention_layout, residual_layout
+from tessera.layout.streams import attention_layout, joins_rows, residual_layout
 from tessera.sizes.context import WHOLE, ContextParallel
 from tessera.sizes.remedies import check_sizes
 from tessera.sizes.rules import TensorParallel
@@ -20,6 +20,7 @@ def parallel_of(
     tensor: TensorParallel,
     mesh: Mesh,
     batch: int,
+    dimensions: Mapping[str, int],
     schedule: Schedule | None = None,
     dtype: torch.dtype = torch.float32,
     compute: torch.dtype | None = None,
@@ -28,6 +29,7 @@ def parallel_of(
 ) -> Parallel:
     """The layouts of `tensor` on `mesh` for micro-batches of `batch` sequences: the one builder of `Parallel`.
 
+    `dimensions` are those of the model, as `sizes.remedies.check_sizes` takes them.
     `schedule` where auto has chosen one; `compute` is `dtype` unless given. Where the mesh has data axes, FSDP2 serves
     `row` (and depth, if weights are cut over it) beside `shard`: only loops move weights along row themselves. Sequence
     axes are data axes to weights. `context`: how attention reaches its keys along them.
@@ -45,16 +47,11 @@ def parallel_of(
         dtype,
         compute or dtype,
         schedule,
-        attention_layout(mesh.sizes, batch),
+        attention_layout(mesh.sizes, batch, dimensions),
         weights_over,
         fsdp=fsdp,
-        context=Context(context.transport, context.chunks, joins_rows(mesh.sizes, batch)),
+        context=Context(context.transport, context.chunks, joins_rows(mesh.sizes, batch, dimensions)),
     )
-
-
-def joins_rows(sizes: Mapping[str, int], batch: int) -> bool:
-    """Whether `batch` rows are too few for the token axes, which then share each sequence."""
-    return batch % (sizes["depth"] * sizes["row"]) != 0
 
 
 def check_layout(

@@ -4,7 +4,7 @@
     residual    depth · row · col        inner                 without sequence parallelism: tokens over depth · row
                 depth · row              inner · col           for summa and cannon, whose panels line up so
     hidden      depth · row · inner      col
-                depth · row              col · inner           in attention, when the batch does not divide by inner
+                depth · row              col · inner           in attention, when heads divide so and the batch does not
 
 A column-parallel layer leads from residual to hidden, a row-parallel layer back: the output layout of each layer is the
 input layout of the next, so no step of a model re-lays anything out. Within one axis order the first axis is major.
@@ -18,6 +18,7 @@ from typing import ClassVar
 from tessera.core.axes import DATA_AXES, SEQUENCE_AXES
 from tessera.core.mesh import Mesh
 from tessera.product.roles import Roles
+from tessera.sizes.rules import heads_divide
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,24 @@ HIDDEN = Layout(tokens=(*TOKEN_AXES, "inner"), features=("col",))
 HIDDEN_BY_HEADS = Layout(tokens=TOKEN_AXES, features=("col", "inner"))
 
 
-def attention_layout(sizes: Mapping[str, int], batch: int) -> Layout:
-    """The hidden stream inside attention, which needs whole sequences: heads are cut instead where `batch` is small."""
-    return HIDDEN if batch % math.prod(sizes[axis] for axis in HIDDEN.tokens) == 0 else HIDDEN_BY_HEADS
+def attention_layout(sizes: Mapping[str, int], batch: int, dimensions: Mapping[str, int]) -> Layout:
+    """The hidden stream inside attention: where `batch` does not divide, heads are cut along inner, if they divide.
+
+    `dimensions` are those of the model, as `sizes.remedies.check_sizes` takes them.
+    """
+    whole_rows = batch % _ranks(HIDDEN, sizes) == 0
+    by_heads = heads_divide(dimensions, math.prod(sizes[axis] for axis in HIDDEN_BY_HEADS.features))
+    return HIDDEN_BY_HEADS if by_heads and not whole_rows else HIDDEN
+
+
+def joins_rows(sizes: Mapping[str, int], batch: int, dimensions: Mapping[str, int]) -> bool:
+    """Whether `batch` rows are too few for the axes that cut attention's tokens, which then share each sequence."""
+    return batch % _ranks(attention_layout(sizes, batch, dimensions), sizes) != 0
+
+
+def _ranks(layout: Layout, sizes: Mapping[str, int]) -> int:
+    """Among how many ranks `layout` cuts tokens."""
+    return math.prod(sizes[axis] for axis in layout.tokens)
 
 
 def residual_layout(sequence_parallel: bool, schedule: str = "gather") -> Layout:

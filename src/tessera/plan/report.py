@@ -51,7 +51,7 @@ def line_of(model: ModelConfig, shape: StepShape, contender: Contender) -> Line:
     """Run the step of a layout that fits. Raises RunFailed when calls or bytes on any axis are not the formula's."""
     if contender.tensor is None:
         return Line(contender)
-    parallel = parallel_of(contender.tensor, shape.batch, context=contender.context)
+    parallel = parallel_of(contender.tensor, shape.batch, model, context=contender.context)
     shape = padded(shape, parallel)
     counted, formula = counted_step(model, shape, parallel), totals(step_transfers(model, shape, parallel))
     if counted.totals != formula:

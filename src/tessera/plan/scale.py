@@ -15,6 +15,7 @@ from tessera.core.text import human
 from tessera.layout import resolve
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape, padded_length
+from tessera.layout.streams import attention_layout, joins_rows
 from tessera.models.anatomy import anatomy_of
 from tessera.models.config import ModelConfig
 from tessera.plan.memory import saved_bytes, state_bytes
@@ -27,10 +28,12 @@ SHARING = ("Ulysses", "exchange", "ring")
 FORMULA = "is a published formula of what is received: there is no code of it whose step could be counted"
 
 
-def parallel_of(tensor: TensorParallel, batch: int, rank: int = 0, context: ContextParallel = WHOLE) -> Parallel:
+def parallel_of(
+    tensor: TensorParallel, batch: int, model: ModelConfig, rank: int = 0, context: ContextParallel = WHOLE
+) -> Parallel:
     """The layouts of `tensor` as `rank` sees them, in float32, with no process behind it; weights move when needed."""
-    moved = replace(tensor, prefetch=False, defer=False)
-    return resolve.parallel_of(moved, Mesh(tensor.axes | context.sizes, rank=rank), batch, context=context)
+    moved, mesh = replace(tensor, prefetch=False, defer=False), Mesh(tensor.axes | context.sizes, rank=rank)
+    return resolve.parallel_of(moved, mesh, batch, model.dimensions, context=context)
 
 
 def padded(shape: StepShape, parallel: Parallel) -> StepShape:
@@ -40,7 +43,7 @@ def padded(shape: StepShape, parallel: Parallel) -> StepShape:
 
 def received_elements(model: ModelConfig, shape: StepShape, tensor: TensorParallel) -> int:
     """Elements that rank 0 receives in one step."""
-    parallel = parallel_of(tensor, shape.batch)
+    parallel = parallel_of(tensor, shape.batch, model)
     return received_bytes(step_transfers(model, padded(shape, parallel), parallel)) // parallel.compute.itemsize
 
 
@@ -58,17 +61,17 @@ def misfit(model: ModelConfig, shape: StepShape, tensor: TensorParallel) -> str 
     """Why a layout does not fit the model and the batch; None when it does. Ranks that share rows are left out."""
     if found := first_misfit(Ask(tensor, model.dimensions, shape.batch)):
         return found.reason
-    axes = tensor.axes
-    if resolve.joins_rows(axes, shape.batch):
-        return (
-            f"cuts micro_batch_size = {shape.batch} depth × row = {axes['depth'] * axes['row']} ways: ranks share rows"
-        )
+    axes, batch = tensor.axes, shape.batch
+    if joins_rows(axes, batch, model.dimensions):
+        cutting = attention_layout(axes, batch, model.dimensions).tokens
+        ways = f"{' × '.join(cutting)} = {math.prod(axes[axis] for axis in cutting)} ways"
+        return f"cuts micro_batch_size = {batch} {ways}: ranks share rows"
     return None
 
 
 def held_bytes(model: ModelConfig, shape: StepShape, tensor: TensorParallel) -> tuple[int, int]:
     """Parameters, gradients and moments of rank 0; and what its forward saves."""
-    parallel = parallel_of(tensor, shape.batch)
+    parallel = parallel_of(tensor, shape.batch, model)
     return state_bytes(model, parallel), saved_bytes(model, padded(shape, parallel), parallel)
 
 
@@ -116,7 +119,7 @@ def published_loop_elements(model: ModelConfig, shape: StepShape, ranks: int) ->
     tensor = TensorParallel("2d", mesh={"row": side, "col": side}, schedule="summa")
     if side**2 != ranks or misfit(model, shape, tensor):
         return None
-    parallel, products = parallel_of(tensor, shape.batch), anatomy_of(model).products
+    parallel, products = parallel_of(tensor, shape.batch, model), anatomy_of(model).products
     shape = padded(shape, parallel)
     loops = 0
     for product, count in products:
@@ -190,7 +193,7 @@ def _sharing(model: ModelConfig, shape: StepShape, name: str, context: ContextPa
         fitted(context, Surroundings(model.num_heads, model.num_kv_heads, model.head_dim))
     except UserError as error:
         return Contender(name, context.size, None, error.reason)
-    parallel = parallel_of(TensorParallel(), shape.batch, context=context)
+    parallel = parallel_of(TensorParallel(), shape.batch, model, context=context)
     shape = padded(shape, parallel)
     elements, kept = (
         received_bytes(step_transfers(model, replace(shape, reshard=reshard), parallel)) // parallel.compute.itemsize

@@ -162,7 +162,7 @@ def candidates(
     for name, slices in kinds(mesh.size(Streams.batch)) if mesh.world > 1 else KINDS[:1]:
         asked = replace(tensor, schedule=name, slices=slices)
         if first_misfit(Ask(asked, model.dimensions, shape.batch)) is None:
-            parallel = parallel_of(asked, mesh, shape.batch, compute=compute, context=context)
+            parallel = parallel_of(asked, mesh, shape.batch, model.dimensions, compute=compute, context=context)
             length = padded_length(shape.sequence, shape.batch, parallel.residual, mesh)
             found.append(Candidate(model, parallel, shape.batch, length, shape.recompute))
     return found

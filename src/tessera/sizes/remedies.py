@@ -25,7 +25,6 @@ from tessera.sizes.rules import (
     divisors,
     every_rank_has_a_row,
     first_misfit,
-    heads_divide,
     in_words,
     modes_with,
     schedule_misfits,
@@ -66,7 +65,7 @@ def check_sizes(tensor: TensorParallel, dimensions: Mapping[str, int], batch: in
 
 
 def remedies(ask: Ask) -> list[str]:
-    """Ways to make an `ask` fit that does not, each in words: switches, tensor sizes, other models and batches.
+    """Ways to make an `ask` fit that does not, each in words: switches, tensor sizes, other models.
 
     Where several things are wrong, as few switches as need be are changed together with the rest.
     """
@@ -225,39 +224,21 @@ def _nearest_meshes(meshes: list[Axes], tensor: TensorParallel, size: int, sizes
     return same + best(lambda n: below < n < size) + best(lambda n: size < n < above)
 
 
-# ---------------------------------------------------------------------------------------------- other models, batches
+# ---------------------------------------------------------------------------------------------- other models
 
 
 def _models(ask: Ask) -> Iterator[str]:
-    """Sizes of the model, and batches, that fit these axes with the same switches."""
+    """Sizes of the model that fit these axes with the same switches."""
     try:
         axes = ask.tensor.axes
     except UserError:
         return
-    parts, inner, col = axes["depth"] * axes["row"], axes["inner"], axes["col"]
     multiples = divisors(ask.tensor, axes)
     multiples["hidden_size"] *= ask.tensor.slices
-    changes = _changes(ask, multiples)
-    if not every_rank_has_a_row(ask.dimensions["vocab_size"], col):
-        changes["vocab_size"] = nearest_on_both_sides(
-            ask.dimensions["vocab_size"], lambda n: every_rank_has_a_row(n, col)
-        )
-    step = 1 if inner == 1 or heads_divide(ask.dimensions, col * inner) else parts * inner
-    batches = multiples_near(ask.batch, step) if ask.batch % step else [ask.batch]
+    sizes, col = ask.dimensions, axes["col"]
+    changes = {name: multiples_near(sizes[name], each) for name, each in multiples.items() if sizes[name] % each}
+    if not every_rank_has_a_row(sizes["vocab_size"], col):
+        changes["vocab_size"] = nearest_on_both_sides(sizes["vocab_size"], lambda n: every_rank_has_a_row(n, col))
     first = {name: values[0] for name, values in changes.items()}
-    if not _fits(replace(ask, dimensions={**ask.dimensions, **first}, batch=batches[0])):
-        return  # switches are wrong
-    batch = [f"micro_batch_size: {either(batches)}"] if ask.batch % step else []
-    yield ", ".join([_model(changes)] * bool(changes) + batch)
-    if batch and not changes:
-        yield _model(_changes(ask, dict.fromkeys(HEADS, col * inner)))
-
-
-def _changes(ask: Ask, multiples: Mapping[str, int]) -> dict[str, list[int]]:
-    """The nearest multiples of each dimension that is none."""
-    sizes = ask.dimensions
-    return {name: multiples_near(sizes[name], divisor) for name, divisor in multiples.items() if sizes[name] % divisor}
-
-
-def _model(changes: Mapping[str, list[int]]) -> str:
-    return "a model with " + ", ".join(f"{in_words(name)} {either(values)}" for name, values in changes.items())
+    if changes and _fits(replace(ask, dimensions={**sizes, **first})):  # else switches are wrong
+        yield "a model with " + ", ".join(f"{in_words(name)} {either(values)}" for name, values in changes.items())

@@ -2,14 +2,15 @@
 
     size                  must divide by
     hidden_size           inner · row · slices; where weights are stored cut over depth: · depth
-    num_attention_heads   col; where the batch does not divide by inner: col · inner
-    kv_features           the same                                           (num_key_value_heads × head_dim)
+    num_attention_heads   col
+    kv_features           col                                        (num_key_value_heads × head_dim)
     intermediate_size     col
-    micro_batch_size      depth · row · inner where inner is above 1, or heads are cut over inner instead
+    micro_batch_size      nothing: too few rows for depth · row · inner are shared by their ranks (nn/context)
     vocab_size            nothing, but each rank of col has a row of it
     row × col             a square grid for the loops of summa and cannon
 
-Sequences of any length fit: they are padded. What would fit instead is searched in remedies.py.
+Where micro_batch_size does not divide by depth · row · inner, and heads and kv_features do by col · inner, heads are cut
+along inner instead of rows. Sequences of any length fit: they are padded. What would fit instead is searched in remedies.py.
 """
 
 import math
@@ -23,7 +24,7 @@ from tessera.sizes.geometries import GEOMETRIES, geometry_axes, mesh_sizes
 from tessera.sizes.schedule import LOOPS, Schedule
 
 HEADS = ("num_attention_heads", "kv_features")
-"""The dimensions cut over `inner` too where the batch is not."""
+"""The dimensions cut over `inner` too where the batch is not and they divide."""
 IN_ONE_PIECE = ("prefetch", "defer", "overlap")
 """The switches that act in a gathered product in one piece alone."""
 
@@ -118,7 +119,6 @@ def _misfits(ask: Ask) -> Iterator[Misfit]:
         return
     yield from schedule_misfits(ask.tensor, axes)
     yield from _model_misfits(ask, axes)
-    yield from _batch_misfits(ask, axes)
 
 
 def schedule_misfits(tensor: TensorParallel, axes: Mapping[str, int]) -> Iterator[Misfit]:
@@ -163,17 +163,6 @@ def _model_misfits(ask: Ask, axes: Mapping[str, int]) -> Iterator[Misfit]:
         yield _misfit_of(tensor, "slices", reason)
     if not every_rank_has_a_row(dimensions["vocab_size"], axes["col"]):
         yield Misfit(key, value, f"leaves ranks without a row of the vocabulary of {dimensions['vocab_size']}")
-
-
-def _batch_misfits(ask: Ask, axes: Mapping[str, int]) -> Iterator[Misfit]:
-    """Attention's rows are cut over depth, row and inner, or heads are cut over inner; too few rows for depth and row
-    are shared by their ranks (nn/context)."""
-    parts, ways = axes["depth"] * axes["row"], axes["col"] * axes["inner"]
-    if axes["inner"] > 1 and ask.batch % (parts * axes["inner"]) and not heads_divide(ask.dimensions, ways):
-        uneven = [f"{in_words(name)} = {ask.dimensions[name]}" for name in HEADS if ask.dimensions[name] % ways]
-        reason = f"does not divide over depth × row × inner = {parts * axes['inner']}, so that heads are cut over inner"
-        whose = f"{' and '.join(uneven)} {'do' if len(uneven) > 1 else 'does'} not divide over col × inner = {ways}"
-        yield Misfit("micro_batch_size", ask.batch, f"{reason}; {whose}")
 
 
 def divisors(tensor: TensorParallel, axes: Mapping[str, int]) -> dict[str, int]:

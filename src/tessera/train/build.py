@@ -129,7 +129,7 @@ def build(run: Run, device: torch.device) -> Built:
             tf32=config.tf32,
             context=config.context_parallel,
         )
-    parallel = parallel_for(config, mesh, tuning.schedule if tuning else None, compute=compute)
+    parallel = parallel_for(config, run.model, mesh, tuning.schedule if tuning else None, compute=compute)
     chosen = config.unfrozen_parameters
     trained = trained_parameters(run.model, chosen) if chosen else None
     model = build_decoder(

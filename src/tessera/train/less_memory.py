@@ -22,7 +22,7 @@ MOST = 3
 
 def held_bytes(config: TrainConfig, model: ModelConfig, compute: torch.dtype, copies: bool) -> int:
     """What rank 0 holds at the peak of a step by formula; `copies`: with those of a save beside training."""
-    parallel = parallel_for(config, Mesh(config.mesh_sizes, "meta", rank=0), compute=compute)
+    parallel = parallel_for(config, model, Mesh(config.mesh_sizes, "meta", rank=0), compute=compute)
     shape, offload = step_shape(config, parallel), config.fsdp_config.offload_params
     if not _on_gpu():  # host memory is what ran out
         shape, offload = replace(shape, savers=replace(shape.savers, offload=False)), False

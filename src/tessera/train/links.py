@@ -64,7 +64,7 @@ def best_numbering(config: TrainConfig, model: ModelConfig, here: int, compute: 
     another in the order of `AXES`.
     """
     usual = Mesh(config.mesh_sizes, "meta", rank=0)
-    parallel = parallel_for(config, usual, compute=compute)
+    parallel = parallel_for(config, model, usual, compute=compute)
     transfers = step_transfers(model, step_shape(config, parallel), parallel)
     received, nested = traffic(transfers), {each.axes for each in transfers if each.kind != "all_reduce"}
     present = usual.present(AXES)

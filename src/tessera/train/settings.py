@@ -15,7 +15,7 @@ from tessera.engine.rates import learning_rates, options_of
 from tessera.layout import resolve
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import Fsdp, Savers, StepShape, padded_length
-from tessera.layout.streams import HIDDEN_BY_HEADS, TOKEN_AXES, attention_layout
+from tessera.layout.streams import HIDDEN_BY_HEADS, attention_layout, joins_rows
 from tessera.models.config import ModelConfig
 from tessera.nn.context.heads import kv_heads_of
 from tessera.sizes.context import Surroundings, fitted, in_words, query_heads
@@ -34,9 +34,8 @@ def fitting_layout(config: TrainConfig, model: ModelConfig, inside: int | None =
     sizes = config.data_sizes | context.sizes
     resolve.check_layout(tensor, sizes, model.dimensions, batch)
     axes = tensor.axes
-    joined = resolve.joins_rows(axes, batch)
-    if context.size > 1 or joined:
-        _check_shared_sequences(config, model, joined)
+    if context.size > 1 or joins_rows(axes, batch, model.dimensions):
+        _check_shared_sequences(config, model)
     fitting = fitted(context, _around(config, model, inside))
     return config.model_copy(update={"ulysses_size": fitting.ulysses}) if context.size > 1 else config
 
@@ -45,9 +44,11 @@ def context_line(config: TrainConfig, model: ModelConfig, inside: int | None = N
     """How ranks share sequences and why, of a config that `fitting_layout` gives; None where none do."""
     axes, context = config.axes, config.context_parallel
     said = [in_words(context, _around(config, model, inside))] if context.size > 1 else []
-    if resolve.joins_rows(axes, config.micro_batch_size):
-        named = " · ".join(f"{axis} {axes[axis]}" for axis in TOKEN_AXES if axes[axis] > 1)
+    if joins_rows(axes, config.micro_batch_size, model.dimensions):
+        cutting = attention_layout(axes, config.micro_batch_size, model.dimensions).tokens
+        named = " · ".join(f"{axis} {axes[axis]}" for axis in cutting if axes[axis] > 1)
         why = f"micro_batch_size {config.micro_batch_size} does not divide by them"
+        why += ", nor do heads by col × inner" if axes["inner"] > 1 and "inner" in cutting else ""
         said.append(f"the ranks along {named} share sequences too, by {context.transport}: {why}")
     return f"context: {'; '.join(said)}" if said else None
 
@@ -55,7 +56,7 @@ def context_line(config: TrainConfig, model: ModelConfig, inside: int | None = N
 def _around(config: TrainConfig, model: ModelConfig, inside: int | None) -> Surroundings:
     """What the sequence axes meet on machines of so many ranks."""
     axes, batch = config.axes, config.micro_batch_size
-    layout, joined = attention_layout(axes, batch), resolve.joins_rows(axes, batch)
+    layout, joined = (of(axes, batch, model.dimensions) for of in (attention_layout, joins_rows))
     heads = query_heads(model.num_heads, axes, layout == HIDDEN_BY_HEADS)
     parts = math.prod(axes[axis] for axis in layout.tokens)
     return Surroundings(
@@ -68,14 +69,15 @@ def _around(config: TrainConfig, model: ModelConfig, inside: int | None) -> Surr
     )
 
 
-def _check_shared_sequences(config: TrainConfig, model: ModelConfig, joined: bool) -> None:
+def _check_shared_sequences(config: TrainConfig, model: ModelConfig) -> None:
     """Raise UserError where the model's attention does not go where several ranks share a sequence."""
     key, value = "context_parallel_size", config.context_parallel_size
     why, remedy = "shares each sequence between ranks", "1"
-    if joined and config.context_parallel_size == 1:
-        parts = config.axes["depth"] * config.axes["row"]
+    if config.context_parallel_size == 1:
         key, value = "micro_batch_size", config.micro_batch_size
-        why = f"does not divide over depth × row = {parts}, so that ranks share sequences"
+        cutting = attention_layout(config.axes, value, model.dimensions).tokens
+        parts = math.prod(config.axes[axis] for axis in cutting)
+        why = f"does not divide over {' × '.join(cutting)} = {parts}, so that ranks share sequences"
         remedy = nearest(value, parts)
     if model.attention_dropout:
         reason = f"{why}, and the model drops attention probabilities ({model.attention_dropout:g})"
@@ -88,18 +90,19 @@ def _check_shared_sequences(config: TrainConfig, model: ModelConfig, joined: boo
 
 def parallel_for(
     config: TrainConfig,
+    model: ModelConfig,
     mesh: Mesh,
     schedule: Schedule | None = None,
     dtype: torch.dtype | None = None,
     compute: torch.dtype | None = None,
 ) -> Parallel:
-    """The layouts that `config` asks for, on `mesh`; the rest as `layout.resolve.parallel_of`.
+    """The layouts that `config` asks for of `model`, on `mesh`; the rest as `layout.resolve.parallel_of`.
 
     Parameters are held in `dtype`, unless given as the config says.
     """
     dtype = dtype or (torch.bfloat16 if config.full_bf16 else torch.float32)
-    tensor, context = config.tensor_parallel, config.context_parallel
-    return resolve.parallel_of(tensor, mesh, config.micro_batch_size, schedule, dtype, compute, context=context)
+    tensor, batch, context = config.tensor_parallel, config.micro_batch_size, config.context_parallel
+    return resolve.parallel_of(tensor, mesh, batch, model.dimensions, schedule, dtype, compute, context=context)
 
 
 def fsdp_of(config: TrainConfig) -> Fsdp:

@@ -9,8 +9,7 @@ from typing import Any
 from tessera.config.schema import MeshConfig, TrainConfig
 from tessera.core.axes import MODEL_AXES
 from tessera.core.errors import UserError
-from tessera.layout.resolve import joins_rows
-from tessera.layout.streams import HIDDEN, TOKEN_AXES, attention_layout
+from tessera.layout.streams import HIDDEN, attention_layout, joins_rows
 from tessera.models.config import ModelConfig
 from tessera.plan.tune import kinds
 from tessera.sizes.geometries import GEOMETRIES, geometry_axes
@@ -31,21 +30,22 @@ class Case:
 
     @property
     def name(self) -> str:
-        return layout_name(self.config)
+        return layout_name(self.config, self.problem.model)
 
 
-def layout_name(config: TrainConfig) -> str:
+def layout_name(config: TrainConfig, model: ModelConfig) -> str:
     """A layout in few words: 2d row 2 × col 2, summa."""
     axes, transport = config.axes, config.context_parallel.transport
     sizes = " × ".join(f"{transport if axis == 'ring' else axis} {n}" for axis, n in config.mesh_sizes.items() if n > 1)
     said = [f"{config.tensor_parallel_mode} {sizes or 'one rank'}", str(config.schedule)]
     said += ["kept"] if config.tensor_parallel_keep_gathered else []
     said += ["weights over depth"] if config.tensor_parallel_depth_weights == "shard" else []
-    said += ["heads over inner"] if axes["inner"] > 1 and _cuts_heads(config) else []
+    said += ["heads over inner"] if axes["inner"] > 1 and _cuts_heads(config, model) else []
     said += [] if config.sequence_parallel else ["no sequence parallel"]
-    if _joined(config):
+    if _joined(config, model):
         by = "" if config.context_parallel.sizes["ring"] > 1 else f" by {transport}"
-        said.append(f"sequences over {'·'.join(axis for axis in TOKEN_AXES if axes[axis] > 1)}{by}")
+        sharing = attention_layout(axes, config.micro_batch_size, model.dimensions).tokens
+        said.append(f"sequences over {'·'.join(axis for axis in sharing if axes[axis] > 1)}{by}")
     said += [f"heads in {config.ulysses_chunks} groups"] if config.ulysses_chunks > 1 else []
     said += ["packed"] if config.sample_packing else []
     return ", ".join(said)
@@ -80,8 +80,9 @@ def every_case(config: TrainConfig, model: ModelConfig, world: int, full: bool) 
         reasons["every layout whose ranks share sequences"] = _misfit(sharing[-1], model)
     else:
         ways += sharing
-    reasons |= {layout_name(way): _misfit(way, model) for way in ways}
-    fitting = [way for way in ways if not reasons[layout_name(way)]]
+    named = {layout_name(way, model): way for way in ways}
+    reasons |= {name: _misfit(way, model) for name, way in named.items()}
+    fitting = [way for name, way in named.items() if not reasons[name]]
     return _cases(fitting, model, full), {name: reason for name, reason in reasons.items() if reason}
 
 
@@ -107,7 +108,8 @@ def in_miniature(case: Case) -> Case:
 
 
 def _in_miniature(config: TrainConfig, model: ModelConfig, steps: int) -> Case:
-    batch = small_batch(config.axes | config.context_parallel.sizes, _cuts_heads(config), _joined(config))
+    sizes = config.axes | config.context_parallel.sizes
+    batch = small_batch(sizes, _cuts_heads(config, model), _joined(config, model))
     small = config.model_copy(update={"micro_batch_size": batch})
     everyone = batch * math.prod(config.data_sizes.values())
     return Case(small, _problem(config, model, everyone, LENGTH, micro_batches=2, steps=steps))
@@ -116,18 +118,18 @@ def _in_miniature(config: TrainConfig, model: ModelConfig, steps: int) -> Case:
 def _problem(
     config: TrainConfig, model: ModelConfig, batch: int, length: int, micro_batches: int, steps: int
 ) -> Problem:
-    shared = config.context_parallel_size > 1 or _joined(config)
+    shared = config.context_parallel_size > 1 or _joined(config, model)
     return Problem(model, batch, length, micro_batches, steps, packed=config.sample_packing, shared=shared)
 
 
-def _cuts_heads(config: TrainConfig) -> bool:
+def _cuts_heads(config: TrainConfig, model: ModelConfig) -> bool:
     """Whether attention cuts heads along inner, because the batch does not divide by it."""
-    return attention_layout(config.axes, config.micro_batch_size) != HIDDEN
+    return attention_layout(config.axes, config.micro_batch_size, model.dimensions) != HIDDEN
 
 
-def _joined(config: TrainConfig) -> bool:
+def _joined(config: TrainConfig, model: ModelConfig) -> bool:
     """Whether the axes that cut tokens share sequences, because the batch does not divide by them."""
-    return joins_rows(config.axes, config.micro_batch_size)
+    return joins_rows(config.axes, config.micro_batch_size, model.dimensions)
 
 
 def _head_cuts(config: TrainConfig) -> dict[str, int]:

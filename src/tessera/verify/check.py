@@ -120,7 +120,7 @@ class Checker:
         return self._last[1]
 
     def _layout(self, case: Case, dtype: torch.dtype, compute: torch.dtype) -> Parallel:
-        return parallel_for(case.config, self.mesh(case.config), dtype=dtype, compute=compute)
+        return parallel_for(case.config, case.problem.model, self.mesh(case.config), dtype=dtype, compute=compute)
 
     def _alone(self, dtype: torch.dtype, compute: torch.dtype) -> Parallel:
         return Parallel(Mesh(device=self.device, rank=0), residual_layout(True), dtype, compute)
@@ -147,7 +147,8 @@ def _transfers(case: Case, parallel: Parallel) -> list[Transfer]:
 def count_collectives(case: Case) -> int:
     """How many collectives of a step can be left out: by formula, for which no rank has to run."""
     meshes = [Mesh(case.config.mesh_sizes, rank=rank) for rank in range(case.config.world_size)]
-    everyone = [_transfers(case, parallel_for(case.config, mesh, dtype=torch.float32)) for mesh in meshes]
+    model = case.problem.model
+    everyone = [_transfers(case, parallel_for(case.config, model, mesh, dtype=torch.float32)) for mesh in meshes]
     together = ([each for each in own if each.kind not in APART] for own in everyone)
     apart: Counter[tuple[str, str]] = Counter()
     for own in everyone:

@@ -83,13 +83,14 @@ def small_model(model: ModelConfig, layouts: Sequence[Mapping[str, int]], slices
     """`model` with two layers and the smallest sizes that every one of `layouts` can cut.
 
     Each layout has the sizes of inner, depth, row and col, and of ulysses where that cuts heads further; `slices` is
-    the largest slice factor.
+    the largest slice factor. Heads and kv features divide by those axes alone by which they do in `model`.
     """
     heads = math.lcm(*(sizes["inner"] * sizes["col"] * sizes.get("ulysses", 1) for sizes in layouts))
     features = math.lcm(*(math.prod(sizes.values()) for sizes in layouts)) * slices
     hidden = _at_least(32, features)
     kv_heads = _fewer(model.num_kv_heads, heads)
-    head_dim = math.lcm(4, heads // math.gcd(kv_heads, heads))
+    kv_features = math.gcd(model.num_kv_heads * model.head_dim, heads)  # so many ranks may cut them
+    head_dims = (n for n in range(4, model.head_dim, 2) if math.gcd(kv_heads * n, heads) == kv_features)
     return replace(
         model,
         vocab_size=_prime_above(max(100, heads * heads)),
@@ -97,7 +98,7 @@ def small_model(model: ModelConfig, layouts: Sequence[Mapping[str, int]], slices
         num_layers=2,
         num_heads=model.num_heads // model.num_kv_heads * kv_heads,
         num_kv_heads=kv_heads,
-        head_dim=head_dim,
+        head_dim=next(head_dims, model.head_dim),
         ffn_size=_at_least(3 * hidden // 2, heads),
         max_positions=LENGTH if model.rope is None else model.max_positions,
         initializer_range=0.1,  # small models of the usual one hardly depend on their layers
@@ -108,7 +109,7 @@ def small_batch(sizes: Mapping[str, int], by_heads: bool, joined: bool = False) 
     """Few sequences for a layout: as many as it takes times a number that leaves tokens uneven along the other axes.
 
     With `by_heads` they do not divide by `inner`, so that attention cuts heads there instead of sequences; if `joined`
-    not by depth · row either, so that ranks share sequences there. Nor do they divide by ring, so that no rank's share
+    by no axis that cuts tokens, so that ranks share sequences there. Nor do they divide by ring, so that no rank's share
     is whole rows.
     """
     whole, inner = sizes["depth"] * sizes["row"], sizes["inner"]

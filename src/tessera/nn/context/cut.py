@@ -31,8 +31,8 @@ def cut(batch: MicroBatch, parallel: Parallel, windows: Sequence[tuple[int | Non
     length = made[0].bounds[-1]
     taken = []
     for part in range(rows):
-        number, owner = (0, mesh.coordinates["ring"] * rows + part) if joined else (part, mesh.coordinates["ring"])
-        chunks = made[number].owned[owner]
+        number = 0 if joined else part
+        chunks = made[number].owned[_owner(part, parallel)]
         own = torch.cat([torch.arange(number * length + first, number * length + end) for first, end in chunks])
         taken.append(own.chunk(pieces)[mesh.coordinates["ulysses"]])
     index = torch.stack(taken)
@@ -52,6 +52,20 @@ def cut(batch: MicroBatch, parallel: Parallel, windows: Sequence[tuple[int | Non
 def parts(parallel: Parallel) -> int:
     """The parts into which attention's layout cuts the rows of a micro-batch, or a joined stream's owners on a rank."""
     return parallel.mesh.size(parallel.attention.tokens)
+
+
+def _owner(part: int, parallel: Parallel) -> int:
+    """The owner of a part of what this rank of the sequence axes has.
+
+    Parts are counted as attention's layout cuts them, owners as ranks of their group: along inner these differ.
+    """
+    place = dict(parallel.mesh.coordinates)
+    for axis in reversed(parallel.attention.tokens):
+        part, place[axis] = divmod(part, parallel.mesh.sizes[axis])
+    owner = 0
+    for axis in parallel.owners:
+        owner = owner * parallel.mesh.sizes[axis] + place[axis]
+    return owner
 
 
 def streams_of(
