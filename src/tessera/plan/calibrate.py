@@ -55,7 +55,8 @@ def _curves(field: str, part: str) -> Callable[[Profile, float], Profile]:
     def scale(profile: Profile, factor: float) -> Profile:
         curves: Mapping[str, Curve] = getattr(profile, field)
         scaled = {kind: replace(curve, **{part: getattr(curve, part) * factor}) for kind, curve in curves.items()}
-        return replace(profile, **{field: scaled})
+        changed: dict[str, Any] = {field: scaled}
+        return replace(profile, **changed)
 
     return scale
 
@@ -131,7 +132,7 @@ def stacked(values: Sequence[Any]) -> Any:
     if isinstance(first, Multiplied):
         numbers = (stacked([value[place] for value in values]) for place in range(2, len(first)))
         return Multiplied(first.site, first.phase, *numbers)
-    if is_dataclass(first):
+    if is_dataclass(first) and not isinstance(first, type):
         return type(first)(**{f.name: stacked([getattr(value, f.name) for value in values]) for f in fields(first)})
     if isinstance(first, Mapping):
         return {key: stacked([value.get(key, 0) for value in values]) for key in first}

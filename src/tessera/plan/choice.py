@@ -13,6 +13,7 @@ from tessera.core.mesh import Mesh
 from tessera.layout.parallel import Parallel
 from tessera.layout.resolve import parallel_of
 from tessera.layout.shape import Savers, StepShape, padded_length
+from tessera.models.config import ModelConfig
 from tessera.sizes.context import ContextParallel
 from tessera.sizes.rules import TensorParallel, modes_with
 
@@ -94,12 +95,13 @@ class Layout:
         """The mesh as rank 0 sees it; no process stands behind it."""
         return Mesh(self.sizes, rank=0)
 
-    def parallel(self, training: Training, mesh: Mesh | None = None) -> Parallel:
-        """The layouts of its streams on rank 0, or on another mesh of these axes."""
+    def parallel(self, model: ModelConfig, training: Training, mesh: Mesh | None = None) -> Parallel:
+        """The layouts of the model's streams on rank 0, or on another mesh of these axes."""
         return parallel_of(
             self.tensor,
             self.mesh if mesh is None else mesh,
             self.micro_batch,
+            model.dimensions,
             dtype=DTYPES[training.stored],
             compute=DTYPES[training.dtype],
             context=self.context,

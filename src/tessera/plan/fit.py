@@ -21,8 +21,9 @@ from tessera.core.axes import DATA_AXES
 from tessera.core.errors import UserError
 from tessera.core.mesh import Mesh
 from tessera.layout.parallel import Parallel
-from tessera.layout.resolve import check_layout, joins_rows, parallel_of
+from tessera.layout.resolve import check_layout, parallel_of
 from tessera.layout.shape import Savers, StepShape, padded_length
+from tessera.layout.streams import joins_rows
 from tessera.models.config import ModelConfig
 from tessera.nn.context.heads import kv_heads_of
 from tessera.plan.peak import RESERVED, peak_bytes
@@ -73,8 +74,10 @@ class MemoryLayout:
         batch, data = self.shape.batch, {**(self.data or {}), **self.context.sizes}
         check_layout(self.tensor, data, self.model.dimensions, batch)
         mesh = Mesh(self.sizes, "meta", rank=0)
-        made = parallel_of(self.tensor, mesh, batch, None, self.dtype, self.compute, context=self.context)
-        if self.context.size > 1 or joins_rows(self.tensor.axes, batch):
+        made = parallel_of(
+            self.tensor, mesh, batch, self.model.dimensions, None, self.dtype, self.compute, context=self.context
+        )
+        if self.context.size > 1 or joins_rows(self.tensor.axes, batch, self.model.dimensions):
             self._check_shared(made)
         return made
 
@@ -91,9 +94,7 @@ class MemoryLayout:
         parallel = self.parallel()
         length = padded_length(self.shape.sequence, self.shape.batch, parallel.residual, parallel.mesh)
         shape = replace(self.shape, sequence=length)
-        return int(
-            peak_bytes(self.model, shape, parallel, offload=self.offload, optimizer=self.optimizer).total
-        )
+        return int(peak_bytes(self.model, shape, parallel, offload=self.offload, optimizer=self.optimizer).total)
 
 
 class Remedy(NamedTuple):

@@ -27,7 +27,7 @@ def received_elements(
 class Cut(NamedTuple):
     """A mesh for one product, and elements that each rank receives in it, forward and backward, by what moves.
 
-    `replicas` are sums of dW along depth, along which W is there once a plane; `held` elements of X, W and Y a rank has.
+    `replicas` are sums of dW along depth, along which W is there once a plane; `held`: what a rank has of all three.
     """
 
     inner: int

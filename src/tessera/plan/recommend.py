@@ -24,8 +24,9 @@ from tessera.plan.calibrate import corrected
 from tessera.plan.choice import Layout, Training
 from tessera.plan.cluster import cluster_of
 from tessera.plan.flops import step_flops
+from tessera.plan.fit import fits
 from tessera.plan.machine import Cluster
-from tessera.plan.peak import Peak, fits, peak_bytes
+from tessera.plan.peak import Peak, peak_bytes
 from tessera.plan.search import Found, search
 from tessera.plan.time import StepTime, step_time
 from tessera.plan.work import step_work
@@ -78,7 +79,7 @@ class Judged:
 
 def judge(model: ModelConfig, layout: Layout, cluster: Cluster, training: Training) -> Judged:
     """The memory and the time of a layout on rank 0, which holds the largest shards."""
-    parallel = layout.parallel(training)
+    parallel = layout.parallel(model, training)
     shape = layout.shape(training, parallel)
     judged = judge_step(model, shape, parallel, cluster, training, str(layout), offload=layout.offload_params)
     return replace(judged, layout=layout)
@@ -102,7 +103,7 @@ def judge_step(
     like = (tokens, model.hidden_size, mesh.size(("inner", "col")), mesh.size(DATA_AXES), 1, model.num_layers)
     time = _scalars(corrected(time, np.log2([like]), cluster.profile))
     flops = step_flops(model, [training.sequence_len]) * training.global_batch
-    verdict = fits(peak.total, cluster.profile.memory_bytes)
+    verdict = fits(int(peak.total), cluster.profile.memory_bytes)
     return Judged(name, mesh.world, training, cluster, peak, time, flops, verdict)
 
 

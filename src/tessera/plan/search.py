@@ -13,7 +13,7 @@ is left out is never the best, which tests/plan/test_search.py holds against all
     of schedules other than gather, those of meshes that with gather are not among the best `KEPT`
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from tessera.layout.streams import HIDDEN
 from tessera.models.config import ModelConfig
 from tessera.plan.calibrate import corrected
 from tessera.plan.choice import RECOMPUTES, Layout, Training
+from tessera.plan.fit import most_that_fits
 from tessera.plan.machine import Cluster
 from tessera.plan.many import ManyMeshes
 from tessera.plan.peak import peak_bytes
@@ -84,13 +85,15 @@ class Found:
 def search(model: ModelConfig, cluster: Cluster, training: Training, *, exhaustive: bool = False) -> Found:
     """Every layout of all of the cluster's devices for `training`; `exhaustive` leaves nothing out.
 
-    Memory that fits is what `profile.memory_bytes` allows after the allowance of plan/peak.py. The result may be empty.
+    What fits is said in plan/fit.py; where nothing surely fits, what may fit is timed. The result may be empty.
     """
     sizes, batch = _meshes(model, cluster.devices, training)
     plain = [Switches(recompute, reshard) for recompute in RECOMPUTES for reshard in (False, True)]
     every = [_costs(model, training, sizes, batch, switches) for switches in plain]
     found = _joined(every, training)
-    room = cluster.profile.memory_bytes
+    room = most_that_fits(cluster.profile.memory_bytes)
+    if len(found) and found.peak.min() > room:
+        room = cluster.profile.memory_bytes
     timed = np.full(len(found), True) if exhaustive else _worth_timing(found, plain, len(batch), room)
     found = _timed(model, cluster, found, timed)
     best = np.arange(len(found)) if exhaustive else np.argsort(found.seconds)[:KEPT]
@@ -136,20 +139,27 @@ def _is_geometry(cut: Sequence[int]) -> bool:
 def _ulysses(model: ModelConfig, axes: dict[str, Numbers], batch: Numbers) -> tuple[Numbers, NDArray[np.bool_]]:
     """The ranks along ulysses of each candidate, and which candidates attention allows at all."""
     parts = axes["depth"] * axes["row"]
-    whole = batch % (parts * axes["inner"]) == 0
-    joined = batch % parts != 0
-    ways = np.where(whole, axes["col"], axes["col"] * axes["inner"])
-    allowed = np.asarray((model.num_heads % ways == 0) & (model.num_kv_heads * model.head_dim % ways == 0))
-    shares = (axes["context"] > 1) | joined
-    allowed &= ~shares | (model.attention_dropout == 0)
+    by_heads, joined = _attention(model, axes, batch)
+    ways = np.where(by_heads, axes["col"] * axes["inner"], axes["col"])
+    allowed = ~((axes["context"] > 1) | joined) | (model.attention_dropout == 0)
     ulysses = np.ones_like(batch)
-    group = np.where(whole, parts * axes["inner"], parts)
+    group = np.where(by_heads, parts, parts * axes["inner"])
     for place in np.flatnonzero(allowed & (axes["context"] > 1)):
         own = int(group[place])
         rows = int(batch[place])
         around = (int(ways[place]), rows if joined[place] else rows // own, own if joined[place] else 1)
         ulysses[place] = _degree(model, int(axes["context"][place]), *around)
     return ulysses, allowed & (ulysses > 0)
+
+
+def _attention(
+    model: ModelConfig, axes: Mapping[str, Numbers], batch: Numbers
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Where heads are cut along inner, and where ranks of tensor axes share rows (layout/streams.py)."""
+    parts, both = axes["depth"] * axes["row"], axes["col"] * axes["inner"]
+    divide = (model.num_heads % both == 0) & (model.num_kv_heads * model.head_dim % both == 0)
+    by_heads = divide & (batch % (parts * axes["inner"]) != 0)
+    return by_heads, batch % np.where(by_heads, parts, parts * axes["inner"]) != 0
 
 
 @lru_cache(maxsize=4096)
@@ -164,19 +174,14 @@ def _degree(model: ModelConfig, context: int, ways: int, rows: int, joined: int)
         return 0
 
 
-def _groups(sizes: dict[str, Numbers], batch: Numbers) -> Iterator[NDArray[np.int64]]:
+def _groups(model: ModelConfig, sizes: dict[str, Numbers], batch: Numbers) -> Iterator[NDArray[np.int64]]:
     """The places of candidates that share every rule: whether FSDP2 serves them, how attention cuts their rows."""
-    parts = sizes["depth"] * sizes["row"]
     rules = np.zeros(len(batch), np.int64)
     data = sizes["replicate"] * sizes["shard"] > 1
-    for rule in (data, batch % (parts * sizes["inner"]) == 0, batch % parts == 0, *_above_one(sizes)):
+    for rule in (data, *_attention(model, sizes, batch), *(sizes[axis] > 1 for axis in SEQUENCE_AXES)):
         rules = rules * 2 + rule
     for rule in np.unique(rules):
         yield np.flatnonzero(rules == rule)
-
-
-def _above_one(sizes: dict[str, Numbers]) -> list[NDArray[np.bool_]]:
-    return [sizes[axis] > 1 for axis in SEQUENCE_AXES]
 
 
 class _Group(NamedTuple):
@@ -187,14 +192,15 @@ class _Group(NamedTuple):
     layout: Layout
 
 
-def _group(places: Numbers, found: Found, switches: Switches) -> _Group:
+def _group(model: ModelConfig, places: Numbers, found: Found, switches: Switches) -> _Group:
     """The group at `places`, whose first candidate says which layouts its streams have."""
-    training, batch = found.training, found.micro_batch[places]
+    training: Training = found.training
+    batch: Any = found.micro_batch[places]  # closed forms take arrays for whole numbers
     sizes = {axis: n[places] for axis, n in found.sizes.items()}
     first = found.layout(int(places[0]))
     first = replace(first, **switches._asdict())
     many = ManyMeshes(sizes)
-    parallel = replace(first.parallel(training), mesh=many.as_mesh)
+    parallel = replace(first.parallel(model, training), mesh=many.as_mesh)
     data = sizes["replicate"] * sizes["shard"]
     cuts = [many.size((*SEQUENCE_AXES, *layout.tokens)) for layout in (parallel.residual, HIDDEN)]
     multiple = np.lcm(*(ranks // np.gcd(ranks, batch) for ranks in cuts))
@@ -217,8 +223,8 @@ def _costs(
     count = len(batch)
     nothing = np.zeros(count, np.int64)
     found = Found(sizes, batch, [switches], nothing, nothing.copy(), np.full(count, np.inf), training)
-    for places in _groups(sizes, batch):
-        group = _group(places, found, switches)
+    for places in _groups(model, sizes, batch):
+        group = _group(model, places, found, switches)
         found.peak[places] = peak_bytes(model, group.shape, group.parallel).total
     return found
 
@@ -242,9 +248,9 @@ def _timed(model: ModelConfig, cluster: Cluster, found: Found, worth: NDArray[np
         if not len(chosen):
             continue
         sizes = {axis: n[chosen] for axis, n in found.sizes.items()}
-        for places in _groups(sizes, found.micro_batch[chosen]):
+        for places in _groups(model, sizes, found.micro_batch[chosen]):
             own = chosen[places]
-            group = _group(own, found, switches)
+            group = _group(model, own, found, switches)
             seconds[own] = _time(model, cluster, group, found, own).total
     return replace(found, seconds=seconds)
 

@@ -28,6 +28,7 @@ from tessera.plan.work import Moved, Multiplied, Phase, Work
 from tessera.sizes.arrays import larger, smaller
 
 PHASES: tuple[Phase, Phase] = ("forward", "backward")
+_PHASE: dict[str, Phase] = {phase: phase for phase in PHASES}
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def _communication(
     """Seconds of collectives by axis, those of them that are exposed, and seconds of compute beside some."""
     collectives: defaultdict[str, Any] = defaultdict(float)
     exposed: defaultdict[tuple[str, str], Any] = defaultdict(float)
-    pools: defaultdict[tuple[str, Phase], dict[str, Any]] = defaultdict(dict)
+    pools: defaultdict[tuple[str, str], dict[str, Any]] = defaultdict(dict)
     for transfer, ranks, machines, hidden in moved:
         calls = transfer.calls * transfer.times
         each = transfer.received / larger(transfer.calls, 1)
@@ -147,7 +148,7 @@ def _communication(
             exposed[transfer.phase, transfer.axis] += seconds
     beside: Any = 0.0
     for (hidden, phase), pool in pools.items():
-        room = profile.overlap * (attention if hidden == "attention" else device)[phase]
+        room = profile.overlap * (attention if hidden == "attention" else device)[_PHASE[phase]]
         whole = sum(pool.values())
         hides = smaller(whole, room)
         beside = beside + hides

@@ -25,7 +25,7 @@ def foresee(config: TrainConfig, model: ModelConfig, cluster: Cluster) -> Judged
     # a device that the planner only knows by name computes in bf16; this one is asked
     named = "bfloat16" in cluster.profile.peak_flops and config.bf16 == "auto"
     compute = torch.bfloat16 if named else compute_dtype(config, torch.device("cpu"))
-    parallel = parallel_for(config, mesh, compute=compute)
+    parallel = parallel_for(config, model, mesh, compute=compute)
     shape = step_shape(config, parallel)
     rows = shape.batch * shape.micro_batches * prod(mesh.sizes[axis] for axis in DATA_AXES)
     training = Training(shape.sequence, rows, str(compute).removeprefix("torch."))

@@ -56,7 +56,7 @@ def context_line(config: TrainConfig, model: ModelConfig, inside: int | None = N
 def _around(config: TrainConfig, model: ModelConfig, inside: int | None) -> Surroundings:
     """What the sequence axes meet on machines of so many ranks."""
     axes, batch = config.axes, config.micro_batch_size
-    layout, joined = (of(axes, batch, model.dimensions) for of in (attention_layout, joins_rows))
+    layout, joined = attention_layout(axes, batch, model.dimensions), joins_rows(axes, batch, model.dimensions)
     heads = query_heads(model.num_heads, axes, layout == HIDDEN_BY_HEADS)
     parts = math.prod(axes[axis] for axis in layout.tokens)
     return Surroundings(
