@@ -303,6 +303,12 @@ def plan(
     dtype: Annotated[str, typer.Option(help="What products run in: bfloat16, float16 or float32.")] = "bfloat16",
     config: Annotated[Path | None, typer.Option(help="A YAML file whose other keys the plan's config keeps.")] = None,
     top: Annotated[int, typer.Option(min=1, max=50, help="How many layouts to show.")] = 5,
+    trace: Annotated[
+        int, typer.Option(min=0, max=50, help="Verify the memory of so many of them by tracing the model's own code.")
+    ] = 3,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw what is alive around the best one's peak into this PNG.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     target: Annotated[
         float | None,
@@ -318,7 +324,7 @@ def plan(
     from tessera.cli.plan import Asked, plan_command
 
     asked = Asked(
-        cluster, sequence_len, global_batch, dtype, config, top, as_json, target, tokens, price, profile,
+        cluster, sequence_len, global_batch, dtype, config, top, trace, plot, as_json, target, tokens, price, profile,
         overrides or [], output,
     )  # fmt: skip
     plan_command(subject, asked)

@@ -10,12 +10,15 @@ import yaml
 from rich.table import Table
 
 from tessera.core import terminal
-from tessera.core.errors import UserError
+from tessera.core.axes import DATA_AXES
+from tessera.core.errors import UserError, as_yaml
 from tessera.core.files import read_text
 from tessera.plan.choice import Training
 from tessera.plan.cluster import cluster_of, profile_named
+from tessera.plan.fit import MemoryLayout, Remedy, memory_remedies, most_that_fits
 from tessera.plan.machine import Cluster
 from tessera.plan.recommend import Judged, Plan, plan, smallest
+from tessera.plan.trace import plot_timeline
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,8 @@ class Asked:
     dtype: str
     config: Path | None
     top: int
+    trace: int
+    plot: Path | None
     as_json: bool
     target: float | None
     tokens: str | None
@@ -51,15 +56,18 @@ def plan_command(subject: str, asked: Asked) -> None:
     if asked.target is not None:
         made = smallest(subject, cluster, training, asked.target, _growing(cluster))
     else:
-        made = plan(subject, cluster, training, top=asked.top, config=base)
+        made = plan(subject, cluster, training, top=asked.top, trace=asked.trace, config=base)
     if asked.as_json:
         terminal.say(json.dumps(as_json(made), indent=1))
         return
     console = terminal.console(markup=False)
     title = f"{subject} on {made.cluster}: {made.considered:,} layouts of {made.cluster.devices} devices"
     console.print(_table(title, made.choices))
-    for line in [*explained(made.best), *_duration(made.best, asked)]:
+    for line in [*_named(made.choices), "", *explained(made.best), *_unfitting(made), *_duration(made.best, asked)]:
         console.print(line)
+    if asked.plot is not None and made.best.traced is not None:
+        plot_timeline(made.best.traced, asked.plot, cluster.profile.memory_bytes)
+        console.print(f"drawn into {asked.plot}: what is alive around the peak")
     if asked.output is not None:
         asked.output.write_text(made.to_yaml())
         console.print(f"wrote {asked.output}")
@@ -70,11 +78,12 @@ def plan_command(subject: str, asked: Asked) -> None:
 def _judge(path: Path, asked: Asked, cluster: Cluster) -> None:
     """A given config on the cluster."""
     from tessera.config.load import load_config
-    from tessera.train.foresee import foresee
+    from tessera.train.foresee import foresee, memory_of
     from tessera.train.run import model_of
 
     config, notes = load_config(path, asked.overrides)
-    judged = foresee(config, model_of(config), cluster)
+    model = model_of(config)
+    judged = foresee(config, model, cluster)
     if asked.as_json:
         terminal.say(json.dumps(_judged_json(judged), indent=1))
         return
@@ -82,8 +91,12 @@ def _judge(path: Path, asked: Asked, cluster: Cluster) -> None:
     for note in notes:
         console.print(note)
     console.print(_table(f"{path} on {judged.cluster}", [judged]))
-    for line in [*explained(judged), *_duration(judged, asked)]:
+    for line in [*_named([judged]), "", *explained(judged), *_duration(judged, asked)]:
         console.print(line)
+    if judged.verdict != "fits":
+        console.print(f"{judged.verdict}; to lower the peak, in this order:")
+        for line in remedy_lines(memory_remedies(memory_of(config, model, cluster))):
+            console.print(line)
 
 
 def _read(path: Path | None) -> dict[str, Any]:
@@ -108,20 +121,25 @@ def _growing(cluster: Cluster) -> list[int]:
 
 def _table(title: str, judged: Sequence[Judged]) -> Table:
     table = Table(title=title, title_justify="left")
-    for name in ("layout", "s/step", "tokens/s", "MFU", "exposed", "GiB", "", "against the best"):
-        table.add_column(name, justify="left" if name in ("layout", "", "against the best") else "right")
-    for place, each in enumerate(judged):
+    for name in ("", "s/step", "tokens/s", "MFU", "exposed", "GiB", "memory", "against the first"):
+        table.add_column(name, justify="left" if name in ("memory", "against the first") else "right")
+    for place, each in enumerate(judged, start=1):
         table.add_row(
-            each.name,
+            str(place),
             f"{each.seconds:.3g} ±{each.band:.0%}",
             f"{each.tokens_per_second:,.0f}",
             f"{each.mfu:.0%}",
             f"{each.time.communication / each.seconds:.0%}",
-            gib(each.peak.total),
-            each.verdict,
-            each.lost or ("best" if place == 0 and len(judged) > 1 else ""),
+            gib(each.bytes),
+            each.verdict + ("" if each.traced is None else ", traced"),
+            each.lost,
         )
     return table
+
+
+def _named(judged: Sequence[Judged]) -> list[str]:
+    """The layouts of the table, a line each."""
+    return [f"{place:>2}  {each.name}" for place, each in enumerate(judged, start=1)]
 
 
 def explained(judged: Judged) -> list[str]:
@@ -136,13 +154,48 @@ def explained(judged: Judged) -> list[str]:
     for name in ("states", "activations", "gathered", "working"):
         lines.append(f"  {name:28}{gib(getattr(peak, name)):>12} GiB")
     profile = judged.cluster.profile
-    source = "measured" if profile.measured else "published figures, not measured on your machine"
-    lines.append(f"rates of {profile.name}: {source}; half of the band {judged.band:.0%}")
-    return lines
+    source = "measured" if profile.measured else "published figures; tessera measure takes those of your machine"
+    return [*lines, f"rates of {profile.name}: {source}; half of the band {judged.band:.0%}"]
 
 
 def gib(size: float) -> str:
     return f"{size / 2**30:.1f}"
+
+
+def _unfitting(made: Plan) -> list[str]:
+    """The fastest that does not fit, and what would have to change for it."""
+    if made.too_large is None or made.too_large.layout is None:
+        return []
+    judged, best = made.too_large, made.best
+    device = made.cluster.profile.memory_bytes
+    faster = 1 - judged.seconds / best.seconds
+    lines = [
+        f"{faster:.0%} faster, but it does not surely fit: {judged.name}",
+        f"  {gib(judged.bytes)} GiB, and up to {gib(most_that_fits(device))} of {gib(device)} surely fit",
+    ]
+    layout = judged.layout
+    assert layout is not None
+    parallel = layout.parallel(made.model, made.training)
+    asked = MemoryLayout(
+        made.model,
+        layout.shape(made.training, parallel),
+        layout.tensor,
+        {axis: layout.size(axis) for axis in DATA_AXES},
+        layout.context,
+        parallel.dtype,
+        parallel.compute,
+        layout.offload_params,
+    )
+    return lines + remedy_lines(memory_remedies(asked)[:3])
+
+
+def remedy_lines(remedies: Sequence[Remedy]) -> list[str]:
+    """What lowers the peak, a line each."""
+    return [
+        f"  {', '.join(f'{key}: {as_yaml(value)}' for key, value in each.keys.items())} saves {gib(each.saved)} GiB "
+        f"({each.meaning})"
+        for each in remedies
+    ]
 
 
 def _duration(judged: Judged, asked: Asked) -> list[str]:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from torch.distributed.tensor import Placement, Replicate, Shard
 
+from tessera.core.arrays import smaller
 from tessera.core.mesh import Mesh
 from tessera.layout.streams import Layout
-from tessera.sizes.arrays import smaller
 
 
 @dataclass(frozen=True)

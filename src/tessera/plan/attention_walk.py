@@ -4,13 +4,13 @@ from typing import Any
 
 import torch
 
+from tessera.core.arrays import larger, where
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape
 from tessera.models.anatomy import Attention
 from tessera.plan.ledger import Ledger
 from tessera.plan.many import ManyMeshes
 from tessera.plan.sequences import kv_heads_on, query_heads_on, traded_kv_heads
-from tessera.sizes.arrays import larger, where
 
 
 def attention_backward(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from tessera.core.arrays import where
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape
 from tessera.models.anatomy import Attention, Block, Layer, Norm
@@ -17,7 +18,6 @@ from tessera.plan.ledger import Ledger
 from tessera.plan.memory import BlockSaved, result_bytes, saved_by_block
 from tessera.plan.product_walk import ProductSizes, backward, forward, sizes_of
 from tessera.plan.tiles import largest_tile
-from tessera.sizes.arrays import where
 
 
 @dataclass(frozen=True)

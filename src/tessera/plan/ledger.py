@@ -6,7 +6,7 @@ the most. Sizes are whole numbers, or arrays of candidates, for each of which th
 
 from typing import Any
 
-from tessera.sizes.arrays import where
+from tessera.core.arrays import where
 
 KINDS = ("states", "activations", "gathered", "working")
 

@@ -23,9 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
+from tessera.core.arrays import larger, smaller, where
 from tessera.core.errors import UserError
 from tessera.core.files import read_bytes
-from tessera.sizes.arrays import larger, smaller, where
 
 Level = Literal["inside", "between"]
 

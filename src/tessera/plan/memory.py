@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from tessera.core.arrays import larger, smaller, where
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape
 from tessera.models.anatomy import Attention, Block, Layer, Norm, anatomy_of
@@ -38,7 +39,6 @@ from tessera.models.config import ModelConfig
 from tessera.plan.sequences import kv_heads_on, query_heads_on, traded_kv_heads
 from tessera.plan.tiles import largest_tile
 from tessera.plan.traffic import padded_shard
-from tessera.sizes.arrays import larger, smaller, where
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tessera.core.arrays import larger, rounded_up, smaller, where
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape
 from tessera.layout.spec import local_slice
@@ -32,7 +33,6 @@ from tessera.plan.ledger import Ledger
 from tessera.plan.memory import gathered_units, kept_weights, layer_bytes, saved_bytes, state_bytes, tiled
 from tessera.plan.product_walk import ProductSizes, sizes_of
 from tessera.plan.tiles import largest_tile
-from tessera.sizes.arrays import larger, rounded_up, smaller, where
 
 RESERVED = 2**30
 """Bytes that are left for what is not counted."""

@@ -12,11 +12,11 @@ In panels each operand that moves has two panels there and a third on its way, e
 from dataclasses import dataclass
 from typing import Any
 
+from tessera.core.arrays import smaller
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape
 from tessera.models.anatomy import Product
 from tessera.plan.ledger import Ledger
-from tessera.sizes.arrays import smaller
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,13 @@ from tessera.models.shapes import shape_of
 from tessera.plan.calibrate import corrected
 from tessera.plan.choice import Layout, Training
 from tessera.plan.cluster import cluster_of
-from tessera.plan.flops import step_flops
 from tessera.plan.fit import fits
+from tessera.plan.flops import step_flops
 from tessera.plan.machine import Cluster
 from tessera.plan.peak import Peak, peak_bytes
-from tessera.plan.search import Found, search
+from tessera.plan.search import Found, buildable, fastest_too_large, search
 from tessera.plan.time import StepTime, step_time
+from tessera.plan.trace import TracedMemory, traced_memory
 from tessera.plan.work import step_work
 
 TOP = 5
@@ -41,7 +42,8 @@ DIFFERENCE = 0.005
 class Judged:
     """A layout on a cluster. `name` says it in words; `layout` where it is one that the search knows.
 
-    `verdict`: fits, may fit, or does not fit; `lost`: why it is not the best.
+    `verdict`: fits, may fit, or does not fit; `lost`: why it is not the best; `traced`: the memory of its step as the
+    model's own code holds it (plan/trace.py), where that was asked for.
     """
 
     name: str
@@ -54,6 +56,12 @@ class Judged:
     verdict: str
     layout: Layout | None = None
     lost: str = ""
+    traced: TracedMemory | None = None
+
+    @property
+    def bytes(self) -> int:
+        """The peak of a device: the traced one where there is one, else that of the formula."""
+        return int(self.peak.total if self.traced is None else self.traced.peak.total)
 
     @property
     def seconds(self) -> float:
@@ -107,6 +115,19 @@ def judge_step(
     return Judged(name, mesh.world, training, cluster, peak, time, flops, verdict)
 
 
+def traced(model: ModelConfig, judged: Judged) -> Judged:
+    """With the memory of the model's own code at its own sizes, run on tensors without data. Takes seconds.
+
+    Raises RuntimeError in a process that is a rank of a real world.
+    """
+    assert judged.layout is not None
+    parallel = judged.layout.parallel(model, judged.training)
+    shape = judged.layout.shape(judged.training, parallel)
+    memory = traced_memory(model, shape, parallel, offload=judged.layout.offload_params)
+    verdict = fits(int(memory.peak.total), judged.cluster.profile.memory_bytes)
+    return replace(judged, traced=memory, verdict=verdict)
+
+
 def _scalars(time: StepTime) -> StepTime:
     """The same with plain numbers."""
 
@@ -156,7 +177,7 @@ class Plan:
         said = [
             f"# {best.name}",
             f"# on {self.cluster}: {best.seconds:.3g} s a step ± {best.band:.0%}, "
-            f"{best.tokens_per_second:,.0f} tokens/s, {best.peak.total / 2**30:.1f} GiB a device ({best.verdict})",
+            f"{best.tokens_per_second:,.0f} tokens/s, {best.bytes / 2**30:.1f} GiB a device ({best.verdict})",
         ]
         return "\n".join(said) + "\n" + yaml.safe_dump(self.keys, sort_keys=False, allow_unicode=True)
 
@@ -175,12 +196,14 @@ def plan(
     training: Training,
     *,
     top: int = TOP,
+    trace: int = 0,
     config: Mapping[str, Any] | None = None,
 ) -> Plan:
     """The best layouts for training `model` on all devices of `cluster`.
 
     `model` is a name, a size such as "70B", a folder, or a ModelConfig; `cluster` a text such as "2x8xH100". `config`:
-    keys of a file, which `Plan.to_yaml` keeps. Raises UserError where nothing can be built, with the nearest that can.
+    keys of a file, which `Plan.to_yaml` keeps. The memory of the first `trace` layouts is that of a traced step; one
+    that does not fit then is left out. Raises UserError where nothing can be built, with the nearest that can.
     """
     name, model = (model, shape_of(model)) if isinstance(model, str) else (model.family, model)
     cluster = cluster_of(cluster) if isinstance(cluster, str) else cluster
@@ -192,9 +215,17 @@ def plan(
     chosen = _distinct(model, found, order, cluster, training, top)
     if not chosen:
         raise _too_large(model, found, cluster, training)
-    best = chosen[0]
-    explained = [best, *(replace(other, lost=why_slower(other, best)) for other in chosen[1:])]
-    return Plan(name, model, cluster, training, len(found), explained, config=dict(config or {}))
+    verified = [traced(model, judged) for judged in chosen[:trace]]
+    left = [judged for judged in [*verified, *chosen[trace:]] if judged.verdict != "does not fit"]
+    if not left:
+        raise _too_large(model, found, cluster, training)
+    best = left[0]
+    explained = [best, *(replace(other, lost=why_slower(other, best)) for other in left[1:])]
+    too_large, place = None, fastest_too_large(model, cluster, found)
+    if place is not None:
+        judged = judge(model, found.layout(place), cluster, training)
+        too_large = judged if judged.seconds < best.seconds and judged.verdict != "fits" else None
+    return Plan(name, model, cluster, training, len(found), explained, too_large, dict(config or {}))
 
 
 def _distinct(
@@ -227,7 +258,7 @@ def why_slower(other: Judged, best: Judged) -> str:
     terms, base = other.time.terms, best.time.terms
     more = {name: (seconds - base.get(name, 0.0)) / best.seconds for name, seconds in terms.items()}
     name, share = max(more.items(), key=lambda item: item[1])
-    memory = (other.peak.total - best.peak.total) / 2**30
+    memory = (other.bytes - best.bytes) / 2**30
     said = [f"+{share:.1%} {name}"] if share >= DIFFERENCE else []
     said += [f"+{memory:.1f} GiB"] if memory >= 1 else []
     return ", ".join(said) or "as fast"
@@ -235,8 +266,6 @@ def why_slower(other: Judged, best: Judged) -> str:
 
 def _no_layout(model: ModelConfig, cluster: Cluster, training: Training) -> UserError:
     """That no layout of all devices divides the model and the batch, with numbers of devices that do."""
-    from tessera.plan.search import buildable
-
     near = [n for n in range(cluster.devices - 1, 0, -1) if buildable(model, n, training)][:1]
     reason = (
         f"no mesh of {cluster.devices} devices divides the model's widths and heads and {training.global_batch} rows"

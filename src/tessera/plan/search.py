@@ -315,6 +315,17 @@ def _joined(parts: Sequence[Found], training: Training) -> Found:
     return Found(sizes, batch, switches, np.concatenate(which), peak, seconds, training)
 
 
+def fastest_too_large(model: ModelConfig, cluster: Cluster, found: Found) -> int | None:
+    """The place of the fastest of the candidates that hardly do not fit; None where all fit."""
+    too_large = np.flatnonzero(found.peak > most_that_fits(cluster.profile.memory_bytes))
+    if not len(too_large):
+        return None
+    chosen = np.full(len(found), False)
+    chosen[too_large[np.argsort(found.peak[too_large], kind="stable")[:KEPT]]] = True
+    seconds = np.where(chosen, _timed(model, cluster, found, chosen).seconds, np.inf)
+    return int(np.argmin(seconds))
+
+
 def buildable(model: ModelConfig, devices: int, training: Training) -> bool:
     """Whether any layout of so many devices divides the model and the batch."""
     return len(_meshes(model, devices, training)[1]) > 0

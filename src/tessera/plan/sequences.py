@@ -24,13 +24,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from tessera.core.arrays import rounded_up, where
 from tessera.data.batch import Stream
 from tessera.layout.parallel import Parallel
 from tessera.models.anatomy import Attention
 from tessera.nn.context.heads import kv_heads_of, repeats
 from tessera.nn.context.route import ExchangeRoute, RingRoute, length, route_of
 from tessera.plan.many import ManyMeshes
-from tessera.sizes.arrays import rounded_up, where
 
 
 class AttentionMove(NamedTuple):

@@ -4,11 +4,11 @@ from typing import Any
 
 import numpy as np
 
+from tessera.core.arrays import larger, rounded_up, smaller
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape
 from tessera.models.anatomy import Block
 from tessera.nn.mlp_tiles import tile_sizes
-from tessera.sizes.arrays import larger, rounded_up, smaller
 
 
 def mlp_tiles(block: Block, shape: StepShape, parallel: Parallel) -> list[int]:

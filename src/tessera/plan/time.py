@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 
+from tessera.core.arrays import larger, smaller
 from tessera.models.anatomy import HEAD
 from tessera.plan.machine import Profile
 from tessera.plan.work import Moved, Multiplied, Phase, Work
-from tessera.sizes.arrays import larger, smaller
 
 PHASES: tuple[Phase, Phase] = ("forward", "backward")
 _PHASE: dict[str, Phase] = {phase: phase for phase in PHASES}

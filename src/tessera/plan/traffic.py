@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 
+from tessera.core.arrays import where
 from tessera.core.axes import AXES
 from tessera.core.mesh import Mesh
 from tessera.engine.gradients import LARGE
@@ -42,7 +43,6 @@ from tessera.nn.context.cut import streams_of
 from tessera.plan.many import ManyMeshes
 from tessera.plan.sequences import attention_moves, whole_row_moves
 from tessera.plan.tiles import mlp_tiles
-from tessera.sizes.arrays import where
 from tessera.sizes.schedule import GATHER, Schedule
 
 

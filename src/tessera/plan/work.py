@@ -24,6 +24,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from tessera.core.arrays import larger, smaller
 from tessera.core.axes import AXES
 from tessera.core.mesh import Mesh
 from tessera.layout.parallel import Parallel
@@ -32,7 +33,6 @@ from tessera.models.anatomy import HEAD, Attention, Block, Product, anatomy_of
 from tessera.models.config import ModelConfig
 from tessera.plan.sequences import query_heads_on
 from tessera.plan.traffic import LAYERS, OUTSIDE, Transfer, step_transfers
-from tessera.sizes.arrays import larger, smaller
 
 OPTIMIZER_PASSES = 10
 OPERATORS = {"norm": (4, 8), "product": (4, 8), "attention": (12, 20), "activation": (4, 6), "add": (2, 2)}
