@@ -293,8 +293,9 @@ def doctor(
 @app.command(cls=ReadsConfig)
 def plan(
     subject: Annotated[
-        str, typer.Argument(metavar="MODEL|CONFIG", help="A model by name, size or folder; or the YAML file of a run.")
-    ],
+        str | None,
+        typer.Argument(metavar="MODEL|CONFIG", help="A model by name, size or folder; or the YAML file of a run."),
+    ] = None,
     cluster: Annotated[
         str, typer.Option(metavar="TEXT|FILE", help="The devices: 8xH100, 4x8xA100-80, a file, or this machine.")
     ] = "this",
@@ -318,14 +319,18 @@ def plan(
     price: Annotated[float | None, typer.Option(min=0, help="Of a device hour, in any currency.")] = None,
     profile: Annotated[str | None, typer.Option(help="A profile of the device, by name or as a file.")] = None,
     output: Annotated[Path | None, typer.Option(help="Write the winner's config here.")] = None,
+    matmul: Annotated[
+        str | None, typer.Option(metavar="M,N,K", help="Instead: the meshes of --devices for one product.")
+    ] = None,
+    devices: Annotated[int, typer.Option(min=1, max=bounds.RANKS, help="Devices of --matmul.")] = 8,
     overrides: Overrides = None,
 ) -> None:
     """Find the layout for a model on a cluster, or judge that of a config: does it fit, how fast, why."""
     from tessera.cli.plan import Asked, plan_command
 
     asked = Asked(
-        cluster, sequence_len, global_batch, dtype, config, top, trace, plot, as_json, target, tokens, price, profile,
-        overrides or [], output,
+        cluster, sequence_len, global_batch, dtype, config, top, trace, plot, matmul, devices, as_json, target, tokens,
+        price, profile, overrides or [], output,
     )  # fmt: skip
     plan_command(subject, asked)
 

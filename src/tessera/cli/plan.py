@@ -17,8 +17,10 @@ from tessera.plan.choice import Training
 from tessera.plan.cluster import cluster_of, profile_named
 from tessera.plan.fit import MemoryLayout, Remedy, memory_remedies, most_that_fits
 from tessera.plan.machine import Cluster
+from tessera.plan.one_product import cuts_of
 from tessera.plan.recommend import Judged, Plan, plan, smallest
 from tessera.plan.trace import plot_timeline
+from tessera.sizes import bounds
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Asked:
     top: int
     trace: int
     plot: Path | None
+    matmul: str | None
+    devices: int
     as_json: bool
     target: float | None
     tokens: str | None
@@ -42,8 +46,13 @@ class Asked:
     output: Path | None
 
 
-def plan_command(subject: str, asked: Asked) -> None:
+def plan_command(subject: str | None, asked: Asked) -> None:
     """Plan a model, or judge a config, and print it."""
+    if asked.matmul is not None:
+        _print_cuts(asked.matmul, asked.devices)
+        return
+    if subject is None:
+        raise UserError("MODEL", None, "is what to plan", "for example 8B, a folder, run.yaml; or --matmul M,N,K")
     profile = profile_named(asked.profile) if asked.profile else None
     cluster = cluster_of(asked.cluster, profile)
     if subject.endswith((".yaml", ".yml")):
@@ -64,7 +73,7 @@ def plan_command(subject: str, asked: Asked) -> None:
     title = f"{subject} on {made.cluster}: {made.considered:,} layouts of {made.cluster.devices} devices"
     console.print(_table(title, made.choices))
     for line in [*_named(made.choices), "", *explained(made.best), *_unfitting(made), *_duration(made.best, asked)]:
-        console.print(line)
+        console.print(line, soft_wrap=True)
     if asked.plot is not None and made.best.traced is not None:
         plot_timeline(made.best.traced, asked.plot, cluster.profile.memory_bytes)
         console.print(f"drawn into {asked.plot}: what is alive around the peak")
@@ -72,7 +81,29 @@ def plan_command(subject: str, asked: Asked) -> None:
         asked.output.write_text(made.to_yaml())
         console.print(f"wrote {asked.output}")
     else:
-        console.print("\n" + made.to_yaml())
+        console.print("\n" + made.to_yaml(), soft_wrap=True)
+
+
+def _print_cuts(sizes: str, devices: int) -> None:
+    """The best mesh of each depth for one product, and the best of all."""
+    words = sizes.split(",")
+    numbers = [int(word) for word in words if word.strip().isdecimal() and 0 < int(word) <= bounds.TOKENS]
+    if len(words) != 3 or len(numbers) != 3:
+        raise UserError("--matmul", sizes, "are the rows M, outputs N and inputs K of a product", "8192,28672,8192")
+    cuts = cuts_of(*numbers, devices)
+    if not cuts:
+        reason = f"no mesh of {devices} devices divides M, N and K"
+        raise UserError("--devices", devices, reason, "a number whose factors divide all three")
+    table = Table(title=f"Y[{numbers[0]}, {numbers[1]}] = X W over {devices} devices: millions of elements received")
+    for name in ("inner", "depth", "row", "col", "X", "W", "Y", "sum of dW over depth", "received", "held"):
+        table.add_column(name, justify="right")
+    best = {cut.depth: cut for cut in reversed(cuts)}  # the cuts are sorted, so the best of each depth comes last
+    for cut in sorted(best.values(), key=lambda cut: cut.received):
+        moved = (cut.x, cut.w, cut.y, cut.replicas, cut.received, cut.held)
+        table.add_row(*map(str, cut[:4]), *(f"{elements / 1e6:.2f}" for elements in moved))
+    console = terminal.console(markup=False)
+    console.print(table)
+    console.print(f"the best of {len(cuts)} meshes copies W {cuts[0].depth} times", soft_wrap=True)
 
 
 def _judge(path: Path, asked: Asked, cluster: Cluster) -> None:
@@ -92,11 +123,11 @@ def _judge(path: Path, asked: Asked, cluster: Cluster) -> None:
         console.print(note)
     console.print(_table(f"{path} on {judged.cluster}", [judged]))
     for line in [*_named([judged]), "", *explained(judged), *_duration(judged, asked)]:
-        console.print(line)
+        console.print(line, soft_wrap=True)
     if judged.verdict != "fits":
         console.print(f"{judged.verdict}; to lower the peak, in this order:")
         for line in remedy_lines(memory_remedies(memory_of(config, model, cluster))):
-            console.print(line)
+            console.print(line, soft_wrap=True)
 
 
 def _read(path: Path | None) -> dict[str, Any]:

@@ -1,1 +1,18 @@
-"""Planning: what a layout costs, by closed forms that tests hold against what a run hands to torch.distributed."""
+"""What a layout costs and which one to take. The folder itself is called as `tessera.plan(model, cluster, training)`."""
+
+import sys
+from types import ModuleType
+from typing import Any
+
+
+class _Called(ModuleType):
+    """This folder as a module that is a function too: importing a module of it would hide a function of its name."""
+
+    def __call__(self, *args: Any, **keys: Any) -> Any:
+        """`plan.recommend.plan`."""
+        from tessera.plan.recommend import plan
+
+        return plan(*args, **keys)
+
+
+sys.modules[__name__].__class__ = _Called

@@ -19,7 +19,7 @@ from tessera.core.errors import UserError
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape
 from tessera.models.config import ModelConfig
-from tessera.models.shapes import shape_of
+from tessera.models.shapes import known_shape, shape_of
 from tessera.plan.calibrate import corrected
 from tessera.plan.choice import Layout, Training
 from tessera.plan.cluster import cluster_of
@@ -166,7 +166,7 @@ class Plan:
         """The keys of a config that trains the best layout."""
         placeholder = {"datasets": [{"path": "./data.jsonl", "type": "completion"}], "output_dir": "./outputs"}
         dtype = {"bfloat16": {"bf16": True}}.get(self.training.dtype, {"bf16": False})
-        ours = {"base_model": self.name, "sequence_len": self.training.sequence_len} | dtype
+        ours = {"base_model": base_model_of(self.name), "sequence_len": self.training.sequence_len} | dtype
         given = {key: value for key, value in self.config.items() if key not in _LAYOUT_KEYS}
         assert self.best.layout is not None
         return placeholder | ours | given | self.best.layout.keys
@@ -180,6 +180,12 @@ class Plan:
             f"{best.tokens_per_second:,.0f} tokens/s, {best.bytes / 2**30:.1f} GiB a device ({best.verdict})",
         ]
         return "\n".join(said) + "\n" + yaml.safe_dump(self.keys, sort_keys=False, allow_unicode=True)
+
+
+def base_model_of(name: str) -> str:
+    """What `base_model` says of a model: the hub name of one that is known by another, else the name itself."""
+    known = known_shape(name)
+    return known.hub[0] if known is not None and known.hub else name
 
 
 _LAYOUT_KEYS = (
