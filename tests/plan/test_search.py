@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tests.plan.validation import gpt
+from plan.validation import gpt
 
 from tessera.layout.resolve import check_layout
 from tessera.plan.choice import Training
