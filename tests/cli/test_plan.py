@@ -1,0 +1,142 @@
+"""`tessera plan` as a shell sees it."""
+
+import json
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+import tessera
+from tessera.cli.main import app
+from tessera.cli.plan import number_of_tokens
+from tessera.core.errors import UserError
+from tessera.plan.communication import estimate_communication_time
+from tessera.plan.machine import shipped_profiles
+from tessera.plan.one_product import cuts_of, received_elements
+from train.runs import save_model
+
+SHAPE = ("--sequence-len", "512", "--global-batch", "8", "--trace", "0")
+
+
+def said(*words: str) -> str:
+    result = CliRunner().invoke(app, ["plan", *words])
+    if isinstance(result.exception, UserError):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(save_model("llama 64", tmp_path_factory.mktemp("model")))
+
+
+def test_a_plan_names_the_layouts_their_terms_and_a_config(folder, tmp_path):
+    out = said(
+        folder, "--cluster", "4xH100", *SHAPE, "--tokens", "1B", "--price", "2", "--output", str(tmp_path / "w.yaml")
+    )
+    for words in ("layouts of 4 devices", "time of a step", "memory at the peak", "device hours", "published figures"):
+        assert words in out
+    keys = yaml.safe_load((tmp_path / "w.yaml").read_text())
+    assert keys["base_model"] == folder and keys["sequence_len"] == 512
+    parts = ("dp_shard_size", "dp_replicate_size", "tensor_parallel_size", "context_parallel_size")
+    product = 1
+    for part in parts:
+        product *= keys.get(part, 1)
+    assert product == 4
+
+
+def test_json_has_terms_that_add_up(folder):
+    found = json.loads(said(folder, "--cluster", "4xH100", *SHAPE, "--json", "--top", "3"))
+    assert 1 <= len(found["choices"]) <= 3 and found["considered"] > 10
+    for choice in found["choices"]:
+        assert sum(choice["terms"].values()) == pytest.approx(choice["seconds"])
+        memory = choice["memory"]
+        kinds = sum(memory[kind] for kind in ("states", "activations", "gathered", "working"))
+        assert kinds == memory["total"]
+    seconds = [choice["seconds"] for choice in found["choices"]]
+    assert min(seconds) >= seconds[0] * 0.99
+
+
+def test_the_best_is_traced(folder):
+    out = said(folder, "--cluster", "2xH100", "--sequence-len", "64", "--global-batch", "4", "--trace", "1")
+    assert "traced" in out
+
+
+def test_a_config_is_judged_and_what_does_not_fit_is_told_what_to_turn(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "base_model": "meta-llama/Llama-3.1-70B",
+                "datasets": [{"path": "none.jsonl", "type": "alpaca"}],
+                "dp_shard_size": 4,
+                "tensor_parallel_size": 2,
+                "sequence_len": 2048,
+                "micro_batch_size": 2,
+                "gradient_accumulation_steps": 4,
+            }
+        )
+    )
+    out = said(str(path), "--cluster", "8xA100-80")
+    assert "does not fit; to lower the peak" in out
+    assert "gradient_checkpointing: true saves" in out and "micro_batch_size: 1" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (("8B", "--cluster", "8xH1000", *SHAPE), "--cluster"),
+        (("9B", "--cluster", "8xH100", *SHAPE), None),
+        (("8B", "--cluster", "8x8xH100", "--sequence-len", "1", "--global-batch", "1"), "--cluster"),
+        (("405B", "--cluster", "1xL40S", *SHAPE), "--cluster"),
+        (("8B", "--cluster", "8xH100", *SHAPE, "--tokens", "many"), "--tokens"),
+        (("--matmul", "8,8"), "--matmul"),
+        (("--matmul", "7,7,7", "--devices", "8"), "--devices"),
+        ((), "MODEL"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_with_what_can(words, key):
+    with pytest.raises(UserError) as error:
+        said(*words)
+    assert key is None or error.value.key == key
+    assert error.value.hint
+
+
+def test_one_product_is_cut_in_the_way_that_moves_least():
+    cuts = cuts_of(4096, 8192, 2048, 16)
+    assert cuts[0].received == min(cut.received for cut in cuts)
+    for cut in cuts:
+        if cut.depth == 1:
+            moved = received_elements(4096, 8192, 2048, cut.row, cut.col, cut.inner)
+            assert (cut.w, cut.x, cut.y, cut.replicas) == (moved["tokens"], moved["outputs"], moved["inputs"], 0)
+        assert cut.inner * cut.depth * cut.row * cut.col == 16
+    assert {cut.depth for cut in cuts} == {1, 2, 4, 8, 16}
+    assert "copies W" in said("--matmul", "4096,8192,2048", "--devices", "16")
+
+
+def test_the_classic_estimate_is_one_row_of_the_general_one():
+    operand = 4 * 2048 * 8192 * 2
+    classic = estimate_communication_time("all_reduce", operand, 8, collectives_per_block=4, bytes_per_second=300e9)
+    assert classic.received_bytes == 2 * 7 * operand // 8
+    assert classic.seconds_per_block == pytest.approx(4 * classic.received_bytes / 300e9)
+    profile = shipped_profiles()["A100-80"]
+    by_curve = estimate_communication_time("all_reduce", operand, 8, profile=profile)
+    assert by_curve.seconds_per_collective > classic.received_bytes / 300e9
+    apart = estimate_communication_time("all_reduce", operand, 8, machines=8, profile=profile)
+    assert apart.seconds_per_collective > 5 * by_curve.seconds_per_collective
+    assert estimate_communication_time("all_gather", operand, 1, profile=profile).seconds_per_block == 0
+    with pytest.raises(ValueError):
+        estimate_communication_time("all_reduce", operand, 8)
+
+
+def test_numbers_of_tokens():
+    assert [number_of_tokens(text) for text in ("1T", "300B", "5e9", "2m")] == [1e12, 3e11, 5e9, 2e6]
+
+
+def test_the_function_has_the_name_of_the_folder(folder):
+    made = tessera.plan(folder, "2xH100", tessera.Training(64, 4))
+    assert isinstance(made, tessera.Plan) and made.best.devices == 2
+    from tessera.plan import traffic
+
+    assert traffic.step_transfers and callable(tessera.plan)
