@@ -5,8 +5,7 @@ from collections.abc import Sequence
 COUNTED_STEP = 2
 """The first of them: the first that has the optimizer's state from its begin."""
 APART, MOST_APART = 50, 100
-"""Steps from one to the next: to count makes a step slower by a quarter (docs/monitoring.md), which at 50 steps from one
-to the next is 0.5% of their time."""
+"""Steps from one to the next: to count makes a step slower by a quarter (docs/monitoring.md), of 50 steps 0.5%."""
 RISE = 1.01
 """What a rank's peak has risen by when a step is counted before it is due."""
 
