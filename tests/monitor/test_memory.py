@@ -89,11 +89,11 @@ def counted_steps(peak: Callable[[int], int], steps: int, every: int = 1) -> lis
 
 def test_steps_are_counted_by_kind_again_when_a_peak_rises_and_seldom():
     assert counted_steps(lambda step: 200 * MIB, 303) == [2, 102, 202, 302]
-    assert counted_steps(lambda step: 200 * MIB + 3 * MIB * (step >= 30), 140) == [2, 31, 131]
-    assert counted_steps(lambda step: 200 * MIB + 3 * MIB * (step >= 5), 140) == [2, 22, 122]
-    assert counted_steps(lambda step: 200 * MIB + MIB * (step >= 30), 140) == [2, 102], "by less than 1%"
-    assert counted_steps(lambda step: 2**step, 65) == [2, 22, 42, 62], "not more often, whatever happens"
-    assert counted_steps(lambda step: 200 * MIB + 3 * MIB * (step >= 30), 140, every=25) == [2, 51]
+    assert counted_steps(lambda step: 200 * MIB + 3 * MIB * (step >= 60), 170) == [2, 61, 161]
+    assert counted_steps(lambda step: 200 * MIB + 3 * MIB * (step >= 5), 160) == [2, 52, 152]
+    assert counted_steps(lambda step: 200 * MIB + MIB * (step >= 60), 140) == [2, 102], "by less than 1%"
+    assert counted_steps(lambda step: 2**step, 170) == [2, 52, 102, 152], "not more often, whatever happens"
+    assert counted_steps(lambda step: 200 * MIB + 3 * MIB * (step >= 60), 170, every=25) == [2, 76]
 
 
 def test_a_leak_among_ups_and_downs_is_found_once():

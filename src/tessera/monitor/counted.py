@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 COUNTED_STEP = 2
 """The first of them: the first that has the optimizer's state from its begin."""
-APART, MOST_APART = 20, 100
-"""Steps from one to the next: to count makes a step slower, so that it is done seldom."""
+APART, MOST_APART = 50, 100
+"""Steps from one to the next: to count makes a step slower by a quarter (docs/monitoring.md), of 50 steps 0.5%."""
 RISE = 1.01
 """What a rank's peak has risen by when a step is counted before it is due."""
 
@@ -13,7 +13,7 @@ RISE = 1.01
 class CountedSteps:
     """Every rank makes the same calls with the same numbers, so that all count the same steps.
 
-    E.g. with a report after every step, and a peak that rises at step 30 and no more: steps 2, 31, 131, 231, ...
+    E.g. with a report after every step, and a peak that rises at step 60 and no more: steps 2, 61, 161, 261, ...
     """
 
     def __init__(self) -> None:
