@@ -9,8 +9,9 @@
     vocab_size            nothing, but each rank of col has a row of it
     row × col             a square grid for the loops of summa and cannon
 
-Where micro_batch_size does not divide by depth · row · inner, and heads and kv_features do by col · inner, heads are cut
-along inner instead of rows. Sequences of any length fit: they are padded. What would fit instead is searched in remedies.py.
+Where micro_batch_size does not divide by depth · row · inner, and heads and kv_features do by col · inner, heads are
+cut along inner instead of rows. Sequences of any length fit: they are padded. What would fit instead is searched in
+remedies.py.
 """
 
 import math

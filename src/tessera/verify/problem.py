@@ -109,8 +109,8 @@ def small_batch(sizes: Mapping[str, int], by_heads: bool, joined: bool = False) 
     """Few sequences for a layout: as many as it takes times a number that leaves tokens uneven along the other axes.
 
     With `by_heads` they do not divide by `inner`, so that attention cuts heads there instead of sequences; if `joined`
-    by no axis that cuts tokens, so that ranks share sequences there. Nor do they divide by ring, so that no rank's share
-    is whole rows.
+    by no axis that cuts tokens, so that ranks share sequences there. Nor do they divide by ring, so that no rank's
+    share is whole rows.
     """
     whole, inner = sizes["depth"] * sizes["row"], sizes["inner"]
     uneven = inner * sizes["col"] * sizes.get("ring", 1) * (whole if joined else 1)
