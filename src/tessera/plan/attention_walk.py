@@ -1,7 +1,8 @@
-"""What is alive while attention's kernel and what lies around it run backward, as nn/attend.py and nn/context choose."""
+"""What is alive while attention and what lies around its kernel run backward, as nn/attend.py and nn/context choose."""
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from tessera.layout.parallel import Parallel
@@ -13,9 +14,7 @@ from tessera.plan.sequences import kv_heads_on, query_heads_on, traded_kv_heads
 from tessera.sizes.arrays import larger, where
 
 
-def attention_backward(
-    ledger: Ledger, attention: Attention, inside: Any, shape: StepShape, parallel: Parallel
-) -> None:
+def attention_backward(ledger: Ledger, attention: Attention, inside: Any, shape: StepShape, parallel: Parallel) -> None:
     """Between the two products: the gradient of the result is held as working, and `inside` as activations.
 
     Nothing of the gradients of q, k and v, which the caller holds next, is held afterwards; `inside` goes.
@@ -102,8 +101,10 @@ def _shared_backward(ledger: Ledger, q: Any, kv: Any, wide: int, shape: StepShap
 
 def _others(shape: StepShape, parallel: Parallel) -> Any:
     """How many times its own tokens an owner reads of others: of rows of one document, all that others have of them."""
-    mesh = parallel.mesh
-    owners = mesh.size(parallel.owners)
+    mesh, owners = parallel.mesh, parallel.mesh.size(parallel.owners)
+    streams = 1 if parallel.context.joined else mesh.size(parallel.attention.tokens)
+    others = owners // np.gcd(owners, shape.batch // streams) - 1  # that own parts of a row
     if isinstance(mesh, ManyMeshes) or not shape.documents:
-        return owners - 1
-    return min(owners - 1, max(0, -(-_longest_document(shape) * owners // shape.tokens)))
+        return others
+    own = shape.tokens // streams // owners
+    return min(int(others), -(-_longest_document(shape) // own))

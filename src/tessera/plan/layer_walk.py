@@ -157,9 +157,7 @@ def norm_forward(ledger: Ledger, norm: Norm, s: Any, widening: Any) -> None:
     ledger.touch((copied + 1) * s * widening + copied * s)
 
 
-def _forward_again(
-    walk: Walk, layer: Layer, saved: list[BlockSaved], products: list[list[ProductSizes]]
-) -> None:
+def _forward_again(walk: Walk, layer: Layer, saved: list[BlockSaved], products: list[list[ProductSizes]]) -> None:
     """What the layer saves comes, but for what is there: its input, and the result of attention that is kept."""
     ledger, parallel = walk.ledger, walk.parallel
     for number, (block, held, (column, row)) in enumerate(zip(layer, saved, products, strict=True)):

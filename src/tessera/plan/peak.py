@@ -1,15 +1,16 @@
-"""The most memory that one rank holds in an optimizer step, in closed form: a walk through the step of a last micro-batch.
+"""The most memory that one rank holds in an optimizer step, in closed form: a walk through its last micro-batch.
 
     states        parameters and AdamW's two moments of the rank's shards, and gradients as far as they are formed
     activations   what a micro-batch's forward saves for its backward, as far as that has not come to it
     gathered      what collectives bring: weights that FSDP2 or the products gather, operands, keys and values of others
     working       all else: gradients of activations and those of weights on their way, copies, sums, a chunk of logits
 
-The walk goes through the places where most may be alive: the loss, which holds a chunk of logits, the head's gathered
-weight and its gradient, while all layers' activations are there; the backward of each kind of layer, of its last layer
-and of its first, when all gradients are there; the gradient of the embedding; FSDP2's sum of the gradients of what is in
-no layer; the update. What comes and goes there is in layer_walk.py, product_walk.py and attention_walk.py. Sizes of the
-mesh and the step may be arrays of candidates that agree in all switches (plan/many.py).
+The walk goes through the places where most may be alive: the begin of the forward, when FSDP2 gathers; the loss, which
+holds a chunk of logits, the head's gathered weight and its gradient, while all layers' activations are there; the
+backward of each kind of layer, of its last layer and of its first, when all gradients are there; the gradient of the
+embedding; FSDP2's sum of the gradients of what is in no layer; the update. What comes and goes there is in
+layer_walk.py, product_walk.py and attention_walk.py. Sizes of the mesh and the step may be arrays of candidates that
+agree in all switches and in which axes are there (plan/many.py); of these each row is one document.
 
 Not counted: the context of the device's driver (about half a GiB), buffers of NCCL, what the allocator cannot join, and
 what libraries take inside one operator.
@@ -27,7 +28,7 @@ from tessera.layout.shape import StepShape
 from tessera.layout.spec import local_slice
 from tessera.models.anatomy import Layer, anatomy_of
 from tessera.models.config import ModelConfig
-from tessera.plan.layer_walk import Walk, layer_backward, norm_backward
+from tessera.plan.layer_walk import Walk, layer_backward
 from tessera.plan.ledger import Ledger
 from tessera.plan.memory import gathered_units, kept_weights, layer_bytes, saved_bytes, state_bytes, tiled
 from tessera.plan.product_walk import ProductSizes, sizes_of
@@ -83,9 +84,7 @@ def peak_bytes(
 class _Step:
     """The sizes of one rank's step, and the walk through it."""
 
-    def __init__(
-        self, model: ModelConfig, shape: StepShape, parallel: Parallel, offload: bool, optimizer: str
-    ) -> None:
+    def __init__(self, model: ModelConfig, shape: StepShape, parallel: Parallel, offload: bool, optimizer: str) -> None:
         self.model, self.shape, self.parallel, self.anatomy = model, shape, parallel, anatomy_of(model)
         self.mesh, self.ledger = parallel.mesh, Ledger()
         self.element, self.stored = parallel.compute.itemsize, parallel.dtype.itemsize
@@ -308,8 +307,9 @@ class _Step:
         self.begin("backward of the embedding", every, 0, whole, working=head.s + waiting)
         if not served:
             ledger.hold(self._positions * self.stored * (1 - self.several), "states")
-        ledger.hold(head.whole_r * head.r_moves)
+        came = ledger.hold(head.whole_r * head.r_moves)
         whole_gradient = ledger.hold(table * self.stored)
+        ledger.drop(came + head.s)
         # summed along row: turned for it, then this rank's shard, which is turned back
         ledger.touch((table + self.head_shard) * self.stored * head.w_moves)
         ledger.touch(self.head_shard * self.stored * head.w_moves * 2)

@@ -16,7 +16,7 @@ from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape
 from tessera.models.anatomy import Product
 from tessera.plan.ledger import Ledger
-from tessera.sizes.arrays import smaller
+from tessera.sizes.arrays import smaller, where
 
 
 @dataclass(frozen=True)
@@ -165,12 +165,6 @@ def backward(ledger: Ledger, p: ProductSizes, parallel: Parallel, ahead: Any, la
     ledger.drop(came, "gathered")
 
 
-def _in(parts: int, p_ranks: Any, parallel: Parallel) -> Any:
-    """Panels of an operand that are there at once, of those that are not the rank's own, in units of one panel."""
-    own = 1 if parallel.schedule.name == "summa" else 0
-    return smaller(parts, p_ranks - own)
-
-
 def _panels(p: ProductSizes, parallel: Parallel) -> tuple[Any, Any, Any, Any]:
     """The panels of R and of W as (bytes of a panel, how many there are) each."""
     schedule = parallel.schedule
@@ -179,11 +173,16 @@ def _panels(p: ProductSizes, parallel: Parallel) -> tuple[Any, Any, Any, Any]:
     return p.s, p.col, p.shards, p.rows
 
 
+def _comes(p: ProductSizes, parallel: Parallel) -> Any:
+    """Whether panels of R are tensors of their own, 0 or 1: gathered, or slices of the parts that W's axes cut."""
+    sliced = p.w_moves if parallel.schedule.name == "gather" else 0
+    return where(p.r_moves + sliced > 0, 1, 0)
+
+
 def _incoming(panel: Any, count: Any, moves: Any, parallel: Parallel) -> Any:
-    """Bytes of an operand while a panel of it multiplies: that one and the next."""
-    if parallel.schedule.name == "gather":
-        return panel * smaller(2, count) + panel * (1 - moves) * 0
-    return panel * _in(2, count, parallel) * moves
+    """Bytes of an operand while a panel of it multiplies: that one and the next; of a loop one is the rank's own."""
+    own = 0 if parallel.schedule.name == "gather" else 1
+    return panel * smaller(2, count - own) * moves
 
 
 def _outgoing(panel: Any, shard: Any, count: Any, moves: Any, parallel: Parallel) -> Any:
@@ -197,10 +196,11 @@ def _outgoing(panel: Any, shard: Any, count: Any, moves: Any, parallel: Parallel
 
 def _forward_in_panels(ledger: Ledger, p: ProductSizes, parallel: Parallel) -> None:
     r, r_count, w, w_count = _panels(p, parallel)
+    r_comes = _comes(p, parallel)
     joined = p.shards if len(p.w) > 1 else 0
     held = ledger.hold(joined + _incoming(w, w_count, p.w_moves, parallel), "gathered")
     if p.column:
-        held = held + ledger.hold(_incoming(r, r_count, p.r_moves, parallel), "gathered")
+        held = held + ledger.hold(_incoming(r, r_count, r_comes, parallel), "gathered")
         y = ledger.hold(p.whole_h)
         ledger.touch(p.hidden * p.h_moves + p.by_features * p.whole_h * p.h_moves)
     else:
@@ -212,7 +212,7 @@ def _forward_in_panels(ledger: Ledger, p: ProductSizes, parallel: Parallel) -> N
 
 def _backward_in_panels(ledger: Ledger, p: ProductSizes, parallel: Parallel) -> None:
     r, r_count, w, w_count = _panels(p, parallel)
-    keep, several = parallel.schedule.keep, len(p.w) > 1
+    keep, several, r_comes = parallel.schedule.keep, len(p.w) > 1, _comes(p, parallel)
     comes_w = 0 if keep else _incoming(w, w_count, p.w_moves, parallel)
     out_w = _outgoing(w, p.shards, w_count, p.w_moves, parallel)
     if p.column:
@@ -222,7 +222,7 @@ def _backward_in_panels(ledger: Ledger, p: ProductSizes, parallel: Parallel) -> 
         held = ledger.hold(joined + p.whole_h * p.h_moves + several * p.shards, "gathered")
         # a place for dW is made as large as the weights are, joined once more for that
         ledger.touch(several * p.shards + p.shards * (parallel.schedule.name == "gather"))
-        comes_r = 0 if keep else _incoming(r, r_count, p.r_moves, parallel)
+        comes_r = 0 if keep else _incoming(r, r_count, r_comes, parallel)
         held = held + ledger.hold(comes_w + comes_r, "gathered")
         out_r = ledger.hold(_outgoing(r, p.s, r_count, p.r_moves, parallel))
         ledger.touch(out_w)
@@ -230,7 +230,7 @@ def _backward_in_panels(ledger: Ledger, p: ProductSizes, parallel: Parallel) -> 
         ledger.hold(p.s)
     else:
         came = 0 if keep else p.whole_h * p.h_moves
-        held = ledger.hold(came + comes_w + _incoming(r, r_count, p.r_moves, parallel), "gathered")
+        held = ledger.hold(came + comes_w + _incoming(r, r_count, r_comes, parallel), "gathered")
         dh = ledger.hold(p.whole_h)
         ledger.touch(out_w)
         ledger.hold(p.hidden * p.h_moves)
