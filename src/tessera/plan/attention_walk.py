@@ -81,12 +81,13 @@ def _shared_backward(ledger: Ledger, q: Any, kv: Any, wide: int, shape: StepShap
         coming = ledger.hold(2 * round_kv, "gathered")
         sums = ledger.hold(kv_part * wide + round_kv * wide * 3)
     else:
+        # the sums of the own tokens, and those of others' as the tiles add to them; these joined, in the dtype in
+        # which they go home, and what comes home
         coming = ledger.hold(others * kv_part, "gathered")
-        sums = ledger.hold(kv_part * wide + larger(kv_part, others * kv_part) * wide)
+        sums = ledger.hold(kv_part * wide + where(others > 0, others, 1) * kv_part * wide)
     ledger.touch(q_part + kv_part)
     if parallel.context.transport != "ring":
-        ledger.touch(others * kv_part * wide)
-        ledger.touch(2 * others * kv_part)
+        ledger.touch(others * kv_part * (wide + 2) + (q_part if wide > 1 else 0))
     ledger.drop(coming, "gathered")
     ledger.drop(sums)
     ledger.hold(kv_part)

@@ -28,10 +28,10 @@ from tessera.layout.shape import StepShape
 from tessera.layout.spec import local_slice
 from tessera.models.anatomy import Layer, anatomy_of
 from tessera.models.config import ModelConfig
-from tessera.plan.layer_walk import Walk, layer_backward
+from tessera.plan.layer_walk import Walk, layer_backward, norm_backward
 from tessera.plan.ledger import Ledger
 from tessera.plan.memory import gathered_units, kept_weights, layer_bytes, saved_bytes, state_bytes, tiled
-from tessera.plan.product_walk import ProductSizes, sizes_of
+from tessera.plan.product_walk import Early, ProductSizes, sizes_of
 from tessera.plan.tiles import largest_tile
 from tessera.sizes.arrays import larger, rounded_up, smaller, where
 
@@ -203,7 +203,7 @@ class _Step:
         saved = self.saved_in_all
         if shape.savers.offload:
             saved = self.saved_until(len(self.layers))
-        ahead = self._first_of_backward().early if self._early else 0
+        ahead = self._first_of_backward().early.held if self._early else 0
         self.begin("loss", 0, saved + head.s, self.gathered(len(self.layers)) + ahead, outside=0)
         cast = self._head_weight * e if e != self.stored and parallel.fsdp is None else 0
         ledger.hold(head.s + cast)  # the head's input, and its weight in the compute dtype
@@ -233,6 +233,9 @@ class _Step:
         ledger.hold(head.s * head.r_moves)
         narrow = where(many, weight * (wider > 1), 0)
         ledger.touch(narrow + (weight + shard) * head.w_moves)
+        self.begin("backward of the last norm", 0, saved + head.s, self.gathered(len(self.layers) - 1) + ahead)
+        ledger.hold(self._head_waits + head.s)
+        norm_backward(ledger, self.anatomy.norm, head.s, self.wide // e)
 
     @property
     def _early(self) -> bool:
@@ -254,9 +257,7 @@ class _Step:
         ledger.hold(self._head_waits)
         if parallel.fsdp is not None:
             self._fsdp_gradients(index)
-        following = 0
-        if self._early:
-            following = self._following(index).early
+        following = self._following(index).early if self._early else Early()
         layer_backward(Walk(ledger, shape, parallel, self.several, in_tiles), layer, following)
         if parallel.fsdp is not None and shape.by_layer:
             self._fsdp_sum(self.units[kind], index)
@@ -289,6 +290,8 @@ class _Step:
         if index + 1 < len(self.layers):
             ledger.drop(self.units[self.layers[index + 1]] * self.stored)
         ledger.drop(unit * self.element, "gathered")
+        if self.element != self.stored:  # added to those of earlier micro-batches
+            ledger.drop(unit * self.element * self.several)
         ledger.hold(unit * self.stored)
         ledger.touch(unit // self.stored_over * self.stored)
 

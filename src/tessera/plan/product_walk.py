@@ -10,7 +10,7 @@ In panels each operand that moves has two panels there and a third on its way, e
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape
@@ -19,12 +19,20 @@ from tessera.plan.ledger import Ledger
 from tessera.sizes.arrays import smaller, where
 
 
+class Early(NamedTuple):
+    """Bytes of weights that come a product early: what is held of them, and what passes when their gather begins."""
+
+    held: Any = 0
+    passing: Any = 0
+
+
 @dataclass(frozen=True)
 class ProductSizes:
     """Bytes of one product's operands in the compute dtype; `w` and `h` have one for each of its linears.
 
     `whole_r` is R; `s` its shard; whether each of R, W and H moves, 0 or 1, is `r_moves`, `w_moves` and `h_moves`;
-    `col` and `rows` the ranks along which R and W move. `by_features`: H is cut over features along `inner`.
+    `col` and `rows` the ranks along which R and W move. `by_features`: H is cut over features along `inner`; `cast`:
+    parameters are in another dtype.
     """
 
     column: bool
@@ -39,6 +47,7 @@ class ProductSizes:
     rows: Any
     inner: Any
     by_features: bool
+    cast: bool
 
     @property
     def shards(self) -> Any:
@@ -59,9 +68,14 @@ class ProductSizes:
         return self.hidden * self.inner
 
     @property
-    def early(self) -> Any:
-        """What is held of it while the product before runs, if its weights come early."""
-        return self.whole_w * self.w_moves
+    def early(self) -> "Early":
+        """Its weights, while the product before runs: gathered, and held in the compute dtype until they are used."""
+        return Early((self.whole_w + self.shards * self.cast) * self.w_moves, self.copies)
+
+    @property
+    def copies(self) -> Any:
+        """Copies of the shards that are made to gather them: joined, and turned so that they lie behind one another."""
+        return ((len(self.w) > 1) + 1) * self.shards * self.w_moves * self.column
 
     @property
     def late(self) -> Any:
@@ -91,10 +105,11 @@ def sizes_of(product: Product, shape: StepShape, parallel: Parallel) -> ProductS
         rows,
         inner,
         hidden.stored_dim("inner") == 1,
+        parallel.dtype != parallel.compute,
     )
 
 
-def forward(ledger: Ledger, p: ProductSizes, parallel: Parallel, ahead: Any) -> None:
+def forward(ledger: Ledger, p: ProductSizes, parallel: Parallel, ahead: Early) -> None:
     """Walk the forward; its result is not held afterwards. `ahead`: weights gathered meanwhile for the next product."""
     if parallel.schedule.in_panels:
         return _forward_in_panels(ledger, p, parallel)
@@ -126,15 +141,15 @@ def _sum_hidden(ledger: Ledger, p: ProductSizes, *, joined: bool) -> None:
     ledger.touch((copies * largest + p.hidden) * p.h_moves)
 
 
-def _gather_weights(ledger: Ledger, p: ProductSizes, ahead: Any) -> Any:
+def _gather_weights(ledger: Ledger, p: ProductSizes, ahead: Early) -> Any:
     """The weights gathered, and those of the next product; what is held of both."""
-    held = ledger.hold((p.whole_w * p.w_moves) + ahead, "gathered")
-    # of a column-parallel product the shards are joined, and turned so that they lie behind one another
-    ledger.touch(((len(p.w) > 1) + 1) * p.shards * p.w_moves if p.column else 0)
+    ledger.touch(p.copies + p.whole_w * p.w_moves)
+    held = ledger.hold(p.whole_w * p.w_moves + ahead.held, "gathered")
+    ledger.touch(ahead.passing)
     return held
 
 
-def backward(ledger: Ledger, p: ProductSizes, parallel: Parallel, ahead: Any, late: Any) -> None:
+def backward(ledger: Ledger, p: ProductSizes, parallel: Parallel, ahead: Early, late: Any) -> None:
     """Walk the backward: held afterwards are dX, and dW in the compute dtype, both as working.
 
     The gradient of the result is the caller's. `late`: what is held of the gradients of the product before.
