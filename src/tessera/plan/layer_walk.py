@@ -181,7 +181,8 @@ def _tiles_backward(walk: Walk, block: Block, held: BlockSaved, column: ProductS
     dx = ledger.hold(column.s)
     sums = ledger.hold((whole + whole_row) * wide)
     found = ledger.hold(whole + whole_row + part.of(column, panels).s)  # what the tile before has found is dropped late
-    ledger.hold(small_column.hidden + small_row.hidden, "activations")
+    kept = small_column.whole_r * small_column.r_moves * parallel.schedule.keep
+    ledger.hold(kept + small_column.hidden + small_row.hidden, "activations")
     tile = small_row.s
     ledger.hold(tile)
     backward(ledger, small_row, parallel, Early(), 0)
@@ -192,6 +193,7 @@ def _tiles_backward(walk: Walk, block: Block, held: BlockSaved, column: ProductS
     ledger.drop(small_column.hidden, "activations")
     ledger.hold(small_column.hidden)
     backward(ledger, small_column, parallel, Early(), 0)
+    ledger.drop(kept, "activations")
     ledger.drop(found)
     ledger.drop(small_column.hidden + small_column.s + tile)
     ledger.drop(small_column.shards + small_row.shards)

@@ -116,7 +116,7 @@ class _Step:
         formed = sum(self.shards[kind] for kind in self.layers[len(self.layers) - done :])
         every = sum(self.shards[kind] for kind in self.layers)
         if self.parallel.fsdp is not None:
-            return (formed + 0 * every) * self.stored
+            return formed * self.stored if self.shape.by_layer else 0  # else they are summed together at the end
         return where(self.several > 0, every + self.shards[-1], formed + outside * self.head_shard) * self.stored
 
     @property
