@@ -49,9 +49,7 @@ class PeakCase:
     offload: bool = False
 
     def parallel(self, mesh: Mesh) -> Parallel:
-        return parallel_of(
-            self.tensor, mesh, self.shape.batch, None, self.dtype, self.compute, context=self.context
-        )
+        return parallel_of(self.tensor, mesh, self.shape.batch, None, self.dtype, self.compute, context=self.context)
 
     def __str__(self) -> str:
         tensor, shape, model = self.tensor, self.shape, self.model
@@ -123,7 +121,11 @@ def _model(dice: random.Random) -> ModelConfig:
         "tied": dice.random() < 0.4,
     }
     if dice.random() < 0.7:
-        kinds = (LayerKind(1024), LayerKind(), LayerKind())[: changed["num_layers"]] if dice.random() < 0.15 else (LayerKind(),)
+        kinds = (
+            (LayerKind(1024), LayerKind(), LayerKind())[: changed["num_layers"]]
+            if dice.random() < 0.15
+            else (LayerKind(),)
+        )
         return replace(
             LLAMA,
             **changed,
@@ -189,9 +191,7 @@ def peak_of_real_rank(case: PeakCase) -> int:
     parallel = case.parallel(mesh)
     with PeakMemory() as memory:
         fsdp = Fsdp(shape.reshard, by_layer=shape.by_layer)
-        decoder = build_decoder(
-            case.model, parallel, fsdp, gradient_checkpointing=shape.recompute, savers=shape.savers
-        )
+        decoder = build_decoder(case.model, parallel, fsdp, gradient_checkpointing=shape.recompute, savers=shape.savers)
         decoder.initialize(seed=5)
         optimizer = build_optimizer(decoder, "adamw_torch_fused", (0.9, 0.95), 1e-8, 0.1)
         step, batches = Step(decoder, optimizer, max_grad_norm=1.0), batches_of(shape)

@@ -139,7 +139,9 @@ def test_the_trace_is_what_real_ranks_hold(name):
 
 def test_arrays_give_the_same_as_one_by_one():
     model = replace(SMALL, num_layers=8)
-    candidates = [(row, col, shard, b, m) for row in (1, 2) for col in (1, 4) for shard in (2, 4) for b in (4, 8) for m in (1, 2)]
+    candidates = [
+        (row, col, shard, b, m) for row in (1, 2) for col in (1, 4) for shard in (2, 4) for b in (4, 8) for m in (1, 2)
+    ]
     rows, cols, shards, batches, times = np.array(candidates).T
     many = ManyMeshes({"row": rows, "col": cols, "shard": shards}).as_mesh
     for again, tensor, tiles in (
@@ -180,7 +182,9 @@ def test_what_fits():
     assert fits(device - 1, device) == "may fit" and fits(device, device) == "does not fit"
 
 
-LARGE = replace(LLAMA, vocab_size=32000, hidden_size=1024, num_heads=12, num_kv_heads=12, head_dim=64, ffn_size=4096, num_layers=16)
+LARGE = replace(
+    LLAMA, vocab_size=32000, hidden_size=1024, num_heads=12, num_kv_heads=12, head_dim=64, ffn_size=4096, num_layers=16
+)
 PLANNED = MemoryLayout(LARGE, StepShape(2, 2048, reshard=False), TensorParallel(size=4), {"shard": 2})
 
 

@@ -1,4 +1,4 @@
-"""What a layout costs and which one to take. The folder itself is called as `tessera.plan(model, cluster, training)`."""
+"""What a layout costs and which one to take. The folder is a function too: `tessera.plan(model, cluster, training)`."""
 
 import sys
 from types import ModuleType

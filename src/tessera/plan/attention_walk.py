@@ -1,10 +1,11 @@
-"""What is alive while attention's kernel and what lies around it run backward, as nn/attend.py and nn/context choose."""
+"""What is alive while attention and what lies around its kernel run backward, as nn/attend.py and nn/context choose."""
 
 from typing import Any
 
+import numpy as np
 import torch
 
-from tessera.core.arrays import larger, where
+from tessera.core.arrays import larger, smaller, where
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape
 from tessera.models.anatomy import Attention
@@ -13,9 +14,7 @@ from tessera.plan.many import ManyMeshes
 from tessera.plan.sequences import kv_heads_on, query_heads_on, traded_kv_heads
 
 
-def attention_backward(
-    ledger: Ledger, attention: Attention, inside: Any, shape: StepShape, parallel: Parallel
-) -> None:
+def attention_backward(ledger: Ledger, attention: Attention, inside: Any, shape: StepShape, parallel: Parallel) -> None:
     """Between the two products: the gradient of the result is held as working, and `inside` as activations.
 
     Nothing of the gradients of q, k and v, which the caller holds next, is held afterwards; `inside` goes.
@@ -57,7 +56,7 @@ def _longest_document(shape: StepShape) -> int:
 def _tiled_backward(ledger: Ledger, q: Any, kv: Any, wide: int, window: int, shape: StepShape) -> Any:
     """A window: gradients in the wide dtype, a tile's beside them, then in the compute dtype; what is held of it."""
     sums = ledger.hold((q + kv) * wide)
-    ledger.touch((q + kv) * larger(1, 1) * min(window, shape.sequence) // shape.sequence)
+    ledger.touch((q + kv) * larger(1, 1) * smaller(window, shape.sequence) // shape.sequence)
     made = ledger.hold((q + kv) if wide > 1 else 0)
     if wide == 1:
         return sums
@@ -82,12 +81,13 @@ def _shared_backward(ledger: Ledger, q: Any, kv: Any, wide: int, shape: StepShap
         coming = ledger.hold(2 * round_kv, "gathered")
         sums = ledger.hold(kv_part * wide + round_kv * wide * 3)
     else:
+        # the sums of the own tokens, and those of others' as the tiles add to them; these joined, in the dtype in
+        # which they go home, and what comes home
         coming = ledger.hold(others * kv_part, "gathered")
-        sums = ledger.hold(kv_part * wide + larger(kv_part, others * kv_part) * wide)
+        sums = ledger.hold(kv_part * wide + where(others > 0, others, 1) * kv_part * wide)
     ledger.touch(q_part + kv_part)
     if parallel.context.transport != "ring":
-        ledger.touch(others * kv_part * wide)
-        ledger.touch(2 * others * kv_part)
+        ledger.touch(others * kv_part * (wide + 2) + (q_part if wide > 1 else 0))
     ledger.drop(coming, "gathered")
     ledger.drop(sums)
     ledger.hold(kv_part)
@@ -102,8 +102,10 @@ def _shared_backward(ledger: Ledger, q: Any, kv: Any, wide: int, shape: StepShap
 
 def _others(shape: StepShape, parallel: Parallel) -> Any:
     """How many times its own tokens an owner reads of others: of rows of one document, all that others have of them."""
-    mesh = parallel.mesh
-    owners = mesh.size(parallel.owners)
+    mesh, owners = parallel.mesh, parallel.mesh.size(parallel.owners)
+    streams = 1 if parallel.context.joined else mesh.size(parallel.attention.tokens)
+    others = owners // np.gcd(owners, shape.batch // streams) - 1  # that own parts of a row
     if isinstance(mesh, ManyMeshes) or not shape.documents:
-        return owners - 1
-    return min(owners - 1, max(0, -(-_longest_document(shape) * owners // shape.tokens)))
+        return others
+    own = shape.tokens // streams // owners
+    return min(int(others), -(-_longest_document(shape) // own))

@@ -105,9 +105,7 @@ Memory = TypeVar("Memory", bound=PeakMemory)
 
 
 @contextmanager
-def built(
-    model: ModelConfig, shape: StepShape, parallel: Parallel, memory: Memory
-) -> Iterator[tuple[Decoder, Memory]]:
+def built(model: ModelConfig, shape: StepShape, parallel: Parallel, memory: Memory) -> Iterator[tuple[Decoder, Memory]]:
     """The decoder, its parameters fake, with fake tensors from then on, which `memory` counts.
 
     FSDP2 arranges ranks before, with real ones.

@@ -4,10 +4,10 @@
     may fit         the estimate alone is below it
     does not fit    it is not
 
-1.03: the formula is held to within 3% of the traced step (tests/plan/test_peak.py). 0.85: torch's allocator reserves more
-than is alive at once, for what is free lies in pieces. 1 GiB: the driver's context, and what libraries take for
+1.03: the formula is held to within 3% of the traced step (tests/plan/test_peak.py). 0.85: torch's allocator reserves
+more than is alive at once, for what is free lies in pieces. 1 GiB: the driver's context, and what libraries take for
 themselves; `buffers` are those of the communication library, where they are known. So an estimate of up to four fifths
-of a device with 80 GB fits, as in 454 published runs none that was estimated so ran out of memory.
+of a device with 80 GB fits: of 454 published runs none that was estimated so ran out of memory.
 """
 
 import math

@@ -12,11 +12,11 @@ import torch
 from tessera.core.arrays import where
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape
-from tessera.models.anatomy import Attention, Block, Layer, Norm
+from tessera.models.anatomy import Block, Layer, Norm
 from tessera.plan.attention_walk import attention_backward
 from tessera.plan.ledger import Ledger
 from tessera.plan.memory import BlockSaved, result_bytes, saved_by_block
-from tessera.plan.product_walk import ProductSizes, backward, forward, sizes_of
+from tessera.plan.product_walk import Early, ProductSizes, backward, forward, sizes_of
 from tessera.plan.tiles import largest_tile
 
 
@@ -61,7 +61,7 @@ class Walk:
         return schedule.defer and not schedule.in_panels
 
 
-def layer_backward(walk: Walk, layer: Layer, following: Any) -> None:
+def layer_backward(walk: Walk, layer: Layer, following: Early) -> None:
     """The layer's own walk. The gradient of its result is held as working, as is then that of its input.
 
     What it saved is held as activations: where it runs again its input, and attention's result if that is kept, else
@@ -74,7 +74,7 @@ def layer_backward(walk: Walk, layer: Layer, following: Any) -> None:
     if shape.recompute:
         _forward_again(walk, layer, saved, products)
     s = in_order[0].s
-    before = [p.early * walk.early for p in in_order]
+    before = [p.early if walk.early else Early() for p in in_order]
     for number in reversed(range(len(layer))):
         block, held, (column, row) = layer[number], saved[number], products[number]
         if block.attention is None and walk.tiled:
@@ -93,12 +93,12 @@ def _block_backward(
     held: BlockSaved,
     products: tuple[ProductSizes, ProductSizes],
     number: int,
-    before: list[Any],
-    following: Any,
+    before: list[Early],
+    following: Early,
 ) -> None:
     ledger, parallel, (column, row) = walk.ledger, walk.parallel, products
     place = 2 * number  # of the column-parallel product among the layer's
-    late = [0 if place + 2 >= len(before) else _late(walk, column, before), row.late * walk.late]
+    late = [column.late * walk.late if place + 2 < len(before) else 0, row.late * walk.late]
     backward(ledger, row, parallel, before[place], late[0])
     gradients(walk, row)
     ledger.drop(held.row_input + held.row_weights, "activations")
@@ -120,10 +120,6 @@ def _block_backward(
     ledger.drop(column.hidden)
 
 
-def _late(walk: Walk, column: ProductSizes, before: list[Any]) -> Any:
-    return column.late * walk.late
-
-
 def gradients(walk: Walk, p: ProductSizes) -> None:
     """The gradients of a product's weights, which are held in the compute dtype, become those of the parameters."""
     ledger, parallel = walk.ledger, walk.parallel
@@ -142,24 +138,15 @@ def gradients(walk: Walk, p: ProductSizes) -> None:
 def norm_backward(ledger: Ledger, norm: Norm, s: Any, widening: Any) -> None:
     """A norm's backward: the gradient of its result, of `s` bytes, is held and becomes that of its input.
 
-    In the wide dtype: RMSNorm has x, dy, their product and dx; LayerNorm x̂, dy and dx, and a product of two.
+    In the wide dtype RMSNorm has x, dy, their product and dx; LayerNorm x̂, dy, dx, and a product of two of them. In
+    that of x no copy is made of x and dy.
     """
     copied = 1 if widening > 1 else 0
-    tensors = 3 + copied if norm.centred else 2 * copied + 2
-    ledger.touch(tensors * s * widening if not norm.centred else (2 + copied) * s * widening + copied * s)
-    if not norm.centred:
-        ledger.touch((tensors * widening + copied) * s)
+    tensors = 3 + copied if norm.centred else 2 + 2 * copied
+    ledger.touch((tensors * widening + (copied if not norm.centred else 0)) * s)
 
 
-def norm_forward(ledger: Ledger, norm: Norm, s: Any, widening: Any) -> None:
-    """x in the wide dtype, and what is scaled of it, which is copied into the compute dtype."""
-    copied = 1 if widening > 1 else 0
-    ledger.touch((copied + 1) * s * widening + copied * s)
-
-
-def _forward_again(
-    walk: Walk, layer: Layer, saved: list[BlockSaved], products: list[list[ProductSizes]]
-) -> None:
+def _forward_again(walk: Walk, layer: Layer, saved: list[BlockSaved], products: list[list[ProductSizes]]) -> None:
     """What the layer saves comes, but for what is there: its input, and the result of attention that is kept."""
     ledger, parallel = walk.ledger, walk.parallel
     for number, (block, held, (column, row)) in enumerate(zip(layer, saved, products, strict=True)):
@@ -169,7 +156,7 @@ def _forward_again(
         ledger.hold(held.column_input + held.statistics + held.column_weights, "activations")
         if block.attention is None and walk.tiled:
             return
-        forward(ledger, column, parallel, row.early * walk.early)
+        forward(ledger, column, parallel, row.early if walk.early else Early())
         kept = result_bytes(block.attention, walk.shape, parallel) if block.attention is not None else 0
         kept = kept if walk.shape.savers.attention_once else 0
         ledger.hold(held.inside + held.row_input - kept, "activations")
@@ -177,7 +164,7 @@ def _forward_again(
             ledger.touch(column.hidden + row.hidden)
         ledger.hold(held.row_weights, "activations")
         following = products[number + 1][0] if number + 1 < len(layer) else row
-        forward(ledger, row, parallel, following.early * walk.early)
+        forward(ledger, row, parallel, following.early if walk.early else Early())
 
 
 def _tiles_backward(walk: Walk, block: Block, held: BlockSaved, column: ProductSizes, row: ProductSizes) -> None:
@@ -194,17 +181,19 @@ def _tiles_backward(walk: Walk, block: Block, held: BlockSaved, column: ProductS
     dx = ledger.hold(column.s)
     sums = ledger.hold((whole + whole_row) * wide)
     found = ledger.hold(whole + whole_row + part.of(column, panels).s)  # what the tile before has found is dropped late
-    ledger.hold(small_column.hidden + small_row.hidden, "activations")
+    kept = small_column.whole_r * small_column.r_moves * parallel.schedule.keep
+    ledger.hold(kept + small_column.hidden + small_row.hidden, "activations")
     tile = small_row.s
     ledger.hold(tile)
-    backward(ledger, small_row, parallel, 0, 0)
+    backward(ledger, small_row, parallel, Early(), 0)
     ledger.drop(small_row.hidden, "activations")
     gates = len(column.h) > 1
     ledger.touch((2 if gates else 0) * small_row.hidden + small_row.hidden)
     ledger.drop(small_row.hidden)
     ledger.drop(small_column.hidden, "activations")
     ledger.hold(small_column.hidden)
-    backward(ledger, small_column, parallel, 0, 0)
+    backward(ledger, small_column, parallel, Early(), 0)
+    ledger.drop(kept, "activations")
     ledger.drop(found)
     ledger.drop(small_column.hidden + small_column.s + tile)
     ledger.drop(small_column.shards + small_row.shards)
@@ -243,12 +232,8 @@ class _Tile:
             p.rows if panels else 1,
             p.inner,
             p.by_features,
+            p.cast,
         )
 
     def _part(self, size: Any) -> Any:
         return size * self.size // self.tokens
-
-
-def attention_of(layer: Layer) -> Attention | None:
-    """The attention of a layer."""
-    return next((block.attention for block in layer if block.attention is not None), None)

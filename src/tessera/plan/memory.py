@@ -77,7 +77,9 @@ def saved_bytes(model: ModelConfig, shape: StepShape, parallel: Parallel) -> int
     statistic = t * _statistic(parallel)
     layers = kept_by_layers(model, shape, parallel)
     if shape.savers.offload:
-        layers = smaller(layers, 2 * reduce(larger, (layer_bytes(layer, shape, parallel) for layer, _ in anatomy.kinds)))
+        layers = smaller(
+            layers, 2 * reduce(larger, (layer_bytes(layer, shape, parallel) for layer, _ in anatomy.kinds))
+        )
 
     # the embedding saves ids and which of them lie here; learned positions save positions
     ids = shape.tokens_on(mesh, parallel.streams.ids) * (index + 1) * (mesh.sizes["col"] > 1)
@@ -178,7 +180,9 @@ def saved_by_block(block: Block, shape: StepShape, parallel: Parallel, *, tiled:
     width, tokens = block.column.width // inner, shape.tokens_on(mesh, hidden.tokens)
     t = shape.tokens_on(mesh, parallel.residual.tokens)
     stream = t * (block.column.width // mesh.size(parallel.residual.features)) * element
-    statistics = block.norm.statistics * t * _statistic(parallel) + _widened_gains(block.norm, block.attention, parallel)
+    statistics = block.norm.statistics * t * _statistic(parallel) + _widened_gains(
+        block.norm, block.attention, parallel
+    )
     shards = [p.features // mesh.sizes["col"] * (width // rows) * element for p in block.products]
     copies = parallel.dtype != parallel.compute and parallel.fsdp is None  # which gathers them in the compute dtype
     weights = shards if copies else [0, 0]

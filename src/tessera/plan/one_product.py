@@ -50,7 +50,8 @@ def cuts_of(T: int, N: int, K: int, devices: int) -> list[Cut]:
     """Every mesh of so many devices for Y[T, N] = X[T, K] W[K, N] that divides the sizes; the least received first.
 
     depth and row cut T, col cuts N and inner cuts K; W is copied along depth (2.5D), so a larger depth moves less of X,
-    W and Y and sums dW over more ranks. No geometry has both inner and depth. Gathered operands are gathered again in the backward.
+    W and Y and sums dW over more ranks. No geometry has both inner and depth. Gathered operands are gathered again in
+    the backward.
     """
     cuts = []
     for inner in divisors_of(devices):

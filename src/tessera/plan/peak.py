@@ -1,21 +1,25 @@
-"""The most memory that one rank holds in an optimizer step, in closed form: a walk through the step of a last micro-batch.
+"""The most memory that one rank holds in an optimizer step, in closed form: a walk through its last micro-batch.
 
     states        parameters and AdamW's two moments of the rank's shards, and gradients as far as they are formed
     activations   what a micro-batch's forward saves for its backward, as far as that has not come to it
     gathered      what collectives bring: weights that FSDP2 or the products gather, operands, keys and values of others
     working       all else: gradients of activations and those of weights on their way, copies, sums, a chunk of logits
 
-The walk goes through the places where most may be alive: the loss, which holds a chunk of logits, the head's gathered
-weight and its gradient, while all layers' activations are there; the backward of each kind of layer, of its last layer
-and of its first, when all gradients are there; the gradient of the embedding; FSDP2's sum of the gradients of what is in
-no layer; the update. What comes and goes there is in layer_walk.py, product_walk.py and attention_walk.py. Sizes of the
-mesh and the step may be arrays of candidates that agree in all switches (plan/many.py).
+The walk goes through the places where most may be alive: the begin of the forward, when FSDP2 gathers; the loss, which
+holds a chunk of logits, the head's gathered weight and its gradient, while all layers' activations are there; the
+backward of each kind of layer, of its last layer and of its first, when all gradients are there; the gradient of the
+embedding; FSDP2's sum of the gradients of what is in no layer; the update. What comes and goes there is in
+layer_walk.py, product_walk.py and attention_walk.py. Sizes of the mesh and the step may be arrays of candidates that
+agree in all switches and in which axes are there (plan/many.py); of these each row is one document.
 
 Not counted: the context of the device's driver (about half a GiB), buffers of NCCL, what the allocator cannot join, and
 what libraries take inside one operator.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -31,7 +35,7 @@ from tessera.models.config import ModelConfig
 from tessera.plan.layer_walk import Walk, layer_backward, norm_backward
 from tessera.plan.ledger import Ledger
 from tessera.plan.memory import gathered_units, kept_weights, layer_bytes, saved_bytes, state_bytes, tiled
-from tessera.plan.product_walk import ProductSizes, sizes_of
+from tessera.plan.product_walk import Early, ProductSizes, sizes_of
 from tessera.plan.tiles import largest_tile
 
 RESERVED = 2**30
@@ -83,9 +87,7 @@ def peak_bytes(
 class _Step:
     """The sizes of one rank's step, and the walk through it."""
 
-    def __init__(
-        self, model: ModelConfig, shape: StepShape, parallel: Parallel, offload: bool, optimizer: str
-    ) -> None:
+    def __init__(self, model: ModelConfig, shape: StepShape, parallel: Parallel, offload: bool, optimizer: str) -> None:
         self.model, self.shape, self.parallel, self.anatomy = model, shape, parallel, anatomy_of(model)
         self.mesh, self.ledger = parallel.mesh, Ledger()
         self.element, self.stored = parallel.compute.itemsize, parallel.dtype.itemsize
@@ -105,7 +107,11 @@ class _Step:
         counts = dict(self.anatomy.kinds)
         return [(layer, counts[layer]) for layer in self.anatomy.layers]
 
-    @property
+    def of(self, sizes: Sequence[Any], layers: Sequence[int]) -> Any:
+        """The sum of a size of each of `layers`, which are numbers of kinds."""
+        return sum(times * sizes[kind] for kind, times in Counter(layers).items())
+
+    @cached_property
     def fixed(self) -> Any:
         """Bytes of parameters and moments on the device."""
         return 0 if self.offload else state_bytes(self.model, self.parallel) // 4 * 3
@@ -114,13 +120,13 @@ class _Step:
         """Bytes of gradients when so many layers' backward is over, and that of a share of what is outside of them."""
         if self.offload:
             return 0
-        formed = sum(self.shards[kind] for kind in self.layers[len(self.layers) - done :])
-        every = sum(self.shards[kind] for kind in self.layers)
+        formed = self.of(self.shards, self.layers[len(self.layers) - done :])
+        every = self.of(self.shards, self.layers)
         if self.parallel.fsdp is not None:
-            return (formed + 0 * every) * self.stored
+            return formed * self.stored if self.shape.by_layer else 0  # else they are summed together at the end
         return where(self.several > 0, every + self.shards[-1], formed + outside * self.head_shard) * self.stored
 
-    @property
+    @cached_property
     def head_shard(self) -> Any:
         """Elements of the head's weight on this rank."""
         return self.vocabulary * (self.model.hidden_size // self.mesh.sizes["inner"] // self.head.rows)
@@ -129,21 +135,25 @@ class _Step:
         """Bytes of whole gradients that FSDP2 holds, of earlier micro-batches and of what is outside of the layers."""
         if self.parallel.fsdp is None:
             return 0
-        waiting = sum(self.units[kind] for kind in self.layers[: len(self.layers) - done])
+        waiting = self.of(self.units, self.layers[: len(self.layers) - done])
         return self.several * (waiting + self.units[-1]) * self.stored
 
     def saved_until(self, index: int) -> Any:
         """Bytes that layers before `index` have saved, and what is saved before them."""
-        shape, parallel = self.shape, self.parallel
-        outside = self.saved_in_all - sum(
-            times * layer_bytes(layer, replace_offload(shape), parallel) for layer, times in self.anatomy.kinds
-        )
-        layers = [layer_bytes(layer, shape, parallel) for layer in self.anatomy.layers[:index]]
-        if shape.savers.offload:
-            layers = layers[-2:]
-        return outside + sum(layers)
+        layers = self.layers[max(0, index - 2) : index] if self.shape.savers.offload else self.layers[:index]
+        return self.saved_in_all - self.of(self.kept_on_device, self.layers) + self.of(self.kept, layers)
 
-    @property
+    @cached_property
+    def kept(self) -> list[Any]:
+        """Bytes that a layer of each kind saves."""
+        return [layer_bytes(layer, self.shape, self.parallel) for layer, _ in self.anatomy.kinds]
+
+    @cached_property
+    def kept_on_device(self) -> list[Any]:
+        """The same where nothing is offloaded."""
+        return [layer_bytes(layer, replace_offload(self.shape), self.parallel) for layer, _ in self.anatomy.kinds]
+
+    @cached_property
     def saved_in_all(self) -> Any:
         """What the forward leaves, without gradients of the loss, the last norm's part, and kept weights."""
         shape = replace_offload(self.shape)
@@ -164,10 +174,10 @@ class _Step:
             return 0
         shape, outside, moves = self.shape, self.units[-1], where(self.stored_over > 1, 1, 0)
         if not shape.by_layer:
-            every = outside + sum(self.units[kind] for kind in self.layers)
+            every = outside + self.of(self.units, self.layers)
             return (every + every * moves * (index == len(self.layers))) * self.element
         if not shape.reshard:
-            held = outside + sum(self.units[kind] for kind in self.layers[: index + 1])
+            held = outside + self.of(self.units, self.layers[: index + 1])
             last = self.units[self.layers[-1]] * moves if index == len(self.layers) else 0
             return (held + last) * self.element
         if index == len(self.layers):
@@ -204,7 +214,7 @@ class _Step:
         saved = self.saved_in_all
         if shape.savers.offload:
             saved = self.saved_until(len(self.layers))
-        ahead = self._first_of_backward().early if self._early else 0
+        ahead = self._first_of_backward().early.held if self._early else 0
         self.begin("loss", 0, saved + head.s, self.gathered(len(self.layers)) + ahead, outside=0)
         cast = self._head_weight * e if e != self.stored and parallel.fsdp is None else 0
         ledger.hold(head.s + cast)  # the head's input, and its weight in the compute dtype
@@ -234,6 +244,9 @@ class _Step:
         ledger.hold(head.s * head.r_moves)
         narrow = where(many, weight * (wider > 1), 0)
         ledger.touch(narrow + (weight + shard) * head.w_moves)
+        self.begin("backward of the last norm", 0, saved + head.s, self.gathered(len(self.layers) - 1) + ahead)
+        ledger.hold(self._head_waits + head.s)
+        norm_backward(ledger, self.anatomy.norm, head.s, self.wide // e)
 
     @property
     def _early(self) -> bool:
@@ -255,9 +268,7 @@ class _Step:
         ledger.hold(self._head_waits)
         if parallel.fsdp is not None:
             self._fsdp_gradients(index)
-        following = 0
-        if self._early:
-            following = self._following(index).early
+        following = self._following(index).early if self._early else Early()
         layer_backward(Walk(ledger, shape, parallel, self.several, in_tiles), layer, following)
         if parallel.fsdp is not None and shape.by_layer:
             self._fsdp_sum(self.units[kind], index)
@@ -290,6 +301,8 @@ class _Step:
         if index + 1 < len(self.layers):
             ledger.drop(self.units[self.layers[index + 1]] * self.stored)
         ledger.drop(unit * self.element, "gathered")
+        if self.element != self.stored:  # added to those of earlier micro-batches
+            ledger.drop(unit * self.element * self.several)
         ledger.hold(unit * self.stored)
         ledger.touch(unit // self.stored_over * self.stored)
 
@@ -308,8 +321,9 @@ class _Step:
         self.begin("backward of the embedding", every, 0, whole, working=head.s + waiting)
         if not served:
             ledger.hold(self._positions * self.stored * (1 - self.several), "states")
-        ledger.hold(head.whole_r * head.r_moves)
+        came = ledger.hold(head.whole_r * head.r_moves)
         whole_gradient = ledger.hold(table * self.stored)
+        ledger.drop(came + head.s)
         # summed along row: turned for it, then this rank's shard, which is turned back
         ledger.touch((table + self.head_shard) * self.stored * head.w_moves)
         ledger.touch(self.head_shard * self.stored * head.w_moves * 2)

@@ -10,13 +10,20 @@ In panels each operand that moves has two panels there and a third on its way, e
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from tessera.core.arrays import smaller
+from tessera.core.arrays import smaller, where
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape
 from tessera.models.anatomy import Product
 from tessera.plan.ledger import Ledger
+
+
+class Early(NamedTuple):
+    """Bytes of weights that come a product early: what is held of them, and what passes when their gather begins."""
+
+    held: Any = 0
+    passing: Any = 0
 
 
 @dataclass(frozen=True)
@@ -24,7 +31,8 @@ class ProductSizes:
     """Bytes of one product's operands in the compute dtype; `w` and `h` have one for each of its linears.
 
     `whole_r` is R; `s` its shard; whether each of R, W and H moves, 0 or 1, is `r_moves`, `w_moves` and `h_moves`;
-    `col` and `rows` the ranks along which R and W move. `by_features`: H is cut over features along `inner`.
+    `col` and `rows` the ranks along which R and W move. `by_features`: H is cut over features along `inner`; `cast`:
+    parameters are in another dtype.
     """
 
     column: bool
@@ -39,6 +47,7 @@ class ProductSizes:
     rows: Any
     inner: Any
     by_features: bool
+    cast: bool
 
     @property
     def shards(self) -> Any:
@@ -59,9 +68,14 @@ class ProductSizes:
         return self.hidden * self.inner
 
     @property
-    def early(self) -> Any:
-        """What is held of it while the product before runs, if its weights come early."""
-        return self.whole_w * self.w_moves
+    def early(self) -> "Early":
+        """Its weights, while the product before runs: gathered, and held in the compute dtype until they are used."""
+        return Early((self.whole_w + self.shards * self.cast) * self.w_moves, self.copies)
+
+    @property
+    def copies(self) -> Any:
+        """Copies of the shards that are made to gather them: joined, and turned so that they lie behind one another."""
+        return ((len(self.w) > 1) + 1) * self.shards * self.w_moves * self.column
 
     @property
     def late(self) -> Any:
@@ -91,10 +105,11 @@ def sizes_of(product: Product, shape: StepShape, parallel: Parallel) -> ProductS
         rows,
         inner,
         hidden.stored_dim("inner") == 1,
+        parallel.dtype != parallel.compute,
     )
 
 
-def forward(ledger: Ledger, p: ProductSizes, parallel: Parallel, ahead: Any) -> None:
+def forward(ledger: Ledger, p: ProductSizes, parallel: Parallel, ahead: Early) -> None:
     """Walk the forward; its result is not held afterwards. `ahead`: weights gathered meanwhile for the next product."""
     if parallel.schedule.in_panels:
         return _forward_in_panels(ledger, p, parallel)
@@ -126,15 +141,15 @@ def _sum_hidden(ledger: Ledger, p: ProductSizes, *, joined: bool) -> None:
     ledger.touch((copies * largest + p.hidden) * p.h_moves)
 
 
-def _gather_weights(ledger: Ledger, p: ProductSizes, ahead: Any) -> Any:
+def _gather_weights(ledger: Ledger, p: ProductSizes, ahead: Early) -> Any:
     """The weights gathered, and those of the next product; what is held of both."""
-    held = ledger.hold((p.whole_w * p.w_moves) + ahead, "gathered")
-    # of a column-parallel product the shards are joined, and turned so that they lie behind one another
-    ledger.touch(((len(p.w) > 1) + 1) * p.shards * p.w_moves if p.column else 0)
+    ledger.touch(p.copies + p.whole_w * p.w_moves)
+    held = ledger.hold(p.whole_w * p.w_moves + ahead.held, "gathered")
+    ledger.touch(ahead.passing)
     return held
 
 
-def backward(ledger: Ledger, p: ProductSizes, parallel: Parallel, ahead: Any, late: Any) -> None:
+def backward(ledger: Ledger, p: ProductSizes, parallel: Parallel, ahead: Early, late: Any) -> None:
     """Walk the backward: held afterwards are dX, and dW in the compute dtype, both as working.
 
     The gradient of the result is the caller's. `late`: what is held of the gradients of the product before.
@@ -165,12 +180,6 @@ def backward(ledger: Ledger, p: ProductSizes, parallel: Parallel, ahead: Any, la
     ledger.drop(came, "gathered")
 
 
-def _in(parts: int, p_ranks: Any, parallel: Parallel) -> Any:
-    """Panels of an operand that are there at once, of those that are not the rank's own, in units of one panel."""
-    own = 1 if parallel.schedule.name == "summa" else 0
-    return smaller(parts, p_ranks - own)
-
-
 def _panels(p: ProductSizes, parallel: Parallel) -> tuple[Any, Any, Any, Any]:
     """The panels of R and of W as (bytes of a panel, how many there are) each."""
     schedule = parallel.schedule
@@ -179,11 +188,16 @@ def _panels(p: ProductSizes, parallel: Parallel) -> tuple[Any, Any, Any, Any]:
     return p.s, p.col, p.shards, p.rows
 
 
+def _comes(p: ProductSizes, parallel: Parallel) -> Any:
+    """Whether panels of R are tensors of their own, 0 or 1: gathered, or slices of the parts that W's axes cut."""
+    sliced = p.w_moves if parallel.schedule.name == "gather" else 0
+    return where(p.r_moves + sliced > 0, 1, 0)
+
+
 def _incoming(panel: Any, count: Any, moves: Any, parallel: Parallel) -> Any:
-    """Bytes of an operand while a panel of it multiplies: that one and the next."""
-    if parallel.schedule.name == "gather":
-        return panel * smaller(2, count) + panel * (1 - moves) * 0
-    return panel * _in(2, count, parallel) * moves
+    """Bytes of an operand while a panel of it multiplies: that one and the next; of a loop one is the rank's own."""
+    own = 0 if parallel.schedule.name == "gather" else 1
+    return panel * smaller(2, count - own) * moves
 
 
 def _outgoing(panel: Any, shard: Any, count: Any, moves: Any, parallel: Parallel) -> Any:
@@ -197,10 +211,11 @@ def _outgoing(panel: Any, shard: Any, count: Any, moves: Any, parallel: Parallel
 
 def _forward_in_panels(ledger: Ledger, p: ProductSizes, parallel: Parallel) -> None:
     r, r_count, w, w_count = _panels(p, parallel)
+    r_comes = _comes(p, parallel)
     joined = p.shards if len(p.w) > 1 else 0
     held = ledger.hold(joined + _incoming(w, w_count, p.w_moves, parallel), "gathered")
     if p.column:
-        held = held + ledger.hold(_incoming(r, r_count, p.r_moves, parallel), "gathered")
+        held = held + ledger.hold(_incoming(r, r_count, r_comes, parallel), "gathered")
         y = ledger.hold(p.whole_h)
         ledger.touch(p.hidden * p.h_moves + p.by_features * p.whole_h * p.h_moves)
     else:
@@ -212,7 +227,7 @@ def _forward_in_panels(ledger: Ledger, p: ProductSizes, parallel: Parallel) -> N
 
 def _backward_in_panels(ledger: Ledger, p: ProductSizes, parallel: Parallel) -> None:
     r, r_count, w, w_count = _panels(p, parallel)
-    keep, several = parallel.schedule.keep, len(p.w) > 1
+    keep, several, r_comes = parallel.schedule.keep, len(p.w) > 1, _comes(p, parallel)
     comes_w = 0 if keep else _incoming(w, w_count, p.w_moves, parallel)
     out_w = _outgoing(w, p.shards, w_count, p.w_moves, parallel)
     if p.column:
@@ -222,7 +237,7 @@ def _backward_in_panels(ledger: Ledger, p: ProductSizes, parallel: Parallel) -> 
         held = ledger.hold(joined + p.whole_h * p.h_moves + several * p.shards, "gathered")
         # a place for dW is made as large as the weights are, joined once more for that
         ledger.touch(several * p.shards + p.shards * (parallel.schedule.name == "gather"))
-        comes_r = 0 if keep else _incoming(r, r_count, p.r_moves, parallel)
+        comes_r = 0 if keep else _incoming(r, r_count, r_comes, parallel)
         held = held + ledger.hold(comes_w + comes_r, "gathered")
         out_r = ledger.hold(_outgoing(r, p.s, r_count, p.r_moves, parallel))
         ledger.touch(out_w)
@@ -230,7 +245,7 @@ def _backward_in_panels(ledger: Ledger, p: ProductSizes, parallel: Parallel) -> 
         ledger.hold(p.s)
     else:
         came = 0 if keep else p.whole_h * p.h_moves
-        held = ledger.hold(came + comes_w + _incoming(r, r_count, p.r_moves, parallel), "gathered")
+        held = ledger.hold(came + comes_w + _incoming(r, r_count, r_comes, parallel), "gathered")
         dh = ledger.hold(p.whole_h)
         ledger.touch(out_w)
         ledger.hold(p.hidden * p.h_moves)

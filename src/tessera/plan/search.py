@@ -43,6 +43,8 @@ CUT = ("replicate", "shard", "context", "inner", "depth", "row", "col")
 SCHEDULES = (("gather", 2), ("gather", 4), ("gather", 8), ("summa", 1), ("cannon", 1))
 """Beside gather in one piece."""
 KEPT = 300
+NEVER = 2**62
+"""The bytes of a candidate that is another one in other words."""
 _TOKENS = ("depth", "row", *SEQUENCE_AXES)
 Numbers = NDArray[np.int64]
 
@@ -226,6 +228,8 @@ def _costs(
     for places in _groups(model, sizes, batch):
         group = _group(model, places, found, switches)
         found.peak[places] = peak_bytes(model, group.shape, group.parallel).total
+    if not switches.reshard:  # means nothing where FSDP2 serves no axis
+        found.peak[np.prod([sizes[axis] for axis in (*DATA_AXES, *SEQUENCE_AXES)], axis=0) == 1] = NEVER
     return found
 
 
@@ -317,7 +321,7 @@ def _joined(parts: Sequence[Found], training: Training) -> Found:
 
 def fastest_too_large(model: ModelConfig, cluster: Cluster, found: Found) -> int | None:
     """The place of the fastest of the candidates that hardly do not fit; None where all fit."""
-    too_large = np.flatnonzero(found.peak > most_that_fits(cluster.profile.memory_bytes))
+    too_large = np.flatnonzero((found.peak > most_that_fits(cluster.profile.memory_bytes)) & (found.peak < NEVER))
     if not len(too_large):
         return None
     chosen = np.full(len(found), False)

@@ -1,8 +1,8 @@
 """The memory of a step, verified: the trainer's own step on tensors without data, in a world of one process.
 
-The step of a model of few layers is traced at two depths, each layer as wide as it is; what a deeper model holds at each
-place of its step, in the loss say, or in the backward of its first layer, follows from the two, for what is alive there
-grows by the same with each layer. Of all places the one with the most is the peak.
+The step of a model of few layers is traced at two depths, each layer as wide as it is; what a deeper model holds at
+each place of its step, in the loss say, or in the backward of its first layer, follows from the two, for what is alive
+there grows by the same with each layer. Of all places the one with the most is the peak.
 """
 
 import io
