@@ -148,14 +148,15 @@ def norm_backward(ledger: Ledger, norm: Norm, s: Any, widening: Any) -> None:
 
 def _forward_again(walk: Walk, layer: Layer, saved: list[BlockSaved], products: list[list[ProductSizes]]) -> None:
     """What the layer saves comes, but for what is there: its input, and the result of attention that is kept."""
-    ledger, parallel = walk.ledger, walk.parallel
+    ledger, parallel, attended = walk.ledger, walk.parallel, 0
     for number, (block, held, (column, row)) in enumerate(zip(layer, saved, products, strict=True)):
-        if number:
+        if number:  # the layer's forward holds what attention gave until it ends
+            attended = ledger.hold(column.s)
             ledger.hold(held.stream, "activations")
         ledger.touch(column.s * (2 * walk.widening))
         ledger.hold(held.column_input + held.statistics + held.column_weights, "activations")
         if block.attention is None and walk.tiled:
-            return
+            return ledger.drop(attended)
         forward(ledger, column, parallel, row.early if walk.early else Early())
         kept = result_bytes(block.attention, walk.shape, parallel) if block.attention is not None else 0
         kept = kept if walk.shape.savers.attention_once else 0
@@ -165,6 +166,7 @@ def _forward_again(walk: Walk, layer: Layer, saved: list[BlockSaved], products: 
         ledger.hold(held.row_weights, "activations")
         following = products[number + 1][0] if number + 1 < len(layer) else row
         forward(ledger, row, parallel, following.early if walk.early else Early())
+    ledger.drop(attended)
 
 
 def _tiles_backward(walk: Walk, block: Block, held: BlockSaved, column: ProductSizes, row: ProductSizes) -> None:
