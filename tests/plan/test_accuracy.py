@@ -5,8 +5,8 @@ from functools import cache
 
 import numpy as np
 import pytest
-from plan.validation import A100, rows, run_of
 
+from plan.validation import A100, rows, run_of
 from tessera.plan.calibrate import Run, calibrated, corrected, stacked
 from tessera.plan.machine import far_apart, read_profile, written_profile
 from tessera.plan.time import step_time

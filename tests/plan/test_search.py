@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from plan.validation import gpt
 
+from plan.validation import gpt
 from tessera.layout.resolve import check_layout
 from tessera.plan.choice import Training
 from tessera.plan.cluster import cluster_of
 from tessera.plan.recommend import judge
-from tessera.plan.search import search
+from tessera.plan.search import NEVER, search
 
 SMALL = gpt(512, 8, 2, 1024, 4096)
 
@@ -39,6 +39,8 @@ def test_arrays_of_candidates_give_what_each_gives_by_itself():
     found = search(SMALL, cluster, training, exhaustive=True)
     rng = np.random.default_rng(0)
     for place in rng.choice(len(found), 40, replace=False):
+        if found.peak[place] == NEVER:
+            continue
         layout = found.layout(int(place))
         judged = judge(SMALL, layout, cluster, training)
         assert judged.peak.total == pytest.approx(found.peak[place], rel=2e-3), layout
