@@ -135,7 +135,7 @@ class Case:
             self.wrong(f"{name}: exit code {seen.code}: {(seen.err or seen.out)[-300:]}")
         elif seen.code == 2 and after and not free:
             self.wrong(f"{name}: refused ({seen.err[:160]}), but {', '.join(after[:4])}")
-        elif seen.code > 0 and heard and not seen.err.strip():
+        elif seen.code > 0 and heard and not seen.said.strip():  # a command without arguments prints its help
             self.wrong(f"{name}: exit code {seen.code} without a word")
         elif "frame #" in seen.said:
             self.wrong(f"{name}: frames of C++: {seen.said[-200:]}")

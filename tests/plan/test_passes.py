@@ -34,7 +34,7 @@ def test_no_rank_holds_all_keys_and_values_of_random_documents(seed):
     for transport in ("exchange", "ring"):
         case = replace(PACKED, transport=transport, seed=seed)
         for forward, backward in pool(4).run(held, case):
-            assert 0.25 < forward < 1, transport
+            assert 0.25 <= forward < 1, transport  # a rank whose documents lie with it reads nothing of others
             assert forward < backward < 2, transport
 
 

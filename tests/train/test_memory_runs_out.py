@@ -100,7 +100,9 @@ def test_a_rank_that_the_kernel_kills_for_memory(workshop: Workshop, tmp_path, s
     shell = f"echo $$ > {small_group}/cgroup.procs; exec {shlex.join(words)}"
     ended = subprocess.run(["bash", "-c", shell], env=environment(), capture_output=True, text=True, timeout=120)
     assert ended.returncode == 1
-    assert re.match(r"rank [01] \(process \d+\) in step 1, (forward|backward), was killed by SIGKILL\n", ended.stderr)
+    assert re.match(
+        r"rank [01] \(process \d+\) in step 1, (data|forward|backward), was killed by SIGKILL\n", ended.stderr
+    )
     assert "  memory ran out: the kernel killed it\n  what lowers the peak of a rank most" in ended.stderr
 
 

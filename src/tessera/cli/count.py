@@ -56,6 +56,10 @@ def count(asked: Asked, output: Path | None) -> None:
         raise UserError("--memory", asked.memory, "is not the memory of a device, in GiB", "for example 80")
     worlds, config, shape = question(asked)
     if output is not None:
+        given = [Path(named) for named in (asked.subject, asked.model) if named is not None]
+        if output.exists() and output.resolve() in [named.resolve() for named in given]:
+            reason = "is the folder of the model, which stays as it is"
+            raise UserError("--output", output, reason, "another folder")
         check_target_folder(output, "--output")
         with writing_target(output, "--output"):
             output.mkdir(parents=True, exist_ok=True)

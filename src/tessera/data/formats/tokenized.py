@@ -44,6 +44,8 @@ def token_sample(row: dict[str, Any], origin: Origin) -> Sample:
             raise UserError(
                 "datasets", origin, reason, "they count 0, 1, 2, …, and begin at 0 again with each document"
             )
+        if len(positions) > 1 and not goes_on.any():
+            labels = np.full_like(tokens, IGNORED)  # each token is a document by itself, in which nothing follows
         positions = None if goes_on.all() else positions
     return Sample(tokens, origin, labels, inner_masked, positions)
 
