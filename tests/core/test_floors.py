@@ -30,6 +30,7 @@ FLOORS = [  # bottom to top; rooms of one floor know nothing of one another
     ["train"],
     ["launch"],
     ["inspect", "verify", "doctor"],
+    ["measure"],
     ["report"],
     ["demos"],
     ["cli"],

@@ -1,6 +1,7 @@
 """Clusters as people write them, the shipped profiles, the time of a collective on a profile, and what was fitted."""
 
 import json
+import os
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -9,11 +10,18 @@ import pytest
 from benchmarks.fit_curves import curves, data_folder
 
 from tessera.core.errors import UserError
-from tessera.plan.cluster import cluster_of
+from tessera.plan.cluster import cluster_of, kept_profiles, profile_for
 from tessera.plan.fitted import Moved, Multiplied, fitted_curve, fitted_product
 from tessera.plan.machine import Curve, Profile, read_profile, shipped_profiles, written_profile
 
 SHIPPED = shipped_profiles()
+
+
+@pytest.fixture(autouse=True)
+def nothing_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 NAMED = {
     "8xH100": (1, 8, "H100"),
     "16xH100": (2, 8, "H100"),
@@ -95,12 +103,33 @@ def test_a_file_that_names_no_cluster_is_refused(text: str, tmp_path: Path) -> N
     assert refused.value.hint
 
 
+def test_the_newest_profile_that_was_measured_of_a_device_counts(tmp_path: Path) -> None:
+    here = cluster_of("this")
+    assert here.machines == 1 and not here.profile.measured and here.profile.error > 0.5
+    folder = tmp_path / "cache" / "tessera" / "profiles"
+    folder.mkdir(parents=True)
+    for age, (name, device) in enumerate(
+        [("new", here.profile.device), ("old", here.profile.device), ("h100", "NVIDIA H100 80GB HBM3")]
+    ):
+        made = replace(here.profile, name=name, device=device, devices_per_machine=2, measured=True)
+        (folder / f"{name}.json").write_text(written_profile(made))
+        os.utime(folder / f"{name}.json", (10**9 - age, 10**9 - age))
+    (folder / "broken.json").write_text("{")
+    assert [profile.name for profile in kept_profiles()] == ["new", "old", "h100"]
+    assert cluster_of("this").profile.name == "new" and cluster_of("this").per_machine == 2
+    assert cluster_of("2x1xold").profile.name == "old" and cluster_of("4xH100").profile.name == "h100"
+    several = [replace(here.profile, name=str(ranks), devices_per_machine=ranks) for ranks in (1, 4)]
+    assert profile_for(here.profile.device, several, ranks=2) == several[1]
+    assert profile_for("else", several) is None
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_figure_that_ships_has_a_source(name: str) -> None:
     profile = SHIPPED[name]
     assert profile.name == name and not profile.measured and {"any", "all_reduce"} <= set(profile.inside)
-    unset = {"pair_bandwidth": None, "shared": {}}
-    figures = {each.name for each in fields(Profile)} - {"name", "device", "stack", "date", "measured", "sources"}
+    unset = {"pair_bandwidth": None, "residuals": None, "shared": {}, "pairs": (), "peak_flops": {}}
+    about = {"name", "device", "stack", "date", "measured", "sources", "asynchronous"}
+    figures = {each.name for each in fields(Profile)} - about
     wanted = {figure for figure in figures if getattr(profile, figure) != unset.get(figure, 0)} | {"step_seconds"}
     assert {key for key, source in profile.sources.items() if source} == wanted
     assert profile.product_flops <= profile.peak_flops.get("bfloat16", np.inf)
@@ -115,7 +144,8 @@ def test_a_profile_reads_as_it_was_written(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [("product_flops", 0), ("memory_bandwidth", 1e300), ("overlap", 2), ("contention", 0.5), ("inside", {}),
-     ("memory_bytes", -1), ("devices_per_machine", 10**9), ("error", "NaN"), ("shared", {"2": 0.1}), ("name", None)],
+     ("memory_bytes", -1), ("devices_per_machine", 10**9), ("error", "NaN"), ("shared", {"links": {"2": 0}}),
+     ("name", None)],
 )  # fmt: skip
 def test_absurd_figures_are_refused(key: str, value: object, tmp_path: Path) -> None:
     content = json.loads(written_profile(SHIPPED["H100"]))
@@ -169,3 +199,12 @@ def test_where_devices_are_joined_in_pairs_few_have_few_links() -> None:
     assert switched.collective_seconds("all_gather", received, 2) < two / 6
     ranks = np.array([2, 8])
     assert mesh.collective_seconds("all_gather", received, ranks) == pytest.approx([two, eight])
+
+
+def test_what_ranks_share_slows_them_by_what_was_measured() -> None:
+    shared = {"product": {1: 1.0, 2: 1.5, 4: 3.5}, "links": {2: 0.5, 4: 1.0}}
+    profile = replace(SHIPPED["CPU"], shared=shared)
+    assert [profile.slowdown("product", ranks) for ranks in (1, 2, 3, 4, 8)] == [1, 1.5, 2.5, 3.5, 7]
+    assert profile.slowdown("product", np.array([1, 3, 8])).tolist() == [1, 2.5, 7]
+    assert profile.slowdown("links", 2) == 0.5 and profile.slowdown("memory", 4) == 1
+    assert SHIPPED["H100"].slowdown("product", 8) == 1

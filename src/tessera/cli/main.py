@@ -336,6 +336,23 @@ def plan(
 
 
 @app.command()
+def measure(
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the profile here too.")] = None,
+    ranks: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=bounds.RANKS_HERE, help="Processes; unset: one for each GPU, or for each core up to 8."
+        ),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A few seconds: fewer sizes, fewer rounds.")] = False,
+) -> None:
+    """Measure this machine for the planner: products, memory, attention, collectives, links. Writes a profile."""
+    from tessera.cli.measure import run
+
+    run(output, ranks, quick)
+
+
+@app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="The output_dir of a run.", metavar="OUTPUT_DIR")],
     other: Annotated[

@@ -97,6 +97,16 @@ def memory_bytes(device: torch.device) -> int | None:
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
+def host_memory_bytes() -> int:
+    """The memory of this machine, whoever uses it."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def cores_here() -> int:
+    """The cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def gpus_missing(ranks: int) -> int:
     """How many GPUs this machine is short of one for each of `ranks`; 0 where it has none at all."""
     return max(0, ranks - torch.cuda.device_count()) if torch.cuda.is_available() else 0

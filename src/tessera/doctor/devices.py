@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from tessera.core.device import cores_here
 from tessera.core.driver import Gpu
 from tessera.core.text import counted, human
 from tessera.doctor.finding import Finding, read
@@ -34,11 +35,6 @@ def torch_here() -> Torch:
         with suppress(AttributeError, RuntimeError):
             nccl = ".".join(map(str, torch.cuda.nccl.version()))
     return Torch(torch.__version__, torch.version.cuda, torch.cuda.device_count(), tuple(backends), nccl)
-
-
-def cores_here() -> int:
-    """The cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_findings(files: Callable[[str], str | None] = read, allowed: int | None = None) -> list[Finding]:

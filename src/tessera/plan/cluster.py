@@ -46,8 +46,8 @@ _BESIDE = re.compile(r"nvidia|amd|instinct|geforce|rtx|tesla|gpu|oam|sxm\d?|hbm\
 def cluster_of(text: str, profile: Profile | None = None) -> Cluster:
     """The cluster that `text` names; `profile` in place of the one that belongs to its device.
 
-    Without `profile` the newest that `tessera measure` kept for the device counts where `text` is `this`; else the
-    one that is shipped. Raises UserError for what names no cluster, with the nearest names.
+    Without `profile` it is the newest that `tessera measure` kept for the device, else the one that is shipped. Raises
+    UserError for what names no cluster, with the nearest names.
     """
     if text.strip().lower() == "this":
         return _this(profile)
@@ -73,15 +73,21 @@ def profile_named(name: str) -> Profile:
     if name.lower().endswith(".json"):
         return read_profile(Path(name))
     shipped = shipped_profiles()
+    measured = kept_profiles()
     if (known := _shipped_name(name)) is not None:
-        return shipped[known]
-    kept = {profile.name: profile for profile in kept_profiles()}
+        return next((profile for profile in measured if _shipped_name(profile.device) == known), shipped[known])
+    kept = {profile.name: profile for profile in measured}
     if name in kept:
         return kept[name]
     names = [*shipped, *kept]
     close = nearest(name.upper(), names)
     hint = f"{close}; " if close else ""
     raise UserError(KEY, name, "no profile of such a device", f"{hint}there are {', '.join(names)}; {EXAMPLES}")
+
+
+def shipped_for(hardware: str, gpu: bool) -> Profile | None:
+    """The shipped profile of a device by the name that torch or the system gives it; None where there is none."""
+    return shipped_profiles().get((_shipped_name(hardware) or "") if gpu else CPU)
 
 
 def kept_profiles(folder: Path | None = None) -> list[Profile]:
@@ -210,8 +216,10 @@ def _this(profile: Profile | None) -> Cluster:
     hardware = devices.hardware(torch.device("cuda" if gpus else "cpu"))
     found = profile or profile_for(hardware, kept_profiles(), ranks=gpus or 1)
     if found is None:
-        shipped = shipped_profiles().get(_shipped_name(hardware) or "" if gpus else CPU)
+        shipped = shipped_for(hardware, gpu=gpus > 0)
         if shipped is None:
             raise UserError(KEY, "this", f"no profile of {hardware} is shipped", "run tessera measure once, here")
-        found = replace(shipped, device=hardware)
-    return Cluster(1, min(gpus or found.devices_per_machine, found.devices_per_machine), found)
+        memory = shipped.memory_bytes if gpus else devices.host_memory_bytes() // devices.cores_here()
+        found = replace(shipped, device=hardware, memory_bytes=memory)
+    ranks = gpus or (found.devices_per_machine if found.measured else devices.cores_here())
+    return Cluster(1, min(ranks, found.devices_per_machine), found)

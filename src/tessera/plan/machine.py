@@ -96,15 +96,17 @@ class Profile:
     """One device with one stack. FLOP/s are of floats, bandwidths bytes/s, times seconds.
 
     `peak_flops` by dtype: the vendor's, of which MFU is a share. A product of M, N, K multiplies at
-    `product_flops · d / (d + product_half)`, d the least of the three; attention at `attention_flops`. What memory
-    bounds moves at `memory_efficiency · memory_bandwidth`. The host issues an operator in `dispatch_seconds`: a layer
-    takes no less than that, and where it does not run `asynchronous`, as on a CPU, that much more. Of what may overlap
-    with compute the share `overlap` does; compute is `contention` times slower then. `step_seconds`: what a step takes
-    beside. `inside` and `between` have a curve for a kind of collective, or for `any`. Where devices are joined pair by
-    pair and not by a switch, `pair_bandwidth` is that of one such link: a group then has those between its ranks alone.
-    `shared`: where ranks share cores, by how much the rates of one fall with so many computing at once. `error`: half
-    of the band of a prediction, as a share; `measured`: on the machine itself. Kernels that form attention's scores
-    move `score_bytes` for each; flash kernels none. `residuals`: of measured runs, what the terms alone miss. `sources`
+    `product_flops · d / (d + product_half)`, d the least of the three; attention at `attention_flops`: 4 HQS² FLOP in
+    the forward (H heads of Q features over S tokens), 2.5 times that in the backward, half with a causal mask. What
+    memory bounds moves at `memory_efficiency · memory_bandwidth`. The host issues an operator, as plan/work.py counts
+    them, in `dispatch_seconds`: a layer takes no less than that, and where it does not run `asynchronous`, as on a CPU,
+    that much more. Of what may overlap with compute the share `overlap` does; compute is `contention` times slower
+    then. `step_seconds`: what a step takes beside. `inside` and `between` have a curve for a kind of collective, or for
+    `any`. Where devices are joined pair by pair and not by a switch, `pair_bandwidth` is that of one such link: a group
+    then has those between its ranks alone. `shared`: where ranks share cores, by what everything takes longer with so
+    many at once (`slowdown`). `pairs`: two ranks each, and the bytes/s between them one way. `error`: half of the band
+    of a prediction, as a share; `measured`: on the machine itself. Kernels that form attention's scores move
+    `score_bytes` for each; flash kernels none. `residuals`: of measured runs, what the terms alone miss. `sources`
     names where figures come from.
     """
 
@@ -132,13 +134,30 @@ class Profile:
     measured: bool = False
     residuals: Residuals | None = None
     pair_bandwidth: float | None = None
-    shared: Mapping[int, float] = field(default_factory=dict)
+    shared: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    pairs: tuple[tuple[int, int, float], ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def curve(self, level: Level, kind: str) -> Curve:
         """The curve of a kind of collective at a level."""
         curves = self.inside if level == "inside" else self.between
         return curves.get(kind, curves["any"])
+
+    def slowdown(self, what: str, ranks: Any) -> Any:
+        """By what `what` takes longer where so many ranks of one machine run at once; numbers or arrays of candidates.
+
+        Of `product`, `memory`, `attention` and `dispatch` the profile holds what one rank alone takes, so 1 for one
+        rank; of `links` what groups take when every rank that was measured is at it, so 1 for all of them and less for
+        fewer. Between the numbers that were measured lies a straight line, beyond them the same proportion. 1 where
+        nothing is shared, as on GPUs.
+        """
+        known = sorted(self.shared.get(what, {}).items())
+        if not known:
+            return where(ranks > 0, 1.0, 1.0)
+        most, times = known[-1]
+        between = np.interp(ranks, [count for count, _ in known], [factor for _, factor in known])
+        found = where(ranks > most, times * ranks / most, between)
+        return found if isinstance(ranks, np.ndarray) else float(found)
 
     def collective_seconds(self, kind: str, received: Any, ranks: Any, machines: Any = 1) -> Any:
         """Seconds of one collective of `ranks`, on `machines` machines, each of which receives `received` bytes.
@@ -224,8 +243,11 @@ def _bounds(profile: Profile) -> Iterator[tuple[str, float, float, float]]:
     yield "error", profile.error, 0, 10
     if profile.pair_bandwidth is not None:
         yield "pair_bandwidth", profile.pair_bandwidth, 1, FASTEST
-    for ranks, times in profile.shared.items():
-        yield f"shared.{ranks}", times, 1, 2 * AT_ONCE
+    for what, shared in profile.shared.items():
+        for ranks, times in shared.items():
+            yield f"shared.{what}.{ranks}", times, 1e-3, 2 * AT_ONCE
+    for first, second, rate in profile.pairs:
+        yield f"pairs.{first}-{second}", rate, 1, FASTEST
     for level, curves in (("inside", profile.inside), ("between", profile.between)):
         for kind, curve in curves.items():
             yield f"{level}.{kind}.bytes_per_second", curve.bytes_per_second, 1, FASTEST

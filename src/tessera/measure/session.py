@@ -1,0 +1,143 @@
+"""`tessera measure`: starts ranks on this machine, or is one under torchrun, and writes what they measured.
+
+The ranks run this command too. Rank 0 prints, and writes the profile into the user's cache folder and to --output.
+"""
+
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from pydantic import TypeAdapter
+
+from tessera.core import device as devices
+from tessera.core import terminal
+from tessera.core.collectives import gathered
+from tessera.core.errors import RunFailed, UserError
+from tessera.core.files import check_target, writing_target
+from tessera.core.mesh import Mesh
+from tessera.core.writing import replace_file
+from tessera.doctor.examine import MOST_RANKS
+from tessera.doctor.pairs import measure_pairs
+from tessera.launch.rank import as_rank, handed, is_rank
+from tessera.launch.workers import Restarts, run_workers
+from tessera.measure import compute, links
+from tessera.measure.profile import here, lines, profile_of
+from tessera.measure.timing import QUICK, Effort, Timer
+from tessera.plan.cluster import profiles_folder
+from tessera.plan.machine import Profile, written_profile
+from tessera.sizes.bounds import RANKS_HERE, at_most
+
+TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The options of the command, as the ranks are handed them. `threads` of each rank, where the user has set them."""
+
+    output: Path | None = None
+    quick: bool = False
+    threads: int | None = None
+
+
+_ASKED = TypeAdapter(Asked)
+
+
+@dataclass(frozen=True)
+class Amount:
+    """What is measured, and for how long: sizes of what is computed, bytes of blocks that move, those of a pair."""
+
+    effort: Effort
+    sizes: compute.Sizes
+    blocks: tuple[int, ...]
+    pair: int
+
+    @classmethod
+    def usual(cls, device: torch.device, quick: bool) -> "Amount":
+        """For a device, or a few seconds of it."""
+        if device.type == "cuda":
+            sizes = compute.QUICK_ON_GPU if quick else compute.ON_GPU
+            return cls(
+                QUICK if quick else Effort(), sizes, links.GPU_BLOCKS[1::2] if quick else links.GPU_BLOCKS, 2**27
+            )
+        sizes = compute.QUICK_ON_CPU if quick else compute.ON_CPU
+        return cls(QUICK if quick else Effort(), sizes, links.CPU_BLOCKS[:3] if quick else links.CPU_BLOCKS, 2**22)
+
+
+def measure(asked: Asked, ranks: int | None) -> None:
+    """Measure, print, write. `ranks`: None for one on each GPU, or on CPUs on each core up to MOST_RANKS.
+
+    Raises UserError before a rank is started, RunFailed where one fails.
+    """
+    if is_rank():
+        as_rank(lambda ours: _run_rank(_ASKED.validate_json(handed()) if ours else asked))
+        return
+    if asked.output is not None:
+        check_target(asked.output, "--output")
+    ranks = ranks or torch.cuda.device_count() or min(devices.cores_here(), MOST_RANKS)
+    at_most("--ranks", ranks, RANKS_HERE, "is the number of processes on this machine")
+    devices.stay_on_cpu_without_gpus(ranks)
+    text = _ASKED.dump_json(asked).decode()
+    run_workers(["-P", "-m", "tessera", "measure"], ranks, restarts=Restarts(handed=lambda _: text))
+
+
+def measured_profile(mesh: Mesh, amount: Amount, threads: int | None, date: str) -> tuple[Profile, list[str]]:
+    """Measure on every rank of `mesh`, which all call this. Returns the profile and what to tell, on each the same."""
+    per_machine = links.ranks_here(mesh)
+    if len(set(gathered(per_machine, mesh.world))) > 1:
+        raise RunFailed("machines have different numbers of ranks: measure with as many on each")
+    timer = Timer(mesh, amount.effort)
+    computed = compute.measured_compute(timer, amount.sizes, per_machine, threads)
+    product = compute.middle_product(mesh.device, computed.dtype, amount.sizes)
+    linked = links.measured_links(timer, amount.blocks, per_machine, product)
+    pairs = measure_pairs(mesh, amount.pair) if mesh.world > 1 else None
+    profile = profile_of(computed, linked, pairs, here(mesh, per_machine, date))
+    return profile, lines(profile, computed, linked, pairs)
+
+
+def _run_rank(asked: Asked) -> None:
+    device = devices.local_device()
+    devices.prepare(device, tf32=False)
+    dist.init_process_group(devices.backend(device), timeout=TIMEOUT)
+    try:
+        mesh = Mesh({"shard": dist.get_world_size()}, device)
+        date = datetime.now(UTC).date().isoformat()
+        profile, told = measured_profile(mesh, Amount.usual(device, asked.quick), asked.threads, date)
+        if mesh.rank == 0:
+            terminal.say(*told, "", *_written(profile, asked.output))
+    finally:
+        with suppress(RuntimeError):
+            dist.destroy_process_group()
+
+
+def _written(profile: Profile, output: Path | None) -> list[str]:
+    """Write the profile; what to tell of it. A cache folder that takes no files is no failure."""
+    text, kept = written_profile(profile), profiles_folder() / f"{profile.name}.json"
+    told = []
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(kept, text.encode())
+        told.append(f"kept for later: {kept}")
+    except OSError as error:
+        told.append(f"what was measured could not be kept: {error}")
+    if output is not None:
+        with writing_target(output, "--output"):
+            output.write_text(text)
+        told.append(f"written: {output}")
+    return told
+
+
+def threads_asked() -> int | None:
+    """The threads of a rank that the user has set: OMP_NUM_THREADS, which a launcher leaves as it is.
+
+    Raises UserError for what is no number.
+    """
+    text = os.environ.get("OMP_NUM_THREADS", "")
+    if not text:
+        return None
+    if not text.isdecimal() or not 1 <= int(text) <= RANKS_HERE:
+        raise UserError("OMP_NUM_THREADS", text, "is no number of threads", "unset it")
+    return int(text)

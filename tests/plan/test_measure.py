@@ -1,0 +1,70 @@
+"""`tessera measure`: what ranks measure is a profile that reads again, and counts what training moves."""
+
+from pathlib import Path
+
+import pytest
+
+from plan.measure_cases import profile_here, received_by_each_kind, what_slows_is_seen
+from support.forked import tessera
+from support.pool import pool
+from tessera.core.errors import UserError
+from tessera.measure.links import KINDS
+from tessera.measure.session import threads_asked
+from tessera.plan.cluster import kept_profiles
+from tessera.plan.machine import read_profile
+
+
+def test_two_ranks_measure_one_profile(tmp_path):
+    ((text, lines, threads), (other, *_)) = pool(2).run(profile_here)
+    assert text == other and threads == 1, "ranks disagree, or the number of threads has changed"
+    (tmp_path / "p.json").write_text(text)
+    profile = read_profile(tmp_path / "p.json")
+    assert profile.measured and profile.devices_per_machine == 2 and profile.name.endswith("2026-11-29")
+    assert set(profile.inside) == {*KINDS, "any"} and profile.pairs[0][:2] == (0, 1)
+    for what in ("product", "memory", "attention", "dispatch"):
+        assert profile.shared[what][1] == 1 and set(profile.shared[what]) == {1, 2}
+    assert profile.shared["links"] == {2: 1.0}
+    assert set(profile.sources) >= {"product_flops", "inside", "overlap", "error", "pairs"}
+    told = "\n".join(" ".join(line.split()) for line in lines)
+    for words in ("matrix products", "32 16 16", "all_to_all 2 64 B", "an operator's dispatch", "GB/s of each pair"):
+        assert words in told, told
+
+
+@pytest.mark.parametrize("here", [4, 2])
+def test_the_bytes_of_a_measured_call_are_those_that_training_counts(here):
+    for found in pool(4).run(received_by_each_kind, here):
+        levels = [("inside", 2), ("inside", 4)] if here == 4 else [("inside", 2), ("between", 2)]
+        assert [(level, size) for level, kind, size, *_ in found if kind == "shift"] == levels
+        for level, kind, size, counted, received, complete in found:
+            assert counted == received and complete, (level, kind, size)
+
+
+def test_the_slowest_rank_counts():
+    for every, last in pool(2).run(what_slows_is_seen):
+        assert every >= 0.01 and last >= 0.01
+
+
+def test_the_command_keeps_what_it_measured(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    ended = tessera("measure", "--quick", "--output", str(tmp_path / "here.json"), ranks=1)
+    assert ended.codes == [0], ended.err
+    (kept,) = kept_profiles(tmp_path / "cache" / "tessera" / "profiles")
+    assert kept == read_profile(tmp_path / "here.json") and kept.measured
+    assert kept.sources["inside"].startswith("not measured with one rank")
+    assert str(tmp_path / "here.json") in ended.out[0] and "matrix products" in ended.out[0]
+
+
+def test_a_place_that_takes_no_file_is_refused_before_anything_is_measured(tmp_path):
+    from tessera.measure.session import Asked, measure
+
+    with pytest.raises(UserError, match="--output"):
+        measure(Asked(Path(tmp_path)), 2)
+
+
+@pytest.mark.parametrize(("text", "threads"), [("", None), ("3", 3)])
+def test_threads_that_the_user_has_set_are_kept(monkeypatch, text, threads):
+    monkeypatch.setenv("OMP_NUM_THREADS", text)
+    assert threads_asked() == threads
+    monkeypatch.setenv("OMP_NUM_THREADS", "many")
+    with pytest.raises(UserError, match="OMP_NUM_THREADS"):
+        threads_asked()
