@@ -11,6 +11,8 @@
     of the monitor          of the planner (plan/peak.py)
     states, activations, gathered   the same
     other                   working
+
+Every term and every kind of the planner is in one of the monitor's: their sums are the same.
 """
 
 from collections.abc import Mapping
@@ -90,7 +92,7 @@ class Prediction:
         }
 
     def __str__(self) -> str:
-        """One line, e.g. "predicted: 9.02 ms a step ± 15%, 14,200 tokens/s, peak 1.2 GiB; profile cpu, measured here"."""
+        """One line, e.g. "predicted: 9.02 ms a step ± 15%, 14,200 tokens/s, peak 1.2 GiB; profile x, measured here"."""
         origin = "measured here" if self.measured_here else "not measured here: run tessera measure"
         return (
             f"predicted: {milliseconds(self.step_seconds)} a step ± {self.band:.0%}, "

@@ -43,7 +43,7 @@ class Measure:
             events.measured(about | {"device": devices.describe(mesh.device)})
 
     def predict(self, config: TrainConfig, model: ModelConfig) -> None:
-        """Say what a step should take, and compare from now on; nothing where nothing is measured. No run fails here."""
+        """Say what a step should take, and compare from now on; nothing where nothing is measured. Fails no run."""
         if self.monitor is None or self._of.mesh.rank > 0:
             return
         try:

@@ -143,7 +143,7 @@ class Records:
         self.notes.write(RESOLVED, dump_config(resolved))
 
     def write_summary(self) -> None:
-        """Write summary.json: what each rank held, the collectives of a step, what was predicted. Every rank calls it."""
+        """Write summary.json: what ranks held, the collectives of a step, what was predicted. Every rank calls it."""
         model, mesh = self.built.model, self.built.mesh
         own = [parameter_elements(model), devices.peak_memory_bytes(mesh.device)]
         held = all_gather(torch.tensor([own], device=mesh.device), 0, mesh.group(AXES)).tolist()
