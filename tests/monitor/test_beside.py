@@ -29,7 +29,9 @@ def expected(**changes: Any) -> Prediction:
     return Prediction(**(own | rest | changes))
 
 
-def line(col: float = 0.001, memory: bool = True, kinds: dict[str, float] | None = None, **terms: float) -> dict[str, Any]:
+def line(
+    col: float = 0.001, memory: bool = True, kinds: dict[str, float] | None = None, **terms: float
+) -> dict[str, Any]:
     """A line of metrics.jsonl, of a step that took as long as predicted but for these terms."""
     seconds: dict[str, Any] = SECONDS | terms | {"communication": {"col": col}, "evaluation": 5.0, "save": 5.0}
     step = col + sum((SECONDS | terms).values())

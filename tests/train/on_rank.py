@@ -94,6 +94,11 @@ def said_with_profiles(settings: dict[str, Any], cache: str) -> str:
         return said_on_rank(settings)
 
 
+def said_where_predicting_fails(settings: dict[str, Any]) -> str:
+    with patch("tessera.train.foresee.foresee_run", side_effect=ZeroDivisionError("no step at all")):
+        return said_on_rank(settings)
+
+
 # ---- Saves that go wrong
 
 
