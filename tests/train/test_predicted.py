@@ -59,7 +59,7 @@ def test_a_run_that_is_slower_than_its_machine_says_which_term(workshop: Worksho
     assert f"most of it {worst} (" in warnings[0]
     # axes are called alike, and what was predicted is there to be compared with
     along = {axes for m in lines for axes in m.get("seconds", {}).get("communication", {})}
-    assert along == {axes for axes in told["predicted"]["seconds"]["communication"]}
+    assert along == set(told["predicted"]["seconds"]["communication"])
     assert measured["kinds_gib"].keys() == told["predicted"]["kinds_gib"].keys()
     assert all("predicted" not in m for m in lines)
 
