@@ -30,13 +30,13 @@ def expected(**changes: Any) -> Prediction:
 
 
 def line(
-    col: float = 0.001, memory: bool = True, kinds: dict[str, float] | None = None, **terms: float
+    col: float = 0.001, *, shown: bool = True, kinds: dict[str, float] | None = None, **terms: float
 ) -> dict[str, Any]:
-    """A line of metrics.jsonl, of a step that took as long as predicted but for these terms."""
+    """A line of metrics.jsonl, of a step as long as predicted but for these terms; `shown`: of a logging step."""
     seconds: dict[str, Any] = SECONDS | terms | {"communication": {"col": col}, "evaluation": 5.0, "save": 5.0}
     step = col + sum((SECONDS | terms).values())
     held: dict[str, Any] = {"memory": {"peak_gib": 9.0} | ({"kinds_gib": kinds} if kinds else {})}
-    return {"step_seconds": step} | (held | {"seconds": seconds} if memory else {})
+    return {"step_seconds": step} | (held | {"seconds": seconds} if shown else {})
 
 
 def followed(lines: list[dict[str, Any]], prediction: Prediction | None = None, profiled: bool = False) -> Beside:
@@ -88,10 +88,10 @@ def test_a_few_slow_steps_are_no_slow_run():
 
 def test_a_line_that_has_one_of_the_first_steps_in_it_does_not_count():
     """Every fourth step is shown; the first line has the slow start in it."""
-    shown = [line(memory=False)] * 3
-    beside = followed([*shown, line(compute=9.0), *shown, line(col=0.004)])
+    between = [line(shown=False)] * 3
+    beside = followed([*between, line(compute=9.0), *between, line(col=0.004)])
     assert beside.seconds == pytest.approx(SECONDS | {"communication along col": 0.004} | {"compute": 0.007})
-    without = followed([*shown, line(compute=9.0)] + [line(memory=False) | {"step_seconds": 1.0}] * ENOUGH)
+    without = followed([*between, line(compute=9.0)] + [line(shown=False) | {"step_seconds": 1.0}] * ENOUGH)
     assert without.seconds == {}
     assert without.more() == ["slower than predicted: 1,000 ms a step against 9 ± 15%; see docs/debugging/slow.md"]
 
