@@ -82,13 +82,23 @@ WRONG = [
 ]
 
 
+COLLECTIVE = {"axis": "a", "kind": "k", "calls": 1, "bytes": 1}
+PREDICTED = {
+    "seconds": {"compute": 1.0, "communication": {"col": 1}},
+    "kinds_gib": {"states": 1.0},
+    "band": 0.1,
+    "profile": "here",
+    "measured_here": True,
+}
+
+
 @pytest.mark.parametrize("name", ["metrics.jsonl", "monitor.jsonl", "events.jsonl", "summary.json", "state.json"])
 def test_no_value_of_another_type_ends_in_a_traceback(name, tmp_path):
     whole = {
-        "metrics.jsonl": monitored(1, eval_loss=1.0, predicted_seconds={"compute": 1.0, "communication": {"col": 1}}),
+        "metrics.jsonl": monitored(1, eval_loss=1.0),
         "monitor.jsonl": of_ranks(1, [0.1, 0.2]) | {"ranks": 2, "mesh": {"col": 2}, "machines": ["a"], "device": "d"},
-        "events.jsonl": {"time": 1, "step": 1, "kind": "said", "text": "so"},
-        "summary.json": {"parameters": 1, "collectives": [{"axis": "a", "kind": "k", "calls": 1, "bytes": 1}]},
+        "events.jsonl": {"time": 1, "step": 1, "kind": "predicted", "text": "so", "predicted": PREDICTED},
+        "summary.json": {"parameters": 1, "collectives": [COLLECTIVE], "predicted": PREDICTED},
         "state.json": {"best": {"checkpoint": 1}},
     }
     records = []

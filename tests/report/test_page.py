@@ -2,6 +2,7 @@
 
 import json
 import re
+from typing import Any
 
 import pytest
 
@@ -211,14 +212,52 @@ def test_a_machine_that_is_slow_as_a_whole_is_named(tmp_path):
     assert "at 2 of them every rank of that machine was slower than all others" in text
 
 
-def test_a_prediction_has_a_column_only_where_there_is_one(tmp_path):
-    folder = make_run(tmp_path / "run", [monitored(1), monitored(2)])
-    assert "predicted" not in reported(folder).text
-    predicted = {"compute": 0.04, "communication": {"col": 0.02}}
-    (folder / "summary.json").write_text(json.dumps({"predicted_seconds": predicted}))
+def expected(compute: float, **more: Any) -> dict[str, Any]:
+    """A prediction as a run writes it."""
+    seconds = {"compute": compute, "data": 0.0, "communication": {"col": 0.02}}
+    kinds = {"states": 0.75, "activations": 0.25}
+    return {"seconds": seconds, "band": 0.15, "kinds_gib": kinds, "profile": "epyc", "measured_here": True} | more
+
+
+def with_kinds() -> list[dict[str, Any]]:
+    """Two lines, the second of which has memory by kind."""
+    records = [monitored(1), monitored(2)]
+    records[1]["memory"]["kinds_gib"] = {"states": 1.0, "activations": 0.5, "gathered": 0.25, "other": 0.25}
+    return records
+
+
+def test_a_prediction_stands_beside_what_was_measured_where_there_is_one(tmp_path):
+    folder = make_run(tmp_path / "run", with_kinds())
     text = reported(folder).text
-    assert "compute 50 ms 50 % 40 ms" in text and "communication over col 15 ms 15 % 20 ms" in text
-    assert "a step 100 ms 60 ms" in text
+    assert "predicted" not in text.lower() and "states 1 GiB 50 % activations" in text
+    event = {"time": 1e9, "step": 0, "kind": "predicted", "text": "60 ms", "predicted": expected(0.04)}
+    again = event | {"step": 1, "predicted": expected(0.03, measured_here=False)}
+    for name, content in (("summary.json", {"predicted": expected(0.04)}), ("events.jsonl", event)):
+        (folder / name).write_text(json.dumps(content) + "\n")
+        text = reported(folder).text
+        (folder / name).unlink()
+        for row in (
+            "compute 50 ms 50 % 40 ms",
+            "communication over col 15 ms 15 % 20 ms",
+            "optimizer 10 ms 10 % —",
+            "a step 100 ms 60 ms ± 15 %",
+            "Predicted by the profile epyc, measured on the run's machine.",
+            "states 1 GiB 50 % 768 MiB",
+            "gathered 256 MiB 12.5 % —",
+            "together 2 GiB 1 GiB",
+        ):
+            assert row in text, row
+    write_lines(folder / "events.jsonl", [event, again])  # a run that went on
+    text = reported(folder).text
+    assert "a step 100 ms 50 ms ± 15 %" in text and "Predicted by the profile epyc, not measured there" in text
+
+
+def test_two_runs_have_their_predictions_each(tmp_path):
+    runs = [make_run(tmp_path / name, with_kinds()) for name in ("one", "two")]
+    (runs[1] / "summary.json").write_text(json.dumps({"predicted": expected(0.04)}))
+    text = reported(*runs).text
+    assert "compute 50 ms 50 % 50 ms 50 % 40 ms same" in text and "a step 100 ms 100 ms 60 ms ± 15 % same" in text
+    assert text.count("Predicted by the profile") == 1 and text.count("states 1 GiB 50 % 768 MiB") == 1
 
 
 def test_a_spike_that_hides_the_rest_makes_the_scale_logarithmic(tmp_path):

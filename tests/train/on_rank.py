@@ -88,6 +88,17 @@ def said_on_rank(settings: dict[str, Any]) -> str:
     return out.getvalue()
 
 
+def said_with_profiles(settings: dict[str, Any], cache: str) -> str:
+    """What a run prints whose machine has the profiles that lie in a cache folder."""
+    with patch.dict(os.environ, {"XDG_CACHE_HOME": cache}):
+        return said_on_rank(settings)
+
+
+def said_where_predicting_fails(settings: dict[str, Any]) -> str:
+    with patch("tessera.train.foresee.foresee_run", side_effect=ZeroDivisionError("no step at all")):
+        return said_on_rank(settings)
+
+
 # ---- Saves that go wrong
 
 

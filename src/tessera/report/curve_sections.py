@@ -136,14 +136,19 @@ def time(runs: Sequence[RunFolder]) -> Html:
     return section(
         "Time by term",
         tag("div", *charts, class_="charts wide-first" if len(runs) == 1 else "charts"),
-        tag("div", time_table(runs), tag("div", slowest(runs)), class_="columns" if len(runs) == 1 else None),
+        tag(
+            "div",
+            tag("div", time_table(runs), *(_origin(run, runs) for run in runs)),
+            tag("div", slowest(runs)),
+            class_="columns" if len(runs) == 1 else None,
+        ),
     )
 
 
 def time_table(runs: Sequence[RunFolder]) -> Html:
     """The mean seconds of a step by term, with what was predicted where it was; of two runs the difference."""
     means = [run.metrics.seconds() for run in runs]
-    expected = [run.predicted for run in runs]
+    expected = [run.predicted.seconds for run in runs]
     heads: list[object] = ["term"]
     for run, predicted in zip(runs, expected, strict=True):
         heads += [label(run, runs, "a step"), label(run, runs, "share")]
@@ -162,18 +167,30 @@ def time_table(runs: Sequence[RunFolder]) -> Html:
             cells += [numbers.shown(predicted.get(term), numbers.SECONDS)] if predicted else []
         cells += [numbers.difference(means[0].get(term), means[1].get(term))] if len(runs) == 2 else []
         rows.append(cells)
-    rows.insert(sum(term not in BETWEEN for term in terms), [tag("b", "a step"), *_totals(steps, expected)])
+    rows.insert(sum(term not in BETWEEN for term in terms), [tag("b", "a step"), *_totals(runs, steps)])
     return table(heads, rows)
 
 
-def _totals(steps: Sequence[float], expected: Sequence[dict[str, float]]) -> list[object]:
-    """The row of the table of time that sums the terms of a step."""
+def _totals(runs: Sequence[RunFolder], steps: Sequence[float]) -> list[object]:
+    """The row of the table of time that sums the terms of a step, with the band of what was predicted."""
     cells: list[object] = []
-    for seconds, predicted in zip(steps, expected, strict=True):
+    for run, seconds in zip(runs, steps, strict=True):
+        predicted, band = run.predicted.seconds, run.predicted.band
         cells += [numbers.shown(seconds, numbers.SECONDS), ""]
         whole = sum(value for term, value in predicted.items() if term not in BETWEEN)
-        cells += [numbers.shown(whole, numbers.SECONDS)] if predicted else []
+        about = "" if band is None else f" ± {numbers.shown(band, numbers.SHARE)}"
+        cells += [numbers.shown(whole, numbers.SECONDS) + about] if predicted else []
     return cells + ([numbers.difference(*steps)] if len(steps) == 2 else [])
+
+
+def _origin(run: RunFolder, runs: Sequence[RunFolder]) -> Html:
+    """Whose rates a prediction is made of."""
+    found = run.predicted
+    if not found.seconds:
+        return Html()
+    profile = f"by the profile {found.profile}, " if found.profile else ""
+    where = "measured on the run's machine" if found.measured_here else "not measured there (tessera measure)"
+    return tag("p", letter(run, runs), f"Predicted {profile}{where}.", class_="quiet")
 
 
 def slowest(runs: Sequence[RunFolder]) -> Html:
@@ -210,20 +227,23 @@ def memory(runs: Sequence[RunFolder]) -> Html:
 
 
 def _by_kind(run: RunFolder, runs: Sequence[RunFolder]) -> Html:
-    kinds = run.metrics.kinds
+    kinds, expected = run.metrics.kinds, run.predicted.kinds
     whole = sum(kinds.values()) or 1.0
     rows: list[list[object]] = [
         [
             join(swatch(OF_KINDS[kind]), kind),
             numbers.shown(held, numbers.GIB),
             numbers.shown(held / whole, numbers.SHARE),
+            *([numbers.shown(expected.get(kind), numbers.GIB)] if expected else []),
         ]
         for kind, held in kinds.items()
     ]
     rows.append([tag("b", "together"), numbers.shown(sum(kinds.values()), numbers.GIB), ""])
+    rows[-1] += [numbers.shown(sum(expected.values()), numbers.GIB)] if expected else []
     parts = [(kind, OF_KINDS[kind], held) for kind, held in kinds.items()]
     title = label(run, runs, "At the peak of tensors that live, by kind")
-    return join(tag("h3", title), bar(parts), table(["kind", "held", "share"], rows))
+    heads: list[object] = ["kind", "held", "share", *(["predicted"] if expected else [])]
+    return join(tag("h3", title), bar(parts), table(heads, rows))
 
 
 def communication(runs: Sequence[RunFolder]) -> Html:

@@ -7,9 +7,10 @@ from typing import Any
 
 from tessera.core.errors import cut_short
 from tessera.report.lines import number, whole
+from tessera.report.predicted import Predicted, predicted
 
 FIRST, LAST = 100, 200
-WARNING, SAVED, ENDED = "warning", "saved", "ended"
+WARNING, PREDICTED, SAVED, ENDED = "warning", "predicted", "saved", "ended"
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Events:
         self.warnings: list[Event] = []
         self.end: Event | None = None
         """The end of the run, where nothing came after it."""
+        self.predicted = Predicted()
+        """The last prediction: a run that goes on makes one again."""
 
     def add(self, records: Sequence[dict[str, Any]]) -> None:
         """Take the objects of some lines, in their order."""
@@ -47,6 +50,8 @@ class Events:
                 self.later.append(event)
             if kind != SAVED:  # a save beside training may be told of late
                 self.end = event if kind == ENDED else None
+            if kind == PREDICTED:
+                self.predicted = predicted(record.get("predicted"))
             if kind == WARNING:
                 self.warning_count += 1
                 if len(self.warnings) < FIRST:

@@ -16,7 +16,8 @@ from tessera.core.errors import UserError, cut_short
 from tessera.core.files import in_words, read_json, usable_path
 from tessera.report.events import Events
 from tessera.report.lines import Lines, nested, whole
-from tessera.report.metrics import Metrics, predicted
+from tessera.report.metrics import Metrics
+from tessera.report.predicted import Predicted, predicted
 from tessera.report.ranks import Ranks
 from tessera.report.settings import Settings, read_settings
 from tessera.train.notes import EVENTS, METRICS, MONITOR, RESOLVED, SUMMARY
@@ -68,7 +69,7 @@ class Whole:
     settings: Settings = field(default_factory=Settings)
     collectives: list[dict[str, Any]] = field(default_factory=list)
     parameters: int | None = None
-    predicted: dict[str, float] = field(default_factory=dict)
+    predicted: Predicted = field(default_factory=Predicted)
     finished: bool = False
     problem: str = ""
     checkpoints: list[Checkpoint] = field(default_factory=list)
@@ -151,7 +152,7 @@ class RunFolder:
         rows = collectives if isinstance(collectives, list) else []
         made.collectives = [row for row in rows[:200] if isinstance(row, dict)]
         made.parameters = whole(summary.get("parameters"))
-        made.predicted = predicted(summary.get("predicted_seconds"))
+        made.predicted = predicted(summary.get("predicted"))
         return made
 
     def _checkpoints(self) -> list[Checkpoint]:
@@ -179,9 +180,9 @@ class RunFolder:
         return "finished" if self.whole.finished else "not running, and not finished"
 
     @property
-    def predicted(self) -> dict[str, float]:
-        """The predicted seconds of a step by term, empty where nothing was predicted."""
-        return self.whole.predicted or self.metrics.predicted
+    def predicted(self) -> Predicted:
+        """What the run expected of its steps; it counts as false where nothing was predicted."""
+        return self.events.predicted or self.whole.predicted
 
     @property
     def complaints(self) -> list[str]:

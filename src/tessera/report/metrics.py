@@ -37,8 +37,7 @@ MOST_NAMED = 4096
 class Metrics:
     """The curves of one run by name, such as `loss`, `seconds.compute`, `communicated_bytes.col`.
 
-    `axes` are those that communicate, `kinds` the memory by kind at the last line that has it (GiB), `predicted` the
-    predicted seconds by term.
+    `axes` are those that communicate, `kinds` the memory by kind at the last line that has it (GiB).
     """
 
     def __init__(self) -> None:
@@ -47,7 +46,6 @@ class Metrics:
         self.axes_left_out = False
         self._known: dict[tuple[str, str], str] = {}
         self.kinds: dict[str, float] = {}
-        self.predicted: dict[str, float] = {}
         self.slowest: dict[tuple[int, str], tuple[int, float, int]] = {}
         """How often each (rank, machine) was the slowest, by how many seconds all together, and how often every rank of
         its machine was slower than all others."""
@@ -138,8 +136,6 @@ class Metrics:
             kinds = nested(nested(record["memory"]).get("kinds_gib"))
             held = {kind: value for kind in KINDS if (value := number(kinds.get(kind))) is not None}
             self.kinds = held or self.kinds
-        if "predicted_seconds" in record:
-            self.predicted = predicted(record["predicted_seconds"]) or self.predicted
         if "slowest" in record:
             self._count_slowest(nested(record["slowest"]))
 
@@ -174,14 +170,3 @@ class Metrics:
         names |= {f"seconds.communication.{axis}": f"communication over {axis}" for axis in self.axes}
         found = {said: mean for name, said in names.items() if (mean := self.curves.mean(name)) is not None}
         return dict(sorted(found.items(), key=lambda item: -item[1]))
-
-
-def predicted(given: object) -> dict[str, float]:
-    """Seconds by term as `Metrics.seconds` names them, of an object in the form of `seconds`."""
-    by_term = nested(given)
-    found = {term: value for term in TERMS if (value := number(by_term.get(term))) is not None}
-    for axis, seconds in list(nested(by_term.get("communication")).items())[:MOST_AXES]:
-        value = number(seconds)
-        if value is not None:
-            found[f"communication over {cut_short(axis, 60)}"] = value
-    return found

@@ -14,17 +14,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-Kind = Literal["said", "warning", "saved", "evaluated", "ended"]
+Kind = Literal["said", "warning", "predicted", "saved", "evaluated", "ended"]
 
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened after `step` optimizer steps, in words; of what was saved, where it lies."""
+    """Something that happened after `step` optimizer steps, in words.
+
+    `path`: where it lies, of what was saved; `numbers`: those of a prediction.
+    """
 
     kind: Kind
     text: str
     step: int
     path: Path | None = None
+    numbers: Mapping[str, Any] | None = None
 
 
 class Sink:
@@ -78,6 +82,10 @@ class Events:
         """One line about what may be wrong; the run goes on."""
         self._tell("warning", f"warning: {text}")
 
+    def predicted(self, text: str, numbers: Mapping[str, Any]) -> None:
+        """What a step is expected to take, in one line and in numbers (monitor/predicted.py)."""
+        self._tell("predicted", text, numbers=numbers)
+
     def saved(self, path: Path) -> None:
         """A checkpoint is whole; steps may have been done since those that are in it."""
         self._tell("saved", f"{path.name} is written", path, step=int(path.name.rpartition("-")[2]))
@@ -85,9 +93,16 @@ class Events:
     def ended(self, text: str) -> None:
         self._tell("ended", text)
 
-    def _tell(self, kind: Kind, text: str, path: Path | None = None, step: int | None = None) -> None:
+    def _tell(
+        self,
+        kind: Kind,
+        text: str,
+        path: Path | None = None,
+        step: int | None = None,
+        numbers: Mapping[str, Any] | None = None,
+    ) -> None:
         for sink in self.sinks:
-            sink.event(Event(kind, text, self._step if step is None else step, path))
+            sink.event(Event(kind, text, self._step if step is None else step, path, numbers))
 
     def close(self) -> None:
         for sink in reversed(self.sinks):

@@ -36,8 +36,10 @@ class Files(Sink):
         self.notes.append(METRICS, json.dumps(record))
 
     def event(self, event: Event) -> None:
-        line = {"time": time.time(), "step": event.step, "kind": event.kind, "text": event.text}
-        self.notes.append(EVENTS, json.dumps(line | ({"path": str(event.path)} if event.path else {})))
+        line: dict[str, Any] = {"time": time.time(), "step": event.step, "kind": event.kind, "text": event.text}
+        line |= {"path": str(event.path)} if event.path else {}
+        line |= {"predicted": event.numbers} if event.numbers else {}
+        self.notes.append(EVENTS, json.dumps(line))
 
     def measured(self, ranks: Mapping[str, Any]) -> None:
         self.notes.append(MONITOR, json.dumps(ranks))

@@ -1,15 +1,20 @@
 """What the planner says of a config: its memory and its time, before it runs."""
 
+import os
 from dataclasses import replace
 from math import prod
 
 import torch
 
 from tessera.config.schema import TrainConfig
+from tessera.core import device as devices
 from tessera.core.axes import DATA_AXES
 from tessera.core.mesh import Mesh
+from tessera.layout.parallel import Parallel
 from tessera.models.config import ModelConfig
+from tessera.monitor.predicted import Prediction
 from tessera.plan.choice import Training
+from tessera.plan.cluster import cluster_of, kept_profiles, profile_for
 from tessera.plan.fit import MemoryLayout
 from tessera.plan.machine import Cluster
 from tessera.plan.recommend import Judged, judge_step
@@ -23,13 +28,30 @@ def foresee(config: TrainConfig, model: ModelConfig, cluster: Cluster) -> Judged
     """
     config = fitting_layout(config, model, cluster.per_machine)
     mesh = Mesh(config.mesh_sizes, device="meta", rank=0)
-    compute = _compute(config, cluster)
-    parallel = parallel_for(config, model, mesh, compute=compute)
-    shape = step_shape(config, parallel)
+    parallel = parallel_for(config, model, mesh, compute=_compute(config, cluster))
+    return _judged(config, model, parallel, cluster.of(mesh.world))
+
+
+def foresee_run(config: TrainConfig, model: ModelConfig, parallel: Parallel) -> Prediction:
+    """The same of a run that is about to start here, in the layouts that its ranks have built.
+
+    The profile is the newest that was measured on this machine with so many ranks, else one with fewer, else the one
+    that is shipped for its device. Raises UserError where there is none.
+    """
+    mesh = parallel.mesh
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world))
+    own = profile_for(devices.hardware(mesh.device), kept_profiles(), ranks=here)
+    cluster = replace(cluster_of("this", own), per_machine=here)
+    judged = _judged(config, model, parallel, cluster.of(mesh.world))
+    return Prediction.of(judged, measured_here=own is not None and own.measured)
+
+
+def _judged(config: TrainConfig, model: ModelConfig, parallel: Parallel, cluster: Cluster) -> Judged:
+    mesh, shape = parallel.mesh, step_shape(config, parallel)
     rows = shape.batch * shape.micro_batches * prod(mesh.sizes[axis] for axis in DATA_AXES)
-    training = Training(shape.sequence, rows, str(compute).removeprefix("torch."))
+    training = Training(shape.sequence, rows, str(parallel.compute).removeprefix("torch."))
     offload = config.fsdp_config.offload_params
-    judged = judge_step(model, shape, parallel, cluster.of(mesh.world), training, str(mesh), offload=offload)
+    judged = judge_step(model, shape, parallel, cluster, training, str(mesh), offload=offload)
     return replace(judged, name=f"{config.tensor_parallel_mode}: {mesh}")
 
 

@@ -34,7 +34,7 @@ class Terminal(Sink):
             self._say(" · ".join([place, *numbers, *left]))
 
     def event(self, event: Event) -> None:
-        if event.kind in ("said", "warning", "evaluated"):
+        if event.kind in ("said", "warning", "predicted", "evaluated"):
             self._say(event.text)
 
     def _say(self, text: str) -> None:

@@ -39,6 +39,8 @@ class Records:
         given, device = built.run.config.device_peak_tflops, built.mesh.device
         self._peak = given * 1e12 if given else devices.peak_flops(device, built.model.parallel.compute)
         self._collectives: list[dict[str, Any]] = []
+        self.beside: dict[str, Any] = {}
+        """What was predicted and what was measured, on the first rank of a run that was predicted."""
         self.handed_out: Best | None = None
         """The evaluation of the checkpoint whose model is handed out; None: that of the last step is."""
 
@@ -141,7 +143,7 @@ class Records:
         self.notes.write(RESOLVED, dump_config(resolved))
 
     def write_summary(self) -> None:
-        """Write summary.json: what each rank held, and the collectives of a step. Every rank calls it."""
+        """Write summary.json: what ranks held, the collectives of a step, what was predicted. Every rank calls it."""
         model, mesh = self.built.model, self.built.mesh
         own = [parameter_elements(model), devices.peak_memory_bytes(mesh.device)]
         held = all_gather(torch.tensor([own], device=mesh.device), 0, mesh.group(AXES)).tolist()
@@ -149,6 +151,7 @@ class Records:
             "parameters": sum(p.numel() for p in model.parameters()),
             "ranks": [{"parameters": count, "peak_memory_bytes": peak} for count, peak in held],
             "collectives": self._collectives,
+            **self.beside,
         }
         if self.notes is not None:
             self.notes.write(SUMMARY, json.dumps(summary, indent=1) + "\n")

@@ -101,6 +101,8 @@ class Trainer:
                 self.events.sinks.append(Trackers(self.config, self.output, self.progress.step, self.events.say))
             if self._done():
                 self.events.say("this run is finished: no step is left, the model is written again")
+            else:
+                self.measure.predict(self.config, self.built.run.model)
             done, ending = self._steps(), Ending(self.built, self.notes, self.saver, self.events.say, self._save)
             failed = self._finish(ending) if done else ending.leave()
             if not done:
@@ -146,14 +148,23 @@ class Trainer:
             self.health.check_replicas(always=done or stopping or saving)
             self.events.step(record)
             if stopping:
+                self._compare()
                 return False
             if saving:
                 self._save(last=done)
             watch.lap()
+        self._compare()
         if self.progress.step < total:
             evaluations = f"{self.due.patience} evaluations in a row were not better than the best"
             self.events.say(f"ended after step {self.progress.step} of {total}: {evaluations}")
         return True
+
+    def _compare(self) -> None:
+        """Say what has taken more than was predicted; the summary has both."""
+        if self.measure.beside is not None:
+            self.records.beside = self.measure.beside.record()
+            for line in self.records.beside["more_than_predicted"]:
+                self.events.warn(line)
 
     def _done(self) -> bool:
         """Whether no step is left."""
