@@ -90,11 +90,12 @@ def _print_cuts(sizes: str, devices: int) -> None:
     numbers = [int(word) for word in words if word.strip().isdecimal() and 0 < int(word) <= bounds.TOKENS]
     if len(words) != 3 or len(numbers) != 3:
         raise UserError("--matmul", sizes, "are the rows M, outputs N and inputs K of a product", "8192,28672,8192")
-    cuts = cuts_of(*numbers, devices)
+    T, N, K = numbers
+    cuts = cuts_of(T, N, K, devices)
     if not cuts:
         reason = f"no mesh of {devices} devices divides M, N and K"
         raise UserError("--devices", devices, reason, "a number whose factors divide all three")
-    table = Table(title=f"Y[{numbers[0]}, {numbers[1]}] = X W over {devices} devices: millions of elements received")
+    table = Table(title=f"Y[{T}, {N}] = X[{T}, {K}] W over {devices} devices: millions of elements received")
     for name in ("inner", "depth", "row", "col", "X", "W", "Y", "sum of dW over depth", "received", "held"):
         table.add_column(name, justify="right")
     best = {cut.depth: cut for cut in reversed(cuts)}  # the cuts are sorted, so the best of each depth comes last
