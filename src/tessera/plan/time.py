@@ -16,7 +16,7 @@ Each term is a number of seconds, or an array of candidates.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from tessera.plan.machine import Profile
 from tessera.plan.work import Moved, Multiplied, Phase, Work
 
 PHASES: tuple[Phase, Phase] = ("forward", "backward")
+SHARED = ("product", "attention", "memory", "dispatch", "links")
 _PHASE: dict[str, Phase] = {phase: phase for phase in PHASES}
 
 
@@ -89,21 +90,20 @@ ONE_STAGE = Pipeline()
 
 def step_time(work: Work, profile: Profile, pipeline: Pipeline = ONE_STAGE) -> StepTime:
     """The time of a step whose rank does `work`, of one stage where there are several."""
-    products = {
-        phase: sum(_seconds(each, profile) for each in work.products if each.phase == phase) for phase in PHASES
-    }
-    attention = {phase: work.attention.get(phase, 0) / profile.attention_flops for phase in PHASES}
-    bandwidth = profile.memory_efficiency * profile.memory_bandwidth
+    rates = _AtOnce(profile, work.on_machine)
+    products = {phase: sum(rates.product(each) for each in work.products if each.phase == phase) for phase in PHASES}
+    attention = {phase: work.attention.get(phase, 0) / rates.attention for phase in PHASES}
+    bandwidth = rates.memory
     elementwise = {
         phase: (work.elementwise[phase] + profile.score_bytes * work.scores[phase]) / bandwidth for phase in PHASES
     }
     device = {phase: products[phase] + attention[phase] + elementwise[phase] for phase in PHASES}
-    host = {phase: work.operators[phase] * profile.dispatch_seconds for phase in PHASES}
-    collectives, exposed, beside = _communication(work.moved, device, attention, profile)
+    host = {phase: work.operators[phase] * rates.dispatch for phase in PHASES}
+    collectives, exposed, beside = _communication(work.moved, device, attention, rates)
     of_axes = {phase: sum(seconds for (at, _), seconds in exposed.items() if at == phase) for phase in PHASES}
     busy = {phase: device[phase] + of_axes[phase] if profile.asynchronous else 0.0 for phase in PHASES}
     waits = {phase: larger(host[phase] - busy[phase], 0.0) for phase in PHASES}
-    of_head = sum(_seconds(each, profile) for each in work.products if each.site == HEAD)
+    of_head = sum(rates.product(each) for each in work.products if each.site == HEAD)
     along: defaultdict[str, Any] = defaultdict(float)
     for (_, axis), seconds in exposed.items():
         along[axis] += seconds
@@ -123,14 +123,24 @@ def step_time(work: Work, profile: Profile, pipeline: Pipeline = ONE_STAGE) -> S
     )
 
 
-def _seconds(product: Multiplied, profile: Profile) -> Any:
-    """A product at the rate that its least dim reaches."""
-    least = smaller(smaller(product.m, product.n), product.k)
-    return product.flops / (profile.product_flops * least / (least + profile.product_half))
+class _AtOnce:
+    """The rates of a rank while so many ranks of its machine compute: on GPUs what one has, on shared cores less."""
+
+    def __init__(self, profile: Profile, ranks: Any) -> None:
+        self.profile, slower = profile, {what: profile.slowdown(what, ranks) for what in SHARED}
+        self.multiply, self.links = profile.product_flops / slower["product"], slower["links"]
+        self.attention = profile.attention_flops / slower["attention"]
+        self.memory = profile.memory_efficiency * profile.memory_bandwidth / slower["memory"]
+        self.dispatch = profile.dispatch_seconds * slower["dispatch"]
+
+    def product(self, product: Multiplied) -> Any:
+        """Seconds of a product, at the rate that its least dim reaches."""
+        least = smaller(smaller(product.m, product.n), product.k)
+        return product.flops / (self.multiply * least / (least + self.profile.product_half))
 
 
 def _communication(
-    moved: "list[Moved] | Any", device: Mapping[Phase, Any], attention: Mapping[Phase, Any], profile: Profile
+    moved: Sequence[Moved], device: Mapping[Phase, Any], attention: Mapping[Phase, Any], rates: _AtOnce
 ) -> tuple[dict[str, Any], dict[tuple[str, str], Any], Any]:
     """Seconds of collectives by axis, those of them that are exposed, and seconds of compute beside some."""
     collectives: defaultdict[str, Any] = defaultdict(float)
@@ -139,7 +149,7 @@ def _communication(
     for transfer, ranks, machines, hidden in moved:
         calls = transfer.calls * transfer.times
         each = transfer.received / larger(transfer.calls, 1)
-        seconds = calls * profile.collective_seconds(transfer.kind, each, ranks, machines)
+        seconds = calls * rates.links * rates.profile.collective_seconds(transfer.kind, each, ranks, machines)
         collectives[transfer.axis] += seconds
         if hidden and transfer.phase != "step":
             pool = pools[hidden, transfer.phase]
@@ -148,7 +158,7 @@ def _communication(
             exposed[transfer.phase, transfer.axis] += seconds
     beside: Any = 0.0
     for (hidden, phase), pool in pools.items():
-        room = profile.overlap * (attention if hidden == "attention" else device)[_PHASE[phase]]
+        room = rates.profile.overlap * (attention if hidden == "attention" else device)[_PHASE[phase]]
         whole = sum(pool.values())
         hides = smaller(whole, room)
         beside = beside + hides

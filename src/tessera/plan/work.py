@@ -71,7 +71,11 @@ class Moved(NamedTuple):
 
 @dataclass(frozen=True)
 class Work:
-    """A step of one rank. Counts are those of the step: FLOPs, bytes, operators. `layers`: those of the rank."""
+    """A step of one rank. Counts are those of the step: FLOPs, bytes, operators.
+
+    `scores`: how many pairs of a query and a key there are, forward and backward; `optimizer`: bytes; `on_machine`: how
+    many ranks of its machine compute at once.
+    """
 
     products: Sequence[Multiplied]
     attention: Mapping[Phase, Any]
@@ -81,8 +85,7 @@ class Work:
     moved: Sequence[Moved]
     optimizer: Any
     micro_batches: Any
-    layers: int
-    element: int
+    on_machine: Any
 
     @property
     def flops(self) -> Any:
@@ -117,8 +120,7 @@ def step_work(model: ModelConfig, shape: StepShape, parallel: Parallel, per_mach
         moved,
         optimizer,
         shape.micro_batches,
-        model.num_layers,
-        parallel.compute.itemsize,
+        smaller(mesh.size(AXES), per_machine),
     )
 
 
