@@ -1,4 +1,4 @@
-"""How long the planner takes: layouts searched, and a whole plan with three traced layouts. `python benchmarks/plan.py`."""
+"""How long the planner takes: a search, and a whole plan with three traced layouts. `python benchmarks/plan.py`."""
 
 import argparse
 import time

@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from datetime import date
-from pathlib import Path
 from typing import Any
 
 from tessera.models.config import ModelConfig
