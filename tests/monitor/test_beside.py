@@ -107,8 +107,8 @@ def test_a_peak_above_the_prediction_names_the_kind(measured_here):
     kinds = {"states": 4.1, "activations": 2.5, "gathered": 1.0, "other": 0.0}
     (only,) = followed([line(kinds=kinds)], expected(measured_here=measured_here)).more()
     assert only == (
-        "larger than predicted: 7.6 GiB at the peak against 7 GiB; most of it activations and other (2.5 GiB against 2 GiB); "
-        "see docs/debugging/out-of-memory.md"
+        "larger than predicted: 7.6 GiB at the peak against 7 GiB; most of it activations and other "
+        "(2.5 GiB against 2 GiB); see docs/debugging/out-of-memory.md"
     )
     at_the_edge = kinds | {"activations": 7 * 1.029 - 5.1}
     assert not followed([line(kinds=at_the_edge)]).more()

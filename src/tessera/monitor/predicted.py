@@ -13,7 +13,8 @@
     activations             the same; with working where the peak is in the forward, of which all counts as activations
     other                   working, where the peak is in the backward or the update
 
-A layer that runs again in the backward is in the planner's activations and in the monitor's other. Every term and every kind of the planner is in one of the monitor's: their sums are the same.
+A layer that runs again in the backward is in the planner's activations and in the monitor's other. Every term and every
+kind of the planner is in one of the monitor's: their sums are the same.
 """
 
 from collections.abc import Mapping
