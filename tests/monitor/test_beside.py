@@ -8,13 +8,12 @@ import torch
 from tessera.core.mesh import Mesh
 from tessera.layout.resolve import parallel_of
 from tessera.layout.shape import StepShape
-from tessera.models.config import ModelConfig
 from tessera.models.shapes import shape_of
 from tessera.monitor.beside import ENOUGH, FEW_BYTES, SETTLING, Beside
 from tessera.monitor.predicted import Prediction
 from tessera.plan.choice import Training
 from tessera.plan.cluster import cluster_of
-from tessera.plan.recommend import judge_step
+from tessera.plan.recommend import Judged, judge_step
 from tessera.sizes.rules import TensorParallel
 
 GIB = 2**30
@@ -108,8 +107,8 @@ def test_a_peak_above_the_prediction_names_the_kind(measured_here):
     kinds = {"states": 4.1, "activations": 2.5, "gathered": 1.0, "other": 0.0}
     (only,) = followed([line(kinds=kinds)], expected(measured_here=measured_here)).more()
     assert only == (
-        "larger than predicted: 7.6 GiB at the peak against 7 GiB; most of it activations (2.5 GiB against 2 GiB); "
-        "see docs/debugging/out-of-memory.md"
+        "larger than predicted: 7.6 GiB at the peak against 7 GiB; most of it activations and other "
+        "(2.5 GiB against 2 GiB); see docs/debugging/out-of-memory.md"
     )
     at_the_edge = kinds | {"activations": 7 * 1.029 - 5.1}
     assert not followed([line(kinds=at_the_edge)]).more()
@@ -126,16 +125,20 @@ def test_the_summary_has_both():
     assert found["measured"]["kinds_gib"] == {"states": 1.0} and len(found["more_than_predicted"]) == 1
 
 
-def judged(model: ModelConfig, sizes: dict[str, int]) -> Any:
+def judged(sequence: int) -> Judged:
     """The planner's view of one step of an 8B model on eight H100."""
-    cluster, mesh = cluster_of("8xH100"), Mesh(sizes, device="meta", rank=0)
-    parallel = parallel_of(TensorParallel("2d", mesh={"row": 2, "col": 2}), mesh, 2, compute=torch.bfloat16)
-    training = Training(2048, 4)
-    return judge_step(model, StepShape(2, 2048, 1), parallel, cluster, training, "here")
+    model, cluster = shape_of("8B"), cluster_of("8xH100")
+    mesh = Mesh({"shard": 2, "row": 2, "col": 2}, device="meta", rank=0)
+    tensor = TensorParallel("2d", mesh={"row": 2, "col": 2})
+    parallel = parallel_of(tensor, mesh, 2, model.dimensions, compute=torch.bfloat16)
+    training = Training(sequence, 4)
+    return judge_step(model, StepShape(2, sequence, 1), parallel, cluster, training, "here")
 
 
-def test_every_term_and_kind_of_the_planner_is_in_the_monitor_s():
-    found = judged(shape_of("8B"), {"shard": 2, "row": 2, "col": 2})
+@pytest.mark.parametrize("sequence", [256, 16384])
+def test_every_term_and_kind_of_the_planner_is_in_the_monitor_s(sequence):
+    """Rows are so short that most is held where gradients are summed, or so long that it is in the loss."""
+    found = judged(sequence)
     prediction = Prediction.of(found, measured_here=False)
     assert prediction.step_seconds == pytest.approx(found.seconds, rel=1e-12)
     assert prediction.peak == found.peak.total
@@ -143,4 +146,7 @@ def test_every_term_and_kind_of_the_planner_is_in_the_monitor_s():
     assert {"col", "row"} & {axis for axes in communication for axis in axes.split("·")} == {"col", "row"}
     assert 0 < prediction.seconds["optimizer"] < prediction.seconds["compute"]
     assert sum(prediction.planner.values()) == pytest.approx(found.seconds, rel=1e-12)
+    peak, forward = found.peak, sequence == 16384
+    assert (peak.moment == "loss") == forward and peak.working > 0
+    assert prediction.kinds["other"] == (0 if forward else peak.working)
     assert "not measured here: run tessera measure" in str(prediction) and len(str(prediction)) < 150

@@ -81,8 +81,8 @@ class Beside:
         return f"slower than predicted: {told}; see {SLOW}"
 
     def _larger(self) -> str | None:
-        predicted = {kind: float(size) for kind, size in self.prediction.kinds.items()}
-        measured = {kind: size * 2**30 for kind, size in self._kinds.items()}
+        predicted = _joined(self.prediction.kinds)
+        measured = _joined({kind: size * 2**30 for kind, size in self._kinds.items()})
         held, expected = sum(measured.values()), sum(predicted.values())
         if held <= max(LARGER * expected, expected + FEW_BYTES):
             return None
@@ -97,6 +97,12 @@ def by_name(seconds: Mapping[str, Any]) -> dict[str, float]:
     """The terms that make up a step, of an object in the form of `seconds` in metrics.jsonl, each under one name."""
     own = {term: seconds[term] for term in ("compute", "data", "optimizer", "idle", "other")}
     return own | {f"communication along {axes}": spent for axes, spent in seconds["communication"].items()}
+
+
+def _joined(kinds: Mapping[str, float]) -> dict[str, float]:
+    """The kinds that planner and monitor tell apart alike: what is an activation depends on when it was made."""
+    both = sum(kinds.get(kind, 0.0) for kind in ("activations", "other"))
+    return {kind: kinds.get(kind, 0.0) for kind in ("states", "gathered")} | {"activations and other": both}
 
 
 def _most_above(measured: Mapping[str, float], predicted: Mapping[str, float]) -> str | None:

@@ -9,10 +9,12 @@
     other                   step
 
     of the monitor          of the planner (plan/peak.py)
-    states, activations, gathered   the same
-    other                   working
+    states, gathered        the same
+    activations             the same; with working where the peak is in the forward, of which all counts as activations
+    other                   working, where the peak is in the backward or the update
 
-Every term and every kind of the planner is in one of the monitor's: their sums are the same.
+A layer that runs again in the backward is in the planner's activations and in the monitor's other. Every term and every
+kind of the planner is in one of the monitor's: their sums are the same.
 """
 
 from collections.abc import Mapping
@@ -33,12 +35,8 @@ OF_TERMS: Mapping[str, tuple[str, ...]] = {
     "idle": ("bubble",),
     "other": ("step",),
 }
-OF_KINDS: Mapping[str, str] = {
-    "states": "states",
-    "activations": "activations",
-    "gathered": "gathered",
-    "other": "working",
-}
+IN_FORWARD = ("begin of the forward", "loss")
+"""Moments of a peak (plan/peak.py) that are in the forward: the loss forms its gradients there."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,10 @@ class Prediction:
         time = judged.time.terms
         seconds: dict[str, Any] = {term: float(sum(time[part] for part in parts)) for term, parts in OF_TERMS.items()}
         seconds["communication"] = {_in_order(axis): float(spent) for axis, spent in judged.time.exposed.items()}
-        kinds = {kind: int(getattr(judged.peak, part)) for kind, part in OF_KINDS.items()}
+        peak = judged.peak
+        working = "activations" if peak.moment in IN_FORWARD else "other"
+        kinds = {"states": peak.states, "activations": peak.activations, "gathered": peak.gathered, "other": 0}
+        kinds = {kind: int(size + peak.working * (kind == working)) for kind, size in kinds.items()}
         speed, profile = judged.tokens_per_second, judged.cluster.profile.name
         return cls(seconds, kinds, judged.band, speed, profile, measured_here, time)
 
