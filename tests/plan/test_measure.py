@@ -3,14 +3,19 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from plan.measure_cases import profile_here, received_by_each_kind, what_slows_is_seen
 from support.forked import tessera
 from support.pool import pool
 from tessera.core.errors import UserError
-from tessera.measure.links import KINDS
+from tessera.measure.compute import Computed
+from tessera.measure.links import KINDS, Linked
+from tessera.measure.profile import Here, lines, profile_of
 from tessera.measure.session import threads_asked
+from tessera.measure.timing import Timed
 from tessera.plan.cluster import kept_profiles
+from tessera.plan.fitted import Fitted
 from tessera.plan.machine import read_profile
 
 
@@ -52,6 +57,19 @@ def test_the_command_keeps_what_it_measured(tmp_path, monkeypatch):
     assert kept == read_profile(tmp_path / "here.json") and kept.measured
     assert kept.sources["inside"].startswith("not measured with one rank")
     assert str(tmp_path / "here.json") in ended.out[0] and "matrix products" in ended.out[0]
+
+
+def test_a_busy_machine_widens_the_band():
+    timed = {spread: Timed(1e-3, spread) for spread in (0.1, 0.5)}
+    for spread, error, told in ((0.1, 0.25, False), (0.5, 0.5, True)):
+        fitted = Fitted((1e9, 1.0), 0.0, 0.0)
+        spreads = dict.fromkeys(("long", "memory", "attention", "dispatch"), spread)
+        products = {(8, 8, 8): timed[spread]}
+        computed = Computed(torch.float32, products, fitted, 1e9, 0.5, 1e9, 1e-5, spreads)
+        where = Here("CPU x", False, "torch", "2026-11-29", 1, 1, 2**30)
+        profile = profile_of(computed, Linked(), None, where)
+        assert profile.error == error
+        assert any("measure again" in line for line in lines(profile, computed, Linked(), None)) == told
 
 
 def test_a_place_that_takes_no_file_is_refused_before_anything_is_measured(tmp_path):

@@ -3,6 +3,7 @@
 import os
 import platform
 import re
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
@@ -18,6 +19,9 @@ from tessera.measure.links import Linked, Overlap
 from tessera.plan.cluster import shipped_for
 from tessera.plan.fitted import Fitted
 from tessera.plan.machine import Curve, Profile
+
+BUSY = 0.25
+"""The typical spread above which a person is told."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def profile_of(computed: Computed, linked: Linked, pairs: MeasuredPairs | None, 
     base = shipped_for(where.hardware, where.gpu)
     sources = dict.fromkeys(_FIGURES, f"measured: {where}")
     sources |= {"peak_flops": "the vendor's data sheet", "step_seconds": "not measured: nothing beside"}
-    sources["error"] = "the band of a measured profile, as a default"
+    sources["error"] = "the band of a measured profile, or the typical spread of what was measured where that is wider"
     inside = _curves(linked.curves.get("inside"))
     if inside is None:
         sources["inside"] = (
@@ -98,12 +102,19 @@ def profile_of(computed: Computed, linked: Linked, pairs: MeasuredPairs | None, 
         overlap=overlap.hidden,
         contention=overlap.contention,
         pair_bandwidth=base.pair_bandwidth if base and not linked.calls else None,
+        error=max(Profile.error, min(1.0, disturbance(computed, linked))),
         asynchronous=where.gpu,
         measured=True,
         shared=computed.shared | ({"links": linked.shared} if linked.shared else {}),
         pairs=tuple((pair.first, pair.second, pair.rate) for pair in pairs.pairs) if pairs else (),
         sources=sources,
     )
+
+
+def disturbance(computed: Computed, linked: Linked) -> float:
+    """The median of all spreads: how much what else the machine did has disturbed the measurement."""
+    timed = [*computed.products.values(), *(call.timed for call in linked.calls)]
+    return statistics.median([*(each.spread for each in timed), *computed.spreads.values()])
 
 
 _ABOUT = ("name", "device", "stack", "date", "measured", "sources", "asynchronous")
@@ -144,6 +155,11 @@ def lines(profile: Profile, computed: Computed, linked: Linked, pairs: MeasuredP
     if pairs is not None and len(pairs.ends) > 1:
         table = pair_table(pairs)
         told += ["", table.title, *table_lines(table.rows)]
+    if (spread := disturbance(computed, linked)) > BUSY:
+        told += [
+            "",
+            f"rounds differ by {spread:.0%} where they should be alike: measure again when the machine is idle",
+        ]
     return told
 
 
