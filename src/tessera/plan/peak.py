@@ -173,6 +173,8 @@ class _Step:
         if self.parallel.fsdp is None:
             return 0
         shape, outside, moves = self.shape, self.units[-1], where(self.stored_over > 1, 1, 0)
+        if not shape.reshard:  # a later micro-batch finds them
+            moves = moves * (1 - self.several)
         if not shape.by_layer:
             every = outside + self.of(self.units, self.layers)
             return (every + every * moves * (index == len(self.layers))) * self.element
@@ -347,6 +349,8 @@ class _Step:
         if self.parallel.fsdp is None:
             return
         moves, done = where(self.stored_over > 1, 1, 0), 0
+        if not self.shape.reshard:
+            moves = moves * (1 - self.several)
         outside = self.units[-1]
         if not self.shape.by_layer:
             outside = outside + sum(self.units[kind] for kind in self.layers)
