@@ -370,8 +370,7 @@ class _Step:
             every = 0
         self.begin("sum of gradients", every, 0, 0)
         ledger = self.ledger
-        self.ledger.hold(unit * self.element * where(self.several > 0, self.element == self.stored, 1))
-        ledger.drop(self.accumulated(every) * 0)
+        ledger.hold(unit * self.element * (1 - self.several))
         ledger.hold(unit * self.stored)
         ledger.hold(unit // self.stored_over * self.stored)
 
