@@ -49,7 +49,10 @@ class PeakCase:
     offload: bool = False
 
     def parallel(self, mesh: Mesh) -> Parallel:
-        return parallel_of(self.tensor, mesh, self.shape.batch, None, self.dtype, self.compute, context=self.context)
+        dtypes = self.dtype, self.compute
+        return parallel_of(
+            self.tensor, mesh, self.shape.batch, self.model.dimensions, None, *dtypes, context=self.context
+        )
 
     def __str__(self) -> str:
         tensor, shape, model = self.tensor, self.shape, self.model

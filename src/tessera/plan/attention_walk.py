@@ -73,7 +73,8 @@ def _shared_backward(ledger: Ledger, q: Any, kv: Any, wide: int, shape: StepShap
     own = ledger.hold(q + kv * wide if groups > 1 else 0)
     q_part, kv_part = q // groups, kv // groups
     d_out = ledger.hold(q_part * traded * (2 if groups > 1 else 1))
-    again = ledger.hold((q_part + kv_part) if groups > 1 else 0)
+    # q and kv as traded once more; the gradients of the group before are dropped late
+    again = ledger.hold((q_part + kv_part) * (1 + wide) if groups > 1 else 0)
     dq = ledger.hold(q_part * wide)
     if parallel.context.transport == "ring":
         # of a round: keys there and on their way, gradients of the round and of the one before, sums carried and sent

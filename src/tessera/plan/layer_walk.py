@@ -103,6 +103,10 @@ def _block_backward(
     gradients(walk, row)
     ledger.drop(held.row_input + held.row_weights, "activations")
     into_row = row.hidden
+    # meanwhile the weights of the next product are there, and gradients of the last one's are on their way
+    early, waiting = before[place].held, row.whole_w * row.w_moves * walk.late
+    ledger.hold(waiting)
+    ledger.hold(early, "gathered")
     if block.attention is not None:
         attention_backward(ledger, block.attention, held.inside, walk.shape, parallel)
         ledger.drop(into_row)
@@ -115,6 +119,8 @@ def _block_backward(
     else:
         ledger.touch(into_row)
         ledger.drop(held.inside, "activations")
+    ledger.drop(waiting)
+    ledger.drop(early, "gathered")
     backward(ledger, column, parallel, before[place - 1] if place else following, late[1])
     gradients(walk, column)
     ledger.drop(column.hidden)

@@ -173,6 +173,8 @@ class _Step:
         if self.parallel.fsdp is None:
             return 0
         shape, outside, moves = self.shape, self.units[-1], where(self.stored_over > 1, 1, 0)
+        if not shape.reshard:  # a later micro-batch finds them
+            moves = moves * (1 - self.several)
         if not shape.by_layer:
             every = outside + self.of(self.units, self.layers)
             return (every + every * moves * (index == len(self.layers))) * self.element
@@ -279,19 +281,23 @@ class _Step:
         return sizes_of(product, self.shape, self.parallel)
 
     @property
+    def _adds_at_once(self) -> Any:
+        """Whether FSDP2's gradients are added to those of an earlier micro-batch as they come, 0 or 1."""
+        return self.several * (self.element == self.stored)
+
+    @property
     def _head_waits(self) -> Any:
         """Bytes of the head's gradient that is not in the parameter's yet: a tied one waits for the embedding's."""
         tied = self.anatomy.tied
         if self.parallel.fsdp is None:
             return self.several * self.head_shard * self.stored * tied
-        at_once = self.several * (self.element == self.stored) * (not tied)
-        return self._head_weight * self.element * (1 - at_once)
+        return self._head_weight * self.element * (1 - self._adds_at_once * (not tied))
 
     def _fsdp_gradients(self, index: int) -> None:
         """What waits while a layer runs: gradients that the layer after hands over to be summed, or of all layers."""
         if not self.shape.by_layer:
-            done = self.layers[index + 1 :]
-            self.ledger.hold(sum(self.units[kind] for kind in done) * self.element)
+            done = sum(self.units[kind] for kind in self.layers[index + 1 :])
+            self.ledger.hold(done * self.element * (1 - self._adds_at_once))
         elif index + 1 < len(self.layers):
             self.ledger.hold(self.units[self.layers[index + 1]] * self.stored)
 
@@ -317,7 +323,7 @@ class _Step:
             waiting = waiting + self.units[self.layers[0]] * self.stored
         if served and not by_layer:
             layers = sum(self.units[kind] for kind in self.layers) * self.element
-            whole, waiting, every = whole + layers, waiting + layers, 0
+            whole, waiting, every = whole + layers, waiting + layers * (1 - self._adds_at_once), 0
         self.begin("backward of the embedding", every, 0, whole, working=head.s + waiting)
         if not served:
             ledger.hold(self._positions * self.stored * (1 - self.several), "states")
@@ -347,12 +353,16 @@ class _Step:
         if self.parallel.fsdp is None:
             return
         moves, done = where(self.stored_over > 1, 1, 0), 0
+        if not self.shape.reshard:
+            moves = moves * (1 - self.several)
         outside = self.units[-1]
         if not self.shape.by_layer:
             outside = outside + sum(self.units[kind] for kind in self.layers)
         self.begin("begin of the forward", done, 0, outside * (1 + moves) * self.element, outside=0)
         table = self.head.rows * self.head_shard
-        self.ledger.touch(table * self.stored * (self.element != self.stored or self.head.w_moves))
+        cast = self.element != self.stored
+        self.ledger.touch(table * self.stored * (cast or self.head.w_moves))
+        self.ledger.touch(self._positions * self.stored * cast)
         if self.shape.by_layer:
             self.ledger.touch(self.units[self.layers[0]] * (1 + moves) * self.element, "gathered")
 
@@ -366,8 +376,7 @@ class _Step:
             every = 0
         self.begin("sum of gradients", every, 0, 0)
         ledger = self.ledger
-        self.ledger.hold(unit * self.element * where(self.several > 0, self.element == self.stored, 1))
-        ledger.drop(self.accumulated(every) * 0)
+        ledger.hold(unit * self.element * (1 - self.several))
         ledger.hold(unit * self.stored)
         ledger.hold(unit // self.stored_over * self.stored)
 
