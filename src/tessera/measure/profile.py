@@ -155,10 +155,10 @@ def lines(profile: Profile, computed: Computed, linked: Linked, pairs: MeasuredP
     if pairs is not None and len(pairs.ends) > 1:
         table = pair_table(pairs)
         told += ["", table.title, *table_lines(table.rows)]
-    if (spread := disturbance(computed, linked)) > BUSY:
+    if (apart := disturbance(computed, linked)) > BUSY:
         told += [
             "",
-            f"rounds differ by {spread:.0%} where they should be alike: measure again when the machine is idle",
+            f"rounds differ by {apart:.0%} where they should be alike: measure again when the machine is idle",
         ]
     return told
 

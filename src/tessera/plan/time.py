@@ -157,8 +157,8 @@ def _communication(
         else:
             exposed[transfer.phase, transfer.axis] += seconds
     beside: Any = 0.0
-    for (hidden, phase), pool in pools.items():
-        room = rates.profile.overlap * (attention if hidden == "attention" else device)[_PHASE[phase]]
+    for (under, phase), pool in pools.items():
+        room = rates.profile.overlap * (attention if under == "attention" else device)[_PHASE[phase]]
         whole = sum(pool.values())
         hides = smaller(whole, room)
         beside = beside + hides
