@@ -310,6 +310,7 @@ class _Step:
         if self.element != self.stored:  # added to those of earlier micro-batches
             ledger.drop(unit * self.element * self.several)
         ledger.hold(unit * self.stored)
+        ledger.drop(where(self.several > 0, unit * self.stored, unit * self.element))  # copied
         ledger.touch(unit // self.stored_over * self.stored)
 
     def embedding(self) -> None:
@@ -318,7 +319,7 @@ class _Step:
         table, served = head.rows * self.head_shard, parallel.fsdp is not None
         every, by_layer = len(self.layers), self.shape.by_layer
         whole = self.units[-1] * self.element if served else 0
-        waiting = self._head_waits + self._positions * (self.element if served else 0)
+        waiting = self._head_waits + self._positions * (self.element * (1 - self._adds_at_once) if served else 0)
         if served and by_layer:
             waiting = waiting + self.units[self.layers[0]] * self.stored
         if served and not by_layer:
@@ -376,8 +377,10 @@ class _Step:
             every = 0
         self.begin("sum of gradients", every, 0, 0)
         ledger = self.ledger
-        ledger.hold(unit * self.element * (1 - self.several))
+        formed = where(self.several > 0, unit * self.stored, unit * self.element)
+        ledger.hold(formed * (1 - self.several))
         ledger.hold(unit * self.stored)
+        ledger.drop(formed)  # copied
         ledger.hold(unit // self.stored_over * self.stored)
 
     def update(self) -> None:
