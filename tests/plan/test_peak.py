@@ -49,7 +49,7 @@ def layouts():
         yield pytest.param(seed, marks=marks)
 
 
-@pytest.mark.parametrize("seed", layouts())
+@pytest.mark.parametrize("seed", list(layouts()))
 def test_the_closed_form_is_within_three_percent_of_the_trace(seed):
     case = random_case(seed)
     peak = peak_bytes(case.model, case.shape, case.parallel(Mesh(case.sizes, rank=0)), offload=case.offload)
