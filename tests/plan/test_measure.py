@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from plan.measure_cases import profile_here, received_by_each_kind, what_slows_is_seen
-from support.forked import tessera
+from support.forked import python
 from support.pool import pool
 from tessera.core.errors import UserError
 from tessera.measure.compute import Computed
@@ -49,9 +49,13 @@ def test_the_slowest_rank_counts():
         assert every >= 0.01 and last >= 0.01
 
 
-def test_the_command_keeps_what_it_measured(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    ended = tessera("measure", "--quick", "--output", str(tmp_path / "here.json"), ranks=1)
+def test_the_command_keeps_what_it_measured(tmp_path):
+    script, words = tmp_path / "measure.py", ["tessera", "measure", "--quick", "--output", str(tmp_path / "here.json")]
+    script.write_text(
+        f"import os, sys\nos.environ['XDG_CACHE_HOME'] = {str(tmp_path / 'cache')!r}\n"
+        f"sys.argv = {words}\nfrom tessera.cli.main import main\nmain()\n"
+    )
+    ended = python(script, ranks=1)
     assert ended.codes == [0], ended.err
     (kept,) = kept_profiles(tmp_path / "cache" / "tessera" / "profiles")
     assert kept == read_profile(tmp_path / "here.json") and kept.measured
