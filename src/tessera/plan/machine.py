@@ -171,7 +171,7 @@ class Profile:
             own = smaller(own, self.pair_bandwidth * larger(beside - 1, 1))
         inside = near.seconds(received, ranks, own)
         bandwidth = smaller(own, far.bytes_per_second * beside)
-        between = far.seconds(received, machines, bandwidth)
+        between = larger(inside, far.seconds(received, machines, bandwidth))  # it is no faster than within one machine
         return where(ranks > 1, where(machines > 1, between, inside), 0.0)
 
 
