@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from benchmarks.published import gpt
 
-from plan.validation import gpt
 from tessera.layout.resolve import check_layout
 from tessera.plan.choice import Training
 from tessera.plan.cluster import cluster_of

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.published import gpt
 
 from tessera.core.mesh import Mesh
 from tessera.layout.resolve import parallel_of
 from tessera.layout.shape import StepShape
-from tessera.models.config import ModelConfig
 from tessera.plan.calibrate import Run
 from tessera.plan.machine import Curve, Profile
 from tessera.plan.time import Pipeline
@@ -56,28 +56,6 @@ def folder() -> Path:
 def rows(name: str) -> list[dict[str, str]]:
     with open(folder() / name) as file:
         return list(csv.DictReader(file))
-
-
-def gpt(width: int, heads: int, layers: int, length: int, vocabulary: int = 51200) -> ModelConfig:
-    """A GPT as Megatron has them."""
-    return ModelConfig(
-        family="gpt2",
-        vocab_size=vocabulary,
-        hidden_size=width,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=width // heads,
-        ffn_size=4 * width,
-        max_positions=length,
-        norm="layer",
-        activation="gelu",
-        gated=False,
-        qkv_bias=True,
-        attention_out_bias=True,
-        mlp_bias=True,
-        tied=True,
-    )
 
 
 def run_of(row: dict[str, str]) -> Run:

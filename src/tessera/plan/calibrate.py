@@ -6,7 +6,7 @@ linearly (Huber 1964), since some measured runs are odd in ways that no rate exp
 profile, by what runs are alike (`machine.Residuals`): kernels have shapes at which they are fast or slow.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -35,23 +35,31 @@ class Run:
     pipeline: Pipeline = ONE_STAGE
 
 
-def calibrated(profile: Profile, runs: Sequence[Run], name: str) -> Profile:
-    """`profile` with the rates that explain `runs`, and what these leave; raises ValueError without runs."""
+def calibrated(profile: Profile, runs: Sequence[Run], name: str, only: Collection[str] | None = None) -> Profile:
+    """`profile` with the rates that explain `runs`, and what these leave; raises ValueError without runs.
+
+    `only`: names of rates to fit, the others stay; e.g. {"product_flops", "attention_flops"}. All of them without it.
+    """
     if not runs:
         raise ValueError("calibration needs at least one measured run")
     work, pipeline = stacked([run.work for run in runs]), stacked([run.pipeline for run in runs])
     logs = np.log([run.seconds for run in runs])
     bare = replace(profile, residuals=None)
+    rates = [scale for rate, scale in _RATES.items() if only is None or rate in only]
 
     def missed(factors: NDArray[Any]) -> NDArray[Any]:
-        return np.asarray(logs - np.log(step_time(work, _scaled(bare, factors), pipeline).total))
+        return np.asarray(logs - np.log(step_time(work, _scaled(bare, rates, factors), pipeline).total))
 
-    factors = _least(lambda factors: np.concatenate([_bent(missed(factors) / BEND), factors / PRIOR]))
+    factors = _least(lambda factors: np.concatenate([_bent(missed(factors) / BEND), factors / PRIOR]), len(rates))
     residuals = Residuals(tuple(run.place for run in runs), tuple(map(float, missed(factors))))
-    return replace(_scaled(bare, factors), name=name, residuals=residuals, measured=True)
+    return replace(_scaled(bare, rates, factors), name=name, residuals=residuals, measured=True)
 
 
-def _curves(field: str, part: str) -> Callable[[Profile, float], Profile]:
+_Scale = Callable[[Profile, float], Profile]
+"""A profile with one of its rates times a factor."""
+
+
+def _curves(field: str, part: str) -> _Scale:
     def scale(profile: Profile, factor: float) -> Profile:
         curves: Mapping[str, Curve] = getattr(profile, field)
         scaled = {kind: replace(curve, **{part: getattr(curve, part) * factor}) for kind, curve in curves.items()}
@@ -61,20 +69,23 @@ def _curves(field: str, part: str) -> Callable[[Profile, float], Profile]:
     return scale
 
 
-def _rate(field: str) -> Callable[[Profile, float], Profile]:
+def _rate(field: str) -> _Scale:
     return lambda profile, factor: replace(profile, **{field: getattr(profile, field) * factor})
 
 
-_RATES: tuple[Callable[[Profile, float], Profile], ...] = (
-    *map(_rate, ("product_flops", "product_half", "attention_flops", "memory_efficiency", "score_bytes")),
-    *map(_rate, ("dispatch_seconds", "overlap", "step_seconds")),
-    *(_curves("inside", part) for part in ("alpha_seconds", "hop_seconds", "bytes_per_second")),
-    *(_curves("between", part) for part in ("alpha_seconds", "hop_seconds", "bytes_per_second")),
+_FIELDS = (
+    *("product_flops", "product_half", "attention_flops", "memory_efficiency", "score_bytes"),
+    *("dispatch_seconds", "overlap", "step_seconds"),
 )
+_PARTS = ("alpha_seconds", "hop_seconds", "bytes_per_second")
+_RATES: Mapping[str, _Scale] = {
+    **{field: _rate(field) for field in _FIELDS},
+    **{f"{level}.{part}": _curves(level, part) for level in ("inside", "between") for part in _PARTS},
+}
 
 
-def _scaled(profile: Profile, logs: NDArray[Any]) -> Profile:
-    for scale, log in zip(_RATES, logs, strict=True):
+def _scaled(profile: Profile, rates: Sequence[_Scale], logs: NDArray[Any]) -> Profile:
+    for scale, log in zip(rates, logs, strict=True):
         profile = scale(profile, float(np.exp(log)))
     return profile
 
@@ -85,9 +96,9 @@ def _bent(errors: NDArray[Any]) -> NDArray[Any]:
     return np.where(size <= 1, errors, np.sign(errors) * np.sqrt(np.maximum(2 * size - 1, 0)))
 
 
-def _least(errors: Callable[[NDArray[Any]], NDArray[Any]]) -> NDArray[Any]:
-    """The logarithms of the factors with the least sum of squares (Marquardt 1963)."""
-    at, damping = np.zeros(len(_RATES)), 1e-2
+def _least(errors: Callable[[NDArray[Any]], NDArray[Any]], count: int) -> NDArray[Any]:
+    """The logarithms of `count` factors with the least sum of squares (Marquardt 1963)."""
+    at, damping = np.zeros(count), 1e-2
     now, step = errors(at), 1e-4
     for _ in range(ROUNDS):
         slopes = np.stack([(errors(at + step * axis) - now) / step for axis in np.eye(len(at))], axis=1)
