@@ -14,14 +14,15 @@ import numpy as np
 
 from tessera.core.axes import DATA_AXES, MODEL_AXES
 from tessera.layout.parallel import Parallel
-from tessera.layout.resolve import joins_rows
 from tessera.layout.shape import StepShape
+from tessera.layout.streams import joins_rows
 from tessera.models.config import ModelConfig
 from tessera.plan.calibrate import corrected
 from tessera.plan.choice import RECOMPUTES, Layout, Training
+from tessera.plan.fit import fits, most_that_fits
 from tessera.plan.flops import step_flops
 from tessera.plan.machine import LARGEST, Cluster
-from tessera.plan.peak import fits, peak_bytes
+from tessera.plan.peak import peak_bytes
 from tessera.plan.recommend import Judged, judge
 from tessera.plan.search import Found
 from tessera.plan.time import Pipeline, step_time
@@ -38,12 +39,14 @@ def fastest_on(
 ) -> Judged | None:
     """The fastest step of `training` on a mesh of these axes, times so many stages; None where it fits no micro-batch.
 
-    Where nothing fits the devices' memory, the fastest with unlimited memory, whose verdict is `TOO_LARGE`. It covers
+    Where nothing surely fits the devices' memory, of what may fit; where nothing may, the fastest with unlimited memory, whose verdict is `TOO_LARGE`. It covers
     every micro-batch and value of gradient_checkpointing, and weights kept or not; products are gathered in one piece.
     """
-    limited = _fastest_within(cluster.profile.memory_bytes, model, sizes, cluster, training, stages)
-    if limited is not None:
-        return limited
+    device = cluster.profile.memory_bytes
+    for room in (most_that_fits(device), device):
+        found = _fastest_within(room, model, sizes, cluster, training, stages)
+        if found is not None:
+            return found
     unlimited = _fastest_within(LARGEST, model, sizes, cluster, training, stages)
     return None if unlimited is None else replace(unlimited, verdict=TOO_LARGE)
 
@@ -94,7 +97,7 @@ def _takes(model: ModelConfig, sizes: Mapping[str, int], batch: int) -> bool:
     modes = modes_with(axes)
     if not modes or first_misfit(Ask(TensorParallel(modes[0], mesh=axes), model.dimensions, batch)):
         return False
-    return model.attention_dropout == 0 or not joins_rows(axes, batch)
+    return model.attention_dropout == 0 or not joins_rows(axes, batch, model.dimensions)
 
 
 def _least_recomputed(
@@ -123,7 +126,7 @@ def _judged(model: ModelConfig, layout: Layout, cluster: Cluster, training: Trai
         return judge(model, layout, cluster, training)
     stage = replace(model, num_layers=model.num_layers // stages)
     layout = replace(layout, sizes={"pp": stages, **layout.sizes})
-    parallel = layout.parallel(training)
+    parallel = layout.parallel(model, training)
     shape = layout.shape(training, parallel)
     mesh = parallel.mesh
     message = _residual_bytes(model, shape, parallel)
@@ -141,7 +144,7 @@ def _judged(model: ModelConfig, layout: Layout, cluster: Cluster, training: Trai
     peak = peak_bytes(stage, shape, parallel)
     peak = replace(peak, activations=peak.activations * min(stages, layout.micro_batches))
     flops = step_flops(model, [training.sequence_len]) * training.global_batch
-    verdict = fits(peak.total, cluster.profile.memory_bytes)
+    verdict = fits(int(peak.total), cluster.profile.memory_bytes)
     name = f"{stages} stages by formula × {layout}"
     return Judged(name, layout.devices, training, cluster, peak, time, flops, verdict, layout)
 

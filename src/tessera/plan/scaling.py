@@ -183,18 +183,21 @@ def nearest_of(
     """
     for tensor in reversed(divisors_of(cluster.devices)):
         around = {"shard": cluster.devices // tensor} if tensor < cluster.devices else {}
-        distances = {mesh: _distance(geometry, dict(mesh)) for mesh in _meshes(tensor)}
-        for distance in sorted({each for each in distances.values() if each is not None}):
-            nearest = [around | dict(mesh) for mesh, each in distances.items() if each == distance]
-            judged = _fastest_of(nearest, model, cluster, training, found)
+        for distance, meshes in nearest_meshes(geometry, tensor):
+            judged = _fastest_of([around | mesh for mesh in meshes], model, cluster, training, found)
             if judged is not None:
                 return judged, tensor == cluster.devices and not any(distance)
     return None, False
 
 
-def _meshes(tensor: int) -> list[tuple[tuple[str, int], ...]]:
-    """Every mesh of so many tensor ranks that some geometry has."""
-    return [tuple(mesh.axes.items()) for mesh in every_mesh(tensor)]
+def nearest_meshes(geometry: str, tensor: int) -> list[tuple[tuple[float, ...], list[dict[str, int]]]]:
+    """The meshes of a geometry with so many tensor ranks by their distance from its shape, the nearest first."""
+    by_distance: dict[tuple[float, ...], list[dict[str, int]]] = {}
+    for mesh in every_mesh(tensor):
+        distance = _distance(geometry, mesh.axes)
+        if distance is not None:
+            by_distance.setdefault(distance, []).append(mesh.axes)
+    return sorted(by_distance.items())
 
 
 def _fastest_of(
