@@ -1,4 +1,4 @@
-"""The fastest step on a mesh that is given: its micro-batch, what is recomputed, whether weights stay after the forward.
+"""The fastest step on a mesh that is given: its micro-batch, what is recomputed, whether weights are kept.
 
 Stages of a pipeline are by formula alone, as no schedule of them is implemented: a stage has an equal share of the
 layers and, as the longest does, the head. 1F1B keeps what min(stages, micro-batches) micro-batches save for their
@@ -23,7 +23,7 @@ from tessera.plan.fit import fits, most_that_fits
 from tessera.plan.flops import step_flops
 from tessera.plan.machine import LARGEST, Cluster
 from tessera.plan.peak import peak_bytes
-from tessera.plan.recommend import Judged, judge
+from tessera.plan.recommend import DIFFERENCE, LOOKED_AT, Judged, judge
 from tessera.plan.search import Found
 from tessera.plan.time import Pipeline, step_time
 from tessera.plan.work import machines_of, step_work
@@ -37,10 +37,11 @@ TOO_LARGE = "does not fit"
 def fastest_on(
     model: ModelConfig, sizes: Mapping[str, int], cluster: Cluster, training: Training, stages: int = 1
 ) -> Judged | None:
-    """The fastest step of `training` on a mesh of these axes, times so many stages; None where it fits no micro-batch.
+    """The fastest step of `training` on a mesh of these axes, times so many stages; None where no micro-batch divides.
 
-    Where nothing surely fits the devices' memory, of what may fit; where nothing may, the fastest with unlimited memory, whose verdict is `TOO_LARGE`. It covers
-    every micro-batch and value of gradient_checkpointing, and weights kept or not; products are gathered in one piece.
+    Where nothing surely fits the devices' memory, of what may fit; where nothing may, the fastest with unlimited memory,
+    whose verdict is `TOO_LARGE`. It covers every micro-batch and value of gradient_checkpointing, and weights kept or
+    not; products are gathered in one piece.
     """
     device = cluster.profile.memory_bytes
     for room in (most_that_fits(device), device):
@@ -65,6 +66,16 @@ def fastest_found(found: Found, sizes: Mapping[str, int]) -> tuple[bool, Layout 
         return False, None
     best = int(places[np.argmin(found.seconds[places])])
     return True, found.layout(best) if np.isfinite(found.seconds[best]) else None
+
+
+def plainest(found: Found) -> Layout | None:
+    """The fastest candidate that fits; of equally fast ones the plainest, as in `recommend.plan`. None: nothing fits."""
+    order = np.argsort(found.seconds, kind="stable")[:LOOKED_AT]
+    if not len(order) or not np.isfinite(found.seconds[order[0]]):
+        return None
+    near = order[found.seconds[order] <= found.seconds[order[0]] * (1 + DIFFERENCE)]
+    layouts = [(found.layout(int(place)), found.seconds[place]) for place in near]
+    return min(layouts, key=lambda each: (each[0].unusual, each[1]))[0]
 
 
 def without_limit(cluster: Cluster) -> Cluster:

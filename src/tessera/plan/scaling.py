@@ -7,21 +7,20 @@
 
 A geometry takes all devices as its tensor axes where the model divides; else the largest number of them that it
 divides over, with FSDP around it. Of its meshes it takes those nearest to the shape that it is named for: a square grid
-(2D), a square grid of at most side-many layers (2.5D), a cube (3D). A point whose mesh is not of that shape over all
-devices is marked. Where no micro-batch fits the devices' memory, a point is predicted with unlimited memory, and marked.
+(2D), such a grid at most as often as it is wide (2.5D), a cube (3D). A point whose mesh is not of that shape over all
+devices is marked. Where no micro-batch fits the devices' memory, a point is predicted with unlimited memory, and
+marked.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-import numpy as np
 
 from tessera.core.axes import MODEL_AXES
 from tessera.core.errors import UserError
 from tessera.models.config import ModelConfig
 from tessera.plan.choice import Training
 from tessera.plan.machine import Cluster
-from tessera.plan.on_mesh import TOO_LARGE, fastest_found, fastest_on, without_limit
+from tessera.plan.on_mesh import TOO_LARGE, fastest_found, fastest_on, plainest, without_limit
 from tessera.plan.recommend import Judged, judge
 from tessera.plan.scale import every_mesh
 from tessera.plan.search import Found, search
@@ -129,9 +128,7 @@ class Study:
         return sorted({point.devices for point in (*self.strong, *self.weak)})
 
 
-def scaling_study(
-    name: str, model: ModelConfig, cluster: Cluster, training: Training, devices: Sequence[int]
-) -> Study:
+def scaling_study(name: str, model: ModelConfig, cluster: Cluster, training: Training, devices: Sequence[int]) -> Study:
     """Strong scaling of `training` over each number of `devices`, and weak scaling up to its rows.
 
     Raises UserError where rows a step are fewer than the devices that would share them in weak scaling.
@@ -154,9 +151,7 @@ def scaling_study(
     return Study(name, cluster, training, alone, strong, weak, missing)
 
 
-def _points(
-    model: ModelConfig, cluster: Cluster, training: Training, alone: Judged, missing: list[str]
-) -> list[Point]:
+def _points(model: ModelConfig, cluster: Cluster, training: Training, alone: Judged, missing: list[str]) -> list[Point]:
     """One number of devices: every geometry, and the best layout of all."""
     where = f"{cluster.devices} devices with {training.global_batch} rows a step"
     found, points = search(model, cluster, training), []
@@ -166,12 +161,11 @@ def _points(
             missing.append(f"{where}, {geometry}: no mesh divides the model and the batch")
         else:
             points.append(Point(geometry, judged, exact, alone))
-    best = int(np.argmin(found.seconds)) if len(found) else 0
-    if len(found) and np.isfinite(found.seconds[best]):
-        judged = judge(model, found.layout(best), cluster, training)
-        return [*points, Point(BEST, judged, True, alone)]
-    missing.append(f"{where}, {BEST}: nothing fits the devices' memory")
-    return points
+    best = plainest(found)
+    if best is None:
+        missing.append(f"{where}, {BEST}: nothing fits the devices' memory")
+        return points
+    return [*points, Point(BEST, judge(model, best, cluster, training), True, alone)]
 
 
 def nearest_of(

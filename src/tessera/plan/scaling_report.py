@@ -17,9 +17,9 @@ STYLES = {  # colour and marker of each curve
     "best layout": ("black", "*"),
 }
 MARKS = (
-    f"{NEAREST}: the geometry cannot have its own shape over all these devices; the nearest mesh that the model divides "
-    f"over is shown. {UNLIMITED}: nothing fits the devices' memory; predicted with unlimited memory, so that nothing is "
-    "recomputed."
+    f"{NEAREST}: the geometry cannot have its own shape over all these devices; shown is the nearest mesh that the "
+    f"model divides over. {UNLIMITED}: nothing fits the devices' memory; predicted with unlimited memory, so that "
+    "nothing is recomputed."
 )
 
 
@@ -28,8 +28,8 @@ def described(study: Study) -> list[str]:
     training, base, profile = study.training, study.baseline, study.cluster.profile
     known = "measured" if profile.measured else "published figures, not measured"
     return [
-        f"{study.name} on {study.cluster}, rows of {training.sequence_len} tokens, {training.dtype} products, states in "
-        f"{training.stored}.",
+        f"{study.name} on {study.cluster}, rows of {training.sequence_len} tokens, {training.dtype} products, states "
+        f"in {training.stored}.",
         f"Strong scaling: {training.global_batch} rows a step. Weak scaling: "
         f"{training.global_batch // max(study.devices)} rows a step for each device.",
         f"Baseline: one such device with unlimited memory, by prediction: {base.seconds:.4g} s for "
@@ -38,7 +38,20 @@ def described(study: Study) -> list[str]:
     ]
 
 
-HEADINGS = ("devices", "rows", "curve", "mesh", "mark", "speed-up", "of ideal", "MFU", "exposed", "most lost to", "quoted")
+HEADINGS = (
+    "devices",
+    "rows",
+    "curve",
+    "mesh",
+    "mark",
+    "speed-up",
+    "of ideal",
+    "MFU",
+    "exposed",
+    "most lost to",
+    "quoted",
+)
+NARROW = ("devices", "curve", "mesh", "speed-up", "of ideal", "exposed", "quoted")
 _LEFT = ("curve", "mesh", "mark", "most lost to")
 
 
@@ -65,13 +78,15 @@ def marks(point: Point) -> str:
 
 
 def terminal_table(title: str, points: Sequence[Point]) -> Table:
-    """Strong or weak scaling for a terminal."""
+    """Strong or weak scaling for a terminal of 80 columns: the mark stands behind the speed-up."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.padding, table.pad_edge = (0, 1, 0, 0), False
-    for heading in HEADINGS:
-        table.add_column(heading, justify="left" if heading in _LEFT else "right")
+    for heading in NARROW:
+        table.add_column(heading, justify="left" if heading in _LEFT else "right", no_wrap=True)
     for point in points:
-        table.add_row(*cells(point))
+        cell = dict(zip(HEADINGS, cells(point), strict=True))
+        cell["speed-up"] += cell["mark"]
+        table.add_row(*(cell[heading] for heading in NARROW))
     return table
 
 
@@ -153,7 +168,8 @@ def draw(study: Study, path: Path) -> None:
         both[0].legend(fontsize=8)
         words = described(study)
         figure.suptitle(
-            "\n".join([" ".join(words[:2]), words[2], "Hollow: with unlimited memory. ≈: the nearest mesh."]), fontsize=8
+            "\n".join([" ".join(words[:2]), words[2], "Hollow: with unlimited memory. ≈: the nearest mesh."]),
+            fontsize=8,
         )
         figure.savefig(path, metadata={"Date": None})
         pyplot.close(figure)
