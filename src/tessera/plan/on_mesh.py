@@ -37,10 +37,10 @@ TOO_LARGE = "does not fit"
 def fastest_on(
     model: ModelConfig, sizes: Mapping[str, int], cluster: Cluster, training: Training, stages: int = 1
 ) -> Judged | None:
-    """The fastest step of `training` on a mesh of these axes, times so many stages; None where no micro-batch divides.
+    """The fastest step of `training` on a mesh of these axes, times so many stages; None where nothing divides.
 
-    Where nothing surely fits the devices' memory, of what may fit; where nothing may, the fastest with unlimited memory,
-    whose verdict is `TOO_LARGE`. It covers every micro-batch and value of gradient_checkpointing, and weights kept or
+    Where nothing surely fits the devices' memory, of what may fit; where nothing may, the fastest with unlimited
+    memory, whose verdict is `TOO_LARGE`. It covers every micro-batch and value of gradient_checkpointing, and weights kept or
     not; products are gathered in one piece.
     """
     device = cluster.profile.memory_bytes
@@ -69,7 +69,7 @@ def fastest_found(found: Found, sizes: Mapping[str, int]) -> tuple[bool, Layout 
 
 
 def plainest(found: Found) -> Layout | None:
-    """The fastest candidate that fits; of equally fast ones the plainest, as in `recommend.plan`. None: nothing fits."""
+    """The fastest candidate that fits; of equally fast ones the plainest, as `recommend.plan` does. None: none fits."""
     order = np.argsort(found.seconds, kind="stable")[:LOOKED_AT]
     if not len(order) or not np.isfinite(found.seconds[order[0]]):
         return None
@@ -95,10 +95,7 @@ def _fastest_within(
         if not _takes(model, sizes, batch):
             continue
         layout = Layout(sizes, batch, training.global_batch // (data * batch))
-        within = _least_recomputed(room, model, layout, cluster, training, stages)
-        if not within:
-            break  # a larger micro-batch holds more
-        found += within
+        found += _least_recomputed(room, model, layout, cluster, training, stages)
     return min(found, key=lambda judged: judged.seconds, default=None)
 
 
