@@ -112,7 +112,7 @@ def llama_70b(searches: Searches) -> QuotedTable:
         rows,
         f"A device has {peak / 1e12:.0f} TFLOP/s: the quoted rates are those of a machine of eight, not of a device, "
         "and then plausible. The quoted memory does not hold: states and gradients are cut eight ways in every row, so "
-        "TP can save activations and gathered weights alone, and 30 GB hold a seventh of 16 bytes a parameter at most.",
+        "TP saves activations and gathered weights alone; all in bfloat16 they take twice 30 GB.",
     )
 
 
@@ -149,7 +149,7 @@ def shares_of_time(searches: Searches) -> QuotedTable:
         ("model", "layout", "quoted MFU, communication", "MFU", "its band", "communication", "exposed"),
         rows,
         "TP 8 at 175B holds: about what is quoted, in MFU and in communication. 58% with less than 10% holds for "
-        "exposed communication, where weights are cut over `row` and col stays small; not less is moved, more of it is "
-        "hidden. 55% at 13B is below our band: published runs of this size reach 48–58%, and these rates are published "
+        "exposed communication, where TP is small and FSDP or `row` cuts the weights: nearly as much is moved, and more "
+        "of it is hidden. 55% at 13B is below our band: published runs of this size reach 48–58%, and these rates are published "
         "figures of products at their best. `tessera measure` takes those of your stack.",
     )
