@@ -81,7 +81,8 @@ def percent(share: float) -> str:
 
 
 def gib(judged: Judged) -> str:
-    return f"{judged.peak.total / 2**30:.0f}"
+    doubt = "" if judged.verdict == "fits" else f" ({judged.verdict})"
+    return f"{judged.peak.total / 2**30:.0f}{doubt}"
 
 
 def in_stages(

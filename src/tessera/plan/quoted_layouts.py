@@ -43,12 +43,12 @@ def sharded(searches: Searches) -> QuotedTable:
         ("model", "devices", "best layout", "MFU", "GiB")
         + ("FSDP", "HSDP 2", "TP 2", "TP 4", "TP 8", "row n", "row n/2 × col 2"),
         rows,
-        "The size of the model names no layout: what decides is whether states and gradients fit. Where FSDP alone "
-        "fits, it is faster than TP 2, 4 or 8 around it: its gathers hide behind products, sums of 1D do not. Between "
-        "the micro-batches of a step FSDP2 keeps whole gradients, and `row` keeps a rank's part: that is why `row` "
-        "fits where FSDP does not. TP 2 × 4 for 30B on 8 devices is right in that sense alone: as row 4 × col 2. "
-        "Published runs of 30B on 8 × A100 use FSDP alone; with states of 16 bytes a parameter that leaves next to "
-        "nothing of 80 GB.",
+        "The size of the model names no layout: what decides is whether states and gradients fit. At 7B FSDP alone is "
+        "as fast as anything, for its gathers hide behind products and the sums of 1D do not. Above, memory decides: "
+        "between the micro-batches of a step FSDP2 keeps whole gradients, while `row`, which cuts the same, keeps a "
+        "rank's part. TP 2 × 4 for 30B on 8 devices is right in this sense, as row 4 × col 2. With FSDP alone "
+        "published runs of 30B on 8 × A100-80 reach an MFU of 55–56% (MosaicML, llm-foundry at 8c8dd48, everything "
+        "recomputed).",
     )
 
 

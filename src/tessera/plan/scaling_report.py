@@ -30,8 +30,8 @@ def described(study: Study) -> list[str]:
     return [
         f"{study.name} on {study.cluster}, rows of {training.sequence_len} tokens, {training.dtype} products, states "
         f"in {training.stored}.",
-        f"Strong scaling: {training.global_batch} rows a step. Weak scaling: "
-        f"{training.global_batch // max(study.devices)} rows a step for each device.",
+        f"Strong scaling: {training.global_batch} rows a step. Weak scaling: for each device "
+        f"{training.global_batch // max(study.devices)} of a step's rows.",
         f"Baseline: one such device with unlimited memory, by prediction: {base.seconds:.4g} s for "
         f"{training.global_batch} rows, MFU {base.mfu:.0%}.",
         f"Rates of {profile.name}: {known}; half of a prediction's band {base.band:.0%}.",
