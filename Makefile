@@ -33,7 +33,7 @@ test-all: lint
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/bench.py
 
-# Every figure of docs/, in some seven minutes: three for `tessera count`, four for `tessera plan`.
+# Every figure of docs/, in some minutes, most of them for `tessera count` and `tessera plan`.
 INSPECT := $(BIN)/tessera inspect docs/figures/small.yaml
 
 SHARED := $(INSPECT) --set tensor_parallel_size=1 --set context_parallel_size=4 --set context_parallel_mode=exchange \

@@ -43,7 +43,7 @@ def page(made: Sequence[QuotedTable]) -> str:
         f"{profile.error:.0%}. Two layouts of a table share the errors of the rates, so their order is surer than "
         "their times. Products in bfloat16; AdamW's states in float32, but where bfloat16 is said. Pipelines are by "
         "formula: no schedule of them is implemented.",
-        "Made by `tessera plan --tables --output docs/quoted-tables.md`, in some two minutes.",
+        "Made by `tessera plan --tables --output docs/quoted-tables.md`.",
     ]
     for table in made:
         parts += [

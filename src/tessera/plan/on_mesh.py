@@ -40,8 +40,8 @@ def fastest_on(
     """The fastest step of `training` on a mesh of these axes, times so many stages; None where nothing divides.
 
     Where nothing surely fits the devices' memory, of what may fit; where nothing may, the fastest with unlimited
-    memory, whose verdict is `TOO_LARGE`. It covers every micro-batch and value of gradient_checkpointing, and weights kept or
-    not; products are gathered in one piece.
+    memory, whose verdict is `TOO_LARGE`. It covers every micro-batch and value of gradient_checkpointing, and weights
+    kept or not; products are gathered in one piece.
     """
     device = cluster.profile.memory_bytes
     for room in (most_that_fits(device), device):
