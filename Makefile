@@ -33,7 +33,7 @@ test-all: lint
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/bench.py
 
-# Every figure of docs/, in some three minutes, most of them for `tessera count`.
+# Every figure of docs/, in some minutes, most of them for `tessera count` and `tessera plan`.
 INSPECT := $(BIN)/tessera inspect docs/figures/small.yaml
 
 SHARED := $(INSPECT) --set tensor_parallel_size=1 --set context_parallel_size=4 --set context_parallel_mode=exchange \
@@ -50,6 +50,9 @@ figures: $(INSTALLED)
 	$(SHARED) --documents 20,6,50,32 --picture docs/figures/context-packed.svg > /dev/null
 	$(BIN)/tessera count --output docs/figures > /dev/null
 	rm docs/figures/scale.png
+	$(BIN)/tessera plan 175B --scaling 8,16,32,64,128,256 --cluster Nx8xA100-80 --sequence-len 2048 --global-batch 512 \
+	    --output docs/figures > /dev/null
+	$(BIN)/tessera plan --tables --output docs/quoted-tables.md > /dev/null
 
 clean:
 	rm -rf build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -323,6 +323,16 @@ def plan(
         str | None, typer.Option(metavar="M,N,K", help="Instead: the meshes of --devices for one product.")
     ] = None,
     devices: Annotated[int, typer.Option(min=1, max=bounds.RANKS, help="Devices of --matmul.")] = 8,
+    scaling: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N,…",
+            help="Instead: strong and weak scaling over so many devices of --cluster Nx8x…; --output names a folder.",
+        ),
+    ] = None,
+    tables: Annotated[
+        bool, typer.Option("--tables", help="Instead: tables people quote, beside ours; --output names a page.")
+    ] = False,
     overrides: Overrides = None,
 ) -> None:
     """Find the layout for a model on a cluster, or judge that of a config: does it fit, how fast, why."""
@@ -330,7 +340,7 @@ def plan(
 
     asked = Asked(
         cluster, sequence_len, global_batch, dtype, config, top, trace, plot, matmul, devices, as_json, target, tokens,
-        price, profile, overrides or [], output,
+        price, profile, overrides or [], output, scaling, tables,
     )  # fmt: skip
     plan_command(subject, asked)
 

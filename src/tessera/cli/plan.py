@@ -9,6 +9,8 @@ from typing import Any
 import yaml
 from rich.table import Table
 
+from tessera.cli.quoted import tables
+from tessera.cli.scaling import scaling
 from tessera.core import terminal
 from tessera.core.axes import DATA_AXES
 from tessera.core.errors import UserError, as_yaml
@@ -44,10 +46,15 @@ class Asked:
     profile: str | None
     overrides: Sequence[str]
     output: Path | None
+    scaling: str | None = None
+    tables: bool = False
 
 
 def plan_command(subject: str | None, asked: Asked) -> None:
     """Plan a model, or judge a config, and print it."""
+    if asked.tables:
+        tables(asked.output)
+        return
     if asked.matmul is not None:
         _print_cuts(asked.matmul, asked.devices)
         return
@@ -62,6 +69,9 @@ def plan_command(subject: str | None, asked: Asked) -> None:
     training = Training(
         asked.sequence_len or int(base.get("sequence_len", 4096)), asked.global_batch or _rows(base), asked.dtype
     )
+    if asked.scaling is not None:
+        scaling(subject, cluster, training, asked.scaling, asked.output)
+        return
     if asked.target is not None:
         made = smallest(subject, cluster, training, asked.target, _growing(cluster))
     else:
