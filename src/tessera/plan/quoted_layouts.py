@@ -83,8 +83,8 @@ def pipelined(searches: Searches) -> QuotedTable:
         "1F1B, and FSDP (DP) over the rest; 6.7B is GPT-3's own size.",
         ("model", "devices", "best layout without a pipeline", "MFU", "best with a pipeline, by formula", "MFU"),
         rows,
-        "The number of devices names no geometry: models that fit one machine want their weights cut, and no stages, on "
-        "any number of devices. By formula a pipeline is ahead for the largest model on the most devices alone.",
+        "The number of devices names no geometry: models that fit one machine want their weights cut, and no stages, "
+        "on any number of devices. By formula a pipeline is ahead for the largest model on the most devices alone.",
     )
 
 
@@ -176,7 +176,7 @@ def tensor_sizes(searches: Searches) -> QuotedTable:
         f"the fastest of the row; {MISSING}: does not surely fit.",
         ("model", "devices", *(f"TP {col}" for col in numbers), "best of the search", "seconds of it"),
         rows,
-        "8 is the largest tensor size worth asking for on machines of 8, since a larger group leaves the machine; it is "
-        "not the best one. The smallest that fits is, at this batch: what 1D sums lies between two products and hides "
-        "behind nothing, what FSDP gathers hides.",
+        "8 is the largest tensor size worth asking for on machines of 8, since a larger group leaves the machine; it "
+        "is not the best one. The smallest that fits is, at this batch: what 1D sums lies between two products and "
+        "hides behind nothing, what FSDP gathers hides.",
     )

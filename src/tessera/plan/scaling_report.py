@@ -1,6 +1,6 @@
 """The table and the figure of `tessera plan --scaling`: what plan/scaling.py predicts, beside what is often quoted."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich import box
@@ -135,7 +135,7 @@ def _compared(point: Point) -> tuple[str, ...]:
     )
 
 
-def rows_as_markdown(headings: Sequence[str], rows: "Sequence[Sequence[str]] | map[tuple[str, ...]]") -> str:
+def rows_as_markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table of Markdown."""
     lines = ["| " + " | ".join(row) + " |" for row in (headings, ["---"] * len(headings), *rows)]
     return "\n".join(lines)
