@@ -37,6 +37,19 @@ def test_each_tensor_has_the_kind_of_its_phase_or_of_who_fills_it():
     assert counted.peak == 1800 and more.numel() == 10, "when `more` came, `dropped` had gone"
 
 
+@pytest.mark.parametrize("seen_before", [True, False])
+def test_what_gets_its_memory_back_is_gathered(seen_before):
+    """As FSDP2 does with the weights that it gathers, in the counted step and in those before it."""
+    whole = torch.ones(100)
+    with MemoryByKind([whole] if seen_before else []) as counted:
+        counted.phase = "forward"
+        whole.untyped_storage().resize_(0)
+        whole.untyped_storage().resize_(400)
+        used = whole.view(50, 2) * 2
+    assert counted.peak_by_kind() == {"states": 0, "activations": 400, "gathered": 400, "other": 0}
+    assert used.numel() == 100
+
+
 LAYOUTS: dict[str, dict[str, Any]] = {
     "1 rank": {},
     "2d": {"tensor_parallel_size": 4, "tensor_parallel_mode": "2d"},

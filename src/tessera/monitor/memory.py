@@ -34,6 +34,7 @@ class MemoryByKind(PeakMemory):
         super().__init__()
         self.phase = "data"
         self._kinds: list[str] = []
+        self._filled: set[int] = set()  # storages from before that were empty and are not counted yet
         self._number: dict[int, int] = {}  # of each storage that is alive, which of all it is
         self._changes: list[tuple[int, int]] = []  # which, and by how many bytes it grows
         for tensor in states:
@@ -66,7 +67,8 @@ class MemoryByKind(PeakMemory):
         before = self._sizes.get(key, 0)
         if key not in self._sizes:
             self._number[key] = len(self._kinds)
-            self._kinds.append(_KIND_IN.get(self.phase, "other"))
+            self._kinds.append("gathered" if key in self._filled else _KIND_IN.get(self.phase, "other"))
+            self._filled.discard(key)
         self._changes.append((self._number[key], size - before))
         super()._add(key, size)
 
@@ -75,8 +77,12 @@ class MemoryByKind(PeakMemory):
         super()._freed(key)
 
     def _resized(self, storage: torch.UntypedStorage, size: int) -> object:
-        if (number := self._number.get(storage._cdata)) is not None and not storage.nbytes():
-            self._kinds[number] = "gathered"  # FSDP2 keeps whole weights so, without memory while they are cut
+        if size and not storage.nbytes():  # FSDP2 keeps whole weights so, without memory while they are cut
+            number = self._number.get(storage._cdata)
+            if number is None:
+                self._filled.add(storage._cdata)  # it counts once an operator has returned a view of it
+            else:
+                self._kinds[number] = "gathered"
         return super()._resized(storage, size)
 
 
