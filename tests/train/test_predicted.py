@@ -26,12 +26,11 @@ def profile_here(name: str, seconds: float) -> Profile:
     return replace(own, **rates, inside=fast, between=fast, step_seconds=seconds, measured=True, error=0.15)
 
 
-def run(workshop: Workshop, folder: Path, profile: Profile | None, **own: Any) -> tuple[str, list[dict], dict]:
+def run(workshop: Workshop, folder: Path, profile: Profile, **own: Any) -> tuple[str, list[dict], dict]:
     """What a run on a machine with this profile prints, its events, and its summary."""
     profiles = folder / "cache" / "tessera" / "profiles"
     profiles.mkdir(parents=True)
-    if profile is not None:
-        (profiles / "own.json").write_text(written_profile(profile))
+    (profiles / "own.json").write_text(written_profile(profile))
     settings = workshop.settings("llama", folder / "run", **STEPS | own)
     ranks = own.get("tensor_parallel_size", 1) * own.get("dp_shard_size", 1)
     said = pool(ranks).run(said_with_profiles, settings, str(folder / "cache"))[0]
@@ -70,11 +69,14 @@ def test_a_run_that_is_faster_says_nothing(workshop: Workshop, tmp_path):
     assert summary["more_than_predicted"] == [] and not [e for e in events if e["kind"] == "warning"]
 
 
-def test_a_machine_without_a_profile_is_told_how_to_make_one(workshop: Workshop, tmp_path):
-    said, _, summary = run(workshop, tmp_path, None, max_steps=2)
+def test_on_a_machine_that_was_not_measured_no_run_is_called_slow(workshop: Workshop, tmp_path):
+    """The profile is that of some processor, here one that is faster than any."""
+    fast = replace(profile_here("fast", 1e-6), measured=False)
+    said, _, summary = run(workshop, tmp_path, fast)
     (line,) = [line for line in said.splitlines() if line.startswith(("no prediction: ", "predicted: "))]
-    assert "tessera measure" in line
-    assert "predicted" not in summary and "more_than_predicted" not in summary
+    assert line.endswith("profile fast, not measured here: run tessera measure") and SLOW not in said
+    assert summary["predicted"]["measured_here"] is False and summary["more_than_predicted"] == []
+    assert summary["measured"]["step_seconds"] > 2 * summary["predicted"]["step_seconds"]
 
 
 def test_nothing_is_predicted_where_nothing_is_measured(workshop: Workshop, tmp_path):
