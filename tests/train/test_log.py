@@ -80,7 +80,8 @@ def test_a_run_killed_before_its_first_line_keeps_those_of_the_run_it_goes_on_fr
     assert file.read_text() == before
     Files(Notes(tmp_path), 2)
     assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy.jsonl", "metrics.jsonl"]
+    assert (tmp_path / "copy.jsonl").read_text() == before
 
 
 EVERY_STEP_COSTS = {False: {ALL_REDUCE: 4}, True: {ALL_REDUCE: 4 + 4, ALL_GATHER: 10}}
