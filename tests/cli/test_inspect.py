@@ -83,15 +83,17 @@ def test_the_memory_table_ends_with_the_peak_in_words(config, capsys, monkeypatc
         inspect(config, overrides, None, None, None, False)
         return " ".join(capsys.readouterr().out.split())
 
-    line = r"the peak of a rank is about ([\d.]+) MiB, by formula: states [\d.]+ \w+ \+ activations [\d.]+ \w+"
-    (alone,) = re.findall(line, said())
-    (tensors,) = re.findall(line, said("tensor_parallel_size=4"))
-    assert 2.5 < float(alone) / float(tensors) < 4.5
+    line = r"the peak of a rank is about ([\d.]+) (\w+), by formula: states [\d.]+ \w+ \+ activations [\d.]+ \w+"
+    units = {"KiB": 2**10, "MiB": 2**20}
+    ((alone, of_alone),) = re.findall(line, said())
+    ((tensors, of_tensors),) = re.findall(line, said("tensor_parallel_size=4"))
+    assert 2.5 < float(alone) * units[of_alone] / (float(tensors) * units[of_tensors]) < 4.5
     assert re.search(r"all 1[\d,]+ 1[\d,]+( [\d.]+ [KM]iB){4}", said()), "the last column too is for people"
     sharded = said("dp_shard_size=4")
     assert re.search(r"\+ gathered weights [\d.]+ KiB \+ work in progress", sharded) and "fit" not in sharded
     offloaded = reported(config, capsys, "dp_shard_size=4", "fsdp_config.offload_params=true")["peak"]
-    assert offloaded["states"] == 0 and offloaded["total"] == sum(offloaded.values()) - offloaded["total"]
+    kinds = ("states", "activations", "gathered", "working")
+    assert offloaded["states"] == 0 and offloaded["total"] == sum(offloaded[kind] for kind in kinds)
     for gib, told in ((80, "; it fits in this device's 80 GiB"), (1, "; it does not fit in this device's 1 GiB")):
         monkeypatch.setattr("tessera.core.device.memory_bytes", lambda device, gib=gib: gib * 2**30)
         assert told in said()

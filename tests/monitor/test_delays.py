@@ -150,7 +150,8 @@ def test_a_leak_is_named_within_50_steps(workshop: Workshop, tmp_path):
     settings = workshop.settings("llama", tmp_path / "run", dp_shard_size=2, max_steps=50, logging_steps=5)
     pool(2).run(leaking_on_rank, settings, 1)
     lines = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
-    (warning,) = [line["text"] for line in lines if line["kind"] == "warning"]
+    warnings = [line["text"] for line in lines if line["kind"] == "warning"]
+    (warning,) = [text for text in warnings if "memory grows" in text]  # it is larger than predicted, too
     assert warning.startswith("warning: rank 1: memory grows by 1") and "MiB a step" in warning
     assert "tensors 512 × 512 (float32)" in warning and "docs/debugging/out-of-memory.md" in warning
 
