@@ -84,7 +84,8 @@ def pipelined(searches: Searches) -> QuotedTable:
         ("model", "devices", "best layout without a pipeline", "MFU", "best with a pipeline, by formula", "MFU"),
         rows,
         "The number of devices names no geometry: models that fit one machine want their weights cut, and no stages, "
-        "on any number of devices. By formula a pipeline is ahead for the largest model on the most devices alone.",
+        "on any number of devices. By formula no pipeline is ahead here; for the largest model on the most devices it "
+        "is even.",
     )
 
 
@@ -177,6 +178,6 @@ def tensor_sizes(searches: Searches) -> QuotedTable:
         ("model", "devices", *(f"TP {col}" for col in numbers), "best of the search", "seconds of it"),
         rows,
         "8 is the largest tensor size worth asking for on machines of 8, since a larger group leaves the machine; it "
-        "is not the best one. The smallest that fits is, at this batch: what 1D sums lies between two products and "
-        "hides behind nothing, what FSDP gathers hides.",
+        "is not the best one. One of 1 or 2 is, at this batch: what 1D sums lies between two products and hides behind "
+        "nothing, what FSDP gathers hides.",
     )
