@@ -46,7 +46,7 @@ def sharded(searches: Searches) -> QuotedTable:
         "The size of the model names no layout: what decides is whether states and gradients fit. At 7B FSDP alone is "
         "as fast as anything, for its gathers hide behind products and the sums of 1D do not. Above, memory decides: "
         "between the micro-batches of a step FSDP2 keeps whole gradients, while `row`, which cuts the same, keeps a "
-        "rank's part. TP 2 × 4 for 30B on 8 devices is right in this sense, as row 4 × col 2. With FSDP alone "
+        "rank's part. TP 2 × 4 for 30B on 8 devices is nearly right in this sense, as row 4 × col 2. With FSDP alone "
         "published runs of 30B on 8 × A100-80 reach an MFU of 55–56% (MosaicML, llm-foundry at 8c8dd48, everything "
         "recomputed).",
     )
