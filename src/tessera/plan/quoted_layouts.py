@@ -46,7 +46,7 @@ def sharded(searches: Searches) -> QuotedTable:
         "The size of the model names no layout: what decides is whether states and gradients fit. At 7B FSDP alone is "
         "as fast as anything, for its gathers hide behind products and the sums of 1D do not. Above, memory decides: "
         "between the micro-batches of a step FSDP2 keeps whole gradients, while `row`, which cuts the same, keeps a "
-        "rank's part. TP 2 × 4 for 30B on 8 devices is right in this sense, as row 4 × col 2. With FSDP alone "
+        "rank's part. TP 2 × 4 for 30B on 8 devices is nearly right in this sense, as row 4 × col 2. With FSDP alone "
         "published runs of 30B on 8 × A100-80 reach an MFU of 55–56% (MosaicML, llm-foundry at 8c8dd48, everything "
         "recomputed).",
     )
@@ -84,7 +84,8 @@ def pipelined(searches: Searches) -> QuotedTable:
         ("model", "devices", "best layout without a pipeline", "MFU", "best with a pipeline, by formula", "MFU"),
         rows,
         "The number of devices names no geometry: models that fit one machine want their weights cut, and no stages, "
-        "on any number of devices. By formula a pipeline is ahead for the largest model on the most devices alone.",
+        "on any number of devices. By formula no pipeline is ahead here; for the largest model on the most devices it "
+        "is even.",
     )
 
 
@@ -177,6 +178,6 @@ def tensor_sizes(searches: Searches) -> QuotedTable:
         ("model", "devices", *(f"TP {col}" for col in numbers), "best of the search", "seconds of it"),
         rows,
         "8 is the largest tensor size worth asking for on machines of 8, since a larger group leaves the machine; it "
-        "is not the best one. The smallest that fits is, at this batch: what 1D sums lies between two products and "
-        "hides behind nothing, what FSDP gathers hides.",
+        "is not the best one. One of 1 or 2 is, at this batch: what 1D sums lies between two products and hides behind "
+        "nothing, what FSDP gathers hides.",
     )

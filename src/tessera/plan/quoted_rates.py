@@ -148,8 +148,8 @@ def shares_of_time(searches: Searches) -> QuotedTable:
         "were measured at.",
         ("model", "layout", "quoted MFU, communication", "MFU", "its band", "communication", "exposed"),
         rows,
-        "TP 8 at 175B holds: about what is quoted, in MFU and in communication. 58% with less than 10% holds for "
-        "exposed communication, where TP is small and FSDP or `row` cuts the weights: nearly as much is moved, and "
-        "more of it is hidden. 55% at 13B is below our band: published runs of this size reach 48–58%, and these rates "
-        "are published figures of products at their best. `tessera measure` takes those of your stack.",
+        "13B and TP 8 at 175B hold within our band; with a pipeline, by formula, TP 8 is about what is quoted. 58% "
+        "with less than 10% holds for exposed communication, where TP is small and FSDP or `row` cuts the weights: "
+        "nearly as much is moved, and more of it is hidden. `tessera measure` takes the rates of your stack, and a "
+        "narrower band.",
     )
