@@ -12,7 +12,10 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-BESIDE = ("benchmarks", "checkpoint", "cli", "config", "data", "demos", "docs", "doctor", "launch", "monitor", "report")
+BESIDE = (
+    *("benchmarks", "checkpoint", "cli", "config", "data", "demos", "docs", "doctor", "launch", "monitor", "report"),
+    "verify",
+)
 NOTHING_TO_RUN = 5
 
 

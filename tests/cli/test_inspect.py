@@ -94,7 +94,7 @@ def test_the_memory_table_ends_with_the_peak_in_words(config, capsys, monkeypatc
     offloaded = reported(config, capsys, "dp_shard_size=4", "fsdp_config.offload_params=true")["peak"]
     kinds = ("states", "activations", "gathered", "working")
     assert offloaded["states"] == 0 and offloaded["total"] == sum(offloaded[kind] for kind in kinds)
-    for gib, told in ((80, "; it fits in this device's 80 GiB"), (1, "; it does not fit in this device's 1 GiB")):
+    for gib, told in ((80, "; it fits in this device's 80 GiB"), (1, "; it may fit in this device's 1 GiB")):
         monkeypatch.setattr("tessera.core.device.memory_bytes", lambda device, gib=gib: gib * 2**30)
         assert told in said()
 

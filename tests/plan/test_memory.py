@@ -171,6 +171,7 @@ def test_the_tracked_peak_of_real_ranks_is_the_counted_one(sizes):
 # ---- The estimate for people
 
 
+@pytest.mark.slow  # test_peak.py draws layouts at random
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_the_estimated_peak_is_near_the_counted_one(sizes):
     model, long = replace(LLAMA, num_layers=6), StepShape(batch=8, sequence=256, micro_batches=2)
@@ -180,7 +181,8 @@ def test_the_estimated_peak_is_near_the_counted_one(sizes):
         assert peak.total == pytest.approx(counted(model, case).peak, rel=0.03), str(case)
 
 
-@pytest.mark.parametrize("reshard", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("reshard", [True, False])
 @pytest.mark.parametrize("sizes", [{"shard": 4}, {"shard": 2, "col": 2}, {"ring": 2, "ulysses": 2}], ids=str)
 def test_the_estimated_peak_counts_what_fsdp_gathers_once(sizes, reshard):
     """Also of ranks that share sequences, which FSDP2 serves as it does data ranks."""

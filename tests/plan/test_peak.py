@@ -73,8 +73,13 @@ D1, D2 = TensorParallel("1d"), TensorParallel("2d", mesh={"row": 2, "col": 2})
     ("model", "sizes", "shape"),
     [
         (replace(SMALL, num_layers=9), {}, SHORT),
-        (replace(SMALL, num_layers=9), {"shard": 4}, replace(SHORT, recompute=True, micro_batches=3)),
-        (replace(WINDOWS, num_layers=11), {}, SHORT),
+        pytest.param(
+            replace(SMALL, num_layers=9),
+            {"shard": 4},
+            replace(SHORT, recompute=True, micro_batches=3),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(replace(WINDOWS, num_layers=11), {}, SHORT, marks=pytest.mark.slow),
     ],
     ids=["alone", "FSDP2", "windows"],
 )
