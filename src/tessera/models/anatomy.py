@@ -107,7 +107,8 @@ class Attention:
     """Attention of `heads`, of which runs of equal length read one of `kv_heads`.
 
     `window`: how many tokens a query sees; None: all. With `rotary` positions queries and keys are rotated. `norms` are
-    modules that norm each query and each key head.
+    modules that norm each query and each key head. `dropout`: probabilities are dropped; `eager`: a config asks for the
+    kernel that goes step by step.
     """
 
     site: str
@@ -117,6 +118,13 @@ class Attention:
     window: int | None
     rotary: bool
     norms: tuple[str, ...] = ()
+    dropout: bool = False
+    eager: bool = False
+
+    @property
+    def scores(self) -> bool:
+        """Whether its kernel goes step by step and holds a score of each pair of a query and a key (nn/attend.py)."""
+        return self.dropout or self.eager
 
     def parameters(self, parallel: Parallel) -> Iterator[Parameter]:
         spec = _spec((self.head_dim,), ((),), parallel.attention, parallel)
@@ -125,12 +133,15 @@ class Attention:
 
 @dataclass(frozen=True)
 class Block:
-    """norm → `column` → attention, or without it an activation → `row`; the result is added to the residual stream."""
+    """norm → `column` → attention, or without it an activation → `row`; the result is added to the residual stream,
+    with `dropout` before that.
+    """
 
     norm: Norm
     column: Product
     attention: Attention | None
     row: Product
+    dropout: bool = False
 
     @property
     def products(self) -> tuple[Product, Product]:
@@ -222,8 +233,17 @@ def _attention_block(model: ModelConfig, kind: LayerKind) -> Block:
     return Block(
         _norm(model, "layer norms", "attention_norm"),
         Product("q·k·v", True, width, reads, model.qkv_bias, by_heads=True),
-        Attention("attention", *heads, kind.window, model.rope is not None, norms),
+        Attention(
+            "attention",
+            *heads,
+            kind.window,
+            model.rope is not None,
+            norms,
+            model.attention_dropout > 0,
+            model.eager_attention,
+        ),
         Product("attention out", False, width, out, model.attention_out_bias, by_heads=True),
+        model.residual_dropout > 0,
     )
 
 
@@ -235,6 +255,7 @@ def _mlp_block(model: ModelConfig) -> Block:
         Product(site, True, width, tuple(Linear(name, f, "ffn") for name in names), model.mlp_bias),
         None,
         Product("down", False, width, (Linear("mlp.down", f, "ffn"),), model.mlp_bias),
+        model.residual_dropout > 0,
     )
 
 

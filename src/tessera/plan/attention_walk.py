@@ -27,6 +27,10 @@ def attention_backward(ledger: Ledger, attention: Attention, inside: Any, shape:
     if parallel.cuts_sequences:
         kv_traded = 2 * head * traded_kv_heads(attention, parallel)
         made = _shared_backward(ledger, q, kv_traded, wide, shape, parallel)
+    elif attention.scores:
+        pairs = tokens * query_heads_on(attention, parallel) * shape.sequence * element
+        ledger.touch(pairs * (1 + wide))  # gradients of the scores, beside what goes as they are formed
+        made = ledger.hold(q + kv)
     elif attention.window is not None:
         made = _tiled_backward(ledger, q, kv, wide, attention.window, shape)
     else:

@@ -89,7 +89,10 @@ def saved_bytes(model: ModelConfig, shape: StepShape, parallel: Parallel) -> int
     positions = row * model.head_dim * element if tables else t * index
     head = sum(prod(parameter.spec.local_shape(mesh)) for parameter in anatomy.head.parameters(parallel))
     last = anatomy.norm.statistics * statistic + _widened_gains(anatomy.norm, None, parallel)
-    return layers + 2 * stream + last + ids + positions + head * element + kept_weights(model, shape, parallel)
+    dropped = stream if model.embedding_dropout > 0 else 0
+    return (
+        layers + 2 * stream + dropped + last + ids + positions + head * element + kept_weights(model, shape, parallel)
+    )
 
 
 def kept_weights(model: ModelConfig, shape: StepShape, parallel: Parallel) -> int:
@@ -183,6 +186,7 @@ def saved_by_block(block: Block, shape: StepShape, parallel: Parallel, *, tiled:
     statistics = block.norm.statistics * t * _statistic(parallel) + _widened_gains(
         block.norm, block.attention, parallel
     )
+    statistics = statistics + (stream if block.dropout else 0)  # dropout saves its mask, scaled
     shards = [p.features // mesh.sizes["col"] * (width // rows) * element for p in block.products]
     copies = parallel.dtype != parallel.compute and parallel.fsdp is None  # which gathers them in the compute dtype
     weights = shards if copies else [0, 0]
@@ -199,6 +203,8 @@ def saved_by_block(block: Block, shape: StepShape, parallel: Parallel, *, tiled:
             else:
                 whole = tokens * _saved_by_attention(block.attention, parallel)
                 inside = where(mesh.sizes["ulysses"] > 1, whole, inside)
+    if block.attention is not None and block.attention.scores:
+        inside = inside + saved_scores(block.attention, shape, parallel)
     if schedule.keep:
         into_column = shape.tokens_on(mesh, parallel.streams.ids) * width * element  # brought together along col
         if block.attention is not None:
@@ -206,6 +212,15 @@ def saved_by_block(block: Block, shape: StepShape, parallel: Parallel, *, tiled:
         into_row = into_row * inner
         weights = [where(rows > 1, shard * rows, w) for shard, w in zip(shards, weights, strict=True)]
     return BlockSaved(stream, statistics, into_column, weights[0], inside, into_row, weights[1])
+
+
+def saved_scores(attention: Attention, shape: StepShape, parallel: Parallel) -> Any:
+    """What the step-by-step kernel saves of each pair of a query and a key: the softmax's result in the wide dtype, and
+    what multiplies v; with dropout the mask too, scaled."""
+    element, wide = parallel.compute.itemsize, _statistic(parallel)
+    kept = wide + (2 * element if attention.dropout else element if wide > element else 0)
+    tokens = shape.tokens_on(parallel.mesh, parallel.attention.tokens)
+    return tokens * query_heads_on(attention, parallel) * shape.sequence * kept
 
 
 def _saved_by_attention(attention: Attention, parallel: Parallel) -> int:
