@@ -1,6 +1,7 @@
 """`tessera plan` as a shell sees it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -10,9 +11,15 @@ import tessera
 from tessera.cli.main import app
 from tessera.cli.plan import number_of_tokens
 from tessera.core.errors import UserError
+from tessera.core.mesh import Mesh
+from tessera.models.shapes import shape_of
+from tessera.plan.choice import Layout
+from tessera.plan.cluster import cluster_of
 from tessera.plan.communication import estimate_communication_time
 from tessera.plan.machine import shipped_profiles
 from tessera.plan.one_product import cuts_of, received_elements
+from tessera.plan.recommend import judge, traced
+from tessera.plan.work import machines_of
 from train.runs import save_model
 
 SHAPE = ("--sequence-len", "512", "--global-batch", "8", "--trace", "0")
@@ -79,7 +86,7 @@ def test_a_config_is_judged_and_what_does_not_fit_is_told_what_to_turn(tmp_path)
         )
     )
     out = said(str(path), "--cluster", "8xA100-80")
-    assert "does not fit; to lower the peak" in out
+    assert "does not fit, " in out and "GiB too much to fit surely; to lower the peak" in out
     assert "gradient_checkpointing: true saves" in out and "micro_batch_size: 1" in out
 
 
@@ -91,6 +98,10 @@ def test_a_config_is_judged_and_what_does_not_fit_is_told_what_to_turn(tmp_path)
         (("8B", "--cluster", "8x8xH100", "--sequence-len", "1", "--global-batch", "1"), "--cluster"),
         (("405B", "--cluster", "1xL40S", *SHAPE), "--cluster"),
         (("8B", "--cluster", "8xH100", *SHAPE, "--tokens", "many"), "--tokens"),
+        (("8B", "--cluster", "8xH100", *SHAPE, "--dtype", "int8"), "--dtype"),
+        (("8B", "--cluster", "Nx8xH100", *SHAPE), "--cluster"),
+        (("8B", "--cluster", "8xH100", *SHAPE, "--target-tokens-per-second", "-5"), "--target-tokens-per-second"),
+        (("nosuchmodel", "--cluster", "8xH100", *SHAPE, "--target-tokens-per-second", "5"), None),
         (("--matmul", "8,8"), "--matmul"),
         (("--matmul", "7,7,7", "--devices", "8"), "--devices"),
         ((), "MODEL"),
@@ -128,6 +139,62 @@ def test_the_classic_estimate_is_one_row_of_the_general_one():
     assert estimate_communication_time("all_gather", operand, 1, profile=profile).seconds_per_block == 0
     with pytest.raises(ValueError):
         estimate_communication_time("all_reduce", operand, 8)
+
+
+def test_a_file_s_other_keys_are_kept_and_what_was_planned_stands(folder, tmp_path):
+    given = tmp_path / "given.yaml"
+    given.write_text("base_model: gpt2\nsequence_len: 64\nbf16: false\nlearning_rate: 1.0e-4\ndp_shard_size: 16\n")
+    out = str(tmp_path / "w.yaml")
+    said(folder, "--cluster", "2xH100", *SHAPE, "--config", str(given), "--output", out)
+    keys = yaml.safe_load((tmp_path / "w.yaml").read_text())
+    assert (keys["base_model"], keys["sequence_len"], keys["bf16"], keys["learning_rate"]) == (folder, 512, True, 1e-4)
+    assert keys.get("dp_shard_size", 1) <= 2
+    given.write_text("sequence_len: 4k\n")
+    with pytest.raises(UserError, match="whole number"):
+        said(folder, "--cluster", "2xH100", "--config", str(given), "--global-batch", "8", "--trace", "0")
+
+
+def test_float32_is_slower_by_the_peaks(folder):
+    fast, slow = (
+        tessera.plan(folder, "1xA100-80", tessera.Training(4096, 8, dtype)).best for dtype in ("bfloat16", "float32")
+    )
+    assert slow.time.products == pytest.approx(16 * fast.time.products, rel=0.05)
+    assert slow.mfu < 1 and slow.band > fast.band
+
+
+def test_the_smallest_cluster_that_reaches_a_rate_is_found(folder):
+    training = ("--sequence-len", "512", "--global-batch", "48", "--trace", "0", "--json")
+    one = json.loads(said(folder, "--cluster", "1xH100", *training))["choices"][0]["tokens_per_second"]
+    found = json.loads(said(folder, "--cluster", "4xH100", *training, "--target-tokens-per-second", str(one * 0.9)))
+    assert found["cluster"].startswith("1 × 1")
+    with pytest.raises(UserError, match="tokens/s"):
+        said(folder, "--cluster", "4xH100", *training, "--target-tokens-per-second", "1e14")
+
+
+def test_scores_of_dropped_probabilities_are_counted():
+    cluster, training = cluster_of("2xA100-80"), tessera.Training(1024, 8)
+    layout = Layout({"shard": 2}, 4, 1)
+    model = replace(shape_of("124M"), num_layers=4)
+    assert model.attention_dropout > 0
+    judged = traced(model, judge(model, layout, cluster, training))
+    assert judged.peak.total == pytest.approx(judged.traced.peak.total, rel=0.03)
+    without = judge(replace(model, attention_dropout=0.0), layout, cluster, training)
+    assert judged.peak.total > 1.5 * without.peak.total
+    assert judged.seconds > without.seconds
+
+
+def test_a_group_that_begins_in_one_machine_and_ends_in_the_next_lies_on_both():
+    for sizes, axes, per_machine, machines in (
+        ({"shard": 2, "col": 8}, ("col",), 8, 1),
+        ({"shard": 2, "col": 12}, ("col",), 8, 2),
+        ({"col": 6, "shard": 4}, ("col",), 8, 2),
+        ({"shard": 4, "col": 4}, ("shard",), 8, 2),
+        ({"replicate": 3, "shard": 8}, ("replicate",), 8, 3),
+    ):
+        mesh = Mesh(sizes, rank=0)
+        assert machines_of(axes, mesh, per_machine) == machines
+        groups = ({rank // per_machine for rank in mesh.at(rank).members(axes)} for rank in range(mesh.world))
+        assert max(map(len, groups)) == machines
 
 
 def test_numbers_of_tokens():

@@ -1,4 +1,4 @@
-"""`tessera measure`: a profile of this machine, which `plan` and the numbering of ranks use."""
+"""`tessera measure`: a profile of this machine, which `plan` and the predictions of a run use."""
 
 from pathlib import Path
 

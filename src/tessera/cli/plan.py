@@ -67,13 +67,27 @@ def plan_command(subject: str | None, asked: Asked) -> None:
         return
     base = _read(asked.config)
     training = Training(
-        asked.sequence_len or int(base.get("sequence_len", 4096)), asked.global_batch or _rows(base), asked.dtype
+        asked.sequence_len or _whole(base, "sequence_len", 4096), asked.global_batch or _rows(base), asked.dtype
     )
+    if asked.tokens is not None:
+        number_of_tokens(asked.tokens)  # refused before the search
     if asked.scaling is not None:
         scaling(subject, cluster, training, asked.scaling, asked.output)
         return
     if asked.target is not None:
-        made = smallest(subject, cluster, training, asked.target, _growing(cluster))
+        if not 0 < asked.target < 1e15:
+            reason = "is no number of tokens a second"
+            raise UserError("--target-tokens-per-second", asked.target, reason, "for example 100000")
+        made = smallest(
+            subject,
+            cluster,
+            training,
+            asked.target,
+            _growing(cluster),
+            top=asked.top,
+            trace=asked.trace,
+            config=base,
+        )
     else:
         made = plan(subject, cluster, training, top=asked.top, trace=asked.trace, config=base)
     if asked.as_json:
@@ -136,7 +150,9 @@ def _judge(path: Path, asked: Asked, cluster: Cluster) -> None:
     for line in [*_named([judged]), "", *explained(judged), *_duration(judged, asked)]:
         console.print(line, soft_wrap=True)
     if judged.verdict != "fits":
-        console.print(f"{judged.verdict}; to lower the peak, in this order:")
+        more = judged.bytes - most_that_fits(judged.cluster.profile.memory_bytes)
+        said = f"{judged.verdict}, {gib(more)} GiB too much to fit surely; to lower the peak, in this order:"
+        console.print(said, soft_wrap=True)
         for line in remedy_lines(memory_remedies(memory_of(config, model, cluster))):
             console.print(line, soft_wrap=True)
 
@@ -152,7 +168,15 @@ def _read(path: Path | None) -> dict[str, Any]:
 
 def _rows(base: dict[str, Any]) -> int:
     """Rows of a step that a file's keys say on one device, or 256."""
-    return int(base.get("micro_batch_size", 0)) * int(base.get("gradient_accumulation_steps", 1)) or 256
+    return _whole(base, "micro_batch_size", 0) * _whole(base, "gradient_accumulation_steps", 1) or 256
+
+
+def _whole(base: dict[str, Any], key: str, default: int) -> int:
+    """A whole number of the file. Raises UserError for what is none."""
+    value = base.get(key, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise UserError(key, value, "is no whole number", f"for example {key}: {default or 1}")
+    return value
 
 
 def _growing(cluster: Cluster) -> list[int]:
@@ -189,7 +213,7 @@ def explained(judged: Judged) -> list[str]:
     terms = [(name, seconds) for name, seconds in judged.time.terms.items() if abs(seconds) >= 5e-4 * judged.seconds]
     lines = ["time of a step:"]
     lines += [f"  {name:28}{1e3 * seconds:12.1f} ms {seconds / judged.seconds:7.1%}" for name, seconds in terms]
-    peak = judged.peak
+    peak = judged.peak if judged.traced is None else judged.traced.peak
     lines.append(
         f"memory at the peak ({peak.moment or 'estimated'}), of {gib(judged.cluster.profile.memory_bytes)} GiB:"
     )
@@ -267,7 +291,9 @@ def number_of_tokens(text: str) -> float:
 def as_json(made: Plan) -> dict[str, Any]:
     """A plan as JSON values; times in seconds, memory in bytes."""
     choices = [_judged_json(each) for each in made.choices]
-    return {"model": made.name, "cluster": str(made.cluster), "considered": made.considered, "choices": choices}
+    too_large = None if made.too_large is None else _judged_json(made.too_large)
+    about = {"model": made.name, "cluster": str(made.cluster), "considered": made.considered}
+    return {**about, "choices": choices, "too_large": too_large}
 
 
 def _judged_json(judged: Judged) -> dict[str, Any]:
@@ -280,6 +306,7 @@ def _judged_json(judged: Judged) -> dict[str, Any]:
         "tokens_per_second": judged.tokens_per_second,
         "mfu": judged.mfu,
         "memory": asdict(judged.peak) | {"total": judged.peak.total},
+        "traced": None if judged.traced is None else asdict(judged.traced.peak) | {"total": judged.bytes},
         "verdict": judged.verdict,
         "lost": judged.lost,
     }

@@ -83,6 +83,8 @@ def _row(cells: dict[str, str]) -> PublicModel:
     content = {key: cell if key == "model_type" else json.loads(cell) for key, cell in cells.items() if cell}
     if factor:
         content["rope_scaling"] = {**LLAMA3_ROPE, "factor": float(factor)}
+    if not own["hub"]:  # of a paper, which states no dropout
+        content |= {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
     sizes, hub = tuple(own["sizes"].split()), tuple(own["hub"].split())
     return PublicModel(own["name"], sizes, own["parameters"], own["source"], hub, content)
 

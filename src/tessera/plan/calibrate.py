@@ -123,7 +123,9 @@ def corrected(time: StepTime, places: NDArray[Any], profile: Profile) -> StepTim
     missed, deviation = profile.residuals.at(places)
     shape = np.shape(time.total)
     factor = np.exp(missed).reshape(shape) - 1
-    band = np.minimum(1.645 * deviation, WIDEST).reshape(shape)
+    # where no measured run is alike, the process knows no more than the profile
+    alone = deviation >= 0.95 * profile.residuals.spread
+    band = np.where(alone, max(WIDEST, profile.error), np.minimum(1.645 * deviation, WIDEST)).reshape(shape)
     return replace(time, calibration=time.total * factor, error=band)
 
 

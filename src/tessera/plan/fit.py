@@ -128,6 +128,15 @@ def _changes(layout: MemoryLayout) -> Iterator[_Change]:
     yield from _of_fsdp(layout)
     yield from _of_layers(layout)
     shape = layout.shape
+    if shape.micro_batches > 1:
+        rows = shape.batch * shape.micro_batches
+        keys = {"micro_batch_size": rows, "gradient_accumulation_steps": 1}
+        whole = replace(shape, batch=rows, micro_batches=1, documents=())
+        yield (
+            keys,
+            replace(layout, shape=whole),
+            "the numbers stay; FSDP2 keeps no whole gradients between micro-batches",
+        )
     if shape.batch % 2 == 0:
         times = 2 * shape.micro_batches
         keys = {"micro_batch_size": shape.batch // 2, "gradient_accumulation_steps": times}

@@ -63,6 +63,11 @@ class Residuals:
     places: tuple[tuple[float, ...], ...]
     logs: tuple[float, ...]
 
+    @property
+    def spread(self) -> float:
+        """The standard deviation where nothing alike was measured."""
+        return float(np.sqrt(max(float(np.mean(np.square(self.logs))), _NOISE**2) + _NOISE**2))
+
     def at(self, places: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
         """Of each of `places` [n, 6] the expected logarithm of measured over predicted, and its standard deviation."""
         known, logs = np.asarray(self.places, float), np.asarray(self.logs, float)
@@ -138,6 +143,18 @@ class Profile:
     pairs: tuple[tuple[int, int, float], ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict)
 
+    def in_dtype(self, dtype: str) -> "Profile":
+        """The same with the rates of products in `dtype`: those of the fastest dtype, in proportion to the peaks.
+
+        Only the fastest one's are measured, so the band is wider by a tenth.
+        """
+        best = max(self.peak_flops.values(), default=0.0)
+        share = self.peak_flops.get(dtype, best) / best if best else 1.0
+        if share == 1.0:
+            return self
+        product, attention = self.product_flops * share, self.attention_flops * share
+        return replace(self, product_flops=product, attention_flops=attention, error=self.error + 0.1)
+
     def curve(self, level: Level, kind: str) -> Curve:
         """The curve of a kind of collective at a level."""
         curves = self.inside if level == "inside" else self.between
@@ -189,6 +206,10 @@ class Cluster:
 
     def __str__(self) -> str:
         return f"{self.machines or 'N'} × {self.per_machine} × {self.profile.device}"
+
+    def in_dtype(self, dtype: str) -> "Cluster":
+        """The same with the rates of another dtype."""
+        return replace(self, profile=self.profile.in_dtype(dtype))
 
     def of(self, devices: int) -> "Cluster":
         """The same with as many machines as so many devices need; fewer than a machine's are part of one."""

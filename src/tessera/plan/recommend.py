@@ -31,8 +31,10 @@ from tessera.plan.search import Found, buildable, fastest_too_large, search
 from tessera.plan.time import StepTime, step_time
 from tessera.plan.trace import TracedMemory, traced_memory
 from tessera.plan.work import step_work
+from tessera.sizes.numbers import either
 
 TOP = 5
+TRAINED = ("bfloat16", "float32")
 LOOKED_AT = 500
 DIFFERENCE = 0.005
 """The least difference, as a share of the step, that is named as a reason."""
@@ -104,7 +106,7 @@ def judge_step(
     offload: bool = False,
 ) -> Judged:
     """The same of a step as the trainer runs it, on the rank of `parallel.mesh`."""
-    mesh = parallel.mesh
+    mesh, cluster = parallel.mesh, cluster.in_dtype(training.dtype)
     peak = peak_bytes(model, shape, parallel, offload=offload)
     time = step_time(step_work(model, shape, parallel, cluster.per_machine), cluster.profile)
     tokens = shape.tokens_on(mesh, parallel.streams.ids)
@@ -165,11 +167,11 @@ class Plan:
     def keys(self) -> dict[str, Any]:
         """The keys of a config that trains the best layout."""
         placeholder = {"datasets": [{"path": "./data.jsonl", "type": "completion"}], "output_dir": "./outputs"}
-        dtype = {"bfloat16": {"bf16": True}}.get(self.training.dtype, {"bf16": False})
-        ours = {"base_model": base_model_of(self.name), "sequence_len": self.training.sequence_len} | dtype
+        planned = {"base_model": base_model_of(self.name), "sequence_len": self.training.sequence_len}
+        planned |= {"bf16": self.training.dtype == "bfloat16"}
         given = {key: value for key, value in self.config.items() if key not in _LAYOUT_KEYS}
         assert self.best.layout is not None
-        return placeholder | ours | given | self.best.layout.keys
+        return placeholder | given | planned | self.best.layout.keys
 
     def to_yaml(self) -> str:
         """A config of the best layout, which `tessera train` takes once `datasets` names your data."""
@@ -213,7 +215,12 @@ def plan(
     """
     name, model = (model, shape_of(model)) if isinstance(model, str) else (model.family, model)
     cluster = cluster_of(cluster) if isinstance(cluster, str) else cluster
-    found = search(model, cluster, training)
+    if training.dtype not in TRAINED:
+        reason = "is none that the trainer computes in"
+        raise UserError("--dtype", training.dtype, reason, either(TRAINED))
+    if cluster.devices < 1:
+        raise UserError("--cluster", str(cluster), "names no number of machines", "2x8xH100, or --scaling 8,16,32")
+    found = search(model, cluster.in_dtype(training.dtype), training)
     if not len(found):
         raise _no_layout(model, cluster, training)
     timed = np.flatnonzero(np.isfinite(found.seconds))
@@ -230,7 +237,8 @@ def plan(
     too_large, place = None, fastest_too_large(model, cluster, found)
     if place is not None:
         judged = judge(model, found.layout(place), cluster, training)
-        too_large = judged if judged.seconds < best.seconds and judged.verdict != "fits" else None
+        faster = judged.seconds < best.seconds * (1 - DIFFERENCE)
+        too_large = judged if faster and judged.verdict != "fits" else None
     return Plan(name, model, cluster, training, len(found), explained, too_large, dict(config or {}))
 
 
@@ -292,17 +300,48 @@ def _too_large(model: ModelConfig, found: Found, cluster: Cluster, training: Tra
 
 
 def smallest(
-    model: str | ModelConfig, cluster: Cluster, training: Training, tokens_per_second: float, devices: Sequence[int]
+    model: str | ModelConfig,
+    cluster: Cluster,
+    training: Training,
+    tokens_per_second: float,
+    devices: Sequence[int],
+    *,
+    top: int = TOP,
+    trace: int = 0,
+    config: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """The plan of the first of `devices` that reaches the rate. Raises UserError where none does."""
-    fastest = 0.0
-    for count in devices:
+    """The plan of the smallest cluster that reaches the rate: of `devices`, ascending, then of whole machines between.
+
+    The other arguments are those of `plan`. Raises UserError where none does.
+    """
+    known = shape_of(model) if isinstance(model, str) else model
+
+    def fastest(count: int) -> Plan | None:
         try:
-            found = plan(model, cluster.of(count), training)
-        except UserError:
+            return plan(model, cluster.of(count), training, top=1)
+        except UserError as error:
+            if error.key != "--cluster":
+                raise
+            return None
+
+    best, below = 0.0, 0
+    for count in devices:
+        if not buildable(known, count, training):
             continue
-        fastest = max(fastest, found.best.tokens_per_second)
-        if found.best.tokens_per_second >= tokens_per_second:
-            return found
-    reason = f"up to {max(devices)} devices reach {fastest:,.0f} tokens/s with {training.global_batch} rows a step"
-    raise UserError("--target-tokens-per-second", tokens_per_second, reason, "a larger --global-batch, or less")
+        found = fastest(count)
+        best = max(best, found.best.tokens_per_second if found else 0.0)
+        if found is not None and found.best.tokens_per_second >= tokens_per_second:
+            break
+        below = count
+    else:
+        reason = f"up to {max(devices)} devices reach {best:,.0f} tokens/s with {training.global_batch} rows a step"
+        raise UserError("--target-tokens-per-second", tokens_per_second, reason, "a larger --global-batch, or less")
+    machine = cluster.per_machine
+    least, most = below // machine, count // machine
+    while most - least > 1:  # machines; with fewer the rate is hardly ever higher
+        between = (least + most) // 2
+        found = fastest(between * machine) if buildable(known, between * machine, training) else None
+        reached = found is not None and found.best.tokens_per_second >= tokens_per_second
+        least, most = (least, between) if reached else (between, most)
+    count = most * machine if count >= machine else count
+    return plan(model, cluster.of(count), training, top=top, trace=trace, config=config)

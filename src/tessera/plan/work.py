@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from tessera.core.arrays import larger, smaller
+from tessera.core.arrays import larger, rounded_up, smaller, where
 from tessera.core.axes import AXES
 from tessera.core.mesh import Mesh
 from tessera.layout.parallel import Parallel
@@ -35,6 +35,8 @@ from tessera.plan.sequences import query_heads_on
 from tessera.plan.traffic import LAYERS, OUTSIDE, Transfer, step_transfers
 
 OPTIMIZER_PASSES = 10
+SCORE_PASSES = 12
+"""Times that the step-by-step kernel of attention reads or writes a score, in each direction; an estimate."""
 OPERATORS = {"norm": (4, 8), "product": (4, 8), "attention": (12, 20), "activation": (4, 6), "add": (2, 2)}
 """Operators that the host issues, forward and backward."""
 
@@ -192,15 +194,27 @@ class _Made:
         flops = 2 * tokens * width * self._keys(attention)
         self.scores["forward"] += flops // (2 * attention.head_dim) * forwards
         self.scores["backward"] += flops // (2 * attention.head_dim) * backwards
+        if attention.scores:
+            moved = SCORE_PASSES * (flops // (2 * attention.head_dim)) * self.parallel.compute.itemsize
+            self.elementwise["forward"] += moved * forwards
+            self.elementwise["backward"] += moved * backwards
+        if self.parallel.context.transport == "ring":
+            self.merge(tokens, width, forwards)
         self.attention["forward"] += 2 * flops * forwards
         self.attention["backward"] += 5 * flops * backwards
         kv = width * attention.kv_heads // attention.heads
         rotated = 2 * tokens * (width + kv) if attention.rotary else 0
         self.beside("attention", (rotated, rotated), forwards, backwards)
 
+    def merge(self, tokens: Any, width: Any, forwards: Any) -> None:
+        """Around a ring each hop's result is added to what was there: two are read and one is written, in float32."""
+        hops = larger(self.mesh.sizes["ring"] - 1, 0)
+        self.elementwise["forward"] += forwards * hops * 3 * tokens * width * torch.float32.itemsize
+        self.operators["forward"] += forwards * hops * 10
+
     def _keys(self, attention: Attention) -> Any:
         """The keys that a query sees, on average over the tokens of a step."""
-        causal = 2 if self.model.causal else 1
+        causal = 2 if self.model.causal and not attention.scores else 1
         if not self.shape.documents:
             seen = self.shape.sequence
             return seen / causal if attention.window is None else smaller(seen / causal, attention.window)
@@ -224,15 +238,21 @@ class _Made:
 
 
 def machines_of(axes: Sequence[str], mesh: Mesh, per_machine: int) -> Any:
-    """On how many machines the ranks along `axes` lie, ranks being numbered as `AXES` has the axes."""
+    """On how many machines at most a group along `axes` lies, ranks being numbered as `AXES` has the axes."""
     stride: Any = 1
     beside: Any = 1
+    straddles: Any = 0
     for axis in reversed(AXES):
         size = mesh.sizes[axis]
         if axis in axes:
             beside = beside * smaller(size, larger(1, per_machine // stride))
+            whole = stride * size
+            # neither fills machines nor a part of one that divides it: some group begins in one and ends in the next
+            divides = (per_machine % whole == 0) | (whole % per_machine == 0) | (stride % per_machine == 0)
+            straddles = larger(straddles, where(divides | (size == 1), 0, 1))
         stride = stride * size
-    return larger(1, mesh.size(axes) // beside)
+    machines = rounded_up(mesh.size(axes), beside)
+    return where(straddles > 0, larger(machines, 2), larger(1, machines))
 
 
 def hidden_under(transfer: Transfer, shape: StepShape, parallel: Parallel) -> Literal["", "compute", "attention"]:
