@@ -22,7 +22,13 @@ def profile_here(name: str, seconds: float) -> Profile:
     """A made-up profile of this processor: a step takes so long, and next to nothing beside."""
     fast = {"any": Curve(1e-9, 0.0, 0.0, 1e15)}
     rates = {"product_flops": 1e17, "attention_flops": 1e17, "memory_bandwidth": 1e17, "dispatch_seconds": 0.0}
-    own = replace(shipped_profiles()["H100"], name=name, device=hardware(torch.device("cpu")), devices_per_machine=2)
+    own = replace(
+        shipped_profiles()["H100"],
+        name=name,
+        device=hardware(torch.device("cpu")),
+        devices_per_machine=2,
+        peak_flops={},
+    )
     return replace(own, **rates, inside=fast, between=fast, step_seconds=seconds, measured=True, error=0.15)
 
 

@@ -196,8 +196,9 @@ class _Made:
         self.scores["backward"] += flops // (2 * attention.head_dim) * backwards
         if attention.scores:
             moved = SCORE_PASSES * (flops // (2 * attention.head_dim)) * self.parallel.compute.itemsize
-            self.elementwise["forward"] += moved * forwards
-            self.elementwise["backward"] += moved * backwards
+            # no += here: of candidates these are arrays of whole numbers, and half of the keys is none
+            self.elementwise["forward"] = self.elementwise["forward"] + moved * forwards
+            self.elementwise["backward"] = self.elementwise["backward"] + moved * backwards
         if self.parallel.context.transport == "ring":
             self.merge(tokens, width, forwards)
         self.attention["forward"] += 2 * flops * forwards
