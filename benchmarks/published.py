@@ -7,13 +7,10 @@ project. `work_of` says what a rank does in such a step, from which a profile pr
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
-
 from benchmarks.fit_curves import Row, read
-from tessera.core.axes import DATA_AXES
 from tessera.models.config import ModelConfig
 from tessera.models.shapes import shape_of
-from tessera.plan.calibrate import Run
+from tessera.plan.calibrate import Run, place_of
 from tessera.plan.choice import Layout, Training
 from tessera.plan.work import step_work
 
@@ -59,11 +56,9 @@ class Published:
     def run(self) -> Run:
         """It as calibration takes it: the work of rank 0, which is the longest."""
         parallel = self.layout.parallel(self.model, self.training)
-        shape, size = self.layout.shape(self.training, parallel), self.layout.size
+        shape = self.layout.shape(self.training, parallel)
         work = step_work(self.model, shape, parallel, PER_MACHINE)
-        tokens = shape.batch * shape.sequence
-        place = (tokens, self.model.hidden_size, size("inner", "col"), size(*DATA_AXES), 1, self.model.num_layers)
-        return Run(work, tuple(map(float, np.log2(place))), self.seconds)
+        return Run(work, tuple(map(float, place_of(self.model, shape, parallel)[0])), self.seconds)
 
 
 def gpt(width: int, heads: int, layers: int, length: int, vocabulary: int = 51200) -> ModelConfig:

@@ -3,7 +3,6 @@
 import csv
 import os
 from functools import cache
-from math import log2
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from benchmarks.published import gpt
 from tessera.core.mesh import Mesh
 from tessera.layout.resolve import parallel_of
 from tessera.layout.shape import StepShape
-from tessera.plan.calibrate import Run
+from tessera.plan.calibrate import Run, place_of
 from tessera.plan.machine import Curve, Profile
 from tessera.plan.time import Pipeline
 from tessera.plan.work import machines_of, step_work
@@ -69,5 +68,5 @@ def run_of(row: dict[str, str]) -> Run:
     shape = StepShape(batch, length, int(row["global_batch_seqs"]) // (batch * dp), recompute=True)
     work = step_work(model, shape, parallel, 8)
     stages = Pipeline(pp, machines_of(("pp",), mesh, 8), batch * length * width * 2)
-    place = (batch * length, width, tp, dp, pp, layers // pp)
-    return Run(work, tuple(map(log2, place)), float(row["iter_ms"]) / 1e3, stages)
+    place = tuple(map(float, place_of(model, shape, parallel, pp)[0]))
+    return Run(work, place, float(row["iter_ms"]) / 1e3, stages)

@@ -1,5 +1,6 @@
 """Whole numbers, or numpy arrays of them alike: so one formula takes one layout or thousands of candidates."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,16 @@ def larger(a: Any, b: Any) -> Any:
 def rounded_up(a: Any, b: Any) -> Any:
     """The smallest whole number of times that `b` goes over `a`."""
     return -(-a // b)
+
+
+def common_divisor(a: Any, b: Any) -> Any:
+    """The greatest number that divides both."""
+    return np.gcd(a, b) if _many(a, b) else math.gcd(a, b)
+
+
+def common_multiple(a: Any, b: Any) -> Any:
+    """The least number that both divide."""
+    return np.lcm(a, b) if _many(a, b) else math.lcm(a, b)
 
 
 def where(condition: Any, a: Any, b: Any) -> Any:

@@ -1,9 +1,9 @@
 """The shape of a step: what one data rank runs, padded so that its tokens divide, and what FSDP2 is asked for."""
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from tessera.core.arrays import common_divisor, common_multiple
 from tessera.core.axes import SEQUENCE_AXES
 from tessera.core.mesh import Mesh
 from tessera.layout.streams import HIDDEN, Layout
@@ -17,7 +17,7 @@ def padded_length(length: int, batch: int, residual: Layout, mesh: Mesh) -> int:
 def length_multiple(batch: int, residual: Layout, mesh: Mesh) -> int:
     """What sequence lengths must be a multiple of, so that the tokens of `batch` sequences divide over both streams."""
     cuts = (mesh.size((*SEQUENCE_AXES, *layout.tokens)) for layout in (residual, HIDDEN))
-    return math.lcm(*(ranks // math.gcd(ranks, batch) for ranks in cuts))
+    return common_multiple(*(ranks // common_divisor(ranks, batch) for ranks in cuts))
 
 
 @dataclass(frozen=True)

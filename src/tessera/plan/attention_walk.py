@@ -2,10 +2,9 @@
 
 from typing import Any
 
-import numpy as np
 import torch
 
-from tessera.core.arrays import larger, smaller, where
+from tessera.core.arrays import common_divisor, larger, smaller, where
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape
 from tessera.models.anatomy import Attention
@@ -109,7 +108,7 @@ def _others(shape: StepShape, parallel: Parallel) -> Any:
     """How many times its own tokens an owner reads of others: of rows of one document, all that others have of them."""
     mesh, owners = parallel.mesh, parallel.mesh.size(parallel.owners)
     streams = 1 if parallel.context.joined else mesh.size(parallel.attention.tokens)
-    others = owners // np.gcd(owners, shape.batch // streams) - 1  # that own parts of a row
+    others = owners // common_divisor(owners, shape.batch // streams) - 1  # that own parts of a row
     if isinstance(mesh, ManyMeshes) or not shape.documents:
         return others
     own = shape.tokens // streams // owners

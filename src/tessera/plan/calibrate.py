@@ -13,6 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tessera.core.axes import DATA_AXES
+from tessera.layout.parallel import Parallel
+from tessera.layout.shape import StepShape
+from tessera.models.config import ModelConfig
 from tessera.plan.machine import Curve, Profile, Residuals
 from tessera.plan.time import ONE_STAGE, Pipeline, StepTime, step_time
 from tessera.plan.traffic import Transfer
@@ -114,6 +118,15 @@ def _least(errors: Callable[[NDArray[Any]], NDArray[Any]], count: int) -> NDArra
         if gained < 1e-5 * (now**2).sum():
             break
     return at
+
+
+def place_of(model: ModelConfig, shape: StepShape, parallel: Parallel, stages: int = 1) -> NDArray[Any]:
+    """By what runs are alike, `machine.LIKE`, of a step whose rank has the layers of `model`: [1, 6], or of candidates
+    [n, 6]."""
+    mesh = parallel.mesh
+    tokens = shape.tokens_on(mesh, parallel.streams.ids)
+    like = (tokens, model.hidden_size, mesh.size(("inner", "col")), mesh.size(DATA_AXES), stages, model.num_layers)
+    return np.log2(np.stack([np.atleast_1d(each) for each in np.broadcast_arrays(*like)], axis=1))
 
 
 def corrected(time: StepTime, places: NDArray[Any], profile: Profile) -> StepTime:

@@ -108,8 +108,8 @@ class Layout:
         )
 
     def shape(self, training: Training, parallel: Parallel) -> StepShape:
-        """What a data rank runs in a step, padded."""
-        length = padded_length(training.sequence_len, self.micro_batch, parallel.residual, self.mesh)
+        """What a data rank runs in a step, padded for `parallel`."""
+        length = padded_length(training.sequence_len, self.micro_batch, parallel.residual, parallel.mesh)
         savers = Savers(self.recompute == "selective", self.offload)
         return StepShape(
             self.micro_batch,

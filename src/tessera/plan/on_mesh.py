@@ -7,7 +7,7 @@ backward (Narayanan et al. 2021, SC'21, section 2.2.1), and time.Pipeline has wh
 
 from collections.abc import Mapping
 from dataclasses import replace
-from math import log2, prod
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape
 from tessera.layout.streams import joins_rows
 from tessera.models.config import ModelConfig
-from tessera.plan.calibrate import corrected
+from tessera.plan.calibrate import corrected, place_of
 from tessera.plan.choice import RECOMPUTES, Layout, Training
 from tessera.plan.fit import fits, most_that_fits
 from tessera.plan.flops import step_flops
@@ -140,15 +140,7 @@ def _judged(model: ModelConfig, layout: Layout, cluster: Cluster, training: Trai
     message = _residual_bytes(model, shape, parallel)
     pipeline = Pipeline(stages, machines_of(("pp",), mesh, cluster.per_machine), message)
     time = step_time(step_work(stage, shape, parallel, cluster.per_machine), cluster.profile, pipeline)
-    place = (
-        shape.tokens_on(mesh, parallel.streams.ids),
-        model.hidden_size,
-        mesh.size(("inner", "col")),
-        mesh.size(DATA_AXES),
-        stages,
-        stage.num_layers,
-    )
-    time = corrected(time, np.array([list(map(log2, place))]), cluster.profile)
+    time = corrected(time, place_of(stage, shape, parallel, stages), cluster.profile)
     peak = peak_bytes(stage, shape, parallel)
     peak = replace(peak, activations=peak.activations * min(stages, layout.micro_batches))
     flops = step_flops(model, [training.sequence_len]) * training.global_batch

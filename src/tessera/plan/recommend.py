@@ -14,13 +14,12 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from tessera.core.axes import DATA_AXES
 from tessera.core.errors import UserError
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape
 from tessera.models.config import ModelConfig
 from tessera.models.shapes import known_shape, shape_of
-from tessera.plan.calibrate import corrected
+from tessera.plan.calibrate import corrected, place_of
 from tessera.plan.choice import Layout, Training
 from tessera.plan.cluster import cluster_of
 from tessera.plan.fit import fits
@@ -109,9 +108,7 @@ def judge_step(
     mesh, cluster = parallel.mesh, cluster.in_dtype(training.dtype)
     peak = peak_bytes(model, shape, parallel, offload=offload)
     time = step_time(step_work(model, shape, parallel, cluster.per_machine), cluster.profile)
-    tokens = shape.tokens_on(mesh, parallel.streams.ids)
-    like = (tokens, model.hidden_size, mesh.size(("inner", "col")), mesh.size(DATA_AXES), 1, model.num_layers)
-    time = _scalars(corrected(time, np.log2([like]), cluster.profile))
+    time = _scalars(corrected(time, place_of(model, shape, parallel), cluster.profile))
     flops = step_flops(model, [training.sequence_len]) * training.global_batch
     verdict = fits(int(peak.total), cluster.profile.memory_bytes)
     return Judged(name, mesh.world, training, cluster, peak, time, flops, verdict)

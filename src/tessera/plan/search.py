@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 
 from tessera.core.axes import DATA_AXES, MODEL_AXES, SEQUENCE_AXES
 from tessera.core.errors import UserError
-from tessera.layout.shape import Savers, StepShape
-from tessera.layout.streams import HIDDEN
+from tessera.layout.parallel import Parallel
+from tessera.layout.shape import StepShape
 from tessera.models.config import ModelConfig
-from tessera.plan.calibrate import corrected
+from tessera.plan.calibrate import corrected, place_of
 from tessera.plan.choice import RECOMPUTES, Layout, Training
 from tessera.plan.fit import most_that_fits
 from tessera.plan.machine import Cluster
@@ -45,7 +45,6 @@ SCHEDULES = (("gather", 2), ("gather", 4), ("gather", 8), ("summa", 1), ("cannon
 KEPT = 300
 NEVER = 2**62
 """The bytes of a candidate that is another one in other words."""
-_TOKENS = ("depth", "row", *SEQUENCE_AXES)
 Numbers = NDArray[np.int64]
 
 
@@ -100,8 +99,7 @@ def search(model: ModelConfig, cluster: Cluster, training: Training, *, exhausti
     found = _timed(model, cluster, found, timed)
     best = np.arange(len(found)) if exhaustive else np.argsort(found.seconds)[:KEPT]
     best = best[np.isfinite(found.seconds[best])]
-    others = list(_with_schedules(model, cluster, found, best, room))
-    return _joined([found, *others], training) if others else found
+    return _joined([found, *_with_schedules(model, cluster, found, best, room)], training)
 
 
 def _meshes(model: ModelConfig, devices: int, training: Training) -> tuple[dict[str, Numbers], Numbers]:
@@ -186,36 +184,16 @@ def _groups(model: ModelConfig, sizes: dict[str, Numbers], batch: Numbers) -> It
         yield np.flatnonzero(rules == rule)
 
 
-class _Group(NamedTuple):
-    """Candidates of one group: what closed forms take."""
-
-    shape: StepShape
-    parallel: Any
-    layout: Layout
-
-
-def _group(model: ModelConfig, places: Numbers, found: Found, switches: Switches) -> _Group:
-    """The group at `places`, whose first candidate says which layouts its streams have."""
+def _group(model: ModelConfig, places: Numbers, found: Found, switches: Switches) -> tuple[StepShape, Parallel]:
+    """The group at `places` as closed forms take it; its first candidate says which layouts its streams have."""
     training: Training = found.training
     batch: Any = found.micro_batch[places]  # closed forms take arrays for whole numbers
     sizes = {axis: n[places] for axis, n in found.sizes.items()}
-    first = found.layout(int(places[0]))
-    first = replace(first, **switches._asdict())
-    many = ManyMeshes(sizes)
-    parallel = replace(first.parallel(model, training), mesh=many.as_mesh)
-    data = sizes["replicate"] * sizes["shard"]
-    cuts = [many.size((*SEQUENCE_AXES, *layout.tokens)) for layout in (parallel.residual, HIDDEN)]
-    multiple = np.lcm(*(ranks // np.gcd(ranks, batch) for ranks in cuts))
-    length = training.sequence_len + -training.sequence_len % multiple
-    shape = StepShape(
-        batch,
-        length,
-        training.global_batch // (data * batch),
-        recompute=switches.recompute != "false",
-        reshard=switches.reshard,
-        savers=Savers(attention_once=switches.recompute == "selective"),
-    )
-    return _Group(shape, parallel, first)
+    first = replace(found.layout(int(places[0])), **switches._asdict())
+    parallel = replace(first.parallel(model, training), mesh=ManyMeshes(sizes).as_mesh)
+    micro_batches = training.global_batch // (parallel.mesh.size(DATA_AXES) * batch)
+    every = replace(first, micro_batch=batch, micro_batches=micro_batches)
+    return every.shape(training, parallel), parallel
 
 
 def _costs(
@@ -226,8 +204,8 @@ def _costs(
     nothing = np.zeros(count, np.int64)
     found = Found(sizes, batch, [switches], nothing, nothing.copy(), np.full(count, np.inf), training)
     for places in _groups(model, sizes, batch):
-        group = _group(model, places, found, switches)
-        found.peak[places] = peak_bytes(model, group.shape, group.parallel).total
+        shape, parallel = _group(model, places, found, switches)
+        found.peak[places] = peak_bytes(model, shape, parallel).total
     if not switches.reshard:  # means nothing where FSDP2 serves no axis
         found.peak[np.prod([sizes[axis] for axis in (*DATA_AXES, *SEQUENCE_AXES)], axis=0) == 1] = NEVER
     return found
@@ -239,8 +217,8 @@ def _worth_timing(found: Found, plain: Sequence[Switches], count: int, room: int
     worth = fits.copy()
     for reshard in (False, True):
         chain = [place for place, switches in enumerate(plain) if switches.reshard == reshard]
-        for slower, faster in zip(chain[1:], chain, strict=False):
-            worth[slower] &= ~np.logical_or.reduce(fits[chain[: chain.index(faster) + 1]])
+        for at, place in enumerate(chain):
+            worth[place] &= ~fits[chain[:at]].any(axis=0)
     return worth.reshape(-1)
 
 
@@ -254,30 +232,14 @@ def _timed(model: ModelConfig, cluster: Cluster, found: Found, worth: NDArray[np
         sizes = {axis: n[chosen] for axis, n in found.sizes.items()}
         for places in _groups(model, sizes, found.micro_batch[chosen]):
             own = chosen[places]
-            group = _group(model, own, found, switches)
-            seconds[own] = _time(model, cluster, group, found, own).total
+            shape, parallel = _group(model, own, found, switches)
+            seconds[own] = _time(model, cluster, shape, parallel).total
     return replace(found, seconds=seconds)
 
 
-def _time(model: ModelConfig, cluster: Cluster, group: _Group, found: Found, places: Numbers) -> StepTime:
-    work = step_work(model, group.shape, group.parallel, cluster.per_machine)
-    time = step_time(work, cluster.profile)
-    if cluster.profile.residuals is None:
-        return time
-    sizes = {axis: n[places] for axis, n in found.sizes.items()}
-    tokens = (
-        group.shape.batch * group.shape.sequence / (sizes["depth"] * sizes["row"] * sizes["ring"] * sizes["ulysses"])
-    )
-    ones = np.ones(len(places))
-    by_like = (
-        tokens,
-        ones * model.hidden_size,
-        sizes["inner"] * sizes["col"],
-        sizes["replicate"] * sizes["shard"],
-        ones,
-        ones * model.num_layers,
-    )
-    return corrected(time, np.log2(np.stack(by_like, axis=1)), cluster.profile)
+def _time(model: ModelConfig, cluster: Cluster, shape: StepShape, parallel: Parallel) -> StepTime:
+    time = step_time(step_work(model, shape, parallel, cluster.per_machine), cluster.profile)
+    return corrected(time, place_of(model, shape, parallel), cluster.profile)
 
 
 def _with_schedules(

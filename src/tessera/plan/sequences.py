@@ -21,10 +21,9 @@ owner or one further on reads. The numbers are those of nn/context/route.py, by 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
-from tessera.core.arrays import rounded_up, where
+from tessera.core.arrays import common_divisor, common_multiple, rounded_up, where
 from tessera.data.batch import Stream
 from tessera.layout.parallel import Parallel
 from tessera.models.anatomy import Attention
@@ -95,7 +94,7 @@ def whole_row_moves(attention: Attention, rows: Any, tokens: Any, parallel: Para
     if not owners:
         return
     count = mesh.size(owners)
-    others = count // np.gcd(count, rows) - 1  # ranks that own parts of a row beside this one
+    others = count // common_divisor(count, rows) - 1  # ranks that own parts of a row beside this one
     features, ring = 2 * (heads // ranks) * attention.head_dim, parallel.context.transport == "ring"
     wide = torch.promote_types(parallel.compute, torch.float32).itemsize if ring else element
     calls, received = where(others > 0, others if ring else 1, 0) * groups, others * tokens * features * element
@@ -148,7 +147,7 @@ def traded_kv_heads(attention: Attention, parallel: Parallel) -> Any:
     queries = query_heads_on(attention, parallel)
     if isinstance(parallel.mesh, ManyMeshes):
         chunks = parallel.context.chunks
-        return chunks * np.lcm(rounded_up(queries // chunks, queries // heads), ranks)
+        return chunks * common_multiple(rounded_up(queries // chunks, queries // heads), ranks)
     each = queries // (parallel.context.chunks if ranks > 1 else 1)
     read = [len(kv_heads_of(range(first, first + each), queries, heads)) for first in range(0, queries, each)]
     return sum(count * repeats(count, ranks) for count in read)

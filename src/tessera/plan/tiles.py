@@ -2,9 +2,7 @@
 
 from typing import Any
 
-import numpy as np
-
-from tessera.core.arrays import larger, rounded_up, smaller
+from tessera.core.arrays import common_divisor, larger, rounded_up, smaller
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape
 from tessera.models.anatomy import Block
@@ -29,7 +27,7 @@ def largest_tile(block: Block, shape: StepShape, parallel: Parallel) -> tuple[An
     gathered = mesh.sizes["col"] if parallel.residual.stored_dim("col") == 0 else 1
     scattered = mesh.sizes["inner"] if hidden.stored_dim("inner") == 0 else 1
     together = shape.tokens_on(mesh, parallel.streams.ids)
-    unit = scattered // np.gcd(scattered, gathered)
+    unit = scattered // common_divisor(scattered, gathered)
     units = together // gathered // unit
     wanted = shape.savers.mlp_tiles or rounded_up(together, block.column.width)
     tiles = larger(1, smaller(wanted, units))
