@@ -23,7 +23,7 @@ from tessera.plan.fit import fits, most_that_fits
 from tessera.plan.flops import step_flops
 from tessera.plan.machine import LARGEST, Cluster
 from tessera.plan.peak import peak_bytes
-from tessera.plan.recommend import DIFFERENCE, LOOKED_AT, Judged, judge
+from tessera.plan.recommend import Judged, judge, plainest_first
 from tessera.plan.search import Found
 from tessera.plan.time import Pipeline, step_time
 from tessera.plan.work import machines_of, step_work
@@ -70,12 +70,8 @@ def fastest_found(found: Found, sizes: Mapping[str, int]) -> tuple[bool, Layout 
 
 def plainest(found: Found) -> Layout | None:
     """The fastest candidate that fits; of equally fast ones the plainest, as `recommend.plan` does. None: none fits."""
-    order = np.argsort(found.seconds, kind="stable")[:LOOKED_AT]
-    if not len(order) or not np.isfinite(found.seconds[order[0]]):
-        return None
-    near = order[found.seconds[order] <= found.seconds[order[0]] * (1 + DIFFERENCE)]
-    layouts = [(found.layout(int(place)), found.seconds[place]) for place in near]
-    return min(layouts, key=lambda each: (each[0].unusual, each[1]))[0]
+    first = next(plainest_first(found), None)
+    return None if first is None else found.layout(first)
 
 
 def without_limit(cluster: Cluster) -> Cluster:

@@ -5,14 +5,13 @@ judge      one layout on a cluster: its memory, its time by term, what to turn w
 smallest   the smallest cluster that reaches so many tokens a second
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import yaml
-from numpy.typing import NDArray
 
 from tessera.core.errors import UserError
 from tessera.layout.parallel import Parallel
@@ -220,9 +219,7 @@ def plan(
     found = search(model, cluster.in_dtype(training.dtype), training)
     if not len(found):
         raise _no_layout(model, cluster, training)
-    timed = np.flatnonzero(np.isfinite(found.seconds))
-    order = timed[np.argsort(found.seconds[timed], kind="stable")]
-    chosen = _distinct(model, found, order, cluster, training, top)
+    chosen = _distinct(model, found, cluster, training, top)
     if not chosen:
         raise _too_large(model, found, cluster, training)
     verified = [traced(model, judged) for judged in chosen[:trace]]
@@ -239,20 +236,14 @@ def plan(
     return Plan(name, model, cluster, training, len(found), explained, too_large, dict(config or {}))
 
 
-def _distinct(
-    model: ModelConfig, found: Found, order: NDArray[np.int64], cluster: Cluster, training: Training, top: int
-) -> list[Judged]:
+def _distinct(model: ModelConfig, found: Found, cluster: Cluster, training: Training, top: int) -> list[Judged]:
     """The fastest of each mesh, in order, as far as they fit when each is judged by itself.
 
     Of those that are equally fast the plainest comes first.
     """
     chosen: dict[tuple[tuple[str, int], ...], Judged] = {}
-    near = (
-        order[found.seconds[order] <= found.seconds[order[0]] * (1 + DIFFERENCE)][:LOOKED_AT] if len(order) else order
-    )
-    first = sorted(near, key=lambda place: (found.layout(int(place)).unusual, found.seconds[place]))
-    for place in [*first, *order[len(near) :]]:
-        layout = found.layout(int(place))
+    for place in plainest_first(found):
+        layout = found.layout(place)
         mesh = tuple(layout.sizes.items())
         if mesh in chosen:
             continue
@@ -262,6 +253,15 @@ def _distinct(
         if len(chosen) == top:
             break
     return list(chosen.values())
+
+
+def plainest_first(found: Found) -> Iterator[int]:
+    """The places of what was timed, the fastest first, but of those that are as fast as the first the plainest."""
+    timed = np.flatnonzero(np.isfinite(found.seconds))
+    order = timed[np.argsort(found.seconds[timed], kind="stable")]
+    near = order[found.seconds[order] <= found.seconds[order[:1]] * (1 + DIFFERENCE)][:LOOKED_AT]
+    yield from sorted(map(int, near), key=lambda place: (found.layout(place).unusual, found.seconds[place]))
+    yield from map(int, order[len(near) :])
 
 
 def why_slower(other: Judged, best: Judged) -> str:

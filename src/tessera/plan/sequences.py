@@ -45,19 +45,10 @@ class AttentionMove(NamedTuple):
 
 def attention_moves(attention: Attention, stream: Stream, tokens: int, parallel: Parallel) -> Iterator[AttentionMove]:
     """All that attention over `stream` moves on a rank that has `tokens` of it."""
+    yield from _traded(attention, tokens, parallel)
     mesh, element = parallel.mesh, parallel.compute.itemsize
-    ranks, head = mesh.sizes["ulysses"], tokens * attention.head_dim * element
-    queries, heads = query_heads_on(attention, parallel), traded_kv_heads(attention, parallel)
+    ranks, heads = mesh.sizes["ulysses"], traded_kv_heads(attention, parallel)
     groups = parallel.context.chunks if ranks > 1 else 1
-    if ranks > 1:
-        traded = {"forward": {"q": queries, "k·v": 2 * heads, "result": queries}}
-        traded["backward"] = {"·".join(f"d{x}" for x in what.split("·")): n for what, n in traded["forward"].items()}
-        if groups > 1:
-            traded["backward"] |= {"q": queries, "k·v": 2 * heads, "dresult": 2 * queries}
-        for phase, parts in traded.items():
-            for what, count in parts.items():
-                received = head * count * (ranks - 1) // ranks
-                yield AttentionMove(phase, what, "all_to_all", ("ulysses",), groups, received)
     owners = mesh.present(parallel.owners)
     if not owners:
         return
@@ -71,25 +62,32 @@ def attention_moves(attention: Attention, stream: Stream, tokens: int, parallel:
             yield AttentionMove(phase, what, kind, owners, calls * groups, received * features * itemsize)
 
 
+def _traded(attention: Attention, tokens: Any, parallel: Parallel) -> Iterator[AttentionMove]:
+    """Heads against tokens along ulysses."""
+    mesh, groups = parallel.mesh, parallel.context.chunks
+    if not mesh.present(("ulysses",)):
+        return
+    ranks, head = mesh.sizes["ulysses"], tokens * attention.head_dim * parallel.compute.itemsize
+    queries, heads = query_heads_on(attention, parallel), traded_kv_heads(attention, parallel)
+    traded = {"forward": {"q": queries, "k·v": 2 * heads, "result": queries}}
+    traded["backward"] = {"·".join(f"d{x}" for x in what.split("·")): n for what, n in traded["forward"].items()}
+    if groups > 1:
+        traded["backward"] |= {"q": queries, "k·v": 2 * heads, "dresult": 2 * queries}
+    for phase, parts in traded.items():
+        for what, count in parts.items():
+            received = head * count * (ranks - 1) // ranks
+            yield AttentionMove(phase, what, "all_to_all", ("ulysses",), where(ranks > 1, groups, 0), received)
+
+
 def whole_row_moves(attention: Attention, rows: Any, tokens: Any, parallel: Parallel) -> Iterator[AttentionMove]:
     """The same where each row is one document, in closed form: of candidates' arrays, on the first rank.
 
     Owners of a row have its blocks in zigzag: the first reads all that the n − 1 others own, and half as much of its
     own is read by each of them.
     """
-    mesh, element = parallel.mesh, parallel.compute.itemsize
-    ranks, head = mesh.sizes["ulysses"], tokens * attention.head_dim * element
-    queries, heads = query_heads_on(attention, parallel), traded_kv_heads(attention, parallel)
-    groups = parallel.context.chunks
-    if mesh.present(("ulysses",)):
-        for phase in ("forward", "backward"):
-            again = phase == "backward" and groups > 1
-            parts = {"q": 1 + again, "k·v": 1 + again, "result": 1 + again}
-            for what, times in parts.items():
-                received = times * head * (2 * heads if what == "k·v" else queries) * (ranks - 1) // ranks
-                named = what if phase == "forward" else "·".join(f"d{part}" for part in what.split("·"))
-                calls = where(ranks > 1, groups * times, 0)
-                yield AttentionMove(phase, named, "all_to_all", ("ulysses",), calls, received)
+    yield from _traded(attention, tokens, parallel)
+    mesh, element, groups = parallel.mesh, parallel.compute.itemsize, parallel.context.chunks
+    ranks, heads = mesh.sizes["ulysses"], traded_kv_heads(attention, parallel)
     owners = mesh.present(parallel.owners)
     if not owners:
         return

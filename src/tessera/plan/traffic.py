@@ -156,13 +156,14 @@ class _Step:
     @property
     def transfers(self) -> list[Transfer]:
         """All of them, the same at one site together; candidates' arrays stay as they were added."""
-        numbers = [each for each in self.added if isinstance(each.calls * each.received * each.times, int)]
         times: Counter[Transfer] = Counter()
-        for each in numbers:
-            times[replace(each, times=1)] += each.times
-        return [replace(each, times=count) for each, count in times.items()] + [
-            each for each in self.added if not isinstance(each.calls * each.received * each.times, int)
-        ]
+        of_candidates = []
+        for each in self.added:
+            if isinstance(each.calls * each.received * each.times, int):
+                times[replace(each, times=1)] += each.times
+            else:
+                of_candidates.append(each)
+        return [replace(each, times=count) for each, count in times.items()] + of_candidates
 
     def one(self, site: str, phase: str, what: str, axes: Iterable[str], times: Any, kind: str, whole: Any) -> None:
         """One collective of `whole` bytes."""
