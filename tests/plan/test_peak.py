@@ -10,7 +10,7 @@ from distributed.model_cases import LLAMA
 from plan.peak_cases import PeakCase, peak_of_real_rank, random_case
 from support.pool import pool
 from tessera.core.errors import UserError
-from tessera.core.live_memory import LoggedMemory
+from tessera.core.live_memory import SitedMemory
 from tessera.core.mesh import Mesh
 from tessera.layout.resolve import parallel_of
 from tessera.layout.shape import Savers, StepShape
@@ -107,7 +107,7 @@ def test_the_timeline_is_what_is_alive_around_the_peak(tmp_path):
 
 
 def test_what_is_alive_at_the_peak_is_told_by_where_it_was_made():
-    with LoggedMemory() as memory:
+    with SitedMemory() as memory:
         kept = torch.zeros(1000, dtype=torch.float32)
         dropped = kept + 1
         del dropped

@@ -82,7 +82,36 @@ class Change(NamedTuple):
 
 
 class LoggedMemory(PeakMemory):
-    """Also keeps every change, so that it can say afterwards what was alive when, and where it was made.
+    """Also keeps every change, so that it can say afterwards what was alive when."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.changes: list[Change] = []
+        self.made = 0
+        self._number: dict[int, int] = {}
+
+    def number(self, tensor: Tensor) -> int | None:
+        """Which storage a tensor's is, in the order in which they were made; None of one that is not counted."""
+        return self._number.get(tensor.untyped_storage()._cdata)
+
+    def _add(self, key: int, size: int) -> None:
+        if key not in self._sizes:
+            self._number[key] = self.made
+            self.made += 1
+            self._begins(key)
+        self.changes.append(Change(self._number[key], size - self._sizes.get(key, 0)))
+        super()._add(key, size)
+
+    def _begins(self, key: int) -> None:
+        """A storage counts from here on, the last one made: for what keeps more of each."""
+
+    def _freed(self, key: int) -> None:
+        self.changes.append(Change(self._number.pop(key), -self._sizes[key]))
+        super()._freed(key)
+
+
+class SitedMemory(LoggedMemory):
+    """Also knows where each storage was made, and where parts of the step begin.
 
     `sites` has of each storage the operator that made it and the innermost functions of this package that called it;
     `marks` the places of `changes` at which a part of the step began, by name.
@@ -90,19 +119,13 @@ class LoggedMemory(PeakMemory):
 
     def __init__(self) -> None:
         super().__init__()
-        self.changes: list[Change] = []
         self.sites: list[str] = []
         self.marks: list[tuple[int, str]] = []
-        self._number: dict[int, int] = {}
         self._operator = ""
 
     def mark(self, name: str) -> None:
         """A part of the step begins here."""
         self.marks.append((len(self.changes), name))
-
-    def number(self, tensor: Tensor) -> int | None:
-        """Which storage a tensor's is; None of one that has not been seen."""
-        return self._number.get(tensor.untyped_storage()._cdata)
 
     def alive_at_peak(self, since: int = 0) -> Counter[str]:
         """Bytes by site when most was alive, of the changes from number `since` on."""
@@ -122,16 +145,8 @@ class LoggedMemory(PeakMemory):
         self._operator = str(function).removeprefix("aten.")
         return super().__torch_dispatch__(function, types, args, kwargs)
 
-    def _add(self, key: int, size: int) -> None:
-        if key not in self._sizes:
-            self._number[key] = len(self.sites)
-            self.sites.append(_site(self._operator))
-        self.changes.append(Change(self._number[key], size - self._sizes.get(key, 0)))
-        super()._add(key, size)
-
-    def _freed(self, key: int) -> None:
-        self.changes.append(Change(self._number.pop(key), -self._sizes[key]))
-        super()._freed(key)
+    def _begins(self, key: int) -> None:
+        self.sites.append(_site(self._operator))
 
 
 _PACKAGE = str(Path(__file__).parents[1])

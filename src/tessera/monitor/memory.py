@@ -14,7 +14,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from tessera.core.live_memory import PeakMemory
+from tessera.core.live_memory import LoggedMemory
 from tessera.core.recorder import Record
 from tessera.core.text import human
 from tessera.nn.parameter import to_local
@@ -24,7 +24,7 @@ _KIND_IN = {"data": "activations", "forward": "activations"}
 BRINGING = ("all_gather", "all_to_all", "broadcast", "shift", "receive")
 
 
-class MemoryByKind(PeakMemory):
+class MemoryByKind(LoggedMemory):
     """Counts every storage of a step with its kind, and what there was of each when most was alive.
 
     The kind of a storage is that of the phase in which it was made (`phase`), until `label` gives it another.
@@ -35,15 +35,13 @@ class MemoryByKind(PeakMemory):
         self.phase = "data"
         self._kinds: list[str] = []
         self._filled: set[int] = set()  # storages from before that were empty and are not counted yet
-        self._number: dict[int, int] = {}  # of each storage that is alive, which of all it is
-        self._changes: list[tuple[int, int]] = []  # which, and by how many bytes it grows
         for tensor in states:
             self._count(to_local(tensor))
             self.label(tensor, "states")
 
     def label(self, tensor: Tensor, kind: str) -> None:
         """Say what kind of memory a tensor is that has been counted."""
-        number = self._number.get(to_local(tensor).untyped_storage()._cdata)
+        number = self.number(to_local(tensor))
         if number is not None:
             self._kinds[number] = kind
 
@@ -56,25 +54,16 @@ class MemoryByKind(PeakMemory):
         """Bytes of each kind when most was alive; their sum is `peak`."""
         now, most = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
         alive = highest = 0
-        for number, grown in self._changes:
+        for number, grown in self.changes:
             now[self._kinds[number]] += grown
             alive += grown
             if alive > highest:
                 highest, most = alive, dict(now)
         return most
 
-    def _add(self, key: int, size: int) -> None:
-        before = self._sizes.get(key, 0)
-        if key not in self._sizes:
-            self._number[key] = len(self._kinds)
-            self._kinds.append("gathered" if key in self._filled else _KIND_IN.get(self.phase, "other"))
-            self._filled.discard(key)
-        self._changes.append((self._number[key], size - before))
-        super()._add(key, size)
-
-    def _freed(self, key: int) -> None:
-        self._changes.append((self._number.pop(key), -self._sizes[key]))
-        super()._freed(key)
+    def _begins(self, key: int) -> None:
+        self._kinds.append("gathered" if key in self._filled else _KIND_IN.get(self.phase, "other"))
+        self._filled.discard(key)
 
     def _resized(self, storage: torch.UntypedStorage, size: int) -> object:
         if size and not storage.nbytes():  # FSDP2 keeps whole weights so, without memory while they are cut

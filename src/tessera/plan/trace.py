@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tessera.core.collectives import Record, Recorder
-from tessera.core.live_memory import LoggedMemory
+from tessera.core.live_memory import SitedMemory
 from tessera.engine.optimizer import build_optimizer
 from tessera.engine.step import Step
 from tessera.layout.parallel import Parallel
@@ -108,7 +108,7 @@ def _trace(model: ModelConfig, shape: StepShape, parallel: Parallel, offload: bo
     sizes = {axis: size for axis, size in parallel.mesh.sizes.items() if size > 1}
     with fake_world(sizes, parallel.mesh.rank) as mesh:
         parallel = replace(parallel, mesh=mesh)
-        with built(model, shape, parallel, LoggedMemory()) as (decoder, memory):
+        with built(model, shape, parallel, SitedMemory()) as (decoder, memory):
             update = build_optimizer(decoder, optimizer, (0.9, 0.95), 1e-8, 0.1)
             step = Step(decoder, update, max_grad_norm=1.0, label_smoothing=0.1 if shape.label_smoothing else 0.0)
             batches = batches_of(shape)
@@ -130,7 +130,7 @@ def _trace(model: ModelConfig, shape: StepShape, parallel: Parallel, offload: bo
 class _Kinds:
     """The kind of each storage, by number."""
 
-    def __init__(self, memory: LoggedMemory, decoder: Decoder, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, memory: SitedMemory, decoder: Decoder, optimizer: torch.optim.Optimizer) -> None:
         self.memory, self.kinds = memory, defaultdict[int, str](lambda: "working")
         self.forwards: list[tuple[int, int]] = []
         self.label_states(decoder, optimizer)
@@ -175,7 +175,7 @@ class _Kinds:
 
 
 @contextmanager
-def _marked(decoder: Decoder, memory: LoggedMemory, kinds: _Kinds) -> Iterator[None]:
+def _marked(decoder: Decoder, memory: SitedMemory, kinds: _Kinds) -> Iterator[None]:
     """Mark where each layer's forward and backward begin, the loss, and what comes after the first layer's backward."""
     layers, period = list(decoder.layers.values()), len(decoder.config.layer_kinds)
     near, begun = period + 1, [0]
@@ -219,7 +219,7 @@ def _marked(decoder: Decoder, memory: LoggedMemory, kinds: _Kinds) -> Iterator[N
             hook.remove()
 
 
-def _read(memory: LoggedMemory, kinds: list[str], since: int, offload: bool) -> _Trace:
+def _read(memory: SitedMemory, kinds: list[str], since: int, offload: bool) -> _Trace:
     """What is alive at each place, and around the peak; with `offload` states are not on the device."""
     marks = iter([*memory.marks, (len(memory.changes) + 1, "")])
     following, name, where = next(marks), "", ""
