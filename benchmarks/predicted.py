@@ -14,13 +14,19 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from datetime import date
-from typing import Any
 
+import torch
+import torch.distributed as dist
+
+from tessera.core import device
+from tessera.core.mesh import Mesh
+from tessera.measure.steps import SmallStep, timed_steps
 from tessera.models.config import ModelConfig
 from tessera.nn.rope import RopeConfig
 from tessera.plan.choice import Layout, Training
+from tessera.plan.cluster import cluster_of, profile_named
+from tessera.plan.recommend import Judged, judge
 
 ROWS, LENGTH, VOCABULARY = 8, 256, 4096
 SMALL = {"hidden_size": 256, "num_layers": 4, "num_heads": 8, "num_kv_heads": 4, "head_dim": 32, "ffn_size": 704}
@@ -46,62 +52,25 @@ def layout_of(sizes: dict[str, int], recompute: str) -> Layout:
 
 
 def work(rank: int, world: int, store: str, rounds: int) -> None:
-    """One rank: seconds of each round of each step, as JSON."""
-    import torch
-    import torch.distributed as dist
-
-    from tessera.core import device
-    from tessera.core.mesh import Mesh
-    from tessera.data.batch import MicroBatch
-    from tessera.engine.fsdp import build_decoder
-    from tessera.engine.optimizer import build_optimizer
-    from tessera.engine.step import Step
-    from tessera.layout.shape import Fsdp
-
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world))
+    """One rank: the median seconds of each step, as JSON."""
+    threads = max(1, len(os.sched_getaffinity(0)) // world)
+    torch.set_num_threads(threads)
     device.prepare(torch.device("cpu"), tf32=False)
-    if world > 1:
-        dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
-    steps = []
-    for name, sizes, recompute in LAYOUTS[world]:
-        layout, model = layout_of(sizes, recompute), model_of(name)
-        parallel = layout.parallel(model, TRAINING, Mesh(sizes))
-        shape = layout.shape(TRAINING, parallel)
-        again, savers = shape.recompute, shape.savers
-        decoder = build_decoder(model, parallel, Fsdp(), gradient_checkpointing=again, savers=savers)
-        decoder.to_empty(device="cpu")
-        decoder.initialize(seed=1)
-        optimizer = build_optimizer(decoder, "adamw_torch_fused", (0.9, 0.999), 1e-8, 0.01)
-        ids = torch.randint(VOCABULARY, (shape.batch, shape.sequence))
-        steps.append((Step(decoder, optimizer, max_grad_norm=1.0), MicroBatch(ids, ids, ids.numel())))
-    found: list[list[float]] = [[] for _ in steps]
-    for index in range(rounds):
-        for place, (step, batch) in enumerate(steps):
-            if world > 1:
-                dist.barrier()
-            begun = time.perf_counter()
-            step([batch], index, 1e-4)
-            if index > 1:
-                found[place].append(time.perf_counter() - begun)
-    print(json.dumps(found), flush=True)
+    dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
+    steps = [SmallStep(model_of(name), TRAINING, layout_of(sizes, again)) for name, sizes, again in LAYOUTS[world]]
+    print(json.dumps(timed_steps(steps, Mesh({"shard": world}), rounds)), flush=True)
 
 
 def measured(world: int, rounds: int) -> list[float]:
     """The median seconds of each step of so many ranks, the slowest rank's."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--work", str(world), os.path.join(folder, "store"), str(rounds)]
-        ranks = [
-            subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True, env={**os.environ})
-            for rank in range(world)
-        ]
-        out = [json.loads(rank.communicate()[0]) for rank in ranks]
-    return [statistics.median(map(max, zip(*rounds, strict=True))) for rounds in zip(*out, strict=True)]
+        ranks = [subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True) for rank in range(world)]
+        out: list[list[float]] = [json.loads(rank.communicate()[0]) for rank in ranks]
+    return out[0]
 
 
-def predicted(world: int, profile: str | None) -> list[Any]:
-    from tessera.plan.cluster import cluster_of, profile_named
-    from tessera.plan.recommend import judge
-
+def predicted(world: int, profile: str | None) -> list[Judged]:
     cluster = cluster_of("this", profile_named(profile) if profile else None).of(world)
     return [
         judge(model_of(name), layout_of(sizes, recompute), cluster, TRAINING)

@@ -6,6 +6,7 @@ from tessera.core.mesh import Mesh
 from tessera.measure.compute import Sizes
 from tessera.measure.links import KINDS, _call, _groups
 from tessera.measure.session import Amount, measured_profile
+from tessera.measure.steps import Size, small_steps, timed_steps
 from tessera.measure.timing import Effort, Timer
 from tessera.plan.machine import written_profile
 
@@ -45,3 +46,10 @@ def what_slows_is_seen():
     timer, slow = Timer(mesh, Effort(0.05, 3)), lambda: time.sleep(0.01)
     last = mesh.rank == mesh.world - 1
     return [timer.time(slow).seconds, timer.time(slow if last else None).seconds]
+
+
+def tiny_steps():
+    """Seconds of the steps of a tiny model, their names, and how many ranks begin together."""
+    mesh = Mesh({"shard": torch.distributed.get_world_size()})
+    steps = small_steps(mesh.world, gpu=False, models=[Size(32, 1, 4, 4, 2, 16, 64)])
+    return timed_steps(steps, mesh, rounds=2), [str(step) for step in steps], mesh.world

@@ -110,9 +110,18 @@ def measure(
             min=1, max=bounds.RANKS_HERE, help="Processes; unset: one for each GPU, or for each core up to 8."
         ),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A few seconds: fewer sizes, fewer rounds.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A few seconds: fewer sizes, fewer rounds, no whole steps.")
+    ] = False,
+    fit: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Instead: bring this machine's profile to the steps of runs: the output_dir of each.",
+        ),
+    ] = None,
 ) -> None:
-    """Measure this machine for the planner: products, memory, attention, collectives, links. Writes a profile."""
+    """Measure this machine for the planner: products, attention, collectives, links, steps. Writes a profile."""
     from tessera.cli.measure import run
 
-    run(output, ranks, quick)
+    run(output, ranks, quick, fit or [])

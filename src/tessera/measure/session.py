@@ -1,11 +1,14 @@
 """`tessera measure`: starts ranks on this machine, or is one under torchrun, and writes what they measured.
 
-The ranks run this command too. Rank 0 prints, and writes the profile into the user's cache folder and to --output.
+The ranks run this command too: first all of them, for the rates; then 1, 2, 4 … of them, for whole small steps, which
+the rates are brought to. Under torchrun its ranks do both, and only steps of all of them are timed. The profile goes
+into the user's cache folder and to --output.
 """
 
 import os
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -23,24 +26,33 @@ from tessera.core.writing import replace_file
 from tessera.doctor.examine import MOST_RANKS
 from tessera.doctor.pairs import measure_pairs
 from tessera.launch.rank import as_rank, handed, is_rank
+from tessera.launch.scratch import scratch
 from tessera.launch.workers import Restarts, run_workers
 from tessera.measure import compute, links
 from tessera.measure.profile import here, lines, profile_of
+from tessera.measure.steps import SmallStep, brought, powers_to, read_seconds, small_steps, timed_steps, written_seconds
 from tessera.measure.timing import QUICK, Effort, Timer
 from tessera.plan.cluster import profiles_folder
-from tessera.plan.machine import Profile, written_profile
+from tessera.plan.machine import Profile, read_profile, written_profile
 from tessera.sizes.bounds import RANKS_HERE, at_most
 
 TIMEOUT = timedelta(minutes=10)
+ROUNDS = 5
+"""Times that a whole step is timed."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """The options of the command, as the ranks are handed them. `threads` of each rank, where the user has set them."""
+    """The options of the command, as the ranks are handed them. `threads` of each rank, where the user has set them.
+
+    `result`: where rank 0 leaves for its launcher what was measured; `steps`: that is whole steps, not rates.
+    """
 
     output: Path | None = None
     quick: bool = False
     threads: int | None = None
+    result: Path | None = None
+    steps: bool = False
 
 
 _ASKED = TypeAdapter(Asked)
@@ -77,11 +89,25 @@ def measure(asked: Asked, ranks: int | None) -> None:
         return
     if asked.output is not None:
         check_target(asked.output, "--output")
-    ranks = ranks or torch.cuda.device_count() or min(devices.cores_here(), MOST_RANKS)
+    gpus = torch.cuda.device_count()
+    ranks = ranks or gpus or min(devices.cores_here(), MOST_RANKS)
     at_most("--ranks", ranks, RANKS_HERE, "is the number of processes on this machine")
     devices.stay_on_cpu_without_gpus(ranks)
+    with scratch() as folder:
+        asked = replace(asked, result=Path(folder) / "result.json")
+        profile, timed = read_profile(_left_by_ranks(asked, ranks)), list[tuple[SmallStep, float]]()
+        for count in () if asked.quick else powers_to(ranks):
+            seconds = read_seconds(_left_by_ranks(replace(asked, steps=True), count).read_text())
+            timed += zip(small_steps(count, gpus >= ranks), seconds, strict=True)
+    _finish(profile, timed, asked.output)
+
+
+def _left_by_ranks(asked: Asked, ranks: int) -> Path:
+    """Start so many ranks; where they have left what they measured."""
+    assert asked.result is not None
     text = _ASKED.dump_json(asked).decode()
     run_workers(["-P", "-m", "tessera", "measure"], ranks, restarts=Restarts(handed=lambda _: text))
+    return asked.result
 
 
 def measured_profile(mesh: Mesh, amount: Amount, threads: int | None, date: str) -> tuple[Profile, list[str]]:
@@ -104,16 +130,41 @@ def _run_rank(asked: Asked) -> None:
     dist.init_process_group(devices.backend(device), timeout=TIMEOUT)
     try:
         mesh = Mesh({"shard": dist.get_world_size()}, device)
-        date = datetime.now(UTC).date().isoformat()
-        profile, told = measured_profile(mesh, Amount.usual(device, asked.quick), asked.threads, date)
+        steps = [] if asked.quick else small_steps(mesh.world, device.type == "cuda")
+        if asked.steps:
+            seconds = timed_steps(steps, mesh, ROUNDS)
+            if mesh.rank == 0:
+                _leave(written_seconds(seconds), asked.result)
+            return
+        profile, told = measured_profile(mesh, Amount.usual(device, asked.quick), asked.threads, today())
         if mesh.rank == 0:
-            terminal.say(*told, "", *_written(profile, asked.output))
+            terminal.say(*told)
+        if asked.result is None:
+            seconds = timed_steps(steps, mesh, ROUNDS)
+            if mesh.rank == 0:
+                _finish(profile, list(zip(steps, seconds, strict=True)), asked.output)
+        elif mesh.rank == 0:
+            _leave(written_profile(profile), asked.result)
     finally:
         with suppress(RuntimeError):
             dist.destroy_process_group()
 
 
-def _written(profile: Profile, output: Path | None) -> list[str]:
+def _leave(text: str, result: Path | None) -> None:
+    assert result is not None
+    result.write_text(text)
+
+
+def _finish(profile: Profile, timed: Sequence[tuple[SmallStep, float]], output: Path | None) -> None:
+    """Bring the rates to the steps, tell how near they are, write the profile."""
+    told: list[str] = []
+    if timed:
+        runs = {str(step): step.run(seconds, profile.devices_per_machine) for step, seconds in timed}
+        profile, told = brought(profile, runs, "whole steps of small models")
+    terminal.say("", *told, "", *written(profile, output))
+
+
+def written(profile: Profile, output: Path | None) -> list[str]:
     """Write the profile; what to tell of it. A cache folder that takes no files is no failure."""
     text, kept = written_profile(profile), profiles_folder() / f"{profile.name}.json"
     told = []
@@ -128,6 +179,11 @@ def _written(profile: Profile, output: Path | None) -> list[str]:
             output.write_text(text)
         told.append(f"written: {output}")
     return told
+
+
+def today() -> str:
+    """The date of a profile: ISO, of UTC."""
+    return datetime.now(UTC).date().isoformat()
 
 
 def threads_asked() -> int | None:

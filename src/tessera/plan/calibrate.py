@@ -6,6 +6,7 @@ linearly (Huber 1964), since some measured runs are odd in ways that no rate exp
 profile, by what runs are alike (`machine.Residuals`): kernels have shapes at which they are fast or slow.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
@@ -13,19 +14,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tessera.core.axes import DATA_AXES
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape
+from tessera.layout.streams import Streams
 from tessera.models.config import ModelConfig
 from tessera.plan.machine import Curve, Profile, Residuals
 from tessera.plan.time import ONE_STAGE, Pipeline, StepTime, step_time
 from tessera.plan.traffic import Transfer
-from tessera.plan.work import Moved, Multiplied, Work
+from tessera.plan.work import Moved, Multiplied, Work, step_work
 
 BEND = 0.03
 """The error, as a share, beyond which a run counts linearly."""
-PRIOR = 0.7
-"""The standard deviation of the logarithm of a rate's factor before any run is seen."""
+PRIOR, MEASURED_PRIOR = 0.7, 0.15
+"""The standard deviation of the logarithm of a rate's factor before any run is seen: of a rate from published figures,
+or by which several ranks at once are slower; and of a rate that was measured on the machine."""
 ROUNDS = 60
 
 
@@ -38,25 +40,47 @@ class Run:
     seconds: float
     pipeline: Pipeline = ONE_STAGE
 
+    @classmethod
+    def of(cls, model: ModelConfig, shape: StepShape, parallel: Parallel, per_machine: int, seconds: float) -> "Run":
+        """A step of `parallel`'s ranks, `per_machine` of them on each machine, that took so many seconds."""
+        (place,) = place_of(model, shape, parallel)
+        return cls(step_work(model, shape, parallel, per_machine), tuple(map(float, place)), seconds)
+
 
 def calibrated(profile: Profile, runs: Sequence[Run], name: str, only: Collection[str] | None = None) -> Profile:
     """`profile` with the rates that explain `runs`, and what these leave; raises ValueError without runs.
 
-    `only`: names of rates to fit, the others stay; e.g. {"product_flops", "attention_flops"}. All of them without it.
+    `only`: names of rates to fit, the others stay; e.g. {"product_flops", "shared.2"}. All of them without it.
     """
     if not runs:
         raise ValueError("calibration needs at least one measured run")
-    work, pipeline = stacked([run.work for run in runs]), stacked([run.pipeline for run in runs])
+    alike = _of_like_products(runs)
     logs = np.log([run.seconds for run in runs])
     bare = replace(profile, residuals=None)
-    rates = [scale for rate, scale in _RATES.items() if only is None or rate in only]
+    known = {rate: scale for rate, scale in _rates_of(profile).items() if only is None or rate in only}
+    rates = list(known.values())
+    priors = np.array([_prior(rate, profile) for rate in known])
 
     def missed(factors: NDArray[Any]) -> NDArray[Any]:
-        return np.asarray(logs - np.log(step_time(work, _scaled(bare, rates, factors), pipeline).total))
+        at, total = _scaled(bare, rates, factors), np.empty(len(runs))
+        for places, work, pipeline in alike:
+            total[places] = step_time(work, at, pipeline).total
+        return np.asarray(logs - np.log(total))
 
-    factors = _least(lambda factors: np.concatenate([_bent(missed(factors) / BEND), factors / PRIOR]), len(rates))
+    factors = _least(lambda factors: np.concatenate([_bent(missed(factors) / BEND), factors / priors]), len(rates))
     residuals = Residuals(tuple(run.place for run in runs), tuple(map(float, missed(factors))))
     return replace(_scaled(bare, rates, factors), name=name, residuals=residuals, measured=True)
+
+
+def _of_like_products(runs: Sequence[Run]) -> list[tuple[list[int], Work, Pipeline]]:
+    """The runs whose models have the same kinds of products, stacked; and their places."""
+    places: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
+    for place, run in enumerate(runs):
+        places[tuple((each.site, each.phase) for each in run.work.products)].append(place)
+    return [
+        (own, stacked([runs[place].work for place in own]), stacked([runs[place].pipeline for place in own]))
+        for own in places.values()
+    ]
 
 
 _Scale = Callable[[Profile, float], Profile]
@@ -74,7 +98,22 @@ def _curves(field: str, part: str) -> _Scale:
 
 
 def _rate(field: str) -> _Scale:
-    return lambda profile, factor: replace(profile, **{field: getattr(profile, field) * factor})
+    most = 1.0 if field in ("overlap", "memory_efficiency") else np.inf  # these are shares
+    return lambda profile, factor: replace(profile, **{field: min(most, getattr(profile, field) * factor)})
+
+
+def _at_once(ranks: int) -> _Scale:
+    """What one rank computes by itself takes longer with so many at once, whatever it computes."""
+
+    def scale(profile: Profile, factor: float) -> Profile:
+        def of(what: str, known: Mapping[int, float]) -> Mapping[int, float]:
+            return {
+                count: times * factor if count == ranks and what != "links" else times for count, times in known.items()
+            }
+
+        return replace(profile, shared={what: of(what, known) for what, known in profile.shared.items()})
+
+    return scale
 
 
 _FIELDS = (
@@ -86,6 +125,17 @@ _RATES: Mapping[str, _Scale] = {
     **{field: _rate(field) for field in _FIELDS},
     **{f"{level}.{part}": _curves(level, part) for level in ("inside", "between") for part in _PARTS},
 }
+
+
+def _rates_of(profile: Profile) -> Mapping[str, _Scale]:
+    """The rates that this profile has: those of all, and by what several ranks at once are slower."""
+    counts = sorted({count for known in profile.shared.values() for count in known if count > 1})
+    return {**_RATES, **{f"shared.{count}": _at_once(count) for count in counts}}
+
+
+def _prior(rate: str, profile: Profile) -> float:
+    """At once, ranks wait for one that has no core, which no rate of a part shows."""
+    return MEASURED_PRIOR if profile.measured and not rate.startswith("shared.") else PRIOR
 
 
 def _scaled(profile: Profile, rates: Sequence[_Scale], logs: NDArray[Any]) -> Profile:
@@ -121,16 +171,17 @@ def _least(errors: Callable[[NDArray[Any]], NDArray[Any]], count: int) -> NDArra
 
 
 def place_of(model: ModelConfig, shape: StepShape, parallel: Parallel, stages: int = 1) -> NDArray[Any]:
-    """By what runs are alike, `machine.LIKE`, of a step whose rank has the layers of `model`: [1, 6], or of candidates
-    [n, 6]."""
+    """By what runs are alike, `machine.LIKE`, of a step whose rank has the layers of `model`: [1, 7], or of candidates
+    [n, 7]."""
     mesh = parallel.mesh
     tokens = shape.tokens_on(mesh, parallel.streams.ids)
-    like = (tokens, model.hidden_size, mesh.size(("inner", "col")), mesh.size(DATA_AXES), stages, model.num_layers)
+    features, rows, data = (mesh.size(axes) for axes in (("inner", "col"), ("depth", "row"), Streams.batch))
+    like = (tokens, model.hidden_size, features, rows, data, stages, model.num_layers)
     return np.log2(np.stack([np.atleast_1d(each) for each in np.broadcast_arrays(*like)], axis=1))
 
 
 def corrected(time: StepTime, places: NDArray[Any], profile: Profile) -> StepTime:
-    """`time` at `places` [n, 6] as runs of like shape were measured, with the band that 90% of them lie in."""
+    """`time` at `places` [n, 7] as runs of like shape were measured, with the band that 90% of them lie in."""
     if profile.residuals is None:
         return time
     missed, deviation = profile.residuals.at(places)

@@ -46,10 +46,11 @@ class Curve:
         return fixed + self.root_seconds * np.sqrt(received) + received / rate
 
 
-LIKE = ("tokens", "hidden_size", "tensor", "data", "stages", "layers")
+LIKE = ("tokens", "hidden_size", "features", "rows", "data", "stages", "layers")
 """By what runs are alike: binary logarithms of a micro-batch's tokens on a rank, of the model's width, of the ranks
-that cut a layer and that cut the batch, of stages, and of a rank's layers."""
-_LENGTHS = (0.6, 0.6, 0.6, 2.0, 2.0, 8.0)
+that cut a layer's features (col, inner), of those of its mesh that cut tokens (row, depth), of those that cut the batch
+and its sequences, of stages, and of a rank's layers."""
+_LENGTHS = (0.6, 0.6, 0.6, 0.6, 2.0, 2.0, 8.0)
 _NOISE = 0.05
 
 
@@ -69,7 +70,7 @@ class Residuals:
         return float(np.sqrt(max(float(np.mean(np.square(self.logs))), _NOISE**2) + _NOISE**2))
 
     def at(self, places: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Of each of `places` [n, 6] the expected logarithm of measured over predicted, and its standard deviation."""
+        """Of each of `places` [n, 7] the expected logarithm of measured over predicted, and its standard deviation."""
         known, logs = np.asarray(self.places, float), np.asarray(self.logs, float)
         variance = max(float(np.mean(logs**2)), _NOISE**2)
         of_known = variance * _alike(known, known) + _NOISE**2 * np.eye(len(logs))
@@ -77,6 +78,14 @@ class Residuals:
         weights = np.linalg.solve(of_known, cross.T).T
         spread = np.maximum(variance - (weights * cross).sum(1), 0.0) + _NOISE**2
         return weights @ logs, np.sqrt(spread)
+
+    @property
+    def left_out(self) -> NDArray[Any]:
+        """Of each run the logarithm of measured over predicted seconds where the others alone are known (5.12)."""
+        known, logs = np.asarray(self.places, float), np.asarray(self.logs, float)
+        variance = max(float(np.mean(logs**2)), _NOISE**2)
+        inverse = np.linalg.inv(variance * _alike(known, known) + _NOISE**2 * np.eye(len(logs)))
+        return np.asarray(inverse @ logs / np.diag(inverse))
 
 
 def far_apart(places: Sequence[Sequence[float]], count: int) -> list[int]:
@@ -241,6 +250,13 @@ def read_profile(path: Path) -> Profile:
             raise UserError(
                 "--profile", path, f"{name} is {value:g}, which no machine has: {least:g} to {most:g}", hint
             )
+    learned = profile.residuals
+    if learned is not None and (
+        not learned.logs
+        or len(learned.places) != len(learned.logs)
+        or any(len(place) != len(LIKE) for place in learned.places)
+    ):
+        raise UserError("--profile", path, f"residuals.places has no {len(LIKE)} numbers of each run", hint)
     for level in ("inside", "between"):
         if "any" not in getattr(profile, level):
             raise UserError("--profile", path, f"{level} has no curve for any kind of collective", hint)

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Sequence
 
 from tessera.core.errors import cut_short
+from tessera.core.json_lines import number
 from tessera.report import numbers
 from tessera.report.charts import Line, bar, line_chart, stacked_chart, swatch
 from tessera.report.folder import RunFolder
 from tessera.report.html import Html, join, table, tag
-from tessera.report.lines import number
 from tessera.report.metrics import BETWEEN, KINDS, TERMS
 
 OF_RUNS = ("k0", "k1")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tessera.core.errors import cut_short
-from tessera.report.lines import number, whole
+from tessera.core.json_lines import number, whole
 from tessera.report.predicted import Predicted, predicted
 
 FIRST, LAST = 100, 200

@@ -14,8 +14,8 @@ from tessera.checkpoint.folder import STATE, latest_name, whole_checkpoints
 from tessera.checkpoint.lock import holder
 from tessera.core.errors import UserError, cut_short
 from tessera.core.files import in_words, read_json, usable_path
+from tessera.core.json_lines import Lines, nested, whole
 from tessera.report.events import Events
-from tessera.report.lines import Lines, nested, whole
 from tessera.report.metrics import Metrics
 from tessera.report.predicted import Predicted, predicted
 from tessera.report.ranks import Ranks

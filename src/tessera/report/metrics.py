@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from tessera.core.errors import cut_short
+from tessera.core.json_lines import nested, number, whole
 from tessera.report.curves import Curves
-from tessera.report.lines import nested, number, whole
 
 PLAIN = (
     "loss",

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from tessera.core.errors import cut_short
-from tessera.report.lines import nested, number
+from tessera.core.json_lines import nested, number
 from tessera.report.metrics import KINDS, MOST_AXES, TERMS
 
 

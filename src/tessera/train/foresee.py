@@ -13,6 +13,7 @@ from tessera.core.mesh import Mesh
 from tessera.layout.parallel import Parallel
 from tessera.models.config import ModelConfig
 from tessera.monitor.predicted import Prediction
+from tessera.plan.calibrate import Run
 from tessera.plan.choice import Training
 from tessera.plan.cluster import cluster_of, kept_profiles, profile_for
 from tessera.plan.fit import MemoryLayout
@@ -30,6 +31,17 @@ def foresee(config: TrainConfig, model: ModelConfig, cluster: Cluster) -> Judged
     mesh = Mesh(config.mesh_sizes, device="meta", rank=0)
     parallel = parallel_for(config, model, mesh, compute=_compute(config, cluster))
     return _judged(config, model, parallel, cluster.of(mesh.world))
+
+
+def run_of(config: TrainConfig, model: ModelConfig, cluster: Cluster, seconds: float) -> Run:
+    """A step of a run with `config` on machines of `cluster` that took so many seconds: what a profile is brought to.
+
+    Raises UserError where sizes do not fit the model.
+    """
+    config = fitting_layout(config, model, cluster.per_machine)
+    mesh = Mesh(config.mesh_sizes, device="meta", rank=0)
+    parallel = parallel_for(config, model, mesh, compute=_compute(config, cluster))
+    return Run.of(model, step_shape(config, parallel), parallel, cluster.of(mesh.world).per_machine, seconds)
 
 
 def foresee_run(config: TrainConfig, model: ModelConfig, parallel: Parallel) -> Prediction:
