@@ -78,10 +78,11 @@ ON_CPU = (
     Size(384, 3, 8, 4, 4, 256, 4096),
     Size(640, 2, 8, 8, 8, 256, 4096),
 )
+# at most 12 GB on one device, nearly all of them the states of the widest model
 ON_GPU = (
     Size(1024, 4, 16, 8, 8, 1024, 32_000),
-    Size(2048, 4, 16, 8, 8, 2048, 32_000),
-    Size(4096, 2, 32, 8, 8, 4096, 32_000),
+    Size(2048, 4, 16, 8, 4, 2048, 32_000),
+    Size(4096, 2, 32, 8, 2, 4096, 32_000),
 )
 
 
