@@ -172,7 +172,7 @@ def powers_to(ranks: int) -> list[int]:
 def brought(profile: Profile, runs: Mapping[str, Run], kind: str) -> tuple[Profile, list[str]]:
     """The profile brought to steps of this `kind`, by name; and a table of what it said of them before, and says now.
 
-    The last column is what the others alone would have said: how far a step may be off that was not measured.
+    The last column is off by what the others alone correct: about so far may a step be off that was not measured.
     """
     after = calibrated(profile, list(runs.values()), profile.name)
     assert after.residuals is not None
