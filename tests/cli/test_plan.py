@@ -88,6 +88,14 @@ def test_a_config_is_judged_and_what_does_not_fit_is_told_what_to_turn(tmp_path)
     out = said(str(path), "--cluster", "8xA100-80")
     assert "does not fit, " in out and "GiB too much to fit surely; to lower the peak" in out
     assert "gradient_checkpointing: true saves" in out and "micro_batch_size: 1" in out
+    assert "NCCL, beside the peak" in out and "by published figures" in out and "judged on" not in out
+    small = said(str(path), "--cluster", "4xA100-80")
+    four, eight = (str(cluster_of(text)) for text in ("4xA100-80", "2x4xA100-80"))
+    told = f"the file's sizes make 8 ranks, and {four} has 4 devices: judged on as many machines as they need, {eight}"
+    assert told in small
+    found = json.loads(said(str(path), "--cluster", "4xA100-80", "--json"))
+    assert (found["cluster"], found["devices"]) == (eight, 8) and told in found["notes"]
+    assert found["library_buffers"] > 2**30
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def test_every_figure_that_ships_has_a_source(name: str) -> None:
     profile = SHIPPED[name]
     assert profile.name == name and not profile.measured and {"any", "all_reduce"} <= set(profile.inside)
     unset = {"pair_bandwidth": None, "residuals": None, "shared": {}, "pairs": (), "peak_flops": {}}
-    about = {"name", "device", "stack", "date", "measured", "sources", "asynchronous"}
+    about = {"name", "device", "devices", "stack", "date", "measured", "sources", "asynchronous"}
     figures = {each.name for each in fields(Profile)} - about
     wanted = {figure for figure in figures if getattr(profile, figure) != unset.get(figure, 0)} | {"step_seconds"}
     assert {key for key, source in profile.sources.items() if source} == wanted

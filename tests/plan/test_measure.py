@@ -26,6 +26,7 @@ def test_two_ranks_measure_one_profile(tmp_path):
     profile = read_profile(tmp_path / "p.json")
     assert profile.measured and profile.devices_per_machine == 2 and profile.name.endswith("2026-11-29")
     assert set(profile.inside) == {*KINDS, "any"} and profile.pairs[0][:2] == (0, 1)
+    assert profile.devices == (), "ranks on a CPU have no links of their own"
     for what in ("product", "memory", "attention", "dispatch"):
         assert profile.shared[what][1] == 1 and set(profile.shared[what]) == {1, 2}
     assert profile.shared["links"] == {2: 1.0}

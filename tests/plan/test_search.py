@@ -28,10 +28,12 @@ def tight(name: str, share: float):
 )
 def test_what_is_left_out_is_never_the_best(name, rows, mebibytes, monkeypatch):
     monkeypatch.setattr("tessera.plan.search.KEPT", 5)
+    for name_of in ("CONNECTION", "PEER_CONNECTION"):  # small, as this model is
+        monkeypatch.setattr(f"tessera.plan.buffers.{name_of}", 2**14)
     cluster, training = tight(name, mebibytes), Training(512, rows)
     pruned, whole = (search(SMALL, cluster, training, exhaustive=every) for every in (False, True))
-    fitting = whole.peak <= most_that_fits(cluster.profile.memory_bytes)
-    assert fitting.any()
+    fitting = whole.peak <= most_that_fits(cluster.profile.memory_bytes, whole.buffers)
+    assert fitting.any() and (whole.buffers > 0).all()
     best = whole.seconds[fitting].min()
     assert np.isclose(pruned.seconds.min(), best, rtol=1e-12)
     assert np.isfinite(pruned.seconds).sum() < len(whole)
@@ -47,6 +49,7 @@ def test_arrays_of_candidates_give_what_each_gives_by_itself():
         layout = found.layout(int(place))
         judged = judge(SMALL, layout, cluster, training)
         assert judged.peak.total == pytest.approx(found.peak[place], rel=2e-3), layout
+        assert judged.buffers == found.buffers[place] > 0, layout
         assert judged.seconds == pytest.approx(found.seconds[place], rel=0.02), layout
 
 

@@ -11,10 +11,13 @@ import yaml
 
 from plan.tune_cases import MODEL, UNSLICED, asked, cache_at, config_of, peaks, told, told_apart, trained, trial_traffic
 from support.pool import pool
+from tessera.core import device as devices
 from tessera.core.mesh import Mesh
 from tessera.models.hub import read_model_config
+from tessera.plan.cluster import profiles_folder
+from tessera.plan.machine import Curve, shipped_profiles, written_profile
 from tessera.plan.remembered import Remembered
-from tessera.plan.tune import ROUNDS, Tuning, _key, _measure, beside_fastest, candidates
+from tessera.plan.tune import ROUNDS, Tuning, _key, _measure, beside_fastest, candidates, surely_behind
 from tessera.sizes.schedule import Schedule
 from train.runs import Workshop, metrics, save_rows
 
@@ -107,6 +110,65 @@ def test_rank_0_remembers_for_all(tmp_path):
         Remembered(key_of(UNSLICED)).write(poisoned)
     for again in pool(4).run(told_apart, tmp_path, UNSLICED, {}):
         assert again[:2] == measured[0][:2] and again[3] == 1
+
+
+# ---- What a measured profile leaves out
+
+
+def keep_profile(folder, slow, **changes):
+    """A profile of this machine on which collectives of the `slow` kinds take a second."""
+    curve, late = Curve(1e-5, 0.0, 0.0, 1e9), Curve(1.0, 0.0, 0.0, 1e9)
+    made = replace(
+        shipped_profiles()["CPU"],
+        device=devices.hardware(torch.device("cpu")),
+        stack=devices.stack(gpu=False),
+        devices_per_machine=4,
+        inside={"any": curve} | dict.fromkeys(slow, late),
+        error=0.25,
+        measured=True,
+    )
+    with cache_at(folder):
+        profiles_folder().mkdir(parents=True)
+        (profiles_folder() / "made.json").write_text(written_profile(replace(made, **changes)))
+
+
+def test_what_the_profile_puts_surely_behind_is_not_run(tmp_path):
+    keep_profile(tmp_path, ["broadcast", "reduce"])
+    first = pool(4).run(told, tmp_path, UNSLICED, {})
+    for _, times, lines, _ in first:
+        assert list(times) == ["gather", "cannon"] and "measured" in lines[0]
+        (row,) = [line for line in lines if line.startswith("  summa")]
+        assert "not run" in row and "surely behind by the profile of this machine" in row
+    for again in pool(4).run(told, tmp_path, UNSLICED, {}):
+        assert again[:2] == first[0][:2] and again[3] == 1, "it is remembered"
+
+
+def test_where_one_is_left_nothing_is_run(tmp_path):
+    keep_profile(tmp_path, ["broadcast", "reduce", "shift"])
+    for schedule, times, lines, collectives in pool(4).run(told, tmp_path, UNSLICED, {}):
+        assert (schedule, times, collectives) == ("gather", {}, 1)
+        assert lines[0].endswith("the others are surely behind by the profile of this machine")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"error": 1.0}, {"stack": "torch 1.0"}, {"device": "another"}, {"devices_per_machine": 2}, {"measured": False}],
+    ids=str,
+)
+def test_a_wide_band_or_another_machine_leaves_nothing_out(tmp_path, changes):
+    keep_profile(tmp_path, ["broadcast", "reduce", "shift"], **changes)
+    with cache_at(tmp_path):
+        assert not any(surely_behind(possible(UNSLICED)))
+    keep_profile(tmp_path / "own", ["broadcast", "reduce", "shift"])
+    with cache_at(tmp_path / "own"):
+        assert surely_behind(possible(UNSLICED)) == [False, True, True]
+
+
+def test_the_profile_of_one_machine_says_nothing_of_several(tmp_path, monkeypatch):
+    keep_profile(tmp_path, ["broadcast", "reduce", "shift"])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with cache_at(tmp_path):
+        assert not any(surely_behind(possible(UNSLICED)))
 
 
 def test_where_all_are_above_the_limit_the_least_is_taken(tmp_path):

@@ -15,6 +15,7 @@ from tessera.core import terminal
 from tessera.core.axes import DATA_AXES
 from tessera.core.errors import UserError, as_yaml
 from tessera.core.files import read_text
+from tessera.core.text import counted
 from tessera.plan.choice import Training
 from tessera.plan.cluster import cluster_of, profile_named
 from tessera.plan.fit import MemoryLayout, Remedy, memory_remedies, most_that_fits
@@ -140,17 +141,21 @@ def _judge(path: Path, asked: Asked, cluster: Cluster) -> None:
     config, notes = load_config(path, asked.overrides)
     model = model_of(config)
     judged = foresee(config, model, cluster)
+    if 0 < cluster.devices < judged.devices:
+        said = f"the file's sizes make {judged.devices} ranks, and {cluster} has {counted(cluster.devices, 'device')}"
+        notes = [*notes, f"{said}: judged on as many machines as they need, {judged.cluster}"]
     if asked.as_json:
-        terminal.say(json.dumps(_judged_json(judged), indent=1))
+        about = {"cluster": str(judged.cluster), "devices": judged.devices, "notes": list(notes)}
+        terminal.say(json.dumps(about | _judged_json(judged), indent=1))
         return
     console = terminal.console(markup=False)
     for note in notes:
-        console.print(note)
+        console.print(note, soft_wrap=True)
     console.print(_table(f"{path} on {judged.cluster}", [judged]))
     for line in [*_named([judged]), "", *explained(judged), *_duration(judged, asked)]:
         console.print(line, soft_wrap=True)
     if judged.verdict != "fits":
-        more = judged.bytes - most_that_fits(judged.cluster.profile.memory_bytes)
+        more = judged.bytes - most_that_fits(judged.cluster.profile.memory_bytes, judged.buffers)
         said = f"{judged.verdict}, {gib(more)} GiB too much to fit surely; to lower the peak, in this order:"
         console.print(said, soft_wrap=True)
         for line in remedy_lines(memory_remedies(memory_of(config, model, cluster))):
@@ -219,6 +224,8 @@ def explained(judged: Judged) -> list[str]:
     )
     for name in ("states", "activations", "gathered", "working"):
         lines.append(f"  {name:28}{gib(getattr(peak, name)):>12} GiB")
+    if judged.buffers:
+        lines.append(f"  {'NCCL, beside the peak':28}{gib(judged.buffers):>12} GiB, by published figures, not measured")
     profile = judged.cluster.profile
     source = "measured" if profile.measured else "published figures; tessera measure takes those of your machine"
     return [*lines, f"rates of {profile.name}: {source}; half of the band {judged.band:.0%}"]
@@ -234,10 +241,10 @@ def _unfitting(made: Plan) -> list[str]:
         return []
     judged, best = made.too_large, made.best
     device = made.cluster.profile.memory_bytes
-    faster = 1 - judged.seconds / best.seconds
+    faster, room = 1 - judged.seconds / best.seconds, most_that_fits(device, judged.buffers)
     lines = [
         f"{faster:.0%} faster, but it does not surely fit: {judged.name}",
-        f"  {gib(judged.bytes)} GiB, and up to {gib(most_that_fits(device))} of {gib(device)} surely fit",
+        f"  {gib(judged.bytes)} GiB, and up to {gib(room)} of {gib(device)} surely fit",
     ]
     layout = judged.layout
     assert layout is not None
@@ -307,6 +314,7 @@ def _judged_json(judged: Judged) -> dict[str, Any]:
         "mfu": judged.mfu,
         "memory": asdict(judged.peak) | {"total": judged.peak.total},
         "traced": None if judged.traced is None else asdict(judged.traced.peak) | {"total": judged.bytes},
+        "library_buffers": judged.buffers,
         "verdict": judged.verdict,
         "lost": judged.lost,
     }

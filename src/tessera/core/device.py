@@ -11,16 +11,45 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity
 
+from tessera.core.errors import UserError
 from tessera.core.text import counted
+
+ORDER = "TESSERA_DEVICE_ORDER"
+"""The GPUs that the ranks of a machine take, as CUDA counts them, e.g. 0,2,1,3; the launcher sets it where that helps
+(launch/wiring.py)."""
 
 
 def local_device() -> torch.device:
-    """The device of this process: its GPU when there is one for it, the CPU otherwise."""
+    """The device of this process: its GPU when there is one for it, the CPU otherwise. UserError: ORDER is no order."""
     if torch.cuda.is_available():
         index = int(os.environ.get("LOCAL_RANK", "0"))
+        if (text := os.environ.get(ORDER)) and "LOCAL_RANK" in os.environ:
+            index = _ordered(text)[index]
         torch.cuda.set_device(index)
         return torch.device("cuda", index)
     return torch.device("cpu")
+
+
+def _ordered(text: str) -> list[int]:
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
+    words = [word.strip() for word in text.split(",")]
+    if sorted(words) != sorted(map(str, range(here))):
+        hint = f"each of 0 to {here - 1} once, e.g. {','.join(map(str, range(here)))}, or unset it"
+        raise UserError(ORDER, text, f"is no order of the {here} GPUs that the ranks here take", hint)
+    return list(map(int, words))
+
+
+def identity(device: torch.device) -> str | None:
+    """What tells a GPU from every other of its kind: the driver's UUID; None for a CPU."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+
+
+def stack(*, gpu: bool) -> str:
+    """The software that rates depend on: torch, on GPUs NCCL, and the system where it is not Linux."""
+    text = f"torch {torch.__version__}"
+    if gpu:
+        text += f" NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
+    return text if platform.system() == "Linux" else f"{text} {platform.system()}"
 
 
 def backend(device: torch.device) -> str:

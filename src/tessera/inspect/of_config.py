@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Sequence
 
+import torch
+
 from tessera.config.schema import TrainConfig
 from tessera.core import device as devices
 from tessera.core.errors import UserError
@@ -11,7 +13,12 @@ from tessera.inspect.held import Held, activations, inspect_model, streams, traf
 from tessera.inspect.sequences import documents_of, shared_sequences
 from tessera.inspect.tables import Report
 from tessera.layout.parallel import Parallel
+from tessera.layout.shape import StepShape
+from tessera.models.config import ModelConfig
+from tessera.plan.buffers import library_bytes
+from tessera.plan.cluster import shipped_for
 from tessera.plan.peak import peak_bytes
+from tessera.plan.traffic import step_transfers
 from tessera.sizes.bounds import RANKS_SHOWN, at_most
 from tessera.train.run import model_of
 from tessera.train.settings import compute_dtype, context_line, fitting_layout, parallel_for, step_shape
@@ -48,9 +55,20 @@ def report_on(
         pictured,
         peak=peak_bytes(model, shape, parallel, offload=config.fsdp_config.offload_params),
         device_bytes=devices.memory_bytes(devices.local_device()),
+        buffers=_buffers(model, shape, parallel),
         context=context_line(config, model),
         sequences=shared_sequences(model, inspection, shape),
     )
+
+
+def _buffers(model: ModelConfig, shape: StepShape, parallel: Parallel) -> int:
+    """What the communication library takes on this machine's devices; 0 for CPUs and GPUs without a shipped profile."""
+    device = devices.local_device()
+    profile = shipped_for(devices.hardware(device), gpu=True) if device.type == "cuda" else None
+    if profile is None:
+        return 0
+    transfers = step_transfers(model, shape, parallel)
+    return int(library_bytes(transfers, parallel.mesh, profile, torch.cuda.device_count()))
 
 
 def _lengths(documents: str, config: TrainConfig, parallel: Parallel) -> tuple[int, ...]:

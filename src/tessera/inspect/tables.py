@@ -42,6 +42,8 @@ class Report:
     peak: Peak
     device_bytes: int | None = None
     """The memory of this machine's device, where it has one that is known."""
+    buffers: int = 0
+    """What the communication library takes on such a device, beside the peak."""
     context: str | None = None
     sequences: Sequences | None = None
 
@@ -79,7 +81,7 @@ def print_report(console: Console, report: Report) -> None:
     _print_table(console, title, parameter_table(inspection))
     _print_table(console, "on each rank", totals_table(report.totals))
     console.print(share_in_words(inspection))
-    console.print(peak_in_words(report.peak, report.device_bytes))
+    console.print(peak_in_words(report.peak, report.device_bytes, report.buffers))
     ordered = ", tokens counted rank after rank" if report.sequences is not None else ""
     _print_table(console, f"activations of a micro-batch{ordered}", stream_table(report))
     if mesh.world == 1:
@@ -173,15 +175,15 @@ def share_in_words(inspection: Inspection) -> str:
     return f"a rank holds {share}, " + (f"on average: {uneven} do not divide evenly" if uneven else "exactly")
 
 
-def peak_in_words(peak: Peak, device_bytes: int | None) -> str:
-    """The most memory of a rank, of what, and whether a device of so many bytes has as much."""
+def peak_in_words(peak: Peak, device_bytes: int | None, buffers: int = 0) -> str:
+    """The most memory of a rank, of what, and whether a device of so many bytes has as much beside `buffers`."""
     parts = {"states": peak.states, "activations": peak.activations, "gathered weights": peak.gathered}
     parts["work in progress"] = peak.working
     told = " + ".join(f"{name} {human(size)}" for name, size in parts.items() if size)
     line = f"the peak of a rank is about {human(peak.total)}, by formula: {told}"
     if device_bytes is None:
         return line
-    return f"{line}; it {fits(peak.total, device_bytes)} in this device's {human(device_bytes)}"
+    return f"{line}; it {fits(peak.total, device_bytes, buffers)} in this device's {human(device_bytes)}"
 
 
 def stream_table(report: Report) -> Table:

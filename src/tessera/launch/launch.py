@@ -85,6 +85,7 @@ def launch(
 
 
 def _launch_ranks(config: TrainConfig, options: LaunchOptions, place: Place, here: int, command: list[str]) -> None:
+    from tessera.launch.wiring import wired_order
     from tessera.train.run import check, prepared_run
 
     output, lock = Path(config.output_dir), RunLock(options.take_over)
@@ -100,8 +101,11 @@ def _launch_ranks(config: TrainConfig, options: LaunchOptions, place: Place, her
             lock.check()
             return run.going_on_from(resume).to_json()
 
+        order, said = wired_order(run.config, run.model, here)
+        terminal.say(*said)
         restarts = Restarts(options.max_restarts, newest, handed, lambda: _less_memory(run))
-        run_workers(command, here, machines, restarts)
+        with environment(order):
+            run_workers(command, here, machines, restarts)
 
 
 def variables(place: Place) -> dict[str, str]:

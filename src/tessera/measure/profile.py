@@ -1,15 +1,13 @@
 """What was measured, as a profile for the planner and as lines for a person."""
 
 import os
-import platform
 import re
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
-import torch
-
 from tessera.core import device as devices
+from tessera.core.collectives import gathered
 from tessera.core.mesh import Mesh
 from tessera.core.text import counted, human, table_lines
 from tessera.doctor.links import pair_table
@@ -26,7 +24,10 @@ BUSY = 0.25
 
 @dataclass(frozen=True)
 class Here:
-    """Where it was measured: the device, the software, the day (ISO), ranks in all and on each machine."""
+    """Where it was measured: the device, the software, the day (ISO), ranks in all and on each machine.
+
+    `devices`: what tells each GPU of the first machine from others, in the order of ranks; none for CPUs.
+    """
 
     hardware: str
     gpu: bool
@@ -35,6 +36,7 @@ class Here:
     ranks: int
     per_machine: int
     memory_bytes: int
+    devices: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -53,14 +55,11 @@ def here(mesh: Mesh, per_machine: int, date: str) -> Here:
     memory = devices.memory_bytes(device)
     if memory is None:
         memory = devices.host_memory_bytes() // per_machine
-    stack = f"torch {torch.__version__}" + (f" NCCL {'.'.join(map(str, _nccl()))}" if device.type == "cuda" else "")
-    if platform.system() != "Linux":
-        stack += f" {platform.system()}"
-    return Here(devices.hardware(device), device.type == "cuda", stack, date, mesh.world, per_machine, memory)
-
-
-def _nccl() -> tuple[int, ...]:
-    return tuple(torch.cuda.nccl.version())
+    gpu = device.type == "cuda"
+    own = gathered(devices.identity(device), mesh.world)[:per_machine]
+    known = tuple(name for name in own if name is not None)
+    stack = devices.stack(gpu=gpu)
+    return Here(devices.hardware(device), gpu, stack, date, mesh.world, per_machine, memory, known)
 
 
 def profile_of(computed: Computed, linked: Linked, pairs: MeasuredPairs | None, where: Here) -> Profile:
@@ -105,6 +104,7 @@ def profile_of(computed: Computed, linked: Linked, pairs: MeasuredPairs | None, 
         error=max(Profile.error, min(1.0, disturbance(computed, linked))),
         asynchronous=where.gpu,
         measured=True,
+        devices=where.devices,
         shared=computed.shared | ({"links": linked.shared} if linked.shared else {}),
         pairs=tuple((pair.first, pair.second, pair.rate) for pair in pairs.pairs) if pairs else (),
         sources=sources,
@@ -117,7 +117,7 @@ def disturbance(computed: Computed, linked: Linked) -> float:
     return statistics.median([*(each.spread for each in timed), *computed.spreads.values()])
 
 
-_ABOUT = ("name", "device", "stack", "date", "measured", "sources", "asynchronous")
+_ABOUT = ("name", "device", "devices", "stack", "date", "measured", "sources", "asynchronous")
 _NOT_MEASURED = ("pair_bandwidth", "residuals", "score_bytes")
 _FIGURES = [each.name for each in fields(Profile) if each.name not in _ABOUT + _NOT_MEASURED]
 

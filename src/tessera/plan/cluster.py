@@ -114,6 +114,17 @@ def profile_for(hardware: str, kept: Iterable[Profile], *, ranks: int = 1) -> Pr
     return next(iter(enough or fitting), None)
 
 
+def measured_here(hardware: str, stack: str, ranks: int) -> list[Profile]:
+    """The kept profiles that were measured on such a device with this very software and so many ranks or more."""
+    return [
+        profile
+        for profile in kept_profiles()
+        if profile.measured
+        and (profile.device, profile.stack) == (hardware, stack)
+        and profile.devices_per_machine >= ranks
+    ]
+
+
 def _age(path: Path) -> float:
     try:
         return -path.stat().st_mtime

@@ -6,7 +6,7 @@
 
 1.03: the formula is held to within 3% of the traced step (tests/plan/test_peak.py). 0.85: torch's allocator reserves
 more than is alive at once, for what is free lies in pieces. 1 GiB: the driver's context, and what libraries take for
-themselves; `buffers` are those of the communication library, where they are known. So an estimate of up to four fifths
+themselves; `buffers` are those of the communication library (plan/buffers.py). So an estimate of up to four fifths
 of a device with 80 GB fits: of 454 published runs none that was estimated so ran out of memory.
 """
 
@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 
 from tessera.core.axes import DATA_AXES
@@ -41,9 +42,10 @@ def fits(estimate_bytes: int, device_bytes: int, buffers: int = 0) -> Verdict:
     return "may fit" if estimate_bytes < device_bytes else "does not fit"
 
 
-def most_that_fits(device_bytes: int, buffers: int = 0) -> int:
-    """The largest estimate in bytes that surely fits: what a search compares arrays of estimates with."""
-    return max(0, math.floor((device_bytes - RESERVED - buffers) * USED / MARGIN))
+def most_that_fits(device_bytes: int, buffers: Any = 0) -> Any:
+    """The largest estimate in bytes that surely fits; `buffers` may be those of many candidates."""
+    room = (device_bytes - RESERVED - buffers) * USED / MARGIN
+    return np.maximum(0, np.floor(room)).astype(np.int64) if isinstance(room, np.ndarray) else max(0, math.floor(room))
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,8 @@ class Profile:
     then. `step_seconds`: what a step takes beside. `inside` and `between` have a curve for a kind of collective, or for
     `any`. Where devices are joined pair by pair and not by a switch, `pair_bandwidth` is that of one such link: a group
     then has those between its ranks alone. `shared`: where ranks share cores, by what everything takes longer with so
-    many at once (`slowdown`). `pairs`: two ranks each, and the bytes/s between them one way. `error`: half of the band
+    many at once (`slowdown`). `pairs`: two ranks each, and the bytes/s between them one way; `devices`: their GPUs, by
+    what tells each from every other (none on CPUs, whose ranks have no links of their own). `error`: half of the band
     of a prediction, as a share; `measured`: on the machine itself. Kernels that form attention's scores move
     `score_bytes` for each; flash kernels none. `residuals`: of measured runs, what the terms alone miss. `sources`
     names where figures come from.
@@ -150,6 +151,7 @@ class Profile:
     pair_bandwidth: float | None = None
     shared: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     pairs: tuple[tuple[int, int, float], ...] = ()
+    devices: tuple[str, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def in_dtype(self, dtype: str) -> "Profile":
@@ -185,14 +187,15 @@ class Profile:
         found = where(ranks > most, times * ranks / most, between)
         return found if isinstance(ranks, np.ndarray) else float(found)
 
-    def collective_seconds(self, kind: str, received: Any, ranks: Any, machines: Any = 1) -> Any:
+    def collective_seconds(self, kind: str, received: Any, ranks: Any, machines: Any = 1, links: Any = 1.0) -> Any:
         """Seconds of one collective of `ranks`, on `machines` machines, each of which receives `received` bytes.
 
-        Numbers or arrays of candidates; 0 where there is one rank.
+        `links`: how fast those of its group are inside a machine, beside the measured ones (plan/numbering.py). Numbers
+        or arrays of candidates; 0 where there is one rank.
         """
         near, far = self.curve("inside", kind), self.curve("between", kind)
         beside = larger(1, ranks // larger(machines, 1))  # ranks of the group on one machine, each with its own link
-        own = near.bytes_per_second
+        own = near.bytes_per_second * links
         if self.pair_bandwidth is not None:
             own = smaller(own, self.pair_bandwidth * larger(beside - 1, 1))
         inside = near.seconds(received, ranks, own)

@@ -5,7 +5,7 @@ layers and, as the longest does, the head. 1F1B keeps what min(stages, micro-bat
 backward (Narayanan et al. 2021, SC'21, section 2.2.1), and time.Pipeline has what its stages wait.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -17,9 +17,10 @@ from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape
 from tessera.layout.streams import joins_rows
 from tessera.models.config import ModelConfig
+from tessera.plan.buffers import library_bytes
 from tessera.plan.calibrate import corrected, place_of
 from tessera.plan.choice import RECOMPUTES, Layout, Training
-from tessera.plan.fit import fits, most_that_fits
+from tessera.plan.fit import fits
 from tessera.plan.flops import step_flops
 from tessera.plan.machine import LARGEST, Cluster
 from tessera.plan.peak import peak_bytes
@@ -43,13 +44,12 @@ def fastest_on(
     memory, whose verdict is `TOO_LARGE`. It covers every micro-batch and value of gradient_checkpointing, and weights
     kept or not; products are gathered in one piece.
     """
-    device = cluster.profile.memory_bytes
-    for room in (most_that_fits(device), device):
-        found = _fastest_within(room, model, sizes, cluster, training, stages)
+    verdicts = ("fits", "may fit", TOO_LARGE)
+    for least in range(len(verdicts)):
+        found = _fastest_within(verdicts[: least + 1], model, sizes, cluster, training, stages)
         if found is not None:
             return found
-    unlimited = _fastest_within(LARGEST, model, sizes, cluster, training, stages)
-    return None if unlimited is None else replace(unlimited, verdict=TOO_LARGE)
+    return None
 
 
 def fastest_found(found: Found, sizes: Mapping[str, int]) -> tuple[bool, Layout | None]:
@@ -80,9 +80,14 @@ def without_limit(cluster: Cluster) -> Cluster:
 
 
 def _fastest_within(
-    room: int, model: ModelConfig, sizes: Mapping[str, int], cluster: Cluster, training: Training, stages: int
+    verdicts: Sequence[str],
+    model: ModelConfig,
+    sizes: Mapping[str, int],
+    cluster: Cluster,
+    training: Training,
+    stages: int,
 ) -> Judged | None:
-    """The fastest whose estimate is at most `room` bytes."""
+    """The fastest of those that have one of the `verdicts`."""
     data = prod(sizes.get(axis, 1) for axis in DATA_AXES)
     if training.global_batch % data or model.num_layers % stages:
         return None
@@ -91,7 +96,7 @@ def _fastest_within(
         if not _takes(model, sizes, batch):
             continue
         layout = Layout(sizes, batch, training.global_batch // (data * batch))
-        found += _least_recomputed(room, model, layout, cluster, training, stages)
+        found += _least_recomputed(verdicts, model, layout, cluster, training, stages)
     return min(found, key=lambda judged: judged.seconds, default=None)
 
 
@@ -105,18 +110,18 @@ def _takes(model: ModelConfig, sizes: Mapping[str, int], batch: int) -> bool:
 
 
 def _least_recomputed(
-    room: int, model: ModelConfig, layout: Layout, cluster: Cluster, training: Training, stages: int
+    verdicts: Sequence[str], model: ModelConfig, layout: Layout, cluster: Cluster, training: Training, stages: int
 ) -> list[Judged]:
     """With weights kept and gathered again, each with as little recomputed as fits; empty where nothing fits."""
     leanest = _judged(model, replace(layout, recompute=RECOMPUTES[-1]), cluster, training, stages)
-    if leanest.peak.total > room:
+    if leanest.verdict not in verdicts:
         return []
     found = []
     for reshard in (False, True):
         for recompute in RECOMPUTES:
             asked = replace(layout, recompute=recompute, reshard=reshard)
             judged = _judged(model, asked, cluster, training, stages)
-            if judged.peak.total <= room:
+            if judged.verdict in verdicts:
                 found.append(judged)
                 break
         if found and recompute == RECOMPUTES[0]:
@@ -135,14 +140,16 @@ def _judged(model: ModelConfig, layout: Layout, cluster: Cluster, training: Trai
     mesh = parallel.mesh
     message = _residual_bytes(model, shape, parallel)
     pipeline = Pipeline(stages, machines_of(("pp",), mesh, cluster.per_machine), message)
-    time = step_time(step_work(stage, shape, parallel, cluster.per_machine), cluster.profile, pipeline)
+    work = step_work(stage, shape, parallel, cluster.per_machine)
+    buffers = library_bytes((each.transfer for each in work.moved), mesh, cluster.profile, cluster.per_machine)
+    time = step_time(work, cluster.profile, pipeline)
     time = corrected(time, place_of(stage, shape, parallel, stages), cluster.profile)
     peak = peak_bytes(stage, shape, parallel)
     peak = replace(peak, activations=peak.activations * min(stages, layout.micro_batches))
     flops = step_flops(model, [training.sequence_len]) * training.global_batch
-    verdict = fits(int(peak.total), cluster.profile.memory_bytes)
+    verdict = fits(int(peak.total), cluster.profile.memory_bytes, buffers)
     name = f"{stages} stages by formula × {layout}"
-    return Judged(name, layout.devices, training, cluster, peak, time, flops, verdict, layout)
+    return Judged(name, layout.devices, training, cluster, peak, time, flops, verdict, layout, buffers=buffers)
 
 
 def _residual_bytes(model: ModelConfig, shape: StepShape, parallel: Parallel) -> Any:

@@ -18,6 +18,7 @@ from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape
 from tessera.models.config import ModelConfig
 from tessera.models.shapes import known_shape, shape_of
+from tessera.plan.buffers import library_bytes
 from tessera.plan.calibrate import corrected, place_of
 from tessera.plan.choice import Layout, Training
 from tessera.plan.cluster import cluster_of
@@ -42,7 +43,8 @@ DIFFERENCE = 0.005
 class Judged:
     """A layout on a cluster. `name` says it in words; `layout` where it is one that the search knows.
 
-    `verdict`: fits, may fit, or does not fit; `lost`: why it is not the best; `traced`: the memory of its step as the
+    `verdict`: fits, may fit, or does not fit; `lost`: why it is not the best; `buffers`: bytes of the communication
+    library beside the peak (plan/buffers.py); `traced`: the memory of its step as the
     model's own code holds it (plan/trace.py), where that was asked for.
     """
 
@@ -56,6 +58,7 @@ class Judged:
     verdict: str
     layout: Layout | None = None
     lost: str = ""
+    buffers: int = 0
     traced: TracedMemory | None = None
 
     @property
@@ -106,11 +109,13 @@ def judge_step(
     """The same of a step as the trainer runs it, on the rank of `parallel.mesh`."""
     mesh, cluster = parallel.mesh, cluster.in_dtype(training.dtype)
     peak = peak_bytes(model, shape, parallel, offload=offload)
-    time = step_time(step_work(model, shape, parallel, cluster.per_machine), cluster.profile)
+    work = step_work(model, shape, parallel, cluster.per_machine)
+    buffers = library_bytes((each.transfer for each in work.moved), mesh, cluster.profile, cluster.per_machine)
+    time = step_time(work, cluster.profile)
     time = _scalars(corrected(time, place_of(model, shape, parallel), cluster.profile))
     flops = step_flops(model, [training.sequence_len]) * training.global_batch
-    verdict = fits(int(peak.total), cluster.profile.memory_bytes)
-    return Judged(name, mesh.world, training, cluster, peak, time, flops, verdict)
+    verdict = fits(int(peak.total), cluster.profile.memory_bytes, buffers)
+    return Judged(name, mesh.world, training, cluster, peak, time, flops, verdict, buffers=buffers)
 
 
 def traced(model: ModelConfig, judged: Judged) -> Judged:
@@ -122,7 +127,7 @@ def traced(model: ModelConfig, judged: Judged) -> Judged:
     parallel = judged.layout.parallel(model, judged.training)
     shape = judged.layout.shape(judged.training, parallel)
     memory = traced_memory(model, shape, parallel, offload=judged.layout.offload_params)
-    verdict = fits(int(memory.peak.total), judged.cluster.profile.memory_bytes)
+    verdict = fits(int(memory.peak.total), judged.cluster.profile.memory_bytes, judged.buffers)
     return replace(judged, traced=memory, verdict=verdict)
 
 

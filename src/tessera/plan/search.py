@@ -26,6 +26,7 @@ from tessera.core.errors import UserError
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape
 from tessera.models.config import ModelConfig
+from tessera.plan.buffers import library_bytes
 from tessera.plan.calibrate import corrected, place_of
 from tessera.plan.choice import RECOMPUTES, Layout, Training
 from tessera.plan.fit import most_that_fits
@@ -33,6 +34,7 @@ from tessera.plan.machine import Cluster
 from tessera.plan.many import ManyMeshes
 from tessera.plan.peak import peak_bytes
 from tessera.plan.time import StepTime, step_time
+from tessera.plan.traffic import step_transfers
 from tessera.plan.work import step_work
 from tessera.sizes.context import ContextParallel, Surroundings, fitted
 from tessera.sizes.numbers import divisors_of
@@ -61,7 +63,8 @@ class Switches(NamedTuple):
 class Found:
     """Candidates and their costs: of each its sizes by axis, micro-batch, switches, bytes at the peak, seconds.
 
-    `seconds` are infinite where a candidate was not timed, for it does not fit or another one is surely faster.
+    `buffers`: bytes of the communication library beside the peak (plan/buffers.py). `seconds` are
+    infinite where a candidate was not timed, for it does not fit or another one is surely faster.
     """
 
     sizes: dict[str, Numbers]
@@ -69,11 +72,17 @@ class Found:
     switches: list[Switches]
     which: Numbers
     peak: Numbers
+    buffers: Numbers
     seconds: NDArray[np.float64]
     training: Training
 
     def __len__(self) -> int:
         return len(self.micro_batch)
+
+    def fitting(self, cluster: Cluster, *, surely: bool = True) -> NDArray[np.bool_]:
+        """Which candidates surely fit the cluster's devices, or may (plan/fit.py)."""
+        memory = cluster.profile.memory_bytes
+        return np.asarray(self.peak <= (most_that_fits(memory, self.buffers) if surely else memory))
 
     def layout(self, place: int) -> Layout:
         """The candidate at `place`."""
@@ -91,15 +100,16 @@ def search(model: ModelConfig, cluster: Cluster, training: Training, *, exhausti
     sizes, batch = _meshes(model, cluster.devices, training)
     plain = [Switches(recompute, reshard) for recompute in RECOMPUTES for reshard in (False, True)]
     every = [_costs(model, training, sizes, batch, switches) for switches in plain]
-    found = _joined(every, training)
-    room = most_that_fits(cluster.profile.memory_bytes)
-    if len(found) and found.peak.min() > room:
-        room = cluster.profile.memory_bytes
-    timed = np.full(len(found), True) if exhaustive else _worth_timing(found, plain, len(batch), room)
+    buffers = _buffers(model, cluster, every[0])  # of all: what is computed again moves along no other axes
+    found = replace(_joined(every, training), buffers=np.tile(buffers, len(plain)))
+    surely = bool(found.fitting(cluster).any())
+    timed = np.full(len(found), True)
+    if not exhaustive:
+        timed = _worth_timing(found.fitting(cluster, surely=surely), plain, len(batch))
     found = _timed(model, cluster, found, timed)
     best = np.arange(len(found)) if exhaustive else np.argsort(found.seconds)[:KEPT]
     best = best[np.isfinite(found.seconds[best])]
-    return _joined([found, *_with_schedules(model, cluster, found, best, room)], training)
+    return _joined([found, *_with_schedules(model, cluster, found, best, surely=surely)], training)
 
 
 def _meshes(model: ModelConfig, devices: int, training: Training) -> tuple[dict[str, Numbers], Numbers]:
@@ -199,10 +209,10 @@ def _group(model: ModelConfig, places: Numbers, found: Found, switches: Switches
 def _costs(
     model: ModelConfig, training: Training, sizes: dict[str, Numbers], batch: Numbers, switches: Switches
 ) -> Found:
-    """The memory of every candidate with these switches; none is timed yet."""
+    """The peak of every candidate with these switches; none is timed yet, and buffers are not counted."""
     count = len(batch)
-    nothing = np.zeros(count, np.int64)
-    found = Found(sizes, batch, [switches], nothing, nothing.copy(), np.full(count, np.inf), training)
+    which, peak, buffers = (np.zeros(count, np.int64) for _ in range(3))
+    found = Found(sizes, batch, [switches], which, peak, buffers, np.full(count, np.inf), training)
     for places in _groups(model, sizes, batch):
         shape, parallel = _group(model, places, found, switches)
         found.peak[places] = peak_bytes(model, shape, parallel).total
@@ -211,9 +221,19 @@ def _costs(
     return found
 
 
-def _worth_timing(found: Found, plain: Sequence[Switches], count: int, room: int) -> NDArray[np.bool_]:
+def _buffers(model: ModelConfig, cluster: Cluster, found: Found) -> Numbers:
+    """What the communication library takes for each candidate; all of them have the same switches."""
+    buffers = found.buffers.copy()
+    for places in _groups(model, found.sizes, found.micro_batch):
+        shape, parallel = _group(model, places, found, found.switches[0])
+        transfers = step_transfers(model, shape, parallel)
+        buffers[places] = library_bytes(transfers, parallel.mesh, cluster.profile, cluster.per_machine)
+    return buffers
+
+
+def _worth_timing(fitting: NDArray[np.bool_], plain: Sequence[Switches], count: int) -> NDArray[np.bool_]:
     """The candidates that fit, but for those that another one surely beats: it fits and computes less again."""
-    fits = (found.peak <= room).reshape(len(plain), count)
+    fits = fitting.reshape(len(plain), count)
     worth = fits.copy()
     for reshard in (False, True):
         chain = [place for place, switches in enumerate(plain) if switches.reshard == reshard]
@@ -243,7 +263,7 @@ def _time(model: ModelConfig, cluster: Cluster, shape: StepShape, parallel: Para
 
 
 def _with_schedules(
-    model: ModelConfig, cluster: Cluster, found: Found, best: NDArray[np.int64], room: int
+    model: ModelConfig, cluster: Cluster, found: Found, best: NDArray[np.int64], *, surely: bool
 ) -> Iterator[Found]:
     """The best candidates with the schedules that their meshes allow."""
     for name, slices in SCHEDULES:
@@ -253,7 +273,8 @@ def _with_schedules(
             switches = found.switches[int(which)]._replace(schedule=name, slices=slices)
             sizes = {axis: n[own] for axis, n in found.sizes.items()}
             costs = _costs(model, found.training, sizes, found.micro_batch[own], switches)
-            yield _timed(model, cluster, costs, costs.peak <= room)
+            costs = replace(costs, buffers=_buffers(model, cluster, costs))
+            yield _timed(model, cluster, costs, costs.fitting(cluster, surely=surely))
 
 
 def _allowed(model: ModelConfig, found: Found, places: NDArray[np.int64], name: str, slices: int) -> NDArray[np.bool_]:
@@ -276,14 +297,17 @@ def _joined(parts: Sequence[Found], training: Training) -> Found:
         which.append(part.which + len(switches))
         switches += part.switches
     sizes = {axis: np.concatenate([part.sizes[axis] for part in parts]) for axis in parts[0].sizes}
-    others = (np.concatenate([getattr(part, name) for part in parts]) for name in ("micro_batch", "peak", "seconds"))
-    batch, peak, seconds = others
-    return Found(sizes, batch, switches, np.concatenate(which), peak, seconds, training)
+    others = (
+        np.concatenate([getattr(part, name) for part in parts])
+        for name in ("micro_batch", "peak", "buffers", "seconds")
+    )
+    batch, peak, buffers, seconds = others
+    return Found(sizes, batch, switches, np.concatenate(which), peak, buffers, seconds, training)
 
 
 def fastest_too_large(model: ModelConfig, cluster: Cluster, found: Found) -> int | None:
     """The place of the fastest of the candidates that hardly do not fit; None where all fit."""
-    too_large = np.flatnonzero((found.peak > most_that_fits(cluster.profile.memory_bytes)) & (found.peak < NEVER))
+    too_large = np.flatnonzero(~found.fitting(cluster) & (found.peak < NEVER))
     if not len(too_large):
         return None
     chosen = np.full(len(found), False)

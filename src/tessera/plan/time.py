@@ -25,6 +25,8 @@ import numpy as np
 from tessera.core.arrays import larger, smaller
 from tessera.models.anatomy import HEAD
 from tessera.plan.machine import Profile
+from tessera.plan.numbering import Links, received_along
+from tessera.plan.traffic import Transfer
 from tessera.plan.work import Moved, Multiplied, Phase, Work
 
 PHASES: tuple[Phase, Phase] = ("forward", "backward")
@@ -90,7 +92,7 @@ ONE_STAGE = Pipeline()
 
 def step_time(work: Work, profile: Profile, pipeline: Pipeline = ONE_STAGE) -> StepTime:
     """The time of a step whose rank does `work`, of one stage where there are several."""
-    rates = _AtOnce(profile, work.on_machine)
+    rates = _AtOnce(profile, work)
     products = {phase: sum(rates.product(each) for each in work.products if each.phase == phase) for phase in PHASES}
     attention = {phase: work.attention.get(phase, 0) / rates.attention for phase in PHASES}
     bandwidth = rates.memory
@@ -126,12 +128,21 @@ def step_time(work: Work, profile: Profile, pipeline: Pipeline = ONE_STAGE) -> S
 class _AtOnce:
     """The rates of a rank while so many ranks of its machine compute: on GPUs what one has, on shared cores less."""
 
-    def __init__(self, profile: Profile, ranks: Any) -> None:
-        self.profile, slower = profile, {what: profile.slowdown(what, ranks) for what in SHARED}
+    def __init__(self, profile: Profile, work: Work) -> None:
+        self.profile, slower = profile, {what: profile.slowdown(what, work.on_machine) for what in SHARED}
+        self.wiring = None
+        if profile.devices and profile.pairs:
+            received = received_along(each.transfer for each in work.moved)
+            self.wiring = Links(profile.pairs, work.inside, received)
         self.multiply, self.links = profile.product_flops / slower["product"], slower["links"]
         self.attention = profile.attention_flops / slower["attention"]
         self.memory = profile.memory_efficiency * profile.memory_bandwidth / slower["memory"]
         self.dispatch = profile.dispatch_seconds * slower["dispatch"]
+
+    def collective(self, transfer: Transfer, received: Any, ranks: Any, machines: Any) -> Any:
+        """Seconds of a call in which a rank receives so many bytes, over the links that its group has."""
+        links = self.wiring.share(transfer.axes) if self.wiring else 1.0
+        return self.links * self.profile.collective_seconds(transfer.kind, received, ranks, machines, links)
 
     def product(self, product: Multiplied) -> Any:
         """Seconds of a product, at the rate that its least dim reaches."""
@@ -149,7 +160,7 @@ def _communication(
     for transfer, ranks, machines, hidden in moved:
         calls = transfer.calls * transfer.times
         each = transfer.received / larger(transfer.calls, 1)
-        seconds = calls * rates.links * rates.profile.collective_seconds(transfer.kind, each, ranks, machines)
+        seconds = calls * rates.collective(transfer, each, ranks, machines)
         collectives[transfer.axis] += seconds
         if hidden and transfer.phase != "step":
             pool = pools[hidden, transfer.phase]

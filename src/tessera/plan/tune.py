@@ -4,10 +4,14 @@ Two, and whole: the products of one layer by themselves leave out what their col
 which a loop gives more to do. Embedding and head move in the same way under every schedule; they are cut short.
 
 Candidates are the gathered product, whole and in slices, and the loops, as far as the config allows them. Those whose
-scratch memory (scratch.py) is above the limit are not run; if all are, the one that needs least is taken. What was
-measured is remembered in the user's cache folder, by everything that it depends on.
+scratch memory (scratch.py) is above the limit are not run; if all are, the one that needs least is taken. Nor are
+those that a profile of this machine (`tessera measure`) puts surely behind: with the whole of its band they are slower
+than another with the whole of its own. Without one all are run; so they are on several machines, whose links the
+profile of one does not have. What was measured is remembered in the user's cache folder, by everything that it depends
+on.
 
-Every rank decides by itself, from numbers that are the same on all: rank 0's memory, and the slowest rank's times.
+Every rank decides by itself, from numbers that are the same on all: what rank 0 remembers and reads in its profile, and
+the slowest rank's times.
 """
 
 import gc
@@ -20,6 +24,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 import tessera
@@ -36,8 +41,13 @@ from tessera.layout.streams import Streams
 from tessera.models.config import ModelConfig
 from tessera.models.decoder import Decoder
 from tessera.nn.parameter import to_local
+from tessera.plan.calibrate import corrected, place_of
+from tessera.plan.cluster import measured_here
+from tessera.plan.machine import Profile
 from tessera.plan.remembered import Remembered
 from tessera.plan.scratch import scratch_bytes
+from tessera.plan.time import StepTime, step_time
+from tessera.plan.work import step_work
 from tessera.sizes.context import WHOLE, ContextParallel
 from tessera.sizes.rules import Ask, TensorParallel, first_misfit
 from tessera.sizes.schedule import Schedule
@@ -72,7 +82,9 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Tuning:
-    """What was chosen, and from what. `milliseconds`: of those that were run, by name; `limit`: of scratch bytes."""
+    """What was chosen, and from what. `milliseconds`: of those that were run, by name; `limit`: of scratch bytes;
+    `behind`: names of those that the machine's profile puts surely behind.
+    """
 
     schedule: Schedule
     candidates: Sequence[Candidate]
@@ -80,6 +92,7 @@ class Tuning:
     limit: int
     source: str
     trouble: str | None = None
+    behind: Sequence[str] = ()
 
     def lines(self) -> list[str]:
         """What a person wants to know: the source, a table of the candidates, and what went wrong beside."""
@@ -88,6 +101,7 @@ class Tuning:
             took = self.milliseconds.get(candidate.name)
             marks = ["chosen"] * (candidate.parallel.schedule == self.schedule)
             marks += ["above the limit"] * (candidate.scratch > self.limit)
+            marks += ["surely behind by the profile of this machine"] * (candidate.name in self.behind)
             shown = "not run" if took is None else f"{took:.2f}"
             rows.append(
                 f"  {candidate.name:10}{shown:>10}{candidate.scratch / 2**20:14.2f}   {', '.join(marks)}".rstrip()
@@ -131,17 +145,60 @@ def tune(
 
 
 def _fastest(running: list[Candidate], every: list[Candidate], limit: int, remembered: Remembered) -> Tuning:
-    """The fastest of those `running`: as remembered, else measured."""
-    mesh, names, trouble = running[0].parallel.mesh, [candidate.name for candidate in running], None
-    best = _from_first(remembered.read(names) if mesh.rank == 0 else None, len(names), mesh)
+    """The fastest of those `running`: as remembered, else measured, but for those surely behind."""
+    mesh, trouble = running[0].parallel.mesh, None
+    known = _from_first(_known(running, remembered) if mesh.rank == 0 else [], len(running), mesh)
+    left = [candidate for candidate, took in zip(running, known, strict=True) if took < math.inf]
+    behind = [candidate.name for candidate in running if candidate not in left]
+    names, best = [candidate.name for candidate in left], [took for took in known if took < math.inf]
+    if len(left) == 1:
+        source = "the others are surely behind by the profile of this machine"
+        return Tuning(left[0].parallel.schedule, every, {}, limit, source, behind=behind)
     source = f"as measured before ({remembered.path})"
-    if best is None:
-        best = _measure([_Trial(candidate) for candidate in running])
+    if min(best) <= 0:
+        best = _measure([_Trial(candidate) for candidate in left])
         gc.collect()  # layers and the order of their weights refer to one another
         source = f"measured: forward and backward of {LAYERS} layers, {running[0].tokens} tokens, up to {ROUNDS} rounds"
         trouble = remembered.write(dict(zip(names, best, strict=True))) if mesh.rank == 0 else None
-    fastest = running[best.index(min(best))]
-    return Tuning(fastest.parallel.schedule, every, dict(zip(names, best, strict=True)), limit, source, trouble)
+    fastest = left[best.index(min(best))].parallel.schedule
+    return Tuning(fastest, every, dict(zip(names, best, strict=True)), limit, source, trouble, behind)
+
+
+def _known(running: list[Candidate], remembered: Remembered) -> list[float]:
+    """Of each candidate its remembered milliseconds, 0 where it must be measured, infinite where it need not be run."""
+    behind = surely_behind(running)
+    left = [candidate.name for candidate, slow in zip(running, behind, strict=True) if not slow]
+    times = iter(remembered.read(left) or [0.0] * len(left))
+    return [math.inf if slow else next(times) for slow in behind]
+
+
+def surely_behind(running: Sequence[Candidate]) -> list[bool]:
+    """Of each candidate whether the profile of this machine puts it behind another, each with its band against it."""
+    mesh = running[0].parallel.mesh
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world))
+    stack = devices.stack(gpu=mesh.device.type == "cuda")
+    profile = next(iter(measured_here(devices.hardware(mesh.device), stack, mesh.world)), None)
+    if profile is None or here != mesh.world:
+        return [False] * len(running)
+    times = [_predicted(candidate, profile) for candidate in running]
+    soonest = min(time.total * (1 + time.error) for time in times)
+    return [bool(time.total * (1 - time.error) > soonest) for time in times]
+
+
+def _predicted(candidate: Candidate, profile: Profile) -> StepTime:
+    """What a trial of the candidate takes, by the planner."""
+    parallel, model = candidate.parallel, replace(candidate.model, num_layers=LAYERS, vocab_size=_vocabulary(candidate))
+    shape = StepShape(candidate.rows, candidate.length, 1, recompute=candidate.recompute)
+    profile = profile.in_dtype(devices.dtype_name(parallel.compute))
+    time = step_time(step_work(model, shape, parallel, parallel.mesh.world), profile)
+    time = replace(time, optimizer=0.0)  # a trial updates nothing
+    time = corrected(time, place_of(model, shape, parallel), profile)
+    return replace(time, calibration=float(np.sum(time.calibration)), error=float(np.max(time.error)))
+
+
+def _vocabulary(candidate: Candidate) -> int:
+    """Ids of a trial's model: embedding and head move the same under every schedule, and are cut short."""
+    return 8 * candidate.parallel.mesh.sizes["col"]
 
 
 def kinds(data_ranks: int) -> Sequence[tuple[str, int]]:
@@ -194,11 +251,10 @@ def _key(
     }
 
 
-def _from_first(numbers: list[float] | None, count: int, mesh: Mesh) -> list[float] | None:
-    """Rank 0's positive `numbers` on every rank; None when it has none."""
+def _from_first(numbers: list[float], count: int, mesh: Mesh) -> list[float]:
+    """Rank 0's `numbers`, so many, on every rank; the others have none."""
     own = torch.tensor(numbers or [0.0] * count, dtype=torch.float64, device=mesh.device)
-    known = all_reduce(own, mesh.group(MODEL_AXES)).tolist()
-    return known if min(known) > 0 else None
+    return [float(number) for number in all_reduce(own, mesh.group(MODEL_AXES)).tolist()]
 
 
 def _measure(trials: "Sequence[_Trial]") -> list[float]:
@@ -245,7 +301,7 @@ class _Trial:
 
     def __init__(self, candidate: Candidate) -> None:
         self.mesh = mesh = candidate.parallel.mesh
-        vocabulary = 8 * mesh.sizes["col"]
+        vocabulary = _vocabulary(candidate)
         model = replace(candidate.model, num_layers=LAYERS, vocab_size=vocabulary)
         self.decoder = Decoder(model, candidate.parallel, gradient_checkpointing=candidate.recompute)
         generator = torch.Generator(mesh.device).manual_seed(0)

@@ -31,6 +31,7 @@ from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape
 from tessera.models.anatomy import HEAD, Attention, Block, Product, anatomy_of
 from tessera.models.config import ModelConfig
+from tessera.plan.numbering import sizes_inside
 from tessera.plan.sequences import query_heads_on
 from tessera.plan.traffic import LAYERS, OUTSIDE, Transfer, step_transfers
 
@@ -76,7 +77,7 @@ class Work:
     """A step of one rank. Counts are those of the step: FLOPs, bytes, operators.
 
     `scores`: how many pairs of a query and a key there are, forward and backward; `optimizer`: bytes; `on_machine`: how
-    many ranks of its machine compute at once.
+    many ranks of its machine compute at once; `inside`: of each axis how many of them lie along it.
     """
 
     products: Sequence[Multiplied]
@@ -88,6 +89,7 @@ class Work:
     optimizer: Any
     micro_batches: Any
     on_machine: Any
+    inside: Mapping[str, Any]
 
     @property
     def flops(self) -> Any:
@@ -123,6 +125,7 @@ def step_work(model: ModelConfig, shape: StepShape, parallel: Parallel, per_mach
         optimizer,
         shape.micro_batches,
         smaller(mesh.size(AXES), per_machine),
+        sizes_inside(mesh.sizes, per_machine),
     )
 
 
