@@ -59,6 +59,9 @@ def plan(
     sequence_len: Annotated[int | None, typer.Option(min=1, max=bounds.TOKENS, help="Tokens of a row.")] = None,
     global_batch: Annotated[int | None, typer.Option(min=1, max=bounds.ROWS, help="Rows of a step.")] = None,
     dtype: Annotated[str, typer.Option(help="What products run in: bfloat16, float16 or float32.")] = "bfloat16",
+    optimizer: Annotated[
+        str | None, typer.Option(help="As in a config; unset: as in --config, or adamw_torch_fused.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="A YAML file whose other keys the plan's config keeps.")] = None,
     top: Annotated[int, typer.Option(min=1, max=50, help="How many layouts to show.")] = 5,
     trace: Annotated[
@@ -96,8 +99,8 @@ def plan(
     from tessera.cli.plan import Asked, plan_command
 
     asked = Asked(
-        cluster, sequence_len, global_batch, dtype, config, top, trace, plot, matmul, devices, as_json, target, tokens,
-        price, profile, overrides or [], output, scaling, tables,
+        cluster, sequence_len, global_batch, dtype, optimizer, config, top, trace, plot, matmul, devices, as_json,
+        target, tokens, price, profile, overrides or [], output, scaling, tables,
     )  # fmt: skip
     plan_command(subject, asked)
 

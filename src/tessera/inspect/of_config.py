@@ -14,7 +14,14 @@ from tessera.layout.parallel import Parallel
 from tessera.plan.peak import peak_bytes
 from tessera.sizes.bounds import RANKS_SHOWN, at_most
 from tessera.train.run import model_of
-from tessera.train.settings import compute_dtype, context_line, fitting_layout, parallel_for, step_shape
+from tessera.train.settings import (
+    compute_dtype,
+    context_line,
+    fitting_layout,
+    parallel_for,
+    step_shape,
+    update_of,
+)
 
 
 def report_on(
@@ -46,7 +53,7 @@ def report_on(
         traffic(model, inspection, shape),
         _chosen(inspection.parameters, weight),
         pictured,
-        peak=peak_bytes(model, shape, parallel, offload=config.fsdp_config.offload_params),
+        peak=peak_bytes(model, shape, parallel, offload=config.fsdp_config.offload_params, update=update_of(config)),
         device_bytes=devices.memory_bytes(devices.local_device()),
         context=context_line(config, model),
         sequences=shared_sequences(model, inspection, shape),
