@@ -68,10 +68,10 @@ def test_a_busy_machine_widens_the_band():
     timed = {spread: Timed(1e-3, spread) for spread in (0.1, 0.5)}
     for spread, error, told in ((0.1, 0.25, False), (0.5, 0.5, True)):
         fitted = Fitted((1e9, 1.0), 0.0, 0.0)
-        spreads = dict.fromkeys(("long", "memory", "attention", "dispatch"), spread)
+        spreads = dict.fromkeys(("long", "memory", "attention", "dispatch", "out", "back", "host"), spread)
         products = {(8, 8, 8): timed[spread]}
-        computed = Computed(torch.float32, products, fitted, 1e9, 0.5, 1e9, 1e-5, spreads)
-        where = Here("CPU x", False, "torch", "2026-11-29", 1, 1, 2**30)
+        computed = Computed(torch.float32, products, fitted, 1e9, 0.5, 1e9, 1e-5, 1e9, 1e9, spreads)
+        where = Here("CPU x", False, "torch", "2026-11-29", 1, 1, 2**30, 2**30)
         profile = profile_of(computed, Linked(), None, where)
         assert profile.error == error
         assert any("measure again" in line for line in lines(profile, computed, Linked(), None)) == told

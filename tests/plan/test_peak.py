@@ -15,8 +15,9 @@ from tessera.core.mesh import Mesh
 from tessera.layout.resolve import parallel_of
 from tessera.layout.shape import Savers, StepShape
 from tessera.models.config import LayerKind
+from tessera.plan.choice import Beside, Layout, Training
 from tessera.plan.count import counted_step
-from tessera.plan.fit import MemoryLayout, fits, memory_remedies, most_that_fits
+from tessera.plan.fit import checked_peak, fits, memory_remedies, most_that_fits
 from tessera.plan.ledger import KINDS, Ledger
 from tessera.plan.many import ManyMeshes
 from tessera.plan.peak import peak_bytes
@@ -206,17 +207,17 @@ def test_what_fits():
 LARGE = replace(
     LLAMA, vocab_size=32000, hidden_size=1024, num_heads=12, num_kv_heads=12, head_dim=64, ffn_size=4096, num_layers=16
 )
-PLANNED = MemoryLayout(LARGE, StepShape(2, 2048, reshard=False), TensorParallel(size=4), {"shard": 2})
+PLANNED, ROWS = Layout({"shard": 2, "col": 4}, 2, 1, reshard=False), Training(2048, 4)
 
 
 def test_each_remedy_saves_what_the_formula_says():
-    remedies = memory_remedies(PLANNED)
+    remedies = memory_remedies(LARGE, PLANNED, ROWS)
     keys = {key: remedy for remedy in remedies for key in remedy.keys}
     assert [r.saved for r in remedies] == sorted((r.saved for r in remedies), reverse=True) and remedies[-1].saved > 0
     assert {"gradient_checkpointing", "fsdp_config.reshard_after_forward", "tiled_mlp", "micro_batch_size"} <= set(keys)
-    again = replace(PLANNED, shape=replace(PLANNED.shape, recompute=True))
+    again = replace(PLANNED, recompute="true")
     told = next(r for r in remedies if r.keys == {"gradient_checkpointing": True})
-    assert told.saved == PLANNED.peak() - again.peak()
+    assert told.saved == checked_peak(LARGE, PLANNED, ROWS) - checked_peak(LARGE, again, ROWS)
     halved = keys["micro_batch_size"].keys
     assert halved == {"micro_batch_size": 1, "gradient_accumulation_steps": 2}
     wider = keys["context_parallel_size"].keys
@@ -225,10 +226,27 @@ def test_each_remedy_saves_what_the_formula_says():
 
 def test_what_cannot_be_is_no_remedy():
     """12 heads do not divide by 8; a micro-batch of one row has no half; what is on is not told."""
-    assert not any("tensor_parallel_size" in remedy.keys for remedy in memory_remedies(PLANNED))
-    single = replace(PLANNED, shape=replace(PLANNED.shape, batch=1, recompute=True, reshard=True))
-    keys = [remedy.keys for remedy in memory_remedies(single)]
+    assert not any("tensor_parallel_size" in remedy.keys for remedy in memory_remedies(LARGE, PLANNED, ROWS))
+    single = replace(PLANNED, micro_batch=1, recompute="true", reshard=True)
+    keys = [remedy.keys for remedy in memory_remedies(LARGE, single, ROWS)]
     assert not any("micro_batch_size" in k or "fsdp_config.reshard_after_forward" in k for k in keys)
     assert {"gradient_checkpointing": True} not in keys
     with pytest.raises(UserError, match="tensor_parallel_size"):
-        replace(PLANNED, tensor=TensorParallel(size=8)).peak()
+        checked_peak(LARGE, replace(PLANNED, sizes={"shard": 2, "col": 8}), ROWS)
+
+
+def test_a_tensor_size_is_told_where_the_size_alone_names_the_axes():
+    """Of a mesh that is written in a file, or of a search's 2d, twice the size says nothing of the axes."""
+    half = replace(PLANNED, sizes={"shard": 4, "col": 2})
+    square = replace(PLANNED, sizes={"shard": 2, "row": 2, "col": 2})
+    written = replace(half, beside=Beside(TensorParallel(mesh={"col": 2})))
+    by_size = replace(square, beside=Beside(TensorParallel("2d", size=4)))
+    told = [
+        [remedy.keys["tensor_parallel_size"] for remedy in memory_remedies(LARGE, layout, ROWS) if _tensor(remedy)]
+        for layout in (half, square, written, by_size)
+    ]
+    assert told == [[4], [], [], [8]]
+
+
+def _tensor(remedy):
+    return "tensor_parallel_size" in remedy.keys

@@ -27,6 +27,7 @@ CASES = {
     "8 gpt2 two rows": ("gpt2 64", "8xA100-80", 2, None),
     "8 tight": ("gpt2 64", "8xA100-80", 8, 0.8),
     "8 mistral": ("mistral 64", "8xH100", 16, 0.9),
+    "4 states on the host": ("llama 64", "4xA100-80", 8, 0.6),
     "8 on 2 machines, one row": ("llama 64", "2x4xH100", 1, 0.9),
 }
 
@@ -59,6 +60,8 @@ def test_the_winner_trains_and_is_verified(case, tmp_path):
     lines = run(keys)
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == 2 and all(map(isfinite, losses))
+    if case == "4 states on the host":
+        assert keys["fsdp_config"]["offload_params"]
     (tmp_path / "run.yaml").write_text(made.to_yaml())
     ended = tessera("verify", str(tmp_path / "run.yaml"), ranks=made.cluster.devices)
     assert not any(ended.codes), (made.best.name, ended.err[0], ended.out[0][-1500:])

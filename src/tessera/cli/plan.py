@@ -12,18 +12,20 @@ from rich.table import Table
 from tessera.cli.quoted import tables
 from tessera.cli.scaling import scaling
 from tessera.core import terminal
-from tessera.core.axes import DATA_AXES
 from tessera.core.errors import UserError, as_yaml
-from tessera.core.files import read_text
+from tessera.core.files import check_target, read_text
 from tessera.core.text import counted
+from tessera.engine.optimizer import NAMES
 from tessera.plan.choice import Training
 from tessera.plan.cluster import cluster_of, profile_named
-from tessera.plan.fit import MemoryLayout, Remedy, memory_remedies, most_that_fits
+from tessera.plan.fit import Remedy, memory_remedies, most_that_fits
 from tessera.plan.machine import Cluster
 from tessera.plan.one_product import cuts_of
 from tessera.plan.recommend import Judged, Plan, plan, smallest
 from tessera.plan.trace import plot_timeline
+from tessera.plan.update import ADAMW
 from tessera.sizes import bounds
+from tessera.sizes.numbers import either
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Asked:
     sequence_len: int | None
     global_batch: int | None
     dtype: str
+    optimizer: str | None
     config: Path | None
     top: int
     trace: int
@@ -61,17 +64,19 @@ def plan_command(subject: str | None, asked: Asked) -> None:
         return
     if subject is None:
         raise UserError("MODEL", None, "is what to plan", "for example 8B, a folder, run.yaml; or --matmul M,N,K")
+    if asked.tokens is not None:
+        number_of_tokens(asked.tokens)  # refused before the search
+    for key, path in (("--output", asked.output), ("--plot", asked.plot)):
+        if path is not None and asked.scaling is None:
+            check_target(path, key)
     profile = profile_named(asked.profile) if asked.profile else None
     cluster = cluster_of(asked.cluster, profile)
     if subject.endswith((".yaml", ".yml")):
         _judge(Path(subject), asked, cluster)
         return
     base = _read(asked.config)
-    training = Training(
-        asked.sequence_len or _whole(base, "sequence_len", 4096), asked.global_batch or _rows(base), asked.dtype
-    )
-    if asked.tokens is not None:
-        number_of_tokens(asked.tokens)  # refused before the search
+    length = asked.sequence_len or _whole(base, "sequence_len", 4096)
+    training = Training(length, asked.global_batch or _rows(base), asked.dtype, **_optimizer(asked, base))
     if asked.scaling is not None:
         scaling(subject, cluster, training, asked.scaling, asked.output)
         return
@@ -91,19 +96,21 @@ def plan_command(subject: str | None, asked: Asked) -> None:
         )
     else:
         made = plan(subject, cluster, training, top=asked.top, trace=asked.trace, config=base)
+    if asked.plot is not None and made.best.traced is not None:
+        plot_timeline(made.best.traced, asked.plot, cluster.profile.memory_bytes)
+    if asked.output is not None:
+        asked.output.write_text(made.to_yaml())
     if asked.as_json:
-        terminal.say(json.dumps(as_json(made), indent=1))
+        terminal.say(json.dumps(as_json(made) | _lasting(made.best, asked), indent=1))
         return
     console = terminal.console(markup=False)
     title = f"{subject} on {made.cluster}: {made.considered:,} layouts of {made.cluster.devices} devices"
     console.print(_table(title, made.choices))
     for line in [*_named(made.choices), "", *explained(made.best), *_unfitting(made), *_duration(made.best, asked)]:
         console.print(line, soft_wrap=True)
-    if asked.plot is not None and made.best.traced is not None:
-        plot_timeline(made.best.traced, asked.plot, cluster.profile.memory_bytes)
+    if asked.plot is not None:
         console.print(f"drawn into {asked.plot}: what is alive around the peak")
     if asked.output is not None:
-        asked.output.write_text(made.to_yaml())
         console.print(f"wrote {asked.output}")
     else:
         console.print("\n" + made.to_yaml(), soft_wrap=True)
@@ -135,7 +142,7 @@ def _print_cuts(sizes: str, devices: int) -> None:
 def _judge(path: Path, asked: Asked, cluster: Cluster) -> None:
     """A given config on the cluster."""
     from tessera.config.load import load_config
-    from tessera.train.foresee import foresee, memory_of
+    from tessera.train.foresee import foresee, layout_of
     from tessera.train.run import model_of
 
     config, notes = load_config(path, asked.overrides)
@@ -146,7 +153,7 @@ def _judge(path: Path, asked: Asked, cluster: Cluster) -> None:
         notes = [*notes, f"{said}: judged on as many machines as they need, {judged.cluster}"]
     if asked.as_json:
         about = {"cluster": str(judged.cluster), "devices": judged.devices, "notes": list(notes)}
-        terminal.say(json.dumps(about | _judged_json(judged), indent=1))
+        terminal.say(json.dumps(about | _judged_json(judged) | _lasting(judged, asked), indent=1))
         return
     console = terminal.console(markup=False)
     for note in notes:
@@ -158,7 +165,7 @@ def _judge(path: Path, asked: Asked, cluster: Cluster) -> None:
         more = judged.bytes - most_that_fits(judged.cluster.profile.memory_bytes, judged.buffers)
         said = f"{judged.verdict}, {gib(more)} GiB too much to fit surely; to lower the peak, in this order:"
         console.print(said, soft_wrap=True)
-        for line in remedy_lines(memory_remedies(memory_of(config, model, cluster))):
+        for line in remedy_lines(memory_remedies(model, *layout_of(config, model, cluster))):
             console.print(line, soft_wrap=True)
 
 
@@ -169,6 +176,17 @@ def _read(path: Path | None) -> dict[str, Any]:
     if not isinstance(keys, dict):
         raise UserError("--config", path, "is no mapping of keys", "a YAML file as tessera train takes")
     return keys
+
+
+def _optimizer(asked: Asked, base: dict[str, Any]) -> dict[str, Any]:
+    """The optimizer that is asked for, else that of the file with its options."""
+    name = asked.optimizer or base.get("optimizer", ADAMW.name)
+    if name not in NAMES:
+        raise UserError("--optimizer" if asked.optimizer else "optimizer", name, "is no optimizer", either(NAMES))
+    options = {} if asked.optimizer not in (None, base.get("optimizer")) else base.get("optim_args") or {}
+    if not isinstance(options, dict):
+        raise UserError("optim_args", options, "is no mapping of options", "for example {momentum: 0.9}")
+    return {"optimizer": name, "optim_args": options}
 
 
 def _rows(base: dict[str, Any]) -> int:
@@ -227,6 +245,10 @@ def explained(judged: Judged) -> list[str]:
     if judged.buffers:
         lines.append(f"  {'NCCL, beside the peak':28}{gib(judged.buffers):>12} GiB, by published figures, not measured")
     profile = judged.cluster.profile
+    if judged.host_bytes:
+        more = ", which is more than there is" if judged.host_bytes > profile.host_memory_bytes else ""
+        of_host = f"GiB of a device's {gib(profile.host_memory_bytes)}{more}"
+        lines.append(f"  {'in host memory':28}{gib(judged.host_bytes):>12} {of_host}")
     source = "measured" if profile.measured else "published figures; tessera measure takes those of your machine"
     return [*lines, f"rates of {profile.name}: {source}; half of the band {judged.band:.0%}"]
 
@@ -248,18 +270,7 @@ def _unfitting(made: Plan) -> list[str]:
     ]
     layout = judged.layout
     assert layout is not None
-    parallel = layout.parallel(made.model, made.training)
-    asked = MemoryLayout(
-        made.model,
-        layout.shape(made.training, parallel),
-        layout.tensor,
-        {axis: layout.size(axis) for axis in DATA_AXES},
-        layout.context,
-        parallel.dtype,
-        parallel.compute,
-        layout.offload_params,
-    )
-    return lines + remedy_lines(memory_remedies(asked)[:3])
+    return lines + remedy_lines(memory_remedies(made.model, layout, made.training)[:3])
 
 
 def remedy_lines(remedies: Sequence[Remedy]) -> list[str]:
@@ -271,15 +282,24 @@ def remedy_lines(remedies: Sequence[Remedy]) -> list[str]:
     ]
 
 
-def _duration(judged: Judged, asked: Asked) -> list[str]:
-    """How long a number of tokens takes, and what that costs."""
+def _lasting(judged: Judged, asked: Asked) -> dict[str, float]:
+    """How long a number of tokens takes, and what that costs; empty where none is asked for."""
     if asked.tokens is None:
-        return []
+        return {}
     tokens = number_of_tokens(asked.tokens)
     seconds = tokens / judged.tokens_per_second
     hours = seconds / 3600 * judged.devices
-    said = f"{asked.tokens} tokens: {seconds / 86400:,.1f} days, {hours:,.0f} device hours"
-    return [said + (f", {hours * asked.price:,.0f} at {asked.price:g} an hour" if asked.price is not None else "")]
+    lasting = {"tokens": tokens, "days": seconds / 86400, "device_hours": hours}
+    return lasting | ({} if asked.price is None else {"cost": hours * asked.price})
+
+
+def _duration(judged: Judged, asked: Asked) -> list[str]:
+    """The same as a line."""
+    lasting = _lasting(judged, asked)
+    if not lasting:
+        return []
+    said = f"{asked.tokens} tokens: {lasting['days']:,.1f} days, {lasting['device_hours']:,.0f} device hours"
+    return [said + (f", {lasting['cost']:,.0f} at {asked.price:g} an hour" if "cost" in lasting else "")]
 
 
 def number_of_tokens(text: str) -> float:
@@ -315,6 +335,7 @@ def _judged_json(judged: Judged) -> dict[str, Any]:
         "memory": asdict(judged.peak) | {"total": judged.peak.total},
         "traced": None if judged.traced is None else asdict(judged.traced.peak) | {"total": judged.bytes},
         "library_buffers": judged.buffers,
+        "host_bytes": judged.host_bytes,
         "verdict": judged.verdict,
         "lost": judged.lost,
     }

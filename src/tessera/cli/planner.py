@@ -49,6 +49,7 @@ def count(
 
 
 def plan(
+    context: typer.Context,
     subject: Annotated[
         str | None,
         typer.Argument(metavar="MODEL|CONFIG", help="A model by name, size or folder; or the YAML file of a run."),
@@ -59,6 +60,9 @@ def plan(
     sequence_len: Annotated[int | None, typer.Option(min=1, max=bounds.TOKENS, help="Tokens of a row.")] = None,
     global_batch: Annotated[int | None, typer.Option(min=1, max=bounds.ROWS, help="Rows of a step.")] = None,
     dtype: Annotated[str, typer.Option(help="What products run in: bfloat16, float16 or float32.")] = "bfloat16",
+    optimizer: Annotated[
+        str | None, typer.Option(help="As in a config; unset: as in --config, or adamw_torch_fused.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="A YAML file whose other keys the plan's config keeps.")] = None,
     top: Annotated[int, typer.Option(min=1, max=50, help="How many layouts to show.")] = 5,
     trace: Annotated[
@@ -94,12 +98,20 @@ def plan(
 ) -> None:
     """Find the layout for a model on a cluster, or judge that of a config: does it fit, how fast, why."""
     from tessera.cli.plan import Asked, plan_command
+    from tessera.cli.plan_options import check_together
 
+    check_together({name: value for name, value in context.params.items() if _is_given(context, name)})
     asked = Asked(
-        cluster, sequence_len, global_batch, dtype, config, top, trace, plot, matmul, devices, as_json, target, tokens,
-        price, profile, overrides or [], output, scaling, tables,
+        cluster, sequence_len, global_batch, dtype, optimizer, config, top, trace, plot, matmul, devices, as_json,
+        target, tokens, price, profile, overrides or [], output, scaling, tables,
     )  # fmt: skip
     plan_command(subject, asked)
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    """Whether a parameter was written, even with its default value."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
 
 
 def measure(

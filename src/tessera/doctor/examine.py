@@ -33,7 +33,7 @@ from tessera.sizes.bounds import RANKS_SHOWN, at_most
 from tessera.train.less_memory import less_memory
 from tessera.train.links import best_numbering
 from tessera.train.run import model_of
-from tessera.train.settings import compute_dtype, fitting_layout, parallel_for, step_shape
+from tessera.train.settings import compute_dtype, fitting_layout, parallel_for, step_shape, update_of
 
 MOST_RANKS = 8
 """Ranks without a GPU that exchange: 28 pairs."""
@@ -192,7 +192,7 @@ def _need(placed: Placed) -> memory.Need:
     """What a run takes of memory here, by formula; and the key that lowers it most."""
     config, shape = placed.config, step_shape(placed.config, placed.parallel)
     offload = config.fsdp_config.offload_params
-    peak = peak_bytes(placed.model, shape, placed.parallel, offload=offload).total
+    peak = peak_bytes(placed.model, shape, placed.parallel, offload=offload, update=update_of(config)).total
     on_gpu = placed.mesh.device.type == "cuda"
     lines = less_memory(config, placed.model, placed.parallel.compute, copies=not on_gpu)
     less = "; ".join(" ".join(line.split()) for line in lines[1:2])

@@ -18,6 +18,7 @@ BITSANDBYTES = {"adamw_bnb_8bit": 8, "adamw_8bit": 8, "paged_adamw_8bit": 8, "pa
 """The bits of an element of each moment."""
 EXACT = ("adamw_torch_fused", "adamw_torch")
 """Those whose update is the same in every layout but for rounding."""
+NAMES = (*EXACT, "sgd", "muon", *TORCHAO, *BITSANDBYTES)
 OPTIONS: dict[str, dict[str, tuple[type, ...]]] = {
     "sgd": {"momentum": (int, float), "dampening": (int, float), "nesterov": (bool,)},
     "muon": {

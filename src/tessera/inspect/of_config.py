@@ -21,7 +21,14 @@ from tessera.plan.peak import peak_bytes
 from tessera.plan.traffic import step_transfers
 from tessera.sizes.bounds import RANKS_SHOWN, at_most
 from tessera.train.run import model_of
-from tessera.train.settings import compute_dtype, context_line, fitting_layout, parallel_for, step_shape
+from tessera.train.settings import (
+    compute_dtype,
+    context_line,
+    fitting_layout,
+    parallel_for,
+    step_shape,
+    update_of,
+)
 
 
 def report_on(
@@ -53,7 +60,7 @@ def report_on(
         traffic(model, inspection, shape),
         _chosen(inspection.parameters, weight),
         pictured,
-        peak=peak_bytes(model, shape, parallel, offload=config.fsdp_config.offload_params),
+        peak=peak_bytes(model, shape, parallel, offload=config.fsdp_config.offload_params, update=update_of(config)),
         device_bytes=devices.memory_bytes(devices.local_device()),
         buffers=_buffers(model, shape, parallel),
         context=context_line(config, model),

@@ -67,7 +67,8 @@ class Computed:
 
     `products` by shape, for the mean of its forward and the two products of its backward; `bandwidth` bytes/s of a sum
     of long arrays; `efficiency`: the share of it that operators with new results reach; `attention` FLOP/s of forward
-    and backward; `dispatch` seconds of an operator.
+    and backward; `dispatch` seconds of an operator. `host`: bytes/s between the device and host memory one way, the
+    slower of the two; `host_memory`: bytes/s that the process moves within host memory.
     """
 
     dtype: torch.dtype
@@ -77,6 +78,8 @@ class Computed:
     efficiency: float
     attention: float
     dispatch: float
+    host: float
+    host_memory: float
     spreads: dict[str, float] = field(default_factory=dict)
     shared: dict[str, dict[int, float]] = field(default_factory=dict)
 
@@ -116,6 +119,8 @@ def measured_compute(timer: Timer, sizes: Sizes, here: int, threads: int | None)
         min(1.0, efficiency),
         work.attention_flops / alone["attention"].seconds,
         alone["dispatch"].seconds / work.operators,
+        sizes.activation * dtype.itemsize / max(alone["out"].seconds, alone["back"].seconds),
+        3 * sizes.activation * dtype.itemsize / alone["host"].seconds,
         {kind: timed.spread for kind, timed in alone.items()},
         shared,
     )
@@ -166,6 +171,17 @@ class _Work:
             "product": _product(self.device, self.dtype, _middle(sizes.products)),
             "attention": self._attention(),
             "dispatch": self.tiny.run,
+            **self._host(gate),
+        }
+
+    def _host(self, held: Tensor) -> dict[str, Callable[[], object]]:
+        """A tensor of the device to host memory and back, and a sum within that memory."""
+        host = torch.zeros_like(held, device="cpu", pin_memory=self.device.type == "cuda")
+        back, other = torch.empty_like(held), torch.zeros_like(host)
+        return {
+            "out": lambda: host.copy_(held, non_blocking=True),
+            "back": lambda: back.copy_(host, non_blocking=True),
+            "host": lambda: torch.add(host, other, out=other),
         }
 
     @property

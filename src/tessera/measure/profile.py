@@ -36,6 +36,7 @@ class Here:
     ranks: int
     per_machine: int
     memory_bytes: int
+    host_bytes: int
     devices: tuple[str, ...] = ()
 
     @property
@@ -52,14 +53,14 @@ class Here:
 def here(mesh: Mesh, per_machine: int, date: str) -> Here:
     """Of this process. On CPUs a rank has its part of the machine's memory."""
     device = mesh.device
+    host = devices.host_memory_bytes() // per_machine
     memory = devices.memory_bytes(device)
-    if memory is None:
-        memory = devices.host_memory_bytes() // per_machine
     gpu = device.type == "cuda"
     own = gathered(devices.identity(device), mesh.world)[:per_machine]
     known = tuple(name for name in own if name is not None)
+    memory = host if memory is None else memory
     stack = devices.stack(gpu=gpu)
-    return Here(devices.hardware(device), gpu, stack, date, mesh.world, per_machine, memory, known)
+    return Here(devices.hardware(device), gpu, stack, date, mesh.world, per_machine, memory, host, known)
 
 
 def profile_of(computed: Computed, linked: Linked, pairs: MeasuredPairs | None, where: Here) -> Profile:
@@ -96,6 +97,9 @@ def profile_of(computed: Computed, linked: Linked, pairs: MeasuredPairs | None, 
         memory_bandwidth=computed.bandwidth,
         memory_efficiency=computed.efficiency,
         dispatch_seconds=computed.dispatch,
+        host_bandwidth=computed.host,
+        host_memory_bandwidth=computed.host_memory,
+        host_memory_bytes=where.host_bytes,
         inside=inside,
         between=between,
         overlap=overlap.hidden,
@@ -147,6 +151,8 @@ def lines(profile: Profile, computed: Computed, linked: Linked, pairs: MeasuredP
             ["memory, long arrays", f"{computed.bandwidth / 1e9:.3g} GB/s", f"spread {spread['long']:.0%}"],
             ["operators with new results", f"{computed.efficiency:.0%} of it", f"spread {spread['memory']:.0%}"],
             ["attention, causal", f"{computed.attention / 1e9:,.0f} GFLOP/s", f"spread {spread['attention']:.0%}"],
+            ["between device and host memory", f"{computed.host / 1e9:.3g} GB/s", f"spread {spread['out']:.0%}"],
+            ["within host memory", f"{computed.host_memory / 1e9:.3g} GB/s", f"spread {spread['host']:.0%}"],
             ["an operator's dispatch", f"{1e6 * computed.dispatch:.3g} µs", f"spread {spread['dispatch']:.0%}"],
         ]
     )

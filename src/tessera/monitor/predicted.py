@@ -1,7 +1,7 @@
 """What the planner says of a step, in the terms that the monitor measures.
 
     of the monitor          of the planner (plan/time.py)
-    compute                 products, attention, elementwise, dispatch, contention, calibration
+    compute                 products, attention, elementwise, dispatch, contention, host, calibration
     communication by axes   exposed along them
     data                    none: it takes micro-batches to be there
     optimizer               optimizer
@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # a rank that predicts nothing does without the planner
     from tessera.plan.recommend import Judged
 
 OF_TERMS: Mapping[str, tuple[str, ...]] = {
-    "compute": ("products", "attention", "elementwise", "dispatch", "contention", "calibration"),
+    "compute": ("products", "attention", "elementwise", "dispatch", "contention", "host", "calibration"),
     "data": (),
     "optimizer": ("optimizer",),
     "idle": ("bubble",),

@@ -1,7 +1,7 @@
 """A layout to choose: every key of a config that decides what a step costs, as one value."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -14,6 +14,7 @@ from tessera.layout.parallel import Parallel
 from tessera.layout.resolve import parallel_of
 from tessera.layout.shape import Savers, StepShape, padded_length
 from tessera.models.config import ModelConfig
+from tessera.plan.update import ADAMW, Update
 from tessera.sizes.context import ContextParallel
 from tessera.sizes.rules import TensorParallel, modes_with
 
@@ -26,13 +27,21 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 class Training:
     """What is trained, whatever the layout: rows of `sequence_len` tokens, `global_batch` of them in a step.
 
-    Products run in `dtype`; parameters, gradients and AdamW's moments are held in `stored`.
+    Products run in `dtype`; parameters and gradients are held in `stored`, the moments of `optimizer` as it holds them
+    (plan/update.py); `optim_args` are its options, as a config has them.
     """
 
     sequence_len: int
     global_batch: int
     dtype: str = "bfloat16"
     stored: str = "float32"
+    optimizer: str = ADAMW.name
+    optim_args: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def update(self) -> Update:
+        """What an update costs."""
+        return Update(self.optimizer, self.optim_args)
 
     @property
     def tokens(self) -> int:
@@ -41,11 +50,21 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """What a config may ask for that a search does not turn: switches of the tensor axes, how sequences are shared."""
+
+    tensor: TensorParallel = TensorParallel()
+    context: ContextParallel = ContextParallel()
+    by_layer: bool = True
+    label_smoothing: bool = False
+
+
+@dataclass(frozen=True)
 class Layout:
     """Sizes of the axes (those left out are 1), rows of a micro-batch and micro-batches of a step, and switches.
 
     `recompute` is the value of gradient_checkpointing; `offload`: what layers keep lies in host memory;
-    `offload_params`: the states do.
+    `tiles`: of an MLP, None: as many as its tokens ask for; `offload_params`: the states lie in host memory.
     """
 
     sizes: Mapping[str, int] = field(hash=False)
@@ -56,7 +75,9 @@ class Layout:
     schedule: str = "gather"
     slices: int = 1
     offload: bool = False
+    tiles: int | None = 1
     offload_params: bool = False
+    beside: Beside = Beside()
 
     @property
     def devices(self) -> int:
@@ -71,8 +92,9 @@ class Layout:
         """How many ways of cutting and moving it combines: of equally fast layouts the one with fewer is shown."""
         tensor = sum(self.size(axis) > 1 for axis in MODEL_AXES) + 2 * (self.size("inner", "depth") > 1)
         context = 2 * sum(self.size(axis) > 1 for axis in SEQUENCE_AXES)
-        moved = (self.schedule != "gather") + (self.slices > 1) + self.offload + self.offload_params
-        return tensor + context + moved + (self.size("replicate") > 1)
+        moved = (self.schedule != "gather") + (self.slices > 1)
+        saved = self.offload + (self.tiles != 1) + self.offload_params
+        return tensor + context + moved + saved + (self.size("replicate") > 1)
 
     @property
     def mode(self) -> str:
@@ -83,12 +105,13 @@ class Layout:
     def tensor(self) -> TensorParallel:
         """The tensor axes and their schedule."""
         axes = {axis: self.size(axis) for axis in MODEL_AXES}
-        return TensorParallel(self.mode, mesh=axes, schedule=self.schedule, slices=self.slices)
+        made: dict[str, Any] = {"mode": self.mode, "size": None, "depth": None, "mesh": axes}
+        return replace(self.beside.tensor, **made, schedule=self.schedule, slices=self.slices)
 
     @property
     def context(self) -> ContextParallel:
         """The sequence axes."""
-        return ContextParallel(self.size(*SEQUENCE_AXES), ulysses=self.size("ulysses"))
+        return replace(self.beside.context, size=self.size(*SEQUENCE_AXES), ulysses=self.size("ulysses"))
 
     @cached_property
     def mesh(self) -> Mesh:
@@ -110,13 +133,15 @@ class Layout:
     def shape(self, training: Training, parallel: Parallel) -> StepShape:
         """What a data rank runs in a step, padded for `parallel`."""
         length = padded_length(training.sequence_len, self.micro_batch, parallel.residual, parallel.mesh)
-        savers = Savers(self.recompute == "selective", self.offload)
+        savers = Savers(self.recompute == "selective", self.offload, self.tiles)
         return StepShape(
             self.micro_batch,
             length,
             self.micro_batches,
             recompute=self.recompute != "false",
+            label_smoothing=self.beside.label_smoothing,
             reshard=self.reshard,
+            by_layer=self.beside.by_layer,
             savers=savers,
         )
 
@@ -139,13 +164,18 @@ class Layout:
         if self.context.size > 1:
             made |= {"context_parallel_size": self.context.size, "ulysses_size": self.size("ulysses")}
         made |= {"micro_batch_size": self.micro_batch, "gradient_accumulation_steps": self.micro_batches}
-        made["gradient_checkpointing"] = {"false": False, "true": True}.get(self.recompute, self.recompute)
+        again: Any = {"false": False, "true": "offload" if self.offload else True}.get(self.recompute, self.recompute)
+        made["gradient_checkpointing"] = again
         fsdp = {} if self.reshard or not data else {"reshard_after_forward": False}
         fsdp |= {"offload_params": True} if self.offload_params else {}
         if fsdp:
             made["fsdp_config"] = fsdp
-        if self.offload:
+        if self.offload and again != "offload":
             made["activation_offloading"] = True
+        if self.tiles != 1:
+            made["tiled_mlp"] = True
+        if self.tiles not in (1, None):
+            made["tiled_mlp_num_shards"] = self.tiles
         return made
 
     def __str__(self) -> str:
@@ -158,5 +188,6 @@ class Layout:
         words += [self.schedule] * (self.schedule != "gather") + [f"slices {self.slices}"] * (self.slices > 1)
         words += {"true": ["recompute"], "selective": ["recompute but attention"]}.get(self.recompute, [])
         words += ["weights kept"] * (not self.reshard and self.size(*DATA_AXES, *SEQUENCE_AXES) > 1)
-        words += ["activations on the host"] * self.offload + ["states on the host"] * self.offload_params
+        words += ["activations on the host"] * self.offload + ["MLP in tiles"] * (self.tiles != 1)
+        words += ["states on the host"] * self.offload_params
         return ", ".join(words)

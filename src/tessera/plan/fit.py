@@ -11,24 +11,22 @@ of a device with 80 GB fits: of 454 published runs none that was estimated so ra
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import torch
 
-from tessera.core.axes import DATA_AXES
+from tessera.core.axes import DATA_AXES, MODEL_AXES, SEQUENCE_AXES
 from tessera.core.errors import UserError
-from tessera.core.mesh import Mesh
 from tessera.layout.parallel import Parallel
-from tessera.layout.resolve import check_layout, parallel_of
-from tessera.layout.shape import Savers, StepShape, padded_length
+from tessera.layout.resolve import check_layout
 from tessera.layout.streams import joins_rows
 from tessera.models.config import ModelConfig
 from tessera.nn.context.heads import kv_heads_of
+from tessera.plan.choice import Layout, Training
 from tessera.plan.peak import RESERVED, peak_bytes
-from tessera.sizes.context import WHOLE, ContextParallel, Surroundings, fitted
+from tessera.sizes.context import Surroundings, fitted
 from tessera.sizes.rules import TensorParallel
 
 MARGIN, USED = 1.03, 0.85
@@ -48,57 +46,6 @@ def most_that_fits(device_bytes: int, buffers: Any = 0) -> Any:
     return np.maximum(0, np.floor(room)).astype(np.int64) if isinstance(room, np.ndarray) else max(0, math.floor(room))
 
 
-@dataclass(frozen=True)
-class MemoryLayout:
-    """A model's step on a mesh, as keys of the YAML turn it: what `memory_remedies` changes.
-
-    `data` are the sizes of replicate and shard. `offload`: FSDP2 keeps the states on the host.
-    """
-
-    model: ModelConfig
-    shape: StepShape
-    tensor: TensorParallel = TensorParallel()
-    data: Mapping[str, int] | None = None
-    context: ContextParallel = WHOLE
-    dtype: torch.dtype = torch.float32
-    compute: torch.dtype = torch.bfloat16
-    offload: bool = False
-    optimizer: str = "adamw_torch_fused"
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """The mesh. Raises UserError where keys do not agree."""
-        every = {**(self.data or {}), **self.context.sizes, **self.tensor.axes}
-        return {axis: size for axis, size in every.items() if size > 1}
-
-    def parallel(self) -> Parallel:
-        """The layouts on rank 0. Raises UserError, with the nearest sizes that fit, where they do not."""
-        batch, data = self.shape.batch, {**(self.data or {}), **self.context.sizes}
-        check_layout(self.tensor, data, self.model.dimensions, batch)
-        mesh = Mesh(self.sizes, "meta", rank=0)
-        made = parallel_of(
-            self.tensor, mesh, batch, self.model.dimensions, None, self.dtype, self.compute, context=self.context
-        )
-        if self.context.size > 1 or joins_rows(self.tensor.axes, batch, self.model.dimensions):
-            self._check_shared(made)
-        return made
-
-    def _check_shared(self, parallel: Parallel) -> None:
-        if self.model.attention_dropout:
-            reason = "shares sequences between ranks, and the model drops attention probabilities"
-            raise UserError("context_parallel_size", self.context.size, reason, "attention_dropout 0 in config.json")
-        heads = self.model.num_heads // parallel.mesh.size(parallel.attention.features)
-        read = len(kv_heads_of(range(heads), self.model.num_heads, self.model.num_kv_heads))
-        fitted(self.context, Surroundings(heads, read, self.model.head_dim))
-
-    def peak(self) -> int:
-        """Bytes of the peak on rank 0 by formula, of rows that are padded where that is needed. Raises UserError."""
-        parallel = self.parallel()
-        length = padded_length(self.shape.sequence, self.shape.batch, parallel.residual, parallel.mesh)
-        shape = replace(self.shape, sequence=length)
-        return int(peak_bytes(self.model, shape, parallel, offload=self.offload, optimizer=self.optimizer).total)
-
-
 class Remedy(NamedTuple):
     """Keys of the YAML with other values, the bytes that a rank's peak falls by, and what else they mean."""
 
@@ -107,15 +54,15 @@ class Remedy(NamedTuple):
     meaning: str
 
 
-def memory_remedies(layout: MemoryLayout) -> list[Remedy]:
+def memory_remedies(model: ModelConfig, layout: Layout, training: Training) -> list[Remedy]:
     """What lowers the peak of `layout`, the greatest saving first: each change by itself, by the closed form.
 
     Left out is what does not fit the model or the mesh, and what saves nothing. The global batch stays as it is.
     """
-    now, found = layout.peak(), []
+    now, found = checked_peak(model, layout, training), []
     for keys, other, meaning in _changes(layout):
         try:
-            saved = now - other.peak()
+            saved = now - checked_peak(model, other, training)
         except UserError:
             continue
         if saved > 0:
@@ -123,81 +70,99 @@ def memory_remedies(layout: MemoryLayout) -> list[Remedy]:
     return sorted(found, key=lambda remedy: -remedy.saved)
 
 
-_Change = tuple[dict[str, Any], MemoryLayout, str]
+def checked_peak(model: ModelConfig, layout: Layout, training: Training) -> int:
+    """Bytes of the peak on rank 0 by formula. Raises UserError where sizes do not fit, with the nearest that do."""
+    data = {axis: layout.size(axis) for axis in (*DATA_AXES, *SEQUENCE_AXES)}
+    check_layout(layout.tensor, data, model.dimensions, layout.micro_batch)
+    parallel = layout.parallel(model, training)
+    if layout.context.size > 1 or joins_rows(layout.tensor.axes, layout.micro_batch, model.dimensions):
+        _check_shared(model, layout, parallel)
+    shape = layout.shape(training, parallel)
+    return int(peak_bytes(model, shape, parallel, offload=layout.offload_params, update=training.update).total)
 
 
-def _changes(layout: MemoryLayout) -> Iterator[_Change]:
+def _check_shared(model: ModelConfig, layout: Layout, parallel: Parallel) -> None:
+    if model.attention_dropout:
+        reason = "shares sequences between ranks, and the model drops attention probabilities"
+        raise UserError("context_parallel_size", layout.context.size, reason, "attention_dropout 0 in config.json")
+    heads = model.num_heads // parallel.mesh.size(parallel.attention.features)
+    read = len(kv_heads_of(range(heads), model.num_heads, model.num_kv_heads))
+    fitted(layout.context, Surroundings(heads, read, model.head_dim))
+
+
+_Change = tuple[dict[str, Any], Layout, str]
+
+
+def _changes(layout: Layout) -> Iterator[_Change]:
     yield from _of_fsdp(layout)
     yield from _of_layers(layout)
-    shape = layout.shape
-    if shape.micro_batches > 1:
-        rows = shape.batch * shape.micro_batches
+    if layout.micro_batches > 1:
+        rows = layout.micro_batch * layout.micro_batches
         keys = {"micro_batch_size": rows, "gradient_accumulation_steps": 1}
-        whole = replace(shape, batch=rows, micro_batches=1, documents=())
-        yield (
-            keys,
-            replace(layout, shape=whole),
-            "the numbers stay; FSDP2 keeps no whole gradients between micro-batches",
-        )
-    if shape.batch % 2 == 0:
-        times = 2 * shape.micro_batches
-        keys = {"micro_batch_size": shape.batch // 2, "gradient_accumulation_steps": times}
-        half = replace(shape, batch=shape.batch // 2, micro_batches=times, documents=())
-        yield keys, replace(layout, shape=half), "the numbers stay; smaller products"
-    tensor = layout.tensor
-    if tensor.mesh is None:
-        size = 2 * (tensor.size or 1)
-        yield from _wider({"tensor_parallel_size": size}, replace(layout, tensor=replace(tensor, size=size)))
+        whole = replace(layout, micro_batch=rows, micro_batches=1)
+        yield keys, whole, "the numbers stay; FSDP2 keeps no whole gradients between micro-batches"
+    if layout.micro_batch % 2 == 0:
+        times = 2 * layout.micro_batches
+        keys = {"micro_batch_size": layout.micro_batch // 2, "gradient_accumulation_steps": times}
+        half = replace(layout, micro_batch=layout.micro_batch // 2, micro_batches=times)
+        yield keys, half, "the numbers stay; smaller products"
+    if (axes := _twice_the_tensor_axes(layout)) is not None:
+        yield from _wider({"tensor_parallel_size": math.prod(axes.values())}, layout, axes)
     size = 2 * layout.context.size
-    context = replace(layout.context, size=size, ulysses=layout.context.ulysses or 1)
-    yield from _wider({"context_parallel_size": size}, replace(layout, context=context))
+    yield from _wider({"context_parallel_size": size}, layout, {"ring": 2 * layout.size("ring")})
 
 
-def _wider(keys: dict[str, Any], wider: MemoryLayout) -> Iterator[_Change]:
-    """On the same devices, taken from the data axes, with more micro-batches; or on twice as many."""
-    data = dict(wider.data or {})
+def _twice_the_tensor_axes(layout: Layout) -> dict[str, int] | None:
+    """The axes of twice the tensor size, where the size alone names them."""
+    asked, axes = layout.beside.tensor, {axis: layout.size(axis) for axis in MODEL_AXES}
+    if asked.mesh is not None:
+        return None
+    if asked.axes != axes:  # a search's layout, in whose config 1d alone has no mesh
+        asked = TensorParallel()
+        if layout.mode != "1d":
+            return None
+    try:
+        return replace(asked, size=2 * math.prod(axes.values())).axes
+    except UserError:
+        return None
+
+
+def _wider(keys: dict[str, Any], layout: Layout, axes: dict[str, int]) -> Iterator[_Change]:
+    """With these axes: on the same devices, taken from the data axes, with more micro-batches; or on twice as many."""
+    sizes = {**layout.sizes, **axes}
     for axis in reversed(DATA_AXES):
-        if data.get(axis, 1) % 2 == 0:
-            data[axis] //= 2
-            times = 2 * wider.shape.micro_batches
+        if layout.size(axis) % 2 == 0:
+            sizes[axis] = layout.size(axis) // 2
+            times = 2 * layout.micro_batches
             key = {"replicate": "dp_replicate_size", "shard": "dp_shard_size"}[axis]
-            keys = {**keys, key: data[axis], "gradient_accumulation_steps": times}
-            shape = replace(wider.shape, micro_batches=times, documents=())
-            yield keys, replace(wider, data=data, shape=shape), "on the same devices; the numbers stay"
+            keys = {**keys, key: sizes[axis], "gradient_accumulation_steps": times}
+            yield keys, replace(layout, sizes=sizes, micro_batches=times), "on the same devices; the numbers stay"
             return
-    yield keys, wider, "on twice as many devices"
+    yield keys, replace(layout, sizes=sizes), "on twice as many devices"
 
 
-def _of_fsdp(layout: MemoryLayout) -> Iterator[_Change]:
-    shape = layout.shape
-    if not shape.reshard:
+def _of_fsdp(layout: Layout) -> Iterator[_Change]:
+    if not layout.reshard:
         keys = {"fsdp_config.reshard_after_forward": True}
-        yield keys, replace(layout, shape=replace(shape, reshard=True)), "weights are gathered again for the backward"
-    served = math.prod((*(layout.data or {}).values(), layout.context.size)) > 1
-    if served and not layout.offload:
+        yield keys, replace(layout, reshard=True), "weights are gathered again for the backward"
+    if layout.size(*DATA_AXES, *SEQUENCE_AXES) > 1 and not layout.offload_params:
         keys = {"fsdp_config.offload_params": True}
-        yield keys, replace(layout, offload=True), "the update runs on the host"
+        yield keys, replace(layout, offload_params=True), "the update runs on the host"
 
 
-def _of_layers(layout: MemoryLayout) -> Iterator[_Change]:
+def _of_layers(layout: Layout) -> Iterator[_Change]:
     """Gradient checkpointing, offloaded activations, the MLP in tiles: the numbers stay."""
-    shape = layout.shape
-    savers, tiles = shape.savers, shape.savers.mlp_tiles
-
-    def with_savers(recompute: bool, savers: Savers) -> MemoryLayout:
-        return replace(layout, shape=replace(shape, recompute=recompute, savers=savers))
-
     ways = {
-        True: (Savers(mlp_tiles=tiles), "layers run again: a third more products"),
-        "selective": (Savers(attention_once=True, mlp_tiles=tiles), "layers run again, attention does not"),
-        "offload": (Savers(offload=True, mlp_tiles=tiles), "layers run again; their inputs travel to the host"),
+        True: ("true", False, "layers run again: a third more products"),
+        "selective": ("selective", False, "layers run again, attention does not"),
+        "offload": ("true", True, "layers run again; their inputs travel to the host"),
     }
-    for value, (other, meaning) in ways.items():
-        if (shape.recompute, savers) != (True, other):
-            yield {"gradient_checkpointing": value}, with_savers(True, other), meaning
-    if not shape.recompute and not savers.offload:
+    for value, (recompute, offload, meaning) in ways.items():
+        other = replace(layout, recompute=recompute, offload=offload)
+        if other != layout:
+            yield {"gradient_checkpointing": value}, other, meaning
+    if layout.recompute == "false" and not layout.offload:
         meaning = "what layers keep travels to the host and back"
-        yield {"activation_offloading": True}, with_savers(False, replace(savers, offload=True)), meaning
-    if tiles == 1:
-        meaning = "the MLP runs again, tile by tile"
-        yield {"tiled_mlp": True}, with_savers(shape.recompute, replace(savers, mlp_tiles=None)), meaning
+        yield {"activation_offloading": True}, replace(layout, offload=True), meaning
+    if layout.tiles == 1:
+        yield {"tiled_mlp": True}, replace(layout, tiles=None), "the MLP runs again, tile by tile"

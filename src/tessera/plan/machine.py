@@ -121,8 +121,9 @@ class Profile:
     many at once (`slowdown`). `pairs`: two ranks each, and the bytes/s between them one way; `devices`: their GPUs, by
     what tells each from every other (none on CPUs, whose ranks have no links of their own). `error`: half of the band
     of a prediction, as a share; `measured`: on the machine itself. Kernels that form attention's scores move
-    `score_bytes` for each; flash kernels none. `residuals`: of measured runs, what the terms alone miss. `sources`
-    names where figures come from.
+    `score_bytes` for each; flash kernels none. `host_bandwidth`: bytes/s one way between a device and the memory of its
+    host, `host_memory_bandwidth` those that its process moves within that memory, `host_memory_bytes` its part of it.
+    `residuals`: of measured runs, what the terms alone miss. `sources` names where figures come from.
     """
 
     name: str
@@ -141,6 +142,9 @@ class Profile:
     inside: Mapping[str, Curve]
     between: Mapping[str, Curve]
     score_bytes: float = 0.0
+    host_bandwidth: float = 2.5e10
+    host_memory_bandwidth: float = 2.5e10
+    host_memory_bytes: int = 2**37
     asynchronous: bool = True
     overlap: float = 0.7
     contention: float = 1.13
@@ -270,9 +274,10 @@ def _bounds(profile: Profile) -> Iterator[tuple[str, float, float, float]]:
     """Each figure of a profile: its name, its value, and between what it must lie."""
     yield "devices_per_machine", profile.devices_per_machine, 1, AT_ONCE
     yield "memory_bytes", profile.memory_bytes, 1, LARGEST
+    yield "host_memory_bytes", profile.host_memory_bytes, 1, LARGEST
     for dtype, peak in profile.peak_flops.items():
         yield f"peak_flops.{dtype}", peak, 1, FASTEST
-    for name in ("product_flops", "attention_flops", "memory_bandwidth"):
+    for name in ("product_flops", "attention_flops", "memory_bandwidth", "host_bandwidth", "host_memory_bandwidth"):
         yield name, getattr(profile, name), 1, FASTEST
     yield "product_half", profile.product_half, 0, 2**20
     yield "memory_efficiency", profile.memory_efficiency, 1e-3, 1

@@ -28,7 +28,6 @@ from functools import reduce
 from math import prod
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from tessera.core.arrays import larger, smaller, where
@@ -37,7 +36,7 @@ from tessera.layout.shape import StepShape
 from tessera.models.anatomy import Attention, Block, Layer, Norm, anatomy_of
 from tessera.models.config import ModelConfig
 from tessera.plan.sequences import kv_heads_on, query_heads_on, traded_kv_heads
-from tessera.plan.tiles import largest_tile
+from tessera.plan.tiles import tiled
 from tessera.plan.traffic import padded_shard
 
 
@@ -139,14 +138,6 @@ def layer_bytes(layer: Layer, shape: StepShape, parallel: Parallel) -> int:
     return stream + sum(
         result_bytes(block.attention, shape, parallel) for block in layer if block.attention is not None
     )
-
-
-def tiled(block: Block, shape: StepShape, parallel: Parallel) -> bool:
-    """Whether an MLP falls into several tiles; of candidates' arrays: whether it may."""
-    if block.attention is not None or shape.savers.mlp_tiles == 1:
-        return False
-    size, tokens = largest_tile(block, shape, parallel)
-    return bool((size < tokens).any()) if isinstance(size < tokens, np.ndarray) else size < tokens
 
 
 def result_bytes(attention: Attention, shape: StepShape, parallel: Parallel) -> Any:

@@ -19,13 +19,13 @@ from tessera.layout.streams import joins_rows
 from tessera.models.config import ModelConfig
 from tessera.plan.buffers import library_bytes
 from tessera.plan.calibrate import corrected, place_of
+from tessera.plan.candidates import Found
 from tessera.plan.choice import RECOMPUTES, Layout, Training
 from tessera.plan.fit import fits
 from tessera.plan.flops import step_flops
 from tessera.plan.machine import LARGEST, Cluster
 from tessera.plan.peak import peak_bytes
 from tessera.plan.recommend import Judged, judge, plainest_first
-from tessera.plan.search import Found
 from tessera.plan.time import Pipeline, step_time
 from tessera.plan.work import machines_of, step_work
 from tessera.sizes.numbers import divisors_of

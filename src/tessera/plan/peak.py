@@ -1,6 +1,6 @@
 """The most memory that one rank holds in an optimizer step, in closed form: a walk through its last micro-batch.
 
-    states        parameters and AdamW's two moments of the rank's shards, and gradients as far as they are formed
+    states        parameters and the optimizer's moments of the rank's shards, and gradients as far as they are formed
     activations   what a micro-batch's forward saves for its backward, as far as that has not come to it
     gathered      what collectives bring: weights that FSDP2 or the products gather, operands, keys and values of others
     working       all else: gradients of activations and those of weights on their way, copies, sums, a chunk of logits
@@ -34,9 +34,10 @@ from tessera.models.anatomy import Layer, anatomy_of
 from tessera.models.config import ModelConfig
 from tessera.plan.layer_walk import Walk, layer_backward, norm_backward
 from tessera.plan.ledger import Ledger
-from tessera.plan.memory import gathered_units, kept_weights, layer_bytes, saved_bytes, state_bytes, tiled
+from tessera.plan.memory import gathered_units, kept_weights, layer_bytes, saved_bytes
 from tessera.plan.product_walk import Early, ProductSizes, sizes_of
-from tessera.plan.tiles import largest_tile
+from tessera.plan.tiles import largest_tile, tiled
+from tessera.plan.update import ADAMW, Update, shard_elements
 
 RESERVED = 2**30
 """Bytes that are left for what is not counted."""
@@ -64,35 +65,32 @@ def peak_bytes(
     parallel: Parallel,
     *,
     offload: bool = False,
-    optimizer: str = "adamw_torch_fused",
+    update: Update = ADAMW,
 ) -> Peak:
-    """The estimate for the rank of `parallel.mesh`; `offload`: FSDP2 keeps the states on the host.
-
-    `optimizer` is the key of the config: with "adamw_torch" the update makes a copy of the second moments.
-    """
+    """The estimate for the rank of `parallel.mesh`; `offload`: FSDP2 keeps the states on the host."""
     mlp = anatomy_of(model).layers[0][1]
     if shape.savers.mlp_tiles != 1 and tiled(mlp, shape, parallel):
         size, tokens = largest_tile(mlp, shape, parallel)
-        in_tiles = _Step(model, shape, parallel, offload, optimizer).walk(True)
+        in_tiles = _Step(model, shape, parallel, offload, update).walk(True)
         if not isinstance(size < tokens, np.ndarray) or (size < tokens).all():
             return in_tiles
         whole = replace(shape, savers=replace(shape.savers, mlp_tiles=1))
-        at_once = _Step(model, whole, parallel, offload, optimizer).walk(False)
+        at_once = _Step(model, whole, parallel, offload, update).walk(False)
         kinds = ("states", "activations", "gathered", "working")
         chosen = {kind: where(size < tokens, getattr(in_tiles, kind), getattr(at_once, kind)) for kind in kinds}
         return Peak(**chosen, moment=in_tiles.moment)
-    return _Step(model, shape, parallel, offload, optimizer).walk(False)
+    return _Step(model, shape, parallel, offload, update).walk(False)
 
 
 class _Step:
     """The sizes of one rank's step, and the walk through it."""
 
-    def __init__(self, model: ModelConfig, shape: StepShape, parallel: Parallel, offload: bool, optimizer: str) -> None:
+    def __init__(self, model: ModelConfig, shape: StepShape, parallel: Parallel, offload: bool, update: Update) -> None:
         self.model, self.shape, self.parallel, self.anatomy = model, shape, parallel, anatomy_of(model)
         self.mesh, self.ledger = parallel.mesh, Ledger()
         self.element, self.stored = parallel.compute.itemsize, parallel.dtype.itemsize
         self.wide = torch.promote_types(parallel.compute, torch.float32).itemsize
-        self.offload, self.optimizer = offload, optimizer
+        self.offload, self.optimizer = offload, update
         self.several = where(shape.micro_batches > 1, 1, 0)
         self.head = sizes_of(self.anatomy.head, shape, parallel)
         vocabulary = local_slice(model.vocab_size, ("col",), self.mesh)
@@ -114,7 +112,12 @@ class _Step:
     @cached_property
     def fixed(self) -> Any:
         """Bytes of parameters and moments on the device."""
-        return 0 if self.offload else state_bytes(self.model, self.parallel) // 4 * 3
+        return 0 if self.offload else self.parameters + self.optimizer.moment_bytes(self.model, self.parallel)
+
+    @cached_property
+    def parameters(self) -> Any:
+        """Bytes of this rank's shards."""
+        return shard_elements(self.model, self.parallel) * self.stored
 
     def gradients(self, done: int, outside: Any = 1) -> Any:
         """Bytes of gradients when so many layers' backward is over, and that of a share of what is outside of them."""
@@ -385,9 +388,9 @@ class _Step:
 
     def update(self) -> None:
         """The update by the optimizer, all gradients there."""
-        every = 0 if self.offload else state_bytes(self.model, self.parallel)
-        copies = every // 4 if self.optimizer == "adamw_torch" else 0
-        self.ledger.begin("update", states=every, working=copies)
+        states = 0 if self.offload else self.fixed + self.parameters
+        copies = self.optimizer.copied_bytes(self.model, self.parallel, offload=self.offload)
+        self.ledger.begin("update", states=states, working=copies)
 
 
 def replace_offload(shape: StepShape) -> StepShape:

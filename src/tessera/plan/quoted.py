@@ -11,11 +11,12 @@ from math import prod
 
 from tessera.models.config import ModelConfig
 from tessera.models.shapes import shape_of
+from tessera.plan.candidates import Found
 from tessera.plan.choice import Layout, Training
 from tessera.plan.machine import Cluster
 from tessera.plan.on_mesh import fastest_found, fastest_on, plainest, without_limit
 from tessera.plan.recommend import Judged, judge
-from tessera.plan.search import Found, search
+from tessera.plan.search import search
 
 CLUSTER = "Nx8xA100-80"
 GPT_STEP = Training(2048, 512)
@@ -48,7 +49,7 @@ class Searches:
         """All layouts of so many devices."""
         key = (name, devices, training)
         if key not in self._found:
-            self._found[key] = search(shape_of(name), self.cluster.of(devices), training)
+            self._found[key] = search(shape_of(name), self.cluster.of(devices), training, savers=False)
         return self._found[key]
 
     def best(self, name: str, devices: int, training: Training) -> Judged | None:

@@ -20,15 +20,18 @@ from tessera.models.config import ModelConfig
 from tessera.models.shapes import known_shape, shape_of
 from tessera.plan.buffers import library_bytes
 from tessera.plan.calibrate import corrected, place_of
+from tessera.plan.candidates import Found, buildable
 from tessera.plan.choice import Layout, Training
 from tessera.plan.cluster import cluster_of
 from tessera.plan.fit import fits
 from tessera.plan.flops import step_flops
+from tessera.plan.host import host_bytes
 from tessera.plan.machine import Cluster
 from tessera.plan.peak import Peak, peak_bytes
-from tessera.plan.search import Found, buildable, fastest_too_large, search
+from tessera.plan.search import fastest_too_large, search
 from tessera.plan.time import StepTime, step_time
 from tessera.plan.trace import TracedMemory, traced_memory
+from tessera.plan.update import ADAMW
 from tessera.plan.work import step_work
 from tessera.sizes.numbers import either
 
@@ -44,8 +47,8 @@ class Judged:
     """A layout on a cluster. `name` says it in words; `layout` where it is one that the search knows.
 
     `verdict`: fits, may fit, or does not fit; `lost`: why it is not the best; `buffers`: bytes of the communication
-    library beside the peak (plan/buffers.py); `traced`: the memory of its step as the
-    model's own code holds it (plan/trace.py), where that was asked for.
+    library beside the peak (plan/buffers.py); `traced`: the memory of its step as the model's own code holds it
+    (plan/trace.py), where that was asked for; `host_bytes`: what lies in host memory.
     """
 
     name: str
@@ -60,6 +63,7 @@ class Judged:
     lost: str = ""
     buffers: int = 0
     traced: TracedMemory | None = None
+    host_bytes: int = 0
 
     @property
     def bytes(self) -> int:
@@ -108,14 +112,15 @@ def judge_step(
 ) -> Judged:
     """The same of a step as the trainer runs it, on the rank of `parallel.mesh`."""
     mesh, cluster = parallel.mesh, cluster.in_dtype(training.dtype)
-    peak = peak_bytes(model, shape, parallel, offload=offload)
-    work = step_work(model, shape, parallel, cluster.per_machine)
+    peak = peak_bytes(model, shape, parallel, offload=offload, update=training.update)
+    work = step_work(model, shape, parallel, cluster.per_machine, offload=offload, update=training.update)
     buffers = library_bytes((each.transfer for each in work.moved), mesh, cluster.profile, cluster.per_machine)
     time = step_time(work, cluster.profile)
     time = _scalars(corrected(time, place_of(model, shape, parallel), cluster.profile))
     flops = step_flops(model, [training.sequence_len]) * training.global_batch
     verdict = fits(int(peak.total), cluster.profile.memory_bytes, buffers)
-    return Judged(name, mesh.world, training, cluster, peak, time, flops, verdict, buffers=buffers)
+    host = int(host_bytes(model, shape, parallel, offload=offload, update=training.update))
+    return Judged(name, mesh.world, training, cluster, peak, time, flops, verdict, buffers=buffers, host_bytes=host)
 
 
 def traced(model: ModelConfig, judged: Judged) -> Judged:
@@ -126,7 +131,8 @@ def traced(model: ModelConfig, judged: Judged) -> Judged:
     assert judged.layout is not None
     parallel = judged.layout.parallel(model, judged.training)
     shape = judged.layout.shape(judged.training, parallel)
-    memory = traced_memory(model, shape, parallel, offload=judged.layout.offload_params)
+    offload, update = judged.layout.offload_params, judged.training.update
+    memory = traced_memory(model, shape, parallel, offload=offload, update=update)
     verdict = fits(int(memory.peak.total), judged.cluster.profile.memory_bytes, judged.buffers)
     return replace(judged, traced=memory, verdict=verdict)
 
@@ -169,10 +175,17 @@ class Plan:
         """The keys of a config that trains the best layout."""
         placeholder = {"datasets": [{"path": "./data.jsonl", "type": "completion"}], "output_dir": "./outputs"}
         planned = {"base_model": base_model_of(self.name), "sequence_len": self.training.sequence_len}
-        planned |= {"bf16": self.training.dtype == "bfloat16"}
+        planned |= {"bf16": self.training.dtype == "bfloat16"} | self._optimizer
         given = {key: value for key, value in self.config.items() if key not in _LAYOUT_KEYS}
         assert self.best.layout is not None
         return placeholder | given | planned | self.best.layout.keys
+
+    @property
+    def _optimizer(self) -> dict[str, Any]:
+        """Its keys, as far as they are not of their default values."""
+        name, options = self.training.optimizer, dict(self.training.optim_args)
+        said = {} if name == ADAMW.name and "optimizer" not in self.config else {"optimizer": name}
+        return said | ({"optim_args": options} if options else {})
 
     def to_yaml(self) -> str:
         """A config of the best layout, which `tessera train` takes once `datasets` names your data."""
@@ -195,7 +208,8 @@ _LAYOUT_KEYS = (
     "dp_shard_size", "dp_replicate_size", "tensor_parallel_mode", "tensor_parallel_size", "tensor_parallel_mesh",
     "tensor_parallel_depth", "tensor_parallel_schedule", "tensor_parallel_slices", "context_parallel_size",
     "context_parallel_mode", "ulysses_size", "ulysses_chunks", "micro_batch_size", "gradient_accumulation_steps",
-    "gradient_checkpointing", "fsdp_config", "activation_offloading", "sequence_parallel",
+    "gradient_checkpointing", "fsdp_config", "activation_offloading", "sequence_parallel", "tiled_mlp",
+    "tiled_mlp_num_shards", "optimizer", "optim_args",
 )  # fmt: skip
 
 
@@ -214,6 +228,13 @@ def plan(
     keys of a file, which `Plan.to_yaml` keeps. The memory of the first `trace` layouts is that of a traced step; one
     that does not fit then is left out. Raises UserError where nothing can be built, with the nearest that can.
     """
+    return _verified(_compared(model, cluster, training, top, config), trace)
+
+
+def _compared(
+    model: str | ModelConfig, cluster: str | Cluster, training: Training, top: int, config: Mapping[str, Any] | None
+) -> Plan:
+    """The plan by closed forms."""
     name, model = (model, shape_of(model)) if isinstance(model, str) else (model.family, model)
     cluster = cluster_of(cluster) if isinstance(cluster, str) else cluster
     if training.dtype not in TRAINED:
@@ -226,19 +247,29 @@ def plan(
         raise _no_layout(model, cluster, training)
     chosen = _distinct(model, found, cluster, training, top)
     if not chosen:
-        raise _too_large(model, found, cluster, training)
-    verified = [traced(model, judged) for judged in chosen[:trace]]
-    left = [judged for judged in [*verified, *chosen[trace:]] if judged.verdict != "does not fit"]
-    if not left:
-        raise _too_large(model, found, cluster, training)
-    best = left[0]
-    explained = [best, *(replace(other, lost=why_slower(other, best)) for other in left[1:])]
+        least = judge(model, found.layout(int(np.argmin(found.peak))), cluster, training)
+        raise _too_large(least, f"the smallest of {len(found):,} layouts")
     too_large, place = None, fastest_too_large(model, cluster, found)
     if place is not None:
         judged = judge(model, found.layout(place), cluster, training)
-        faster = judged.seconds < best.seconds * (1 - DIFFERENCE)
+        faster = judged.seconds < chosen[0].seconds * (1 - DIFFERENCE)
         too_large = judged if faster and judged.verdict != "fits" else None
-    return Plan(name, model, cluster, training, len(found), explained, too_large, dict(config or {}))
+    return Plan(name, model, cluster, training, len(found), _explained(chosen), too_large, dict(config or {}))
+
+
+def _verified(made: Plan, trace: int) -> Plan:
+    """The plan with the first `trace` layouts traced, without those that then do not fit."""
+    verified = [traced(made.model, judged) for judged in made.choices[:trace]]
+    left = [judged for judged in [*verified, *made.choices[trace:]] if judged.verdict != "does not fit"]
+    if not left:
+        raise _too_large(min(verified, key=lambda judged: judged.bytes), f"traced, the smallest of {len(verified)}")
+    return replace(made, choices=_explained(left))
+
+
+def _explained(choices: Sequence[Judged]) -> list[Judged]:
+    """With what each after the first lost by."""
+    best = replace(choices[0], lost="")
+    return [best, *(replace(other, lost=why_slower(other, best)) for other in choices[1:])]
 
 
 def _distinct(model: ModelConfig, found: Found, cluster: Cluster, training: Training, top: int) -> list[Judged]:
@@ -290,15 +321,13 @@ def _no_layout(model: ModelConfig, cluster: Cluster, training: Training) -> User
     return UserError("--cluster", str(cluster), reason, hint)
 
 
-def _too_large(model: ModelConfig, found: Found, cluster: Cluster, training: Training) -> UserError:
-    least = judge(model, found.layout(int(np.argmin(found.peak))), cluster, training)
-    device = cluster.profile.memory_bytes / 2**30
-    reason = (
-        f"nothing fits: the smallest of {len(found):,} layouts needs {least.peak.total / 2**30:.1f} GiB of "
-        f"{device:.1f} on a device ({least.name})"
-    )
-    need = -(-least.peak.total * cluster.devices // cluster.profile.memory_bytes)
-    return UserError("--cluster", str(cluster), reason, f"about {need} such devices, or a shorter --sequence-len")
+def _too_large(least: Judged, which: str) -> UserError:
+    device = least.cluster.profile.memory_bytes
+    needed, has = least.bytes / 2**30, device / 2**30
+    reason = f"nothing fits: {which} needs {needed:.1f} GiB of {has:.1f} on a device ({least.name})"
+    need = -(-least.bytes * least.devices // device)
+    hint = f"about {need} such devices, or a shorter --sequence-len"
+    return UserError("--cluster", str(least.cluster), reason, hint)
 
 
 def smallest(
@@ -320,22 +349,23 @@ def smallest(
 
     def fastest(count: int) -> Plan | None:
         try:
-            return plan(model, cluster.of(count), training, top=1)
+            return _compared(model, cluster.of(count), training, top, config)
         except UserError as error:
             if error.key != "--cluster":
                 raise
             return None
 
-    best, below = 0.0, 0
+    best, below, reaching = 0.0, 0, None
     for count in devices:
         if not buildable(known, count, training):
             continue
         found = fastest(count)
         best = max(best, found.best.tokens_per_second if found else 0.0)
         if found is not None and found.best.tokens_per_second >= tokens_per_second:
+            reaching = found
             break
         below = count
-    else:
+    if reaching is None:
         reason = f"up to {max(devices)} devices reach {best:,.0f} tokens/s with {training.global_batch} rows a step"
         raise UserError("--target-tokens-per-second", tokens_per_second, reason, "a larger --global-batch, or less")
     machine = cluster.per_machine
@@ -343,7 +373,8 @@ def smallest(
     while most - least > 1:  # machines; with fewer the rate is hardly ever higher
         between = (least + most) // 2
         found = fastest(between * machine) if buildable(known, between * machine, training) else None
-        reached = found is not None and found.best.tokens_per_second >= tokens_per_second
-        least, most = (least, between) if reached else (between, most)
-    count = most * machine if count >= machine else count
-    return plan(model, cluster.of(count), training, top=top, trace=trace, config=config)
+        if found is not None and found.best.tokens_per_second >= tokens_per_second:
+            most, reaching = between, found
+        else:
+            least = between
+    return _verified(reaching, trace)

@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from tessera.core.axes import MODEL_AXES
 from tessera.core.errors import UserError
 from tessera.models.config import ModelConfig
+from tessera.plan.candidates import Found
 from tessera.plan.choice import Training
 from tessera.plan.machine import Cluster
 from tessera.plan.on_mesh import TOO_LARGE, fastest_found, fastest_on, plainest, without_limit
 from tessera.plan.recommend import Judged, judge
 from tessera.plan.scale import every_mesh
-from tessera.plan.search import Found, search
+from tessera.plan.search import search
 from tessera.sizes.numbers import divisors_of
 
 GEOMETRIES = ("1D", "2D", "2.5D", "3D")
@@ -154,7 +155,7 @@ def scaling_study(name: str, model: ModelConfig, cluster: Cluster, training: Tra
 def _points(model: ModelConfig, cluster: Cluster, training: Training, alone: Judged, missing: list[str]) -> list[Point]:
     """One number of devices: every geometry, and the best layout of all."""
     where = f"{cluster.devices} devices with {training.global_batch} rows a step"
-    found, points = search(model, cluster, training), []
+    found, points = search(model, cluster, training, savers=False), []
     for geometry in GEOMETRIES:
         judged, exact = nearest_of(geometry, model, cluster, training, found)
         if judged is None:

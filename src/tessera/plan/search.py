@@ -4,191 +4,177 @@
                model; ulysses is of the context's ranks what `sizes.context` takes
     batches    every micro-batch that divides a data rank's rows
     switches   recompute, weights kept after the forward, schedules of the products
+    savers     what layers keep in host memory, MLPs in tiles, states in host memory, and all of these together
 
 Candidates that share every switch and every rule are one group: closed forms of plan/ take its sizes as arrays. What
 is left out is never the best, which tests/plan/test_search.py holds against all of it on small spaces:
 
     sequence_parallel: false, which moves as much and holds more
     of two candidates that fit and differ in recompute alone, the one that computes more
+    of two that fit and differ in savers alone, the one with more: a saver takes time, and gives none back
+    savers beside a candidate that without them is no faster than the best of those that fit
     of schedules other than gather, those of meshes that with gather are not among the best `KEPT`
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import combinations
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tessera.core.axes import DATA_AXES, MODEL_AXES, SEQUENCE_AXES
-from tessera.core.errors import UserError
+from tessera.core.axes import DATA_AXES, SEQUENCE_AXES
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape
+from tessera.models.anatomy import anatomy_of
 from tessera.models.config import ModelConfig
 from tessera.plan.buffers import library_bytes
 from tessera.plan.calibrate import corrected, place_of
-from tessera.plan.choice import RECOMPUTES, Layout, Training
-from tessera.plan.fit import most_that_fits
+from tessera.plan.candidates import NEVER, Found, Numbers, Switches, attention_of, joined, meshes, untimed
+from tessera.plan.choice import RECOMPUTES, Training
+from tessera.plan.host import USED, host_bytes
 from tessera.plan.machine import Cluster
 from tessera.plan.many import ManyMeshes
 from tessera.plan.peak import peak_bytes
+from tessera.plan.tiles import largest_tile
 from tessera.plan.time import StepTime, step_time
 from tessera.plan.traffic import step_transfers
 from tessera.plan.work import step_work
-from tessera.sizes.context import ContextParallel, Surroundings, fitted
-from tessera.sizes.numbers import divisors_of
-from tessera.sizes.rules import every_rank_has_a_row
 from tessera.sizes.schedule import LOOPS
 
-CUT = ("replicate", "shard", "context", "inner", "depth", "row", "col")
 SCHEDULES = (("gather", 2), ("gather", 4), ("gather", 8), ("summa", 1), ("cannon", 1))
 """Beside gather in one piece."""
 KEPT = 300
-NEVER = 2**62
-"""The bytes of a candidate that is another one in other words."""
-Numbers = NDArray[np.int64]
 
 
-class Switches(NamedTuple):
-    """What every candidate of a group shares, beside the rules that its first one shows."""
-
-    recompute: str
-    reshard: bool
-    schedule: str = "gather"
-    slices: int = 1
+SAVERS: dict[str, Any] = {"offload": True, "tiles": None, "offload_params": True}
+"""The switches that save memory at the cost of time alone, as they are when they are on."""
+PLAIN = [Switches(recompute, reshard) for recompute in RECOMPUTES for reshard in (False, True)]
+COMBINED = [names for count in (1, 2, 3) for names in combinations(SAVERS, count)]
+"""Every set of savers but none, the small ones first."""
 
 
-@dataclass(frozen=True)
-class Found:
-    """Candidates and their costs: of each its sizes by axis, micro-batch, switches, bytes at the peak, seconds.
-
-    `buffers`: bytes of the communication library beside the peak (plan/buffers.py). `seconds` are
-    infinite where a candidate was not timed, for it does not fit or another one is surely faster.
-    """
-
-    sizes: dict[str, Numbers]
-    micro_batch: Numbers
-    switches: list[Switches]
-    which: Numbers
-    peak: Numbers
-    buffers: Numbers
-    seconds: NDArray[np.float64]
-    training: Training
-
-    def __len__(self) -> int:
-        return len(self.micro_batch)
-
-    def fitting(self, cluster: Cluster, *, surely: bool = True) -> NDArray[np.bool_]:
-        """Which candidates surely fit the cluster's devices, or may (plan/fit.py)."""
-        memory = cluster.profile.memory_bytes
-        return np.asarray(self.peak <= (most_that_fits(memory, self.buffers) if surely else memory))
-
-    def layout(self, place: int) -> Layout:
-        """The candidate at `place`."""
-        sizes = {axis: int(n[place]) for axis, n in self.sizes.items() if n[place] > 1}
-        batch, switches = int(self.micro_batch[place]), self.switches[int(self.which[place])]
-        data = int(np.prod([self.sizes[axis][place] for axis in DATA_AXES]))
-        return Layout(sizes, batch, self.training.global_batch // (data * batch), **switches._asdict())
-
-
-def search(model: ModelConfig, cluster: Cluster, training: Training, *, exhaustive: bool = False) -> Found:
+def search(
+    model: ModelConfig, cluster: Cluster, training: Training, *, savers: bool = True, exhaustive: bool = False
+) -> Found:
     """Every layout of all of the cluster's devices for `training`; `exhaustive` leaves nothing out.
 
-    What fits is said in plan/fit.py; where nothing surely fits, what may fit is timed. The result may be empty.
+    `savers`: with what saves memory at the cost of time alone. What fits is said in plan/fit.py; where nothing surely
+    fits, what may fit is timed. The result may be empty.
     """
-    sizes, batch = _meshes(model, cluster.devices, training)
-    plain = [Switches(recompute, reshard) for recompute in RECOMPUTES for reshard in (False, True)]
-    every = [_costs(model, training, sizes, batch, switches) for switches in plain]
-    buffers = _buffers(model, cluster, every[0])  # of all: what is computed again moves along no other axes
-    found = replace(_joined(every, training), buffers=np.tile(buffers, len(plain)))
-    surely = bool(found.fitting(cluster).any())
-    timed = np.full(len(found), True)
-    if not exhaustive:
-        timed = _worth_timing(found.fitting(cluster, surely=surely), plain, len(batch))
-    found = _timed(model, cluster, found, timed)
-    best = np.arange(len(found)) if exhaustive else np.argsort(found.seconds)[:KEPT]
-    best = best[np.isfinite(found.seconds[best])]
-    return _joined([found, *_with_schedules(model, cluster, found, best, surely=surely)], training)
+    sizes, batch = meshes(model, cluster.devices, training)
+    sets = COMBINED if savers else []
+    every = [*PLAIN, *(_saving(plain, names) for names in sets for plain in PLAIN)] if exhaustive else PLAIN
+    # of all: what is computed again, or lies elsewhere, moves along no other axes
+    buffers = _buffers(model, cluster, untimed(sizes, batch, PLAIN[0], training))
+    costs = [_costs(model, cluster, untimed(sizes, batch, switches, training, buffers)) for switches in every]
+    found = joined(costs, training)
+    if exhaustive:
+        found = _timed(model, cluster, found, np.full(len(found), True))
+        places, surely = np.flatnonzero(np.isfinite(found.seconds)), bool(found.fitting(cluster).any())
+        return joined([found, *_with_schedules(model, cluster, found, places, surely)], training)
+    for surely in (True, False):
+        within = _within(model, cluster, found, len(batch), surely, sets)
+        if np.isfinite(within.seconds).any():
+            break
+    best = np.argsort(within.seconds)[:KEPT]
+    best = best[np.isfinite(within.seconds[best])]
+    return joined([within, *_with_schedules(model, cluster, within, best, surely)], training)
 
 
-def _meshes(model: ModelConfig, devices: int, training: Training) -> tuple[dict[str, Numbers], Numbers]:
-    """The sizes of every axis, and the micro-batch, of all candidates that fit the model and the batch."""
-    cuts = np.array([cut for cut in _factors(devices, len(CUT)) if _is_geometry(cut)], np.int64).reshape(-1, len(CUT))
-    axes = dict(zip(CUT, cuts.T, strict=True))
-    dims = model.dimensions
-    fits = (dims["hidden_size"] % (axes["inner"] * axes["row"]) == 0) & (dims["intermediate_size"] % axes["col"] == 0)
-    fits &= (dims["num_attention_heads"] % axes["col"] == 0) & (dims["kv_features"] % axes["col"] == 0)
-    fits &= np.array([every_rank_has_a_row(dims["vocab_size"], int(col)) for col in axes["col"]], bool)
-    fits &= training.global_batch % (axes["replicate"] * axes["shard"]) == 0
-    fits &= training.sequence_len >= axes["context"] * axes["depth"] * axes["row"] * axes["inner"]
-    cuts = cuts[fits]
-    rows = [divisors_of(training.global_batch // int(cut[0] * cut[1])) for cut in cuts]
-    which = np.repeat(np.arange(len(cuts)), [len(each) for each in rows])
-    batch = np.array([n for each in rows for n in each], np.int64)
-    axes = dict(zip(CUT, cuts[which].T, strict=True))
-    ulysses, known = _ulysses(model, axes, batch)
-    sizes = {axis: axes[axis][known] for axis in (*DATA_AXES, *MODEL_AXES)}
-    sizes |= {"ring": axes["context"][known] // ulysses[known], "ulysses": ulysses[known]}
-    return sizes, batch[known]
+def _saving(switches: Switches, names: Iterable[str]) -> Switches:
+    """The same with these savers."""
+    return switches._replace(**{name: SAVERS[name] for name in names})
 
 
-@lru_cache(maxsize=32)
-def _factors(number: int, parts: int) -> list[tuple[int, ...]]:
-    """Every way to write `number` as a product of so many factors, in order."""
-    if parts == 1:
-        return [(number,)]
-    return [(first, *rest) for first in divisors_of(number) for rest in _factors(number // first, parts - 1)]
+def _within(
+    model: ModelConfig, cluster: Cluster, found: Found, count: int, surely: bool, sets: Sequence[tuple[str, ...]]
+) -> Found:
+    """The plain candidates `found`, `count` of each of PLAIN, and those with `sets` of savers that may be the best of
+    what `surely` fits, or of what may fit, timed."""
+    worth, tight = _worth_timing(found, found.fitting(cluster, surely=surely), count)
+    found = _timed(model, cluster, found, worth)
+    if not sets or not tight.any():
+        return found
+    with_savers = _with_savers(model, cluster, found, tight, surely, sets)
+    return joined([found, *with_savers], found.training)
 
 
-def _is_geometry(cut: Sequence[int]) -> bool:
-    """Whether a row of the table of geometries has these tensor axes: none has inner and depth."""
-    return cut[CUT.index("inner")] == 1 or cut[CUT.index("depth")] == 1
+def _with_savers(
+    model: ModelConfig,
+    cluster: Cluster,
+    found: Found,
+    tight: NDArray[np.bool_],
+    surely: bool,
+    sets: Sequence[tuple[str, ...]],
+) -> Iterator[Found]:
+    """Candidates that do not fit, with savers: those first that are fastest without, until these are no faster than the
+    best that fits."""
+    best = float(found.seconds.min(initial=np.inf))
+    without = _without_savers(model, cluster, found, tight, best)
+    order = np.flatnonzero(without < best)
+    order = order[np.argsort(without[order], kind="stable")]
+    first, many = 0, KEPT
+    while first < len(order) and without[order[first]] < best:
+        taken = order[first : first + many]
+        taken = taken[without[taken] < best]
+        for which in np.unique(found.which[taken]):
+            own = taken[(found.which[taken] == which) & (without[taken] < best)]
+            for part in _saved(model, cluster, found, own, surely, sets):
+                best = min(best, float(part.seconds.min(initial=np.inf)))
+                yield part
+        first, many = first + many, 4 * many
 
 
-def _ulysses(model: ModelConfig, axes: dict[str, Numbers], batch: Numbers) -> tuple[Numbers, NDArray[np.bool_]]:
-    """The ranks along ulysses of each candidate, and which candidates attention allows at all."""
-    parts = axes["depth"] * axes["row"]
-    by_heads, joined = _attention(model, axes, batch)
-    ways = np.where(by_heads, axes["col"] * axes["inner"], axes["col"])
-    allowed = ~((axes["context"] > 1) | joined) | (model.attention_dropout == 0)
-    ulysses = np.ones_like(batch)
-    group = np.where(by_heads, parts, parts * axes["inner"])
-    for place in np.flatnonzero(allowed & (axes["context"] > 1)):
-        own = int(group[place])
-        rows = int(batch[place])
-        around = (int(ways[place]), rows if joined[place] else rows // own, own if joined[place] else 1)
-        ulysses[place] = _degree(model, int(axes["context"][place]), *around)
-    return ulysses, allowed & (ulysses > 0)
+def _without_savers(
+    model: ModelConfig, cluster: Cluster, found: Found, tight: NDArray[np.bool_], best: float
+) -> NDArray[np.float64]:
+    """The seconds of the `tight` ones of the plain candidates; infinite where these cannot be below `best`.
+
+    To compute less again, or to keep weights, takes no longer.
+    """
+    seconds = np.full(len(found), np.inf)
+    per_way = len(found) // len(PLAIN)
+    least = np.zeros((len(PLAIN), per_way))
+    for place, way in enumerate(PLAIN):
+        before = [at for at, other in enumerate(PLAIN[:place]) if other.reshard <= way.reshard]
+        least[place] = least[before].max(axis=0, initial=0.0)
+        own = place * per_way + np.flatnonzero(tight.reshape(least.shape)[place] & (least[place] < best))
+        chosen = np.full(len(found), False)
+        chosen[own] = True
+        seconds[own] = _timed(model, cluster, found, chosen).seconds[own]
+        least[place, own - place * per_way] = seconds[own]
+    return seconds
 
 
-def _attention(
-    model: ModelConfig, axes: Mapping[str, Numbers], batch: Numbers
-) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Where heads are cut along inner, and where ranks of tensor axes share rows (layout/streams.py)."""
-    parts, both = axes["depth"] * axes["row"], axes["col"] * axes["inner"]
-    divide = (model.num_heads % both == 0) & (model.num_kv_heads * model.head_dim % both == 0)
-    by_heads = divide & (batch % (parts * axes["inner"]) != 0)
-    return by_heads, batch % np.where(by_heads, parts, parts * axes["inner"]) != 0
-
-
-@lru_cache(maxsize=4096)
-def _degree(model: ModelConfig, context: int, ways: int, rows: int, joined: int) -> int:
-    """What `context_parallel_mode: auto` takes; 0 where nothing fits."""
-    heads = model.num_heads // ways
-    read = max(1, heads * model.num_kv_heads // model.num_heads)
-    around = Surroundings(heads, read, model.head_dim, rows=max(1, rows), joined=joined)
-    try:
-        return fitted(ContextParallel(context), around).sizes["ulysses"]
-    except UserError:
-        return 0
+def _saved(
+    model: ModelConfig, cluster: Cluster, found: Found, places: Numbers, surely: bool, sets: Sequence[tuple[str, ...]]
+) -> Iterator[Found]:
+    """Candidates that share switches with every set of savers, but where a part of the set is enough."""
+    if not len(places):
+        return
+    plain = found.switches[int(found.which[places[0]])]
+    enough: dict[tuple[str, ...], NDArray[np.bool_]] = {}
+    for names in sets:
+        done = np.full(len(places), False)
+        for smaller, fits in enough.items():
+            if set(smaller) < set(names):
+                done |= fits
+        enough[names] = np.full(len(places), False)
+        own = places[~done]
+        if not len(own):
+            continue
+        costs = _costs(model, cluster, found.at(own, _saving(plain, names)))
+        enough[names][~done] = fitting = costs.fitting(cluster, surely=surely)
+        yield _timed(model, cluster, costs, fitting)
 
 
 def _groups(model: ModelConfig, sizes: dict[str, Numbers], batch: Numbers) -> Iterator[NDArray[np.int64]]:
     """The places of candidates that share every rule: whether FSDP2 serves them, how attention cuts their rows."""
     rules = np.zeros(len(batch), np.int64)
     data = sizes["replicate"] * sizes["shard"] > 1
-    for rule in (data, *_attention(model, sizes, batch), *(sizes[axis] > 1 for axis in SEQUENCE_AXES)):
+    for rule in (data, *attention_of(model, sizes, batch), *(sizes[axis] > 1 for axis in SEQUENCE_AXES)):
         rules = rules * 2 + rule
     for rule in np.unique(rules):
         yield np.flatnonzero(rules == rule)
@@ -206,19 +192,26 @@ def _group(model: ModelConfig, places: Numbers, found: Found, switches: Switches
     return every.shape(training, parallel), parallel
 
 
-def _costs(
-    model: ModelConfig, training: Training, sizes: dict[str, Numbers], batch: Numbers, switches: Switches
-) -> Found:
-    """The peak of every candidate with these switches; none is timed yet, and buffers are not counted."""
-    count = len(batch)
-    which, peak, buffers = (np.zeros(count, np.int64) for _ in range(3))
-    found = Found(sizes, batch, [switches], which, peak, buffers, np.full(count, np.inf), training)
-    for places in _groups(model, sizes, batch):
-        shape, parallel = _group(model, places, found, switches)
-        found.peak[places] = peak_bytes(model, shape, parallel).total
-    if not switches.reshard:  # means nothing where FSDP2 serves no axis
-        found.peak[np.prod([sizes[axis] for axis in (*DATA_AXES, *SEQUENCE_AXES)], axis=0) == 1] = NEVER
-    return found
+def _costs(model: ModelConfig, cluster: Cluster, found: Found) -> Found:
+    """With the memory of every candidate; all of them have the same switches.
+
+    NEVER is that of one whose switches mean nothing, or whose host has no room for what they bring there.
+    """
+    (way,), peaks, update = found.switches, found.peak.copy(), found.training.update
+    offload, mlp = way.offload_params, anatomy_of(model).layers[0][1]
+    for places in _groups(model, found.sizes, found.micro_batch):
+        shape, parallel = _group(model, places, found, way)
+        peak: Any = peak_bytes(model, shape, parallel, offload=offload, update=update).total
+        if way.tiles != 1:
+            size, tokens = largest_tile(mlp, shape, parallel)
+            peak = np.where(size < tokens, peak, NEVER)
+        if way.offload or offload:
+            host = host_bytes(model, shape, parallel, offload=offload, update=update)
+            peak = np.where(host <= USED * cluster.profile.host_memory_bytes, peak, NEVER)
+        peaks[places] = peak
+    if not way.reshard or offload:  # of FSDP2, which serves these axes alone
+        peaks[np.prod([found.sizes[axis] for axis in (*DATA_AXES, *SEQUENCE_AXES)], axis=0) == 1] = NEVER
+    return replace(found, peak=peaks)
 
 
 def _buffers(model: ModelConfig, cluster: Cluster, found: Found) -> Numbers:
@@ -231,15 +224,20 @@ def _buffers(model: ModelConfig, cluster: Cluster, found: Found) -> Numbers:
     return buffers
 
 
-def _worth_timing(fitting: NDArray[np.bool_], plain: Sequence[Switches], count: int) -> NDArray[np.bool_]:
-    """The candidates that fit, but for those that another one surely beats: it fits and computes less again."""
-    fits = fitting.reshape(len(plain), count)
-    worth = fits.copy()
+def _worth_timing(found: Found, fitting: NDArray[np.bool_], count: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """The plain candidates that fit, but for those that another one surely beats: it fits and computes less again.
+
+    Then those that do not fit, but for those that another one beats likewise: what savers may be worth a try beside.
+    """
+    fits = fitting.reshape(len(PLAIN), count)
+    worth, tight = fits.copy(), (~fits & (found.peak < NEVER).reshape(fits.shape))
     for reshard in (False, True):
-        chain = [place for place, switches in enumerate(plain) if switches.reshard == reshard]
+        chain = [place for place, switches in enumerate(PLAIN) if switches.reshard == reshard]
         for at, place in enumerate(chain):
-            worth[place] &= ~fits[chain[:at]].any(axis=0)
-    return worth.reshape(-1)
+            beaten = fits[chain[:at]].any(axis=0)
+            worth[place] &= ~beaten
+            tight[place] &= ~beaten
+    return worth.reshape(-1), tight.reshape(-1)
 
 
 def _timed(model: ModelConfig, cluster: Cluster, found: Found, worth: NDArray[np.bool_]) -> Found:
@@ -253,17 +251,20 @@ def _timed(model: ModelConfig, cluster: Cluster, found: Found, worth: NDArray[np
         for places in _groups(model, sizes, found.micro_batch[chosen]):
             own = chosen[places]
             shape, parallel = _group(model, own, found, switches)
-            seconds[own] = _time(model, cluster, shape, parallel).total
+            seconds[own] = _time(model, cluster, shape, parallel, found.training, switches.offload_params).total
+    seconds[found.peak == NEVER] = np.inf
     return replace(found, seconds=seconds)
 
 
-def _time(model: ModelConfig, cluster: Cluster, shape: StepShape, parallel: Parallel) -> StepTime:
-    time = step_time(step_work(model, shape, parallel, cluster.per_machine), cluster.profile)
-    return corrected(time, place_of(model, shape, parallel), cluster.profile)
+def _time(
+    model: ModelConfig, cluster: Cluster, shape: StepShape, parallel: Parallel, training: Training, offload: bool
+) -> StepTime:
+    work = step_work(model, shape, parallel, cluster.per_machine, offload=offload, update=training.update)
+    return corrected(step_time(work, cluster.profile), place_of(model, shape, parallel), cluster.profile)
 
 
 def _with_schedules(
-    model: ModelConfig, cluster: Cluster, found: Found, best: NDArray[np.int64], *, surely: bool
+    model: ModelConfig, cluster: Cluster, found: Found, best: NDArray[np.int64], surely: bool
 ) -> Iterator[Found]:
     """The best candidates with the schedules that their meshes allow."""
     for name, slices in SCHEDULES:
@@ -271,9 +272,8 @@ def _with_schedules(
         for which in np.unique(found.which[allowed]):
             own = allowed[found.which[allowed] == which]
             switches = found.switches[int(which)]._replace(schedule=name, slices=slices)
-            sizes = {axis: n[own] for axis, n in found.sizes.items()}
-            costs = _costs(model, found.training, sizes, found.micro_batch[own], switches)
-            costs = replace(costs, buffers=_buffers(model, cluster, costs))
+            same = found.at(own, switches)
+            costs = _costs(model, cluster, replace(same, buffers=_buffers(model, cluster, same)))
             yield _timed(model, cluster, costs, costs.fitting(cluster, surely=surely))
 
 
@@ -289,22 +289,6 @@ def _allowed(model: ModelConfig, found: Found, places: NDArray[np.int64], name: 
     return np.asarray(moves & (block % slices == 0))
 
 
-def _joined(parts: Sequence[Found], training: Training) -> Found:
-    """All candidates of `parts`, in order."""
-    switches: list[Switches] = []
-    which = []
-    for part in parts:
-        which.append(part.which + len(switches))
-        switches += part.switches
-    sizes = {axis: np.concatenate([part.sizes[axis] for part in parts]) for axis in parts[0].sizes}
-    others = (
-        np.concatenate([getattr(part, name) for part in parts])
-        for name in ("micro_batch", "peak", "buffers", "seconds")
-    )
-    batch, peak, buffers, seconds = others
-    return Found(sizes, batch, switches, np.concatenate(which), peak, buffers, seconds, training)
-
-
 def fastest_too_large(model: ModelConfig, cluster: Cluster, found: Found) -> int | None:
     """The place of the fastest of the candidates that hardly do not fit; None where all fit."""
     too_large = np.flatnonzero(~found.fitting(cluster) & (found.peak < NEVER))
@@ -314,8 +298,3 @@ def fastest_too_large(model: ModelConfig, cluster: Cluster, found: Found) -> int
     chosen[too_large[np.argsort(found.peak[too_large], kind="stable")[:KEPT]]] = True
     seconds = np.where(chosen, _timed(model, cluster, found, chosen).seconds, np.inf)
     return int(np.argmin(seconds))
-
-
-def buildable(model: ModelConfig, devices: int, training: Training) -> bool:
-    """Whether any layout of so many devices divides the model and the batch."""
-    return len(_meshes(model, devices, training)[1]) > 0

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import numpy as np
+
 from tessera.core.arrays import common_divisor, larger, rounded_up, smaller
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape
@@ -21,8 +23,28 @@ def mlp_tiles(block: Block, shape: StepShape, parallel: Parallel) -> list[int]:
     return [size * gathered for size in sizes]
 
 
+def counted_tiles(block: Block, shape: StepShape, parallel: Parallel) -> list[tuple[Any, Any]]:
+    """The tokens of the two sizes of tiles, and how many there are of each; sizes may be arrays of candidates."""
+    units, tiles, tokens = _divided(block, shape, parallel)
+    return [((units // tiles + 1) * tokens, units % tiles), (units // tiles * tokens, tiles - units % tiles)]
+
+
 def largest_tile(block: Block, shape: StepShape, parallel: Parallel) -> tuple[Any, Any]:
     """The tokens of the largest tile, and of all together; sizes may be arrays of candidates."""
+    units, tiles, tokens = _divided(block, shape, parallel)
+    return rounded_up(units, tiles) * tokens, shape.tokens_on(parallel.mesh, parallel.streams.ids)
+
+
+def tiled(block: Block, shape: StepShape, parallel: Parallel) -> bool:
+    """Whether an MLP falls into several tiles; of candidates' arrays: whether it may."""
+    if block.attention is not None or shape.savers.mlp_tiles == 1:
+        return False
+    size, tokens = largest_tile(block, shape, parallel)
+    return bool((size < tokens).any()) if isinstance(size < tokens, np.ndarray) else size < tokens
+
+
+def _divided(block: Block, shape: StepShape, parallel: Parallel) -> tuple[Any, Any, Any]:
+    """Units that no tile cuts, the tiles into which they fall, and the tokens of a unit."""
     mesh, hidden = parallel.mesh, block.column.hidden(parallel)
     gathered = mesh.sizes["col"] if parallel.residual.stored_dim("col") == 0 else 1
     scattered = mesh.sizes["inner"] if hidden.stored_dim("inner") == 0 else 1
@@ -30,5 +52,4 @@ def largest_tile(block: Block, shape: StepShape, parallel: Parallel) -> tuple[An
     unit = scattered // common_divisor(scattered, gathered)
     units = together // gathered // unit
     wanted = shape.savers.mlp_tiles or rounded_up(together, block.column.width)
-    tiles = larger(1, smaller(wanted, units))
-    return rounded_up(units, tiles) * unit * gathered, together
+    return units, larger(1, smaller(wanted, units)), unit * gathered

@@ -7,8 +7,10 @@
     exposed       of each axis: seconds of its collectives, less what overlaps: of those that may, what exceeds the
                   share `overlap` of the compute beside them
     contention    compute is slower while collectives run beside it
+    host          bytes to host memory and back at the rate of that link, less what overlaps: the share `overlap` of the
+                  compute, where the device does not wait for the host
     bubble        stages of a pipeline wait (p − 1) times for a micro-batch, and for the stage with the logits
-    optimizer     bytes at the memory bandwidth
+    optimizer     bytes at the memory bandwidth, of the device or of the host; products of muon
     step          what every step takes
     calibration   what measured runs of like shape took more or less than these terms (plan/calibrate.py)
 
@@ -27,9 +29,8 @@ from tessera.models.anatomy import HEAD
 from tessera.plan.machine import Profile
 from tessera.plan.numbering import Links, received_along
 from tessera.plan.traffic import Transfer
-from tessera.plan.work import Moved, Multiplied, Phase, Work
+from tessera.plan.work import PHASES, Moved, Multiplied, Phase, Work
 
-PHASES: tuple[Phase, Phase] = ("forward", "backward")
 SHARED = ("product", "attention", "memory", "dispatch", "links")
 _PHASE: dict[str, Phase] = {phase: phase for phase in PHASES}
 
@@ -46,6 +47,7 @@ class StepTime:
     elementwise: Any
     dispatch: Any
     contention: Any
+    host: Any
     bubble: Any
     optimizer: Any
     step: Any
@@ -67,13 +69,15 @@ class StepTime:
     @property
     def total(self) -> Any:
         """Seconds of the step."""
-        return self.compute + self.communication + self.bubble + self.optimizer + self.step + self.calibration
+        return (
+            self.compute + self.communication + self.host + self.bubble + self.optimizer + self.step + self.calibration
+        )
 
     @property
     def terms(self) -> dict[str, Any]:
         """Every term by name; they add up to the total."""
         exposed = {f"exposed along {axis}": seconds for axis, seconds in self.exposed.items()}
-        names = ("products", "attention", "elementwise", "dispatch", "contention")
+        names = ("products", "attention", "elementwise", "dispatch", "contention", "host")
         rest = {name: getattr(self, name) for name in (*names, "bubble", "optimizer", "step", "calibration")}
         return rest | exposed
 
@@ -116,8 +120,9 @@ def step_time(work: Work, profile: Profile, pipeline: Pipeline = ONE_STAGE) -> S
         sum(elementwise.values()),
         sum(waits.values()),
         (profile.contention - 1) * beside,
+        sum(_exposed_host(work.host[phase], device[phase], rates) for phase in PHASES),
         _bubble(work, profile, pipeline, in_layers, of_head),
-        work.optimizer / bandwidth,
+        work.optimizer / bandwidth + work.optimizer_on_host / rates.host_memory + work.optimizer_flops / rates.multiply,
         profile.step_seconds,
         dict(along),
         collectives,
@@ -138,6 +143,7 @@ class _AtOnce:
         self.attention = profile.attention_flops / slower["attention"]
         self.memory = profile.memory_efficiency * profile.memory_bandwidth / slower["memory"]
         self.dispatch = profile.dispatch_seconds * slower["dispatch"]
+        self.host, self.host_memory = profile.host_bandwidth, profile.host_memory_bandwidth
 
     def collective(self, transfer: Transfer, received: Any, ranks: Any, machines: Any) -> Any:
         """Seconds of a call in which a rank receives so many bytes, over the links that its group has."""
@@ -148,6 +154,13 @@ class _AtOnce:
         """Seconds of a product, at the rate that its least dim reaches."""
         least = smaller(smaller(product.m, product.n), product.k)
         return product.flops / (self.multiply * least / (least + self.profile.product_half))
+
+
+def _exposed_host(moved: Any, device: Any, rates: _AtOnce) -> Any:
+    """Seconds of copies to host memory and back that no compute hides: on a CPU all of them, where nothing runs beside
+    it."""
+    room = rates.profile.overlap * device if rates.profile.asynchronous else 0.0
+    return larger(moved / rates.host - room, 0.0)
 
 
 def _communication(

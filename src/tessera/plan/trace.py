@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tessera.core.collectives import Record, Recorder
 from tessera.core.live_memory import SitedMemory
-from tessera.engine.optimizer import build_optimizer
+from tessera.engine.optimizer import BITSANDBYTES, TORCHAO, Optimizer, build_optimizer
 from tessera.engine.step import Step
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape
@@ -28,6 +28,7 @@ from tessera.nn.parameter import to_local
 from tessera.plan.count import batches_of, built, fake_world, make_state
 from tessera.plan.ledger import KINDS
 from tessera.plan.peak import Peak
+from tessera.plan.update import ADAMW, Update
 
 BRINGING = ("all_gather", "all_to_all", "broadcast", "shift", "receive")
 """The collectives whose results are gathered operands."""
@@ -65,16 +66,21 @@ def traced_memory(
     parallel: Parallel,
     *,
     offload: bool = False,
-    optimizer: str = "adamw_torch_fused",
+    update: Update = ADAMW,
 ) -> TracedMemory:
     """The peak of one step as the rank of `parallel.mesh`; the arguments are those of `plan.peak.peak_bytes`.
 
     More than two micro-batches hold no more than two. Raises RuntimeError in a process that is a rank of a real world.
     """
+    if update.name in (*TORCHAO, *BITSANDBYTES):  # whose kernels take no tensors without data
+        traced = traced_memory(model, shape, parallel, offload=offload)
+        other = 0 if offload else update.moment_bytes(model, parallel) - ADAMW.moment_bytes(model, parallel)
+        peak = replace(traced.peak, states=traced.peak.states + int(other))
+        return replace(traced, peak=peak, timeline=[_with_states(moment, int(other)) for moment in traced.timeline])
     if shape.micro_batches > 2:
         shape = replace(shape, micro_batches=2, documents=shape.documents[:2])
     depths = _depths(model)
-    traces = [_trace(replace(model, num_layers=depth), shape, parallel, offload, optimizer) for depth in depths]
+    traces = [_trace(replace(model, num_layers=depth), shape, parallel, offload, update) for depth in depths]
     last = traces[-1]
     places = last.places
     if len(traces) > 1:
@@ -87,6 +93,11 @@ def traced_memory(
     where = max(places, key=lambda name: sum(places[name].values()))
     peak = Peak(**places[where], moment=where)
     return TracedMemory(peak, _at_depth(last, places[where], where), depths[-1])
+
+
+def _with_states(moment: Moment, more: int) -> Moment:
+    """The same with so many bytes more of states."""
+    return moment._replace(alive=moment.alive | {"states": moment.alive["states"] + more})
 
 
 def _depths(model: ModelConfig) -> list[int]:
@@ -104,47 +115,48 @@ def _at_depth(trace: _Trace, peak: dict[str, int], where: str) -> list[Moment]:
     return [Moment(event, {kind: alive[kind] + more[kind] for kind in KINDS}) for event, alive in trace.timeline]
 
 
-def _trace(model: ModelConfig, shape: StepShape, parallel: Parallel, offload: bool, optimizer: str) -> _Trace:
+def _trace(model: ModelConfig, shape: StepShape, parallel: Parallel, offload: bool, update: Update) -> _Trace:
     sizes = {axis: size for axis, size in parallel.mesh.sizes.items() if size > 1}
     with fake_world(sizes, parallel.mesh.rank) as mesh:
         parallel = replace(parallel, mesh=mesh)
         with built(model, shape, parallel, SitedMemory()) as (decoder, memory):
-            update = build_optimizer(decoder, optimizer, (0.9, 0.95), 1e-8, 0.1)
-            step = Step(decoder, update, max_grad_norm=1.0, label_smoothing=0.1 if shape.label_smoothing else 0.0)
+            # on a GPU torch updates all parameters together, as `foreach` asks for where there is none
+            together = {"foreach": True} if update.name == "sgd" else {}
+            optimizer = build_optimizer(decoder, update.name, (0.9, 0.95), 1e-8, 0.1, {**update.options, **together})
+            step = Step(decoder, optimizer, max_grad_norm=1.0, label_smoothing=0.1 if shape.label_smoothing else 0.0)
             batches = batches_of(shape)
-            make_state(decoder, update)
+            make_state(decoder, optimizer)
             if parallel.schedule.prefetch:
                 step.gradients(batches[:1], 0)
-                update.zero_grad(set_to_none=True)
+                optimizer.zero_grad(set_to_none=True)
             since = len(memory.changes)
-            kinds = _Kinds(memory, decoder, update)
+            kinds = _Kinds(memory, decoder, optimizer)
             step.entered = lambda phase: memory.mark("update") if phase == "optimizer" else None
             memory.mark("begin of the forward")
             with _marked(decoder, memory, kinds), Recorder() as recorder:
                 recorder.made = kinds.brought
                 step(batches, 0, 1e-3)
-            kinds.label_states(decoder, update)
+            kinds.label_states(decoder, optimizer)
             return _read(memory, kinds.final(since), since, offload)
 
 
 class _Kinds:
     """The kind of each storage, by number."""
 
-    def __init__(self, memory: SitedMemory, decoder: Decoder, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, memory: SitedMemory, decoder: Decoder, optimizer: Optimizer) -> None:
         self.memory, self.kinds = memory, defaultdict[int, str](lambda: "working")
         self.forwards: list[tuple[int, int]] = []
         self.label_states(decoder, optimizer)
         self.states = set(self.kinds)
 
-    def label_states(self, decoder: Decoder, optimizer: torch.optim.Optimizer) -> None:
+    def label_states(self, decoder: Decoder, optimizer: Optimizer) -> None:
         """Parameters, gradients and moments as they are now."""
         for parameter in decoder.parameters():
             self._label(to_local(parameter), "states")
             if parameter.grad is not None:
                 self._label(to_local(parameter.grad), "states")
-        for state in optimizer.state.values():
-            for value in state.values():
-                self._label(to_local(value), "states")
+        for value in _tensors_of(optimizer):
+            self._label(value, "states")
 
     def brought(self, record: Record, tensor: Tensor) -> None:
         """A collective fills this tensor."""
@@ -172,6 +184,13 @@ class _Kinds:
                 if first <= place < end <= gone.get(number, end) and self.kinds[number] == "working":
                     self.kinds[number] = "activations"
         return [self.kinds[number] for number in range(len(self.memory.sites))]
+
+
+def _tensors_of(optimizer: Optimizer) -> Iterator[Tensor]:
+    """An optimizer's state, and that of the optimizers inside it."""
+    for inside in (optimizer, getattr(optimizer, "inner", None), getattr(optimizer, "adamw", None)):
+        for state in inside.state.values() if inside is not None else ():
+            yield from (to_local(value) for value in state.values() if isinstance(value, Tensor))
 
 
 @contextmanager

@@ -42,7 +42,7 @@ from tessera.models.config import ModelConfig
 from tessera.nn.context.cut import streams_of
 from tessera.plan.many import ManyMeshes
 from tessera.plan.sequences import attention_moves, whole_row_moves
-from tessera.plan.tiles import mlp_tiles
+from tessera.plan.tiles import counted_tiles, tiled
 from tessera.sizes.schedule import GATHER, Schedule
 
 
@@ -187,15 +187,16 @@ class _Step:
         whole = self.tokens * features * self.element
         return _MovedOperand(what, ("inner",), self.mesh.sizes["inner"], whole, pieces=pieces)
 
-    def tiled(self, block: Block, tiles: list[int], backwards: Any) -> None:
-        """The products of an MLP in tiles of so many tokens, which runs once more in the backward (nn/mlp_tiles.py).
+    def tiled(self, block: Block, backwards: Any) -> None:
+        """The products of an MLP in tiles, which runs once more in the backward (nn/mlp_tiles.py).
 
         In a layer that runs again that run ends before them, unless dropout follows, which saves its mask. Weights move
         once in each pass, unless they come in panels.
         """
         again = self.shape.recompute and self.dropout
         in_panels, whole = self.parallel.schedule.in_panels, self.tokens
-        for self.tokens, count in Counter(tiles).items():
+        for tokens, count in counted_tiles(block, self.shape, self.parallel):
+            self.tokens = tokens
             for product in block.products:
                 self.product(product, count * backwards * (3 if again else 2), count * backwards, weights=in_panels)
         self.tokens = whole
@@ -362,8 +363,8 @@ def step_transfers(model: ModelConfig, shape: StepShape, parallel: Parallel) -> 
         forwards = backwards * (2 if shape.recompute else 1)
         for block in layer:
             step.norm(block.norm, forwards, backwards)
-            if block.attention is None and len(tiles := mlp_tiles(block, shape, parallel)) > 1:
-                step.tiled(block, tiles, backwards)
+            if tiled(block, shape, parallel):
+                step.tiled(block, backwards)
                 continue
             step.product(block.column, forwards, backwards)
             if block.attention is not None:

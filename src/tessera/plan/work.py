@@ -12,14 +12,12 @@ queries, keys and gate (or up) in the hidden stream, memory moves
     activation          3 t f            5 t f          without a gate 2 and 3
     loss                2 t V in float32 and 2 t V      once, in the forward
 
-and the optimizer moves ten times the rank's share: the norm reads the gradient, clipping reads and writes it, AdamW
-reads four states and writes three. Sizes of a mesh and of a step may be arrays of candidates (plan/many.py).
+and what the update moves is in update.py. Sizes of a mesh and of a step may be arrays of candidates (plan/many.py).
 """
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -31,17 +29,20 @@ from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape
 from tessera.models.anatomy import HEAD, Attention, Block, Product, anatomy_of
 from tessera.models.config import ModelConfig
+from tessera.plan.host import travelling
 from tessera.plan.numbering import sizes_inside
 from tessera.plan.sequences import query_heads_on
+from tessera.plan.tiles import tiled
 from tessera.plan.traffic import LAYERS, OUTSIDE, Transfer, step_transfers
+from tessera.plan.update import ADAMW, Update
 
-OPTIMIZER_PASSES = 10
 SCORE_PASSES = 12
 """Times that the step-by-step kernel of attention reads or writes a score, in each direction; an estimate."""
 OPERATORS = {"norm": (4, 8), "product": (4, 8), "attention": (12, 20), "activation": (4, 6), "add": (2, 2)}
 """Operators that the host issues, forward and backward."""
 
 Phase = Literal["forward", "backward"]
+PHASES: tuple[Phase, Phase] = ("forward", "backward")
 
 
 class Multiplied(NamedTuple):
@@ -76,8 +77,10 @@ class Moved(NamedTuple):
 class Work:
     """A step of one rank. Counts are those of the step: FLOPs, bytes, operators.
 
-    `scores`: how many pairs of a query and a key there are, forward and backward; `optimizer`: bytes; `on_machine`: how
-    many ranks of its machine compute at once; `inside`: of each axis how many of them lie along it.
+    `scores`: how many pairs of a query and a key there are, forward and backward; `optimizer`: bytes that the update
+    moves in the device's memory, `optimizer_on_host` in the host's, and `optimizer_flops` what it multiplies;
+    `on_machine`: how many ranks of its machine compute at once, of which `inside` says
+    how many lie along each axis. `host`: bytes between the device and host memory.
     """
 
     products: Sequence[Multiplied]
@@ -90,6 +93,9 @@ class Work:
     micro_batches: Any
     on_machine: Any
     inside: Mapping[str, Any]
+    host: Mapping[Phase, Any]
+    optimizer_on_host: Any
+    optimizer_flops: Any
 
     @property
     def flops(self) -> Any:
@@ -97,14 +103,25 @@ class Work:
         return sum(each.flops for each in self.products) + sum(self.attention.values())
 
 
-def step_work(model: ModelConfig, shape: StepShape, parallel: Parallel, per_machine: int) -> Work:
-    """The work of the rank of `parallel.mesh`, where `per_machine` ranks that follow one another share a machine."""
+def step_work(
+    model: ModelConfig,
+    shape: StepShape,
+    parallel: Parallel,
+    per_machine: int,
+    *,
+    offload: bool = False,
+    update: Update = ADAMW,
+) -> Work:
+    """The work of the rank of `parallel.mesh`, where `per_machine` ranks that follow one another share a machine.
+
+    `offload`: FSDP2 keeps the states on the host, where they are updated.
+    """
     made = _Made(model, shape, parallel)
     for layer, count in anatomy_of(model).kinds:
         for block in layer:
             made.block(block, shape.micro_batches * count)
     made.head()
-    transfers = step_transfers(model, shape, parallel)
+    transfers = [*step_transfers(model, shape, parallel), *update.transfers(model, parallel)]
     mesh = parallel.mesh
     moved = [
         Moved(
@@ -112,9 +129,7 @@ def step_work(model: ModelConfig, shape: StepShape, parallel: Parallel, per_mach
         )
         for each in transfers
     ]
-    units = anatomy_of(model).units(parallel)
-    share = sum(times * prod(p.spec.stored_shape(mesh)) for unit, times in units for p in unit)
-    optimizer = OPTIMIZER_PASSES * share * parallel.dtype.itemsize
+    optimizer = update.moved_bytes(model, parallel)
     return Work(
         made.products,
         dict(made.attention),
@@ -122,10 +137,13 @@ def step_work(model: ModelConfig, shape: StepShape, parallel: Parallel, per_mach
         dict(made.elementwise),
         dict(made.operators),
         moved,
-        optimizer,
+        0 if offload else optimizer,
         shape.micro_batches,
         smaller(mesh.size(AXES), per_machine),
         sizes_inside(mesh.sizes, per_machine),
+        dict(zip(PHASES, travelling(model, shape, parallel, offload), strict=True)),
+        optimizer if offload else 0,
+        update.flops(model, parallel),
     )
 
 
@@ -173,8 +191,9 @@ class _Made:
         stream = self.stream * width
         self.beside("norm", (2 * stream, 4 * stream), forwards, backwards)
         self.beside("add", (3 * stream, 2 * stream), forwards, backwards)
-        tiled = block.attention is None and self.shape.savers.mlp_tiles != 1
-        again = backwards * (3 if self.shape.recompute else 2) if tiled else forwards
+        again = forwards
+        if tiled(block, self.shape, self.parallel):
+            again = backwards * (3 if self.shape.recompute else 2)
         for product in block.products:
             self.multiply(product, again, backwards)
             self.beside("product", (0, 0), forwards, backwards)

@@ -14,12 +14,11 @@ from tessera.layout.parallel import Parallel
 from tessera.models.config import ModelConfig
 from tessera.monitor.predicted import Prediction
 from tessera.plan.calibrate import Run
-from tessera.plan.choice import Training
+from tessera.plan.choice import Beside, Layout, Training
 from tessera.plan.cluster import cluster_of, kept_profiles, profile_for
-from tessera.plan.fit import MemoryLayout
 from tessera.plan.machine import Cluster
 from tessera.plan.recommend import Judged, judge_step
-from tessera.train.settings import compute_dtype, fitting_layout, parallel_for, row_shape, step_shape
+from tessera.train.settings import compute_dtype, fitting_layout, fsdp_of, parallel_for, savers_of, step_shape
 
 
 def foresee(config: TrainConfig, model: ModelConfig, cluster: Cluster) -> Judged:
@@ -61,26 +60,38 @@ def foresee_run(config: TrainConfig, model: ModelConfig, parallel: Parallel) -> 
 def _judged(config: TrainConfig, model: ModelConfig, parallel: Parallel, cluster: Cluster) -> Judged:
     mesh, shape = parallel.mesh, step_shape(config, parallel)
     rows = shape.batch * shape.micro_batches * prod(mesh.sizes[axis] for axis in DATA_AXES)
-    training = Training(shape.sequence, rows, str(parallel.compute).removeprefix("torch."))
+    training = _training(config, shape.sequence, rows, parallel.compute)
     offload = config.fsdp_config.offload_params
     judged = judge_step(model, shape, parallel, cluster, training, str(mesh), offload=offload)
     return replace(judged, name=f"{config.tensor_parallel_mode}: {mesh}")
 
 
-def memory_of(config: TrainConfig, model: ModelConfig, cluster: Cluster) -> MemoryLayout:
+def layout_of(config: TrainConfig, model: ModelConfig, cluster: Cluster) -> tuple[Layout, Training]:
     """The same config as what `plan.fit.memory_remedies` turns."""
     config = fitting_layout(config, model, cluster.per_machine)
-    return MemoryLayout(
-        model,
-        row_shape(config),
-        config.tensor_parallel,
-        {axis: config.mesh_sizes[axis] for axis in DATA_AXES},
-        config.context_parallel,
-        torch.bfloat16 if config.full_bf16 else torch.float32,
-        _compute(config, cluster),
-        config.fsdp_config.offload_params,
-        config.optimizer,
+    tensor, fsdp, savers = config.tensor_parallel, fsdp_of(config), savers_of(config)
+    again = "selective" if savers.attention_once else "true" if config.recompute else "false"
+    layout = Layout(
+        {axis: size for axis, size in config.mesh_sizes.items() if size > 1},
+        config.micro_batch_size,
+        config.gradient_accumulation_steps,
+        again,
+        fsdp.reshard,
+        tensor.schedule,
+        tensor.slices,
+        savers.offload,
+        savers.mlp_tiles,
+        fsdp.offload,
+        Beside(tensor, config.context_parallel, fsdp.by_layer, config.label_smoothing_factor > 0),
     )
+    rows = layout.micro_batch * layout.micro_batches * layout.size(*DATA_AXES)
+    return layout, _training(config, config.sequence_len, rows, _compute(config, cluster))
+
+
+def _training(config: TrainConfig, sequence: int, rows: int, compute: torch.dtype) -> Training:
+    stored = "bfloat16" if config.full_bf16 else "float32"
+    dtype = str(compute).removeprefix("torch.")
+    return Training(sequence, rows, dtype, stored, config.optimizer, config.optim_args or {})
 
 
 def _compute(config: TrainConfig, cluster: Cluster) -> torch.dtype:

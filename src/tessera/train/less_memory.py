@@ -11,10 +11,11 @@ from tessera.core.errors import UserError
 from tessera.core.mesh import Mesh
 from tessera.core.pages import OUT_OF_MEMORY
 from tessera.core.text import human, table_lines
+from tessera.layout.parallel import Parallel
 from tessera.models.config import ModelConfig
-from tessera.plan.memory import state_bytes
 from tessera.plan.peak import peak_bytes
-from tessera.train.settings import fitting_layout, parallel_for, step_shape
+from tessera.plan.update import shard_elements
+from tessera.train.settings import fitting_layout, parallel_for, step_shape, update_of
 
 MOST = 3
 """So many keys are named."""
@@ -26,9 +27,15 @@ def held_bytes(config: TrainConfig, model: ModelConfig, compute: torch.dtype, co
     shape, offload = step_shape(config, parallel), config.fsdp_config.offload_params
     if not _on_gpu():  # host memory is what ran out
         shape, offload = replace(shape, savers=replace(shape.savers, offload=False)), False
-    peak = peak_bytes(model, shape, parallel, offload=offload, optimizer=config.optimizer).total
-    beside = state_bytes(model, parallel) * 3 // 4 if copies and config.save_async else 0  # all but gradients
+    peak = peak_bytes(model, shape, parallel, offload=offload, update=update_of(config)).total
+    beside = _saved(config, model, parallel) if copies and config.save_async else 0
     return int(peak + beside)
+
+
+def _saved(config: TrainConfig, model: ModelConfig, parallel: Parallel) -> int:
+    """Bytes of this rank's parameters and moments."""
+    parameters = shard_elements(model, parallel) * parallel.dtype.itemsize
+    return int(parameters + update_of(config).moment_bytes(model, parallel))
 
 
 def _on_gpu() -> bool:

@@ -18,6 +18,7 @@ from tessera.layout.shape import Fsdp, Savers, StepShape, padded_length
 from tessera.layout.streams import HIDDEN_BY_HEADS, attention_layout, joins_rows
 from tessera.models.config import ModelConfig
 from tessera.nn.context.heads import kv_heads_of
+from tessera.plan.update import Update
 from tessera.sizes.context import Surroundings, fitted, in_words, query_heads
 from tessera.sizes.numbers import nearest
 from tessera.sizes.schedule import Schedule
@@ -159,6 +160,11 @@ def rates(config: TrainConfig, warmup: int, total: int) -> Callable[[int], float
         names = options_of(config.lr_scheduler)
         hint = f"options of {config.lr_scheduler}: {', '.join(names)}" if names else "leave lr_scheduler_kwargs out"
         raise UserError("lr_scheduler_kwargs", options or None, str(error), hint) from error
+
+
+def update_of(config: TrainConfig) -> Update:
+    """What an update by the config's optimizer costs."""
+    return Update(config.optimizer, config.optim_args or {})
 
 
 def check_optimizer(config: TrainConfig) -> None:
