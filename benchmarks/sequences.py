@@ -5,7 +5,8 @@ ranks of all ways start first; then each way takes a step in turn, round after r
 noise only ever adds. CPU seconds are of the slowest rank, waiting not among them; bytes are what a rank is handed by
 collectives in a step; the peak is of live tensors, counted in a step of its own. `--documents 2048` packs documents of
 that mean length (exponential) into the row; `--contiguous` adds exchange with as many tokens a rank, each rank's one
-behind another, whatever their work. `--alone` says what one rank would hold at its peak, counted without running.
+behind another, whatever their work, and prints the CPU seconds of a layer's attention of each rank, without
+communication. `--alone` says what one rank would hold at its peak, counted without running.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import resource
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -105,6 +107,36 @@ def busiest(arguments: argparse.Namespace, length: int) -> str:
     return (
         f"{length:,} tokens, the busiest rank's attention of the mean: contiguous {alone:.2f}, balanced {balanced:.2f}"
     )
+
+
+def attention_seconds(arguments: argparse.Namespace, length: int) -> str:
+    """CPU seconds of one layer's tiles, forward and backward, of each rank: contiguous and balanced, in turn."""
+    import torch
+
+    from tessera.nn.context.assign import assign
+    from tessera.nn.context.consume import backward_tiles, forward_tiles
+    from tessera.nn.context.tiles import tiles
+
+    torch.set_num_threads(1)
+    bounds = (*row(length, arguments.documents, arguments.vocabulary).document_starts, length)
+    heads = (arguments.heads, arguments.kv_heads, arguments.kv_heads)
+    q, k, v = (torch.randn(length, n, arguments.hidden // arguments.heads) for n in heads)
+    ways = {
+        "contiguous": contiguous_owners(length, arguments.ranks),
+        "balanced": assign(bounds, arguments.ranks),
+    }
+    best = {name: [math.inf] * arguments.ranks for name in ways}
+    for _ in range(arguments.rounds):
+        for rank in range(arguments.ranks):
+            for name, owned in ways.items():
+                own = torch.cat([q[first:end] for first, end in owned[rank]])
+                block = k, v, tiles(owned[rank], [(0, length)], bounds)
+                begun = time.process_time()
+                out, lse = forward_tiles(own, [block])
+                backward_tiles(out, own, out, lse, torch.zeros_like(own), block)
+                best[name][rank] = min(best[name][rank], time.process_time() - begun)
+    shown = "; ".join(f"{name} {', '.join(f'{each:.3f}' for each in found)}" for name, found in best.items())
+    return f"{length:,} tokens, CPU s of one layer's attention on each rank: {shown}"
 
 
 def contiguous_part(batch: Any, rank: int, ranks: int) -> Any:
@@ -250,21 +282,36 @@ def table(arguments: argparse.Namespace, folder: Path) -> list[Measured]:
 
 
 def draw(found: list[Measured], path: str) -> None:
-    """Tokens a second, peak and bytes against the length of a row, a line for each way."""
+    """Tokens a CPU second of the slowest rank, peak and bytes against the length of a row, a line for each way."""
+    import matplotlib
+
+    matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, panes = pyplot.subplots(1, 3, figsize=(12, 3.6))
-    titles = ("tokens a second", "peak MiB of a rank", "MiB received a rank")
-    for pane, title, value in zip(
-        panes, titles, (lambda f: f[0] / f[2], lambda f: f[5] / 2**20, lambda f: f[4] / 2**20), strict=True
-    ):
-        for name in dict.fromkeys(f[1].name for f in found):
-            rows = [f for f in found if f[1].name == name]
-            pane.plot([f[0] for f in rows], [value(f) for f in rows], marker="o", label=name)
-        pane.set(title=title, xlabel="tokens of a row", xscale="log", yscale="log")
-    panes[0].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path)
+    panels: tuple[tuple[str, Callable[[Measured], float]], ...] = (
+        ("tokens a CPU second of the slowest rank", lambda f: f[0] / f[3]),
+        ("peak MiB of a rank", lambda f: f[5] / 2**20),
+        ("MiB that a rank receives in a step", lambda f: f[4] / 2**20),
+    )
+    lengths, names = sorted({f[0] for f in found}), list(dict.fromkeys(f[1].name for f in found))
+    with pyplot.rc_context({"svg.hashsalt": "tessera", "font.size": 9}):
+        figure, panes = pyplot.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
+        for pane, (title, value) in zip(panes.flat, panels, strict=True):
+            for number, name in enumerate(names):
+                points = [
+                    (f[0], value(f)) for f in found if f[1].name == name and value(f)
+                ]  # one rank receives nothing
+                marker = "osD^v<>"[number % 7]  # ways that move or hold alike lie on one another
+                if points:
+                    pane.plot(*zip(*points, strict=True), marker=marker, mfc="none", color=f"C{number}", label=name)
+            pane.set(title=title, xlabel="tokens of a row", xscale="log")
+            pane.set_yscale("log", base=2)
+            pane.yaxis.set_major_formatter("{x:,.0f}")
+            pane.set_xticks(lengths, [f"{length:,}" for length in lengths])
+            pane.minorticks_off()
+            pane.grid(alpha=0.3)
+        panes.flat[0].legend(fontsize=8)
+        figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> None:
@@ -304,7 +351,7 @@ def main() -> None:
             f"| {peak / 2**20:,.1f} | {resident / 2**20:,.0f} | {received / 2**20:,.2f} |"
         )
     for length in arguments.lengths if arguments.contiguous else ():
-        print(f"\n{busiest(arguments, length)}")
+        print(f"\n{busiest(arguments, length)}\n{attention_seconds(arguments, length)}")
     for length in arguments.lengths if arguments.alone else ():
         print(
             f"\none rank, {length:,} tokens, counted: {counted_alone(arguments, length) / 2**20:,.1f} MiB at the peak"

@@ -132,6 +132,29 @@ def test_swaps_keep_count_of_work_and_traffic(seed):
     ]
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_the_block_given_for_a_neighbour_is_the_first_that_lowers_the_cost(seed):
+    """Beside the cost of the plan with each pair of blocks swapped, counted anew."""
+    bounds, owners, windows = random_case(Random(seed))
+    owners += 1
+    bounds = [owners * bound for bound in bounds]
+    before = _Area(bounds, windows)
+    blocks = _Blocks(before, owners, _edges(before, owners))
+    deal = [owner for owner in range(owners) for _ in range(blocks.each)]
+    Random(seed).shuffle(deal)
+    swaps = _Swaps(blocks, deal, 101 * sum(blocks.work) // (100 * owners))
+
+    def lowers(x: int, y: int) -> bool:
+        plan = list(deal)
+        plan[x], plan[y] = plan[y], plan[x]
+        return blocks.tokens[x] == blocks.tokens[y] and _Swaps(blocks, plan, swaps.limit).cost() < swaps.cost()
+
+    for block, other in swaps.neighbours:
+        if deal[block] != deal[other]:
+            own = [x for x, owner in enumerate(deal) if owner == deal[block] and x != block]
+            assert swaps.partner(block, other) == next((x for x in own if lowers(x, other)), None)
+
+
 @pytest.mark.parametrize("mean", [1, 50, 5000, 10**6])
 def test_work_is_the_area_of_all_triangles(mean):
     bounds, windows = bounds_of(8 * 1111, mean, 0), [(None, 2), (100, 3)]

@@ -8,8 +8,8 @@ previous block, whose own tiles reach further back. So an owner receives, summed
     min(window - 1, start of the block - the later of (start of its document, end of the owner's previous block))
 
 and a swap of two blocks changes that sum only at these two and at the owners' next blocks. From the blocks in
-order, and again in zigzag, swaps lower the work above a limit plus what is received; the cheapest plan is taken. With
-many blocks the cheaper of the two starts has to do.
+order, and again in zigzag, swaps lower the work above a limit plus what is received, until a pass over all blocks gains
+little; the cheapest plan is taken. With many blocks the cheaper of the two starts has to do.
 Nothing is drawn and no clock is read: from the same bounds every rank of every machine makes the same plan.
 """
 
@@ -24,6 +24,7 @@ BLOCKS_EACH, BLOCKS = 8, 1024  # blocks of an owner; the most of all owners, but
 TWO_STARTS = 256  # blocks; with more, swaps go from the cheaper start alone (measured: plans that cost 1% more at most)
 TRIES_EACH = 100  # swaps tried for each block of the stream; streams with long documents take some 40
 LIMITS = (105, 101)  # percent of the mean work that cost an owner nothing: loose first, so that blocks can move
+WORTH = 200, 1000  # at each limit swaps end where a pass gains, or could gain, less than 1/200, 1/1000 of the mean work
 TRAFFIC_WEIGHT = 2, 10  # what an all-gather moves counts as much as work that is 2/10 of the mean above it
 
 
@@ -120,7 +121,7 @@ class _Blocks:
             longest, *others = _seen([first - document, *(first - end for end in edges[inside : k + 1])], windows)
             self.received.append([longest] * inside + others)
         self.received.append([0] * len(edges))
-        layers = sum(count for _, count in windows)
+        self.layers = layers = sum(count for _, count in windows)
         weight, of = TRAFFIC_WEIGHT
         # cost = most work / mean work + weight / of * received / an all-gather's, times what makes it a whole number
         self.per_work, self.per_token = of * owners * edges[-1] * (owners - 1) * layers, weight * sum(self.work)
@@ -144,6 +145,11 @@ def _seen(gaps: list[int], windows: Windows) -> list[int]:
     return seen
 
 
+def _between(received: list[list[int]], previous: int, block: int, following: int) -> int:
+    """What an owner receives more with a block between two others of its own."""
+    return received[block][previous + 1] + received[following][block + 1] - received[following][previous + 1]
+
+
 def _in_order(owners: int, each: int) -> list[int]:
     return [block // each for block in range(owners * each)]
 
@@ -155,11 +161,15 @@ def _zigzag(owners: int, each: int) -> list[int]:
 
 
 def _swapped(blocks: _Blocks, plan: list[int]) -> list[int]:
-    """A plan after swaps that lower what is received and the work above each limit in turn."""
-    for percent in LIMITS:
+    """A plan after swaps that lower what is received and the work above each limit in turn, while that is worth it."""
+    for percent, part in zip(LIMITS, WORTH, strict=True):
+        worth = blocks.per_work * sum(blocks.work) // (blocks.owners * part)
         swaps = _Swaps(blocks, plan, percent * sum(blocks.work) // (100 * blocks.owners))
-        while swaps.relieve() + swaps.join():
-            pass
+        gained = left = swaps.cost()
+        while min(gained, left) > worth:
+            swaps.relieve()
+            swaps.join()
+            gained, left = left - swaps.cost(), swaps.cost()
         plan = swaps.owner
     return plan
 
@@ -185,34 +195,70 @@ class _Swaps:
         self.lightest = sorted(range(len(plan)), key=blocks.work.__getitem__)
         self.neighbours = [(x, y) for x in range(len(plan)) for y in (x + 1, x - 1) if 0 <= y < len(plan)]
 
-    def join(self) -> int:
-        """Give owners the neighbours of their blocks; the number of swaps."""
-        begun, owner, changed = self.done, self.owner, self.changed
+    def cost(self) -> int:
+        """What swaps lower: the work above the limit of all owners, and what they receive."""
+        above = sum(max(load - self.limit, 0) for load in self.load)
+        return self.blocks.per_work * above + self.blocks.per_token * sum(self.received)
+
+    def join(self) -> None:
+        """Give owners the neighbours of their blocks."""
+        owner, changed = self.owner, self.changed
         for block, other in self.neighbours:
             p, q = owner[block], owner[other]
-            if p == q or self.failed.get((block, other), -1) >= max(changed[p], changed[q]):
+            if p != q and self.failed.get((block, other), -1) < max(changed[p], changed[q]):
+                given = self.partner(block, other)
+                if given is None or not self.swap(given, other):
+                    self.failed[block, other] = self.done
+
+    def partner(self, block: int, other: int) -> int | None:
+        """The first block that the owner of `block` may give for `other` so that the cost falls.
+
+        It says what `swap` would say of each; what is the same for all is counted once, for a plan's time goes here.
+        """
+        blocks, work, tokens, received = self.blocks, self.blocks.work, self.blocks.tokens, self.blocks.received
+        p, q, per_work, per_token = self.owner[block], self.owner[other], self.blocks.per_work, self.blocks.per_token
+        owned, others = self.owned[p], self.owned[q]
+        over_p, over_q = self.load[p] - self.limit + work[other], self.load[q] - self.limit - work[other]
+        above = max(over_p - work[other], 0) + max(over_q + work[other], 0)
+        room = above + per_token * (self.received[p] + self.received[q]) // per_work
+        least, most = over_p - room, room - over_q  # other work costs more than no traffic at all saves
+        to, at = bisect_left(owned, other), bisect_left(others, other)
+        before, after, before_q, after_q = owned[to - 1], owned[to], others[at - 1], others[at + 1]
+        with_other = _between(received, before, other, after)
+        fixed = -_between(received, before_q, other, after_q)
+        saved = blocks.layers * tokens[other]  # at most, where a block comes between two others
+        for previous, x, following in zip(owned, owned[1:], owned[2:], strict=False):
+            its = work[x]
+            if not least <= its <= most or x == block or tokens[x] != tokens[other]:
                 continue
-            if not any(self.swap(x, other) for x in self.fitting(block, other)):
-                self.failed[block, other] = self.done
-        return self.done - begun
+            if not self.tries:
+                return None
+            self.tries -= 1
+            rest = received[following]
+            more = fixed + rest[previous + 1] - received[x][previous + 1] - rest[x + 1]
+            if x == before:
+                more += _between(received, previous, other, after)
+            elif x == after:
+                more += _between(received, before, other, following)
+            else:
+                more += with_other
+            change = (over_p - its if over_p > its else 0) + (over_q + its if over_q > -its else 0) - above
+            if per_work * change + per_token * (more - saved) >= 0:
+                continue
+            j = bisect_left(others, x)
+            low, high = (before_q, after_q) if at <= j <= at + 1 else (others[j - 1], others[j])
+            more += _between(received, low, x, high)
+            if per_work * change + per_token * more < 0:
+                return x
+        return None
 
-    def fitting(self, block: int, other: int) -> list[int]:
-        """The blocks that the owner of `block` may give for `other` without more work than traffic can outweigh."""
-        blocks, load, work = self.blocks, self.load, self.blocks.work
-        p, q = self.owner[block], self.owner[other]
-        outweighed = blocks.per_token * (self.received[p] + self.received[q]) // blocks.per_work
-        room = max(load[p], self.limit) + max(load[q], self.limit) - self.limit + outweighed  # for each one's work
-        least, most = work[other] + load[p] - room, work[other] + room - load[q]
-        return [x for x in self.owned[p][1:-1] if least <= work[x] <= most and x != block]
-
-    def relieve(self) -> int:
-        """Give owners above the limit lighter blocks for theirs; the number of swaps."""
-        begun, work = self.done, self.blocks.work
+    def relieve(self) -> None:
+        """Give owners above the limit lighter blocks for theirs."""
+        work = self.blocks.work
         for owner in range(self.blocks.owners):
             if self.load[owner] > self.limit:
                 heaviest = sorted(self.owned[owner][1:-1], key=work.__getitem__, reverse=True)
                 any(self.swap(x, y) for x in heaviest for y in self.lighter(x))
-        return self.done - begun
 
     def lighter(self, block: int) -> Iterator[int]:
         """Blocks with less work, the lightest first, whose owners would have less than this one's has."""

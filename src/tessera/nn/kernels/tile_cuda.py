@@ -53,7 +53,7 @@ def backward(
         0.0,
         tile.causal,
         unused,
-        unused[:0],
+        unused,
         scale=scale,
         window_size_left=_window(tile),
     )
