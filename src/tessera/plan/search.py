@@ -39,6 +39,7 @@ from tessera.plan.many import ManyMeshes
 from tessera.plan.peak import peak_bytes
 from tessera.plan.tiles import largest_tile
 from tessera.plan.time import StepTime, step_time
+from tessera.plan.update import Update
 from tessera.plan.work import step_work
 from tessera.sizes.schedule import LOOPS
 
@@ -199,22 +200,35 @@ def _costs(
     NEVER is that of one whose switches mean nothing, or whose host has no room for what they bring there.
     """
     count = len(batch)
-    nothing = np.zeros(count, np.int64)
-    found = Found(sizes, batch, [way], nothing, nothing.copy(), np.full(count, np.inf), training)
-    offload, mlp, update = way.offload_params, anatomy_of(model).layers[0][1], training.update
+    never = np.full(count, NEVER)
+    found = Found(sizes, batch, [way], np.zeros(count, np.int64), never, np.full(count, np.inf), training)
+    offload, update = way.offload_params, training.update
     for places in _groups(model, sizes, batch):
         shape, parallel = _group(model, places, found, way)
-        peak: Any = peak_bytes(model, shape, parallel, offload=offload, update=update).total
-        if way.tiles != 1:
-            size, tokens = largest_tile(mlp, shape, parallel)
-            peak = np.where(size < tokens, peak, NEVER)
-        if way.offload or offload:
-            host = host_bytes(model, shape, parallel, offload=offload, update=update)
-            peak = np.where(host <= USED * cluster.profile.host_memory_bytes, peak, NEVER)
-        found.peak[places] = peak
+        able = _able(model, cluster, shape, parallel, way, update)
+        if not np.all(able):  # the others cost nothing further
+            places = places[np.broadcast_to(able, places.shape)]
+            if not len(places):
+                continue
+            shape, parallel = _group(model, places, found, way)
+        found.peak[places] = peak_bytes(model, shape, parallel, offload=offload, update=update).total
     if not way.reshard or offload:  # of FSDP2, which serves these axes alone
         found.peak[np.prod([sizes[axis] for axis in (*DATA_AXES, *SEQUENCE_AXES)], axis=0) == 1] = NEVER
     return found
+
+
+def _able(
+    model: ModelConfig, cluster: Cluster, shape: StepShape, parallel: Parallel, way: Switches, update: Update
+) -> Any:
+    """Which candidates have several tiles, where `way` asks for tiles, and room on the host for what goes there."""
+    able: Any = True
+    if way.tiles != 1:
+        size, tokens = largest_tile(anatomy_of(model).layers[0][1], shape, parallel)
+        able = size < tokens
+    if way.offload or way.offload_params:
+        host = host_bytes(model, shape, parallel, offload=way.offload_params, update=update)
+        able = able & (host <= USED * cluster.profile.host_memory_bytes)
+    return able
 
 
 def _worth_timing(found: Found, count: int, room: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
