@@ -197,21 +197,33 @@ def _costs(model: ModelConfig, cluster: Cluster, found: Found) -> Found:
 
     NEVER is that of one whose switches mean nothing, or whose host has no room for what they bring there.
     """
-    (way,), peaks, update = found.switches, found.peak.copy(), found.training.update
-    offload, mlp = way.offload_params, anatomy_of(model).layers[0][1]
+    (way,), peaks, update = found.switches, np.full(len(found), NEVER), found.training.update
     for places in _groups(model, found.sizes, found.micro_batch):
         shape, parallel = _group(model, places, found, way)
-        peak: Any = peak_bytes(model, shape, parallel, offload=offload, update=update).total
-        if way.tiles != 1:
-            size, tokens = largest_tile(mlp, shape, parallel)
-            peak = np.where(size < tokens, peak, NEVER)
-        if way.offload or offload:
-            host = host_bytes(model, shape, parallel, offload=offload, update=update)
-            peak = np.where(host <= USED * cluster.profile.host_memory_bytes, peak, NEVER)
-        peaks[places] = peak
-    if not way.reshard or offload:  # of FSDP2, which serves these axes alone
+        able = _able(model, cluster, shape, parallel, way, update)
+        if not np.all(able):  # the others cost nothing further
+            places = places[np.broadcast_to(able, places.shape)]
+            if not len(places):
+                continue
+            shape, parallel = _group(model, places, found, way)
+        peaks[places] = peak_bytes(model, shape, parallel, offload=way.offload_params, update=update).total
+    if not way.reshard or way.offload_params:  # of FSDP2, which serves these axes alone
         peaks[np.prod([found.sizes[axis] for axis in (*DATA_AXES, *SEQUENCE_AXES)], axis=0) == 1] = NEVER
     return replace(found, peak=peaks)
+
+
+def _able(
+    model: ModelConfig, cluster: Cluster, shape: StepShape, parallel: Parallel, way: Switches, update: Update
+) -> Any:
+    """Which candidates have several tiles, where `way` asks for tiles, and room on the host for what goes there."""
+    able: Any = True
+    if way.tiles != 1:
+        size, tokens = largest_tile(anatomy_of(model).layers[0][1], shape, parallel)
+        able = size < tokens
+    if way.offload or way.offload_params:
+        host = host_bytes(model, shape, parallel, offload=way.offload_params, update=update)
+        able = able & (host <= USED * cluster.profile.host_memory_bytes)
+    return able
 
 
 def _buffers(model: ModelConfig, cluster: Cluster, found: Found) -> Numbers:
