@@ -4,19 +4,22 @@ What a layer saved goes as its backward comes to it, in the reverse order of the
 the gradients of its activations and of its weights, and what products, attention and norms hold while they run.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from tessera.core.arrays import where
+from tessera.data.batch import Stream
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape
-from tessera.models.anatomy import Block, Layer, Norm
+from tessera.models.anatomy import Attention, Block, Layer, Norm
 from tessera.plan.attention_walk import attention_backward
 from tessera.plan.ledger import Ledger
 from tessera.plan.memory import BlockSaved, result_bytes, saved_by_block
 from tessera.plan.product_walk import Early, ProductSizes, backward, forward, sizes_of
+from tessera.plan.scores_walk import explicit_forward
 from tessera.plan.tiles import largest_tile
 
 
@@ -24,7 +27,8 @@ from tessera.plan.tiles import largest_tile
 class Walk:
     """One layer's walk: what the step needs to say of it beside the sizes that follow from the layout.
 
-    `accumulates`: gradients of an earlier micro-batch are there, 0 or 1; `tiled`: whether its MLP goes in tiles.
+    `accumulates`: gradients of an earlier micro-batch are there, 0 or 1; `tiled`: whether its MLP goes in tiles;
+    `streams`: where ranks share sequences, of each micro-batch the stream of which this rank has a part.
     """
 
     ledger: Ledger
@@ -32,6 +36,7 @@ class Walk:
     parallel: Parallel
     accumulates: Any
     tiled: bool
+    streams: Sequence[Stream] = ()
 
     @property
     def wide(self) -> int:
@@ -101,14 +106,15 @@ def _block_backward(
     late = [column.late * walk.late if place + 2 < len(before) else 0, row.late * walk.late]
     backward(ledger, row, parallel, before[place], late[0])
     gradients(walk, row)
-    ledger.drop(held.row_input + held.row_weights, "activations")
     into_row = row.hidden
+    result = held.row_input * (0 if block.attention is None else _is_kept(block.attention, parallel))
+    ledger.drop(held.row_input - result + held.row_weights, "activations")
     # meanwhile the weights of the next product are there, and gradients of the last one's are on their way
     early, waiting = before[place].held, row.whole_w * row.w_moves * walk.late
     ledger.hold(waiting)
     ledger.hold(early, "gathered")
     if block.attention is not None:
-        attention_backward(ledger, block.attention, held.inside, walk.shape, parallel)
+        attention_backward(ledger, block.attention, held.inside + result, walk.shape, parallel, walk.streams)
         ledger.drop(into_row)
         ledger.hold(column.hidden)
     elif len(column.h) > 1:  # with a gate: silu(gate), dy · up, and the gradient of gate
@@ -124,6 +130,14 @@ def _block_backward(
     backward(ledger, column, parallel, before[place - 1] if place else following, late[1])
     gradients(walk, column)
     ledger.drop(column.hidden)
+
+
+def _is_kept(attention: Attention, parallel: Parallel) -> Any:
+    """Whether what the row-parallel product saved is what attention saved as its result too, 0 or 1: not a copy of it
+    that came along inner or ulysses, and not where nobody needs the result again."""
+    if attention.scores or (parallel.schedule.keep and parallel.mesh.present(("inner",))):
+        return 0
+    return where(parallel.mesh.sizes["ulysses"] > 1, parallel.context.chunks > 1, 1)
 
 
 def gradients(walk: Walk, p: ProductSizes) -> None:
@@ -166,6 +180,8 @@ def _forward_again(walk: Walk, layer: Layer, saved: list[BlockSaved], products: 
         forward(ledger, column, parallel, row.early if walk.early else Early())
         kept = result_bytes(block.attention, walk.shape, parallel) if block.attention is not None else 0
         kept = kept if walk.shape.savers.attention_once else 0
+        if block.attention is not None and block.attention.scores:
+            explicit_forward(ledger, block.attention, walk.shape, parallel)
         ledger.hold(held.inside + held.row_input - kept, "activations")
         if block.attention is not None:
             ledger.touch(column.hidden + row.hidden)

@@ -4,6 +4,8 @@ A formula walks through a step and says what comes and goes, in the order in whi
 the most. Sizes are whole numbers, or arrays of candidates, for each of which the most may be elsewhere.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tessera.core.arrays import where
@@ -40,10 +42,12 @@ class Ledger:
         """So many bytes come and go at once."""
         self.drop(self.hold(size, kind), kind)
 
-    def turn(self, size: Any, before: str, after: str) -> None:
-        """So many bytes are of another kind from here on."""
-        self.now[before] = self.now[before] - size
-        self.now[after] = self.now[after] + size
+    @contextmanager
+    def passing(self) -> Iterator[None]:
+        """What comes and goes in here: at its end as much is alive as at its begin."""
+        before = dict(self.now)
+        yield
+        self.now = before
 
     def _compare(self) -> None:
         total = sum(self.now.values())

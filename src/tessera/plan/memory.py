@@ -141,7 +141,9 @@ def layer_bytes(layer: Layer, shape: StepShape, parallel: Parallel) -> int:
 
 
 def result_bytes(attention: Attention, shape: StepShape, parallel: Parallel) -> Any:
-    """Bytes that a layer keeps which runs again while attention does not."""
+    """Bytes that a layer keeps which runs again while attention does not; step by step it does run again."""
+    if attention.scores:
+        return 0
     mesh, head = parallel.mesh, attention.head_dim * parallel.compute.itemsize
     queries = query_heads_on(attention, parallel)
     kept = queries * (head + _statistic(parallel))
@@ -207,17 +209,24 @@ def saved_by_block(block: Block, shape: StepShape, parallel: Parallel, *, tiled:
 
 def saved_scores(attention: Attention, shape: StepShape, parallel: Parallel) -> Any:
     """What the step-by-step kernel saves of each pair of a query and a key: the softmax's result in the wide dtype, and
-    what multiplies v; with dropout the mask too, scaled."""
+    what multiplies v; with dropout the mask too, scaled. Of all heads together which keys are hidden, a byte each."""
     element, wide = parallel.compute.itemsize, _statistic(parallel)
     kept = wide + (2 * element if attention.dropout else element if wide > element else 0)
     tokens = shape.tokens_on(parallel.mesh, parallel.attention.tokens)
-    return tokens * query_heads_on(attention, parallel) * shape.sequence * kept
+    hidden = tokens if shape.documents else shape.sequence
+    return (tokens * query_heads_on(attention, parallel) * kept + hidden) * shape.sequence
 
 
 def _saved_by_attention(attention: Attention, parallel: Parallel) -> int:
-    """Bytes of a token: queries, keys, values, the softmax's statistics; where heads are normed what that saves."""
+    """Bytes of a token: queries, keys, values, the softmax's statistics; where heads are normed what that saves.
+
+    The step-by-step kernel saves a key and a value for each query, and its softmax has no statistics.
+    """
     head, statistic = attention.head_dim * parallel.compute.itemsize, _statistic(parallel)
     queries, keys = query_heads_on(attention, parallel), kv_heads_on(attention, parallel)
+    if attention.scores:
+        normed = (queries + 2 * keys) * head + (queries + keys) * statistic
+        return 3 * queries * head + (normed if attention.norms else 0)
     saved = (queries + (3 if attention.rotary else 2) * keys) * head + queries * statistic
     if not attention.norms:
         return saved

@@ -40,6 +40,7 @@ from tessera.plan.peak import peak_bytes
 from tessera.plan.tiles import largest_tile
 from tessera.plan.time import StepTime, step_time
 from tessera.plan.traffic import step_transfers
+from tessera.plan.update import Update
 from tessera.plan.work import step_work
 from tessera.sizes.schedule import LOOPS
 
