@@ -143,7 +143,8 @@ class _AtOnce:
         self.attention = profile.attention_flops / slower["attention"]
         self.memory = profile.memory_efficiency * profile.memory_bandwidth / slower["memory"]
         self.dispatch = profile.dispatch_seconds * slower["dispatch"]
-        self.host, self.host_memory = profile.host_bandwidth, profile.host_memory_bandwidth
+        self.host_memory = profile.host_memory_bandwidth
+        self.host = min(profile.host_bandwidth, self.host_memory)  # every device of the machine copies at once
 
     def collective(self, transfer: Transfer, received: Any, ranks: Any, machines: Any) -> Any:
         """Seconds of a call in which a rank receives so many bytes, over the links that its group has."""
