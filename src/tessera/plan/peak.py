@@ -34,7 +34,7 @@ from tessera.models.anatomy import Layer, anatomy_of
 from tessera.models.config import ModelConfig
 from tessera.plan.layer_walk import Walk, layer_backward, norm_backward
 from tessera.plan.ledger import Ledger
-from tessera.plan.memory import gathered_units, kept_weights, layer_bytes, saved_bytes
+from tessera.plan.memory import gathered_units, kept_weights, layer_bytes, saved_bytes, staying_bytes
 from tessera.plan.product_walk import Early, ProductSizes, sizes_of
 from tessera.plan.tiles import largest_tile, tiled
 from tessera.plan.update import ADAMW, Update, shard_elements
@@ -144,7 +144,13 @@ class _Step:
     def saved_until(self, index: int) -> Any:
         """Bytes that layers before `index` have saved, and what is saved before them."""
         layers = self.layers[max(0, index - 2) : index] if self.shape.savers.offload else self.layers[:index]
-        return self.saved_in_all - self.of(self.kept_on_device, self.layers) + self.of(self.kept, layers)
+        staying = self.of(self.staying, self.layers[: index - len(layers)])
+        return self.saved_in_all - self.of(self.kept_on_device, self.layers) + self.of(self.kept, layers) + staying
+
+    @cached_property
+    def staying(self) -> list[Any]:
+        """Bytes of them that stay on the device where a layer of each kind is offloaded."""
+        return [staying_bytes(layer, self.shape, self.parallel) for layer, _ in self.anatomy.kinds]
 
     @cached_property
     def kept(self) -> list[Any]:
@@ -162,11 +168,7 @@ class _Step:
         shape = replace_offload(self.shape)
         every = saved_bytes(self.model, shape, self.parallel) - kept_weights(self.model, shape, self.parallel)
         bias = self.vocabulary if self.model.head_bias else 0
-        return every - 2 * self.head.s - (self._head_weight + bias) * self.element
-
-    @property
-    def _head_weight(self) -> Any:
-        return self.head_shard
+        return every - 2 * self.head.s - (self.head_shard + bias) * self.element
 
     def gathered(self, index: int) -> Any:
         """Weights that FSDP2 has gathered when the backward of layer `index` begins, with those that come for the next.
@@ -221,7 +223,7 @@ class _Step:
             saved = self.saved_until(len(self.layers))
         ahead = self._first_of_backward().early.held if self._early else 0
         self.begin("loss", 0, saved + head.s, self.gathered(len(self.layers)) + ahead, outside=0)
-        cast = self._head_weight * e if e != self.stored and parallel.fsdp is None else 0
+        cast = self.head_shard * e if e != self.stored and parallel.fsdp is None else 0
         ledger.hold(head.s + cast)  # the head's input, and its weight in the compute dtype
         weight = self.vocabulary * (self.model.hidden_size // inner) * e
         shard = weight // head.rows
@@ -294,7 +296,7 @@ class _Step:
         tied = self.anatomy.tied
         if self.parallel.fsdp is None:
             return self.several * self.head_shard * self.stored * tied
-        return self._head_weight * self.element * (1 - self._adds_at_once * (not tied))
+        return self.head_shard * self.element * (1 - self._adds_at_once * (not tied))
 
     def _fsdp_gradients(self, index: int) -> None:
         """What waits while a layer runs: gradients that the layer after hands over to be summed, or of all layers."""
