@@ -14,12 +14,15 @@ from tessera.core.live_memory import SitedMemory
 from tessera.core.mesh import Mesh
 from tessera.layout.resolve import parallel_of
 from tessera.layout.shape import Savers, StepShape
+from tessera.models.anatomy import anatomy_of
 from tessera.models.config import LayerKind
 from tessera.plan.choice import Beside, Layout, Training
 from tessera.plan.count import counted_step
 from tessera.plan.fit import checked_peak, fits, memory_remedies, most_that_fits
+from tessera.plan.host import host_bytes
 from tessera.plan.ledger import KINDS, Ledger
 from tessera.plan.many import ManyMeshes
+from tessera.plan.memory import kept_by_layers, staying_bytes
 from tessera.plan.peak import peak_bytes
 from tessera.plan.trace import plot_timeline, traced_memory
 from tessera.sizes.context import WHOLE, ContextParallel
@@ -177,6 +180,19 @@ def test_the_trace_is_what_real_ranks_hold(name):
     for peak in pool(ranks, gloo=True).run(peak_of_real_rank, case):
         # not equal: what a collective has sent is freed when gloo's thread gets to it
         assert peak == pytest.approx(traced, rel=0.03)
+
+
+@pytest.mark.parametrize("tiles", [1, 2])
+def test_copies_of_weights_stay_on_the_device_where_layers_are_offloaded(tiles):
+    """Of twelve layers, where two would be within 3% without them only if weights were nothing."""
+    model, shape = replace(SMALL, num_layers=12), replace(SHORT, savers=Savers(offload=True, mlp_tiles=tiles))
+    parallel = parallel_of(D1, Mesh({}, rank=0), shape.batch, model.dimensions, None, torch.float32, torch.bfloat16)
+    peak, traced = peak_bytes(model, shape, parallel), traced_memory(model, shape, parallel).peak
+    assert peak.total == pytest.approx(traced.total, rel=0.03)
+    copies = sum(count * staying_bytes(layer, shape, parallel) for layer, count in anatomy_of(model).kinds)
+    assert copies > 0.06 * traced.total
+    held = kept_by_layers(model, shape, parallel)
+    assert host_bytes(model, shape, parallel) == held - copies
 
 
 # ---- Arrays of candidates

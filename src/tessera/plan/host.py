@@ -5,7 +5,7 @@ from typing import Any
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape
 from tessera.models.config import ModelConfig
-from tessera.plan.memory import kept_by_layers
+from tessera.plan.memory import offloaded_by_layers
 from tessera.plan.update import ADAMW, Update, shard_elements
 
 USED = 0.8
@@ -19,7 +19,7 @@ def host_bytes(
 
     Sizes of the mesh and the step may be arrays of candidates.
     """
-    kept = kept_by_layers(model, shape, parallel) if shape.savers.offload else 0
+    kept = offloaded_by_layers(model, shape, parallel) if shape.savers.offload else 0
     if not offload:
         return kept
     return kept + 2 * shard_elements(model, parallel) * parallel.dtype.itemsize + update.moment_bytes(model, parallel)
@@ -31,7 +31,7 @@ def travelling(model: ModelConfig, shape: StepShape, parallel: Parallel, offload
     What layers keep leaves and comes back. With `offload` shards come for each gather of FSDP2: for every forward, and
     for a layer's backward unless its weights are kept, which holds for all micro-batches; gradients leave once a step.
     """
-    kept = kept_by_layers(model, shape, parallel) * shape.micro_batches if shape.savers.offload else 0
+    kept = offloaded_by_layers(model, shape, parallel) * shape.micro_batches if shape.savers.offload else 0
     shards = shard_elements(model, parallel) * parallel.dtype.itemsize if offload else 0
     gathers = shape.micro_batches if shape.reshard else 1
     return kept + gathers * shards, kept + (gathers if shape.reshard else 0) * shards + shards

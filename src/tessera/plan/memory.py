@@ -20,7 +20,7 @@ it comes back; in groups of heads neither. The rank's part of the ids, targets, 
 
 A layer that runs again in the backward keeps its input, t h; with attention run once also attention's result, t q, and
 statistics, and along ulysses what is traded, t (2q + 2kv). An MLP in tiles keeps its input and its norm's, 2 t h. What
-is offloaded is on the device for at most two layers.
+is offloaded is on the device for at most two layers; weights that are copies in the compute dtype stay there.
 """
 
 from dataclasses import dataclass
@@ -76,9 +76,11 @@ def saved_bytes(model: ModelConfig, shape: StepShape, parallel: Parallel) -> int
     statistic = t * _statistic(parallel)
     layers = kept_by_layers(model, shape, parallel)
     if shape.savers.offload:
-        layers = smaller(
-            layers, 2 * reduce(larger, (layer_bytes(layer, shape, parallel) for layer, _ in anatomy.kinds))
+        moving = (
+            layer_bytes(each, shape, parallel) - staying_bytes(each, shape, parallel) for each, _ in anatomy.kinds
         )
+        travels = offloaded_by_layers(model, shape, parallel)
+        layers = layers - travels + smaller(travels, 2 * reduce(larger, moving))
 
     # the embedding saves ids and which of them lie here; learned positions save positions
     ids = shape.tokens_on(mesh, parallel.streams.ids) * (index + 1) * (mesh.sizes["col"] > 1)
@@ -123,6 +125,22 @@ def _widened_gains(norm: Norm, attention: Attention | None, parallel: Parallel) 
 def kept_by_layers(model: ModelConfig, shape: StepShape, parallel: Parallel) -> int:
     """What the layers among it keep for one micro-batch's backward, on the device or in host memory."""
     return sum(count * layer_bytes(layer, shape, parallel) for layer, count in anatomy_of(model).kinds)
+
+
+def offloaded_by_layers(model: ModelConfig, shape: StepShape, parallel: Parallel) -> int:
+    """The part of it that offloading takes to host memory."""
+    staying = sum(count * staying_bytes(layer, shape, parallel) for layer, count in anatomy_of(model).kinds)
+    return kept_by_layers(model, shape, parallel) - staying
+
+
+def staying_bytes(layer: Layer, shape: StepShape, parallel: Parallel) -> Any:
+    """Bytes of what one layer keeps on the device even so: its weights in the compute dtype, where they are copies."""
+    rows = parallel.mesh.size(parallel.weights_over)
+    if shape.recompute or parallel.dtype == parallel.compute or parallel.fsdp is not None:
+        return 0
+    blocks = [saved_by_block(block, shape, parallel, tiled=tiled(block, shape, parallel)) for block in layer]
+    copies = sum(block.column_weights + block.row_weights for block in blocks)
+    return where(rows > 1, 0, copies) if parallel.schedule.keep else copies  # kept as gathered they go too
 
 
 def layer_bytes(layer: Layer, shape: StepShape, parallel: Parallel) -> int:

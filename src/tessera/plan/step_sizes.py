@@ -22,7 +22,7 @@ from tessera.models.config import ModelConfig
 from tessera.nn.context.cut import streams_of
 from tessera.plan.ledger import Ledger
 from tessera.plan.many import ManyMeshes
-from tessera.plan.memory import gathered_units, kept_weights, layer_bytes, saved_bytes
+from tessera.plan.memory import gathered_units, kept_weights, layer_bytes, saved_bytes, staying_bytes
 from tessera.plan.product_walk import sizes_of
 from tessera.plan.update import Update, shard_elements
 
@@ -102,7 +102,13 @@ class StepSizes:
     def saved_until(self, index: int) -> Any:
         """Bytes that layers before `index` have saved, and what is saved before them."""
         layers = self.layers[max(0, index - 2) : index] if self.shape.savers.offload else self.layers[:index]
-        return self.saved_in_all - self.of(self.kept_on_device, self.layers) + self.of(self.kept, layers)
+        staying = self.of(self.staying, self.layers[: index - len(layers)])
+        return self.saved_in_all - self.of(self.kept_on_device, self.layers) + self.of(self.kept, layers) + staying
+
+    @cached_property
+    def staying(self) -> list[Any]:
+        """Bytes of them that stay on the device where a layer of each kind is offloaded."""
+        return [staying_bytes(layer, self.shape, self.parallel) for layer, _ in self.anatomy.kinds]
 
     @cached_property
     def kept(self) -> list[Any]:
