@@ -11,7 +11,7 @@ from tessera.measure.timing import Effort, Timer
 from tessera.plan.machine import written_profile
 
 TINY = Amount(
-    Effort(1e-4, 2), Sizes([(8, 16, 16), (16, 16, 16), (32, 16, 16)], 2**10, 2**8, (1, 2, 16, 8)), (64, 256), 256
+    Effort(1e-4, 2), Sizes([(8, 16, 16), (16, 16, 16), (32, 16, 16)], 2**10, 2**8, [(1, 2, 16, 8)]), (64, 256), 256
 )
 
 

@@ -10,9 +10,14 @@ import pytest
 from benchmarks.fit_curves import curves, data_folder
 
 from tessera.core.errors import UserError
+from tessera.models.config import ModelConfig
+from tessera.nn.rope import RopeConfig
+from tessera.plan.choice import Layout, Training
 from tessera.plan.cluster import cluster_of, kept_profiles, profile_for
-from tessera.plan.fitted import Moved, Multiplied, fitted_curve, fitted_product
+from tessera.plan.fitted import Attended, Moved, Multiplied, fitted_attention, fitted_curve, fitted_product
 from tessera.plan.machine import Curve, Profile, read_profile, shipped_profiles, written_profile
+from tessera.plan.time import step_time
+from tessera.plan.work import step_work
 
 SHIPPED = shipped_profiles()
 
@@ -189,6 +194,22 @@ def test_the_rate_of_products_is_found_again_from_their_times() -> None:
     times = [2 * m * n * k * (min(m, n, k) + 100) / min(m, n, k) / 5e10 for m, n, k in sizes]
     (flops, half), mean, _ = fitted_product([Multiplied(s, t) for s, t in zip(sizes, times, strict=True)])
     assert (flops, half) == pytest.approx((5e10, 100)) and mean < 1e-9
+
+
+def test_the_rates_of_attention_are_found_again_from_what_the_planner_says_of_it() -> None:
+    """A layer's attention, forward and backward, in the units in which the planner counts it."""
+    profile = replace(
+        SHIPPED["CPU"], attention_flops=5e10, attention_half=150.0, score_seconds=2e-9, asynchronous=False
+    )
+    attended = []
+    for batch, heads, tokens, features in [(8, 8, 128, 16), (8, 8, 256, 64), (1, 8, 1024, 32), (2, 8, 512, 128)]:
+        model = ModelConfig("llama", 64, heads * features, 1, heads, heads, features, 64, tokens, rope=RopeConfig())
+        layout, training = Layout({}, batch, 1), Training(tokens, batch, "float32")
+        parallel = layout.parallel(model, training)
+        work = step_work(model, layout.shape(training, parallel), parallel, 1)
+        attended.append(Attended((batch, heads, tokens, features), float(step_time(work, profile).attention)))
+    found, mean, _ = fitted_attention(attended)
+    assert found == pytest.approx((5e10, 150.0, 2e-9)) and mean < 1e-9
 
 
 def test_where_devices_are_joined_in_pairs_few_have_few_links() -> None:

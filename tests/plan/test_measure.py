@@ -32,7 +32,15 @@ def test_two_ranks_measure_one_profile(tmp_path):
     assert profile.shared["links"] == {2: 1.0}
     assert set(profile.sources) >= {"product_flops", "inside", "overlap", "error", "pairs"}
     told = "\n".join(" ".join(line.split()) for line in lines)
-    for words in ("matrix products", "32 16 16", "all_to_all 2 64 B", "an operator's dispatch", "GB/s of each pair"):
+    for words in (
+        "matrix products",
+        "32 16 16",
+        "all_to_all 2 64 B",
+        "an operator's dispatch",
+        "1 2 16 8",
+        "ns a pair",
+        "GB/s of each pair",
+    ):
         assert words in told, told
 
 
@@ -70,7 +78,10 @@ def test_a_busy_machine_widens_the_band():
         fitted = Fitted((1e9, 1.0), 0.0, 0.0)
         spreads = dict.fromkeys(("long", "memory", "attention", "dispatch", "out", "back", "host"), spread)
         products = {(8, 8, 8): timed[spread]}
-        computed = Computed(torch.float32, products, fitted, 1e9, 0.5, 1e9, 1e-5, 1e9, 1e9, spreads)
+        attended = {(1, 2, 16, 8): timed[spread]}
+        attention = Fitted((1e9, 0.0, 0.0), 0.0, 0.0)
+        rates = (1e9, 0.5, attended, attention, 1e-5, 1e9, 1e9)
+        computed = Computed(torch.float32, products, fitted, *rates, spreads)
         where = Here("CPU x", False, "torch", "2026-11-29", 1, 1, 2**30, 2**30)
         profile = profile_of(computed, Linked(), None, where)
         assert profile.error == error

@@ -26,7 +26,7 @@ from tessera.models.decoder import Decoder
 from tessera.nn.attend import attend
 from tessera.nn.mask import Mask
 from tessera.nn.parameter import to_local
-from tessera.plan.fitted import Fitted, Multiplied, fitted_product
+from tessera.plan.fitted import Attended, Fitted, Multiplied, fitted_attention, fitted_product
 from tessera.plan.work import step_work
 from tessera.sizes.rules import TensorParallel
 
@@ -36,29 +36,34 @@ Shape = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is computed: shapes of products, elements of a long array and of an activation, attention's (B, H, S, Q)."""
+    """What is computed: shapes of products, elements of a long array and of an activation, attention's (B, H, S, Q).
+
+    The last of these is the one that several ranks do at once.
+    """
 
     products: Sequence[Shape]
     long: int
     activation: int
-    attention: tuple[int, int, int, int]
+    attention: Sequence[tuple[int, int, int, int]]
 
 
 ON_CPU = Sizes(
     [(64, 256, 256), (256, 256, 256), (1024, 256, 256), (512, 512, 512), (128, 1024, 1024), (1024, 1024, 1024)],
     2**23,
     2**20,
-    (2, 8, 512, 64),
+    [(8, 8, 128, 16), (8, 8, 256, 64), (1, 8, 1024, 32), (1, 8, 1024, 80), (2, 8, 512, 64)],
 )
-QUICK_ON_CPU = Sizes([(64, 128, 128), (256, 256, 256), (512, 512, 512)], 2**22, 2**18, (1, 4, 256, 64))
+QUICK_ON_CPU = Sizes(
+    [(64, 128, 128), (256, 256, 256), (512, 512, 512)], 2**22, 2**18, [(4, 4, 64, 16), (1, 4, 256, 64)]
+)
 ON_GPU = Sizes(
     [(8192, 128, 8192), (8192, 512, 4096), (8192, 1024, 8192), (512, 4096, 4096), (2048, 2048, 2048)]
     + [(4096, 4096, 4096), (8192, 8192, 8192), (16384, 14336, 4096)],
     2**28,
     2**26,
-    (2, 16, 4096, 128),
+    [(16, 16, 512, 64), (2, 16, 4096, 64), (1, 16, 8192, 128), (2, 16, 4096, 128)],
 )
-QUICK_ON_GPU = Sizes([(8192, 512, 4096), (2048, 2048, 2048), (8192, 8192, 8192)], 2**27, 2**24, (1, 16, 4096, 128))
+QUICK_ON_GPU = Sizes([(8192, 512, 4096), (2048, 2048, 2048), (8192, 8192, 8192)], 2**27, 2**24, [(1, 16, 4096, 128)])
 
 
 @dataclass(frozen=True)
@@ -66,9 +71,10 @@ class Computed:
     """What one rank alone takes, and by what (`shared`, by kind and ranks) that grows with several at once.
 
     `products` by shape, for the mean of its forward and the two products of its backward; `bandwidth` bytes/s of a sum
-    of long arrays; `efficiency`: the share of it that operators with new results reach; `attention` FLOP/s of forward
-    and backward; `dispatch` seconds of an operator. `host`: bytes/s between the device and host memory one way, the
-    slower of the two; `host_memory`: bytes/s that the process moves within host memory.
+    of long arrays; `efficiency`: the share of it that operators with new results reach; `attended` by (B, H, S, Q),
+    forward and backward, and `attention`, what was fitted to it; `dispatch` seconds of an operator. `host`: bytes/s
+    between the device and host memory one way, the slower of the two; `host_memory`: bytes/s that the process moves
+    within host memory.
     """
 
     dtype: torch.dtype
@@ -76,7 +82,8 @@ class Computed:
     fitted: Fitted
     bandwidth: float
     efficiency: float
-    attention: float
+    attended: dict[tuple[int, int, int, int], Timed]
+    attention: Fitted
     dispatch: float
     host: float
     host_memory: float
@@ -106,6 +113,7 @@ def measured_compute(timer: Timer, sizes: Sizes, here: int, threads: int | None)
     fitted = fitted_product([Multiplied(shape, timed.seconds) for shape, timed in products.items()])
     bandwidth = 3 * sizes.long * dtype.itemsize / alone["long"].seconds
     efficiency = 5 * sizes.activation * dtype.itemsize / alone["memory"].seconds / bandwidth
+    attended = {shape: time(work.attention(shape), 1) for shape in sizes.attention}
     shared: dict[str, dict[int, float]] = {}
     for ranks in () if gpu else (1, *_powers(here)):
         for kind in ("product", "memory", "attention", "dispatch"):
@@ -117,7 +125,8 @@ def measured_compute(timer: Timer, sizes: Sizes, here: int, threads: int | None)
         fitted,
         bandwidth,
         min(1.0, efficiency),
-        work.attention_flops / alone["attention"].seconds,
+        attended,
+        fitted_attention([Attended(shape, timed.seconds) for shape, timed in attended.items()]),
         alone["dispatch"].seconds / work.operators,
         sizes.activation * dtype.itemsize / max(alone["out"].seconds, alone["back"].seconds),
         3 * sizes.activation * dtype.itemsize / alone["host"].seconds,
@@ -169,7 +178,7 @@ class _Work:
             "long": lambda: torch.add(a, b, out=c),
             "memory": lambda: silu(gate) * up,
             "product": _product(self.device, self.dtype, _middle(sizes.products)),
-            "attention": self._attention(),
+            "attention": self.attention(sizes.attention[-1]),
             "dispatch": self.tiny.run,
             **self._host(gate),
         }
@@ -184,14 +193,10 @@ class _Work:
             "host": lambda: torch.add(host, other, out=other),
         }
 
-    @property
-    def attention_flops(self) -> float:
-        batch, heads, tokens, features = self.sizes.attention
-        return 3.5 * 4 * batch * heads * tokens**2 * features / 2
-
-    def _attention(self) -> Callable[[], object]:
-        q, k, v = (self.random(*self.sizes.attention).requires_grad_() for _ in range(3))
-        mask, gradient = Mask(causal=True), self.random(*self.sizes.attention)
+    def attention(self, sizes: tuple[int, int, int, int]) -> Callable[[], object]:
+        """Forward and backward of causal attention of (B, H, S, Q)."""
+        q, k, v = (self.random(*sizes).requires_grad_() for _ in range(3))
+        mask, gradient = Mask(causal=True), self.random(*sizes)
 
         def call() -> None:
             out, _ = attend(q, k, v, mask)

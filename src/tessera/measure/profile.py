@@ -83,6 +83,7 @@ def profile_of(computed: Computed, linked: Linked, pairs: MeasuredPairs | None, 
     if linked.overlap is None:
         sources |= dict.fromkeys(("overlap", "contention"), "not measured with one rank: the default")
     flops, half = computed.fitted.value
+    attention, attention_half, score = computed.attention.value
     return Profile(
         name=where.name,
         device=where.hardware,
@@ -93,7 +94,9 @@ def profile_of(computed: Computed, linked: Linked, pairs: MeasuredPairs | None, 
         peak_flops=dict(base.peak_flops) if base else {},
         product_flops=flops,
         product_half=half,
-        attention_flops=computed.attention,
+        attention_flops=attention,
+        attention_half=attention_half,
+        score_seconds=score,
         memory_bandwidth=computed.bandwidth,
         memory_efficiency=computed.efficiency,
         dispatch_seconds=computed.dispatch,
@@ -144,13 +147,13 @@ def lines(profile: Profile, computed: Computed, linked: Linked, pairs: MeasuredP
         f"  fit: {profile.product_flops / 1e9:,.0f} GFLOP/s · d / (d + {profile.product_half:.0f}), d the least size; "
         f"error {computed.fitted.mean_error:.0%} on average, at most {computed.fitted.largest_error:.0%}"
     )
+    told += ["", "causal attention, forward and backward", *_attention_lines(profile, computed)]
     spread = computed.spreads
     told += ["", "beside products"]
     told += table_lines(
         [
             ["memory, long arrays", f"{computed.bandwidth / 1e9:.3g} GB/s", f"spread {spread['long']:.0%}"],
             ["operators with new results", f"{computed.efficiency:.0%} of it", f"spread {spread['memory']:.0%}"],
-            ["attention, causal", f"{computed.attention / 1e9:,.0f} GFLOP/s", f"spread {spread['attention']:.0%}"],
             ["between device and host memory", f"{computed.host / 1e9:.3g} GB/s", f"spread {spread['out']:.0%}"],
             ["within host memory", f"{computed.host_memory / 1e9:.3g} GB/s", f"spread {spread['host']:.0%}"],
             ["an operator's dispatch", f"{1e6 * computed.dispatch:.3g} µs", f"spread {spread['dispatch']:.0%}"],
@@ -167,6 +170,18 @@ def lines(profile: Profile, computed: Computed, linked: Linked, pairs: MeasuredP
             f"rounds differ by {apart:.0%} where they should be alike: measure again when the machine is idle",
         ]
     return told
+
+
+def _attention_lines(profile: Profile, computed: Computed) -> list[str]:
+    rows = [["rows", "heads", "tokens", "features", "GFLOP/s", "ms", "spread"]]
+    for shape, timed in computed.attended.items():
+        batch, heads, tokens, features = shape
+        flops = 7 * batch * heads * tokens**2 * features / timed.seconds
+        rows.append([*map(str, shape), f"{flops / 1e9:,.0f}", f"{1e3 * timed.seconds:.3g}", f"{timed.spread:.0%}"])
+    rate, half, pair = profile.attention_flops / 1e9, profile.attention_half, 1e9 * profile.score_seconds
+    _, mean, largest = computed.attention
+    fit = f"  fit: {rate:,.0f} GFLOP/s · k / (k + {half:.0f}), k the keys of a query, and {pair:.3g} ns a pair; "
+    return [*table_lines(rows), f"{fit}error {mean:.0%} on average, at most {largest:.0%}"]
 
 
 def _shared_lines(profile: Profile) -> list[str]:

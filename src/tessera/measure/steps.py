@@ -74,9 +74,9 @@ class Size:
 
 ON_CPU = (
     Size(96, 3, 8, 8, 8, 128, 1024),
-    Size(224, 3, 8, 4, 8, 256, 4096),
-    Size(384, 3, 8, 4, 4, 256, 4096),
-    Size(640, 2, 8, 8, 8, 256, 4096),
+    Size(224, 3, 8, 4, 4, 1024, 4096),
+    Size(384, 3, 8, 4, 4, 512, 4096),
+    Size(640, 2, 8, 8, 4, 256, 4096),
 )
 # at most 12 GB on one device, nearly all of them the states of the widest model
 ON_GPU = (

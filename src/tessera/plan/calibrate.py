@@ -117,7 +117,8 @@ def _at_once(ranks: int) -> _Scale:
 
 
 _FIELDS = (
-    *("product_flops", "product_half", "attention_flops", "memory_efficiency", "score_bytes"),
+    *("product_flops", "product_half", "attention_flops", "attention_half"),
+    *("score_seconds", "memory_efficiency", "score_bytes"),
     *("dispatch_seconds", "overlap", "step_seconds"),
 )
 _PARTS = ("alpha_seconds", "hop_seconds", "bytes_per_second")

@@ -32,6 +32,13 @@ class Multiplied(NamedTuple):
     seconds: float
 
 
+class Attended(NamedTuple):
+    """Attention that was timed, causal, forward and backward: its (B, H, S, Q), and seconds of a call."""
+
+    sizes: tuple[int, int, int, int]
+    seconds: float
+
+
 class Fitted(NamedTuple, Generic[T]):
     """What was fitted, and the relative errors of its times: the mean, and the largest."""
 
@@ -67,6 +74,20 @@ def fitted_product(multiplied: Sequence[Multiplied]) -> Fitted[tuple[float, floa
         terms.append((flops, flops / min(m, n, k)))
     numbers, mean, largest = _least_squares(terms, [each.seconds for each in multiplied], positive=0)
     return Fitted((float(1 / numbers[0]), float(numbers[1] / numbers[0])), mean, largest)
+
+
+def fitted_attention(attended: Sequence[Attended]) -> Fitted[tuple[float, float, float]]:
+    """FLOP/s, half and seconds of a pair, as `machine.Profile` has them.
+
+    A call of B rows, H heads of Q features, S tokens takes 7 BHQS (S + 2 half) / FLOP/s + BHS² · seconds of a pair.
+    """
+    terms = []
+    for (batch, heads, tokens, features), _ in attended:
+        queries = 1.0 * batch * heads * tokens
+        terms.append((7 * queries * features * tokens, 14 * queries * features, queries * tokens))
+    numbers, mean, largest = _least_squares(terms, [each.seconds for each in attended], positive=0)
+    rate = float(1 / numbers[0])
+    return Fitted((rate, float(numbers[1] * rate), float(numbers[2])), mean, largest)
 
 
 def _least_squares(terms: Terms, seconds: Sequence[float], positive: int) -> tuple[Any, float, float]:

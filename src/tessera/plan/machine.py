@@ -110,8 +110,10 @@ class Profile:
     """One device with one stack. FLOP/s are of floats, bandwidths bytes/s, times seconds.
 
     `peak_flops` by dtype: the vendor's, of which MFU is a share. A product of M, N, K multiplies at
-    `product_flops · d / (d + product_half)`, d the least of the three; attention at `attention_flops`: 4 HQS² FLOP in
-    the forward (H heads of Q features over S tokens), 2.5 times that in the backward, half with a causal mask. What
+    `product_flops · d / (d + product_half)`, d the least of the three; attention does 4 HQS² FLOP in
+    the forward (H heads of Q features over S tokens), 2.5 times that in the backward, half with a causal mask, at
+    `attention_flops · k / (k + attention_half)`, k the keys that a query sees, and takes `score_seconds` for each pair
+    of a query and a key, each way. What
     memory bounds moves at `memory_efficiency · memory_bandwidth`. The host issues an operator, as plan/work.py counts
     them, in `dispatch_seconds`: a layer takes no less than that, and where it does not run `asynchronous`, as on a CPU,
     that much more. Of what may overlap with compute the share `overlap` does; compute is `contention` times slower
@@ -142,6 +144,8 @@ class Profile:
     inside: Mapping[str, Curve]
     between: Mapping[str, Curve]
     score_bytes: float = 0.0
+    attention_half: float = 0.0
+    score_seconds: float = 0.0
     host_bandwidth: float = 2.5e10
     host_memory_bandwidth: float = 2.5e10
     host_memory_bytes: int = 2**37
@@ -280,6 +284,8 @@ def _bounds(profile: Profile) -> Iterator[tuple[str, float, float, float]]:
     for name in ("product_flops", "attention_flops", "memory_bandwidth", "host_bandwidth", "host_memory_bandwidth"):
         yield name, getattr(profile, name), 1, FASTEST
     yield "product_half", profile.product_half, 0, 2**20
+    yield "attention_half", profile.attention_half, 0, 2**20
+    yield "score_seconds", profile.score_seconds, 0, 1
     yield "memory_efficiency", profile.memory_efficiency, 1e-3, 1
     yield "dispatch_seconds", profile.dispatch_seconds, 0, LONGEST
     yield "step_seconds", profile.step_seconds, 0, LONGEST

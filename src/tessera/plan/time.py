@@ -1,7 +1,7 @@
 """How long a step takes on a machine, term by term: the work of a rank (plan/work.py) at the rates of a profile.
 
     products      Σ 2 M N K / (R d / (d + half)), d the least of M, N, K on the rank
-    attention     its FLOPs at their own rate
+    attention     its FLOPs at R k / (k + half), k the keys that a query sees, and what each pair of them takes
     elementwise   bytes at the share of the memory bandwidth that such operators reach
     dispatch      what the host takes longer to issue a phase than the device to run it
     exposed       of each axis: seconds of its collectives, less what overlaps: of those that may, what exceeds the
@@ -98,7 +98,7 @@ def step_time(work: Work, profile: Profile, pipeline: Pipeline = ONE_STAGE) -> S
     """The time of a step whose rank does `work`, of one stage where there are several."""
     rates = _AtOnce(profile, work)
     products = {phase: sum(rates.product(each) for each in work.products if each.phase == phase) for phase in PHASES}
-    attention = {phase: work.attention.get(phase, 0) / rates.attention for phase in PHASES}
+    attention = {phase: rates.attend(work, phase) for phase in PHASES}
     bandwidth = rates.memory
     elementwise = {
         phase: (work.elementwise[phase] + profile.score_bytes * work.scores[phase]) / bandwidth for phase in PHASES
@@ -141,6 +141,7 @@ class _AtOnce:
             self.wiring = Links(profile.pairs, work.inside, received)
         self.multiply, self.links = profile.product_flops / slower["product"], slower["links"]
         self.attention = profile.attention_flops / slower["attention"]
+        self.score = profile.score_seconds * slower["attention"]
         self.memory = profile.memory_efficiency * profile.memory_bandwidth / slower["memory"]
         self.dispatch = profile.dispatch_seconds * slower["dispatch"]
         self.host_memory = profile.host_memory_bandwidth
@@ -150,6 +151,11 @@ class _AtOnce:
         """Seconds of a call in which a rank receives so many bytes, over the links that its group has."""
         links = self.wiring.share(transfer.axes) if self.wiring else 1.0
         return self.links * self.profile.collective_seconds(transfer.kind, received, ranks, machines, links)
+
+    def attend(self, work: Work, phase: Phase) -> Any:
+        """Seconds of attention: the fewer keys a query sees, the lower the rate."""
+        flops = work.attention.get(phase, 0) + self.profile.attention_half * work.per_key.get(phase, 0)
+        return flops / self.attention + self.score * work.scores.get(phase, 0)
 
     def product(self, product: Multiplied) -> Any:
         """Seconds of a product, at the rate that its least dim reaches."""

@@ -77,7 +77,8 @@ class Moved(NamedTuple):
 class Work:
     """A step of one rank. Counts are those of the step: FLOPs, bytes, operators.
 
-    `scores`: how many pairs of a query and a key there are, forward and backward; `optimizer`: bytes that the update
+    `attention`: FLOPs, `per_key` those for each key that a query sees; `scores`: how many pairs of a query and a key
+    there are, forward and backward; `optimizer`: bytes that the update
     moves in the device's memory, `optimizer_on_host` in the host's, and `optimizer_flops` what it multiplies;
     `on_machine`: how many ranks of its machine compute at once, of which `inside` says
     how many lie along each axis. `host`: bytes between the device and host memory.
@@ -85,6 +86,7 @@ class Work:
 
     products: Sequence[Multiplied]
     attention: Mapping[Phase, Any]
+    per_key: Mapping[Phase, Any]
     scores: Mapping[Phase, Any]
     elementwise: Mapping[Phase, Any]
     operators: Mapping[Phase, Any]
@@ -133,6 +135,7 @@ def step_work(
     return Work(
         made.products,
         dict(made.attention),
+        dict(made.per_key),
         dict(made.scores),
         dict(made.elementwise),
         dict(made.operators),
@@ -156,6 +159,7 @@ class _Made:
         self.stream = shape.tokens_on(self.mesh, parallel.residual.tokens)
         self.products: list[Multiplied] = []
         self.attention: defaultdict[Phase, Any] = defaultdict(int)
+        self.per_key: defaultdict[Phase, Any] = defaultdict(int)
         self.elementwise: defaultdict[Phase, Any] = defaultdict(int)
         self.scores: defaultdict[Phase, Any] = defaultdict(int)
         self.operators: defaultdict[Phase, Any] = defaultdict(int)
@@ -225,6 +229,8 @@ class _Made:
             self.merge(tokens, width, forwards)
         self.attention["forward"] += 2 * flops * forwards
         self.attention["backward"] += 5 * flops * backwards
+        self.per_key["forward"] += 4 * tokens * width * forwards
+        self.per_key["backward"] += 10 * tokens * width * backwards
         kv = width * attention.kv_heads // attention.heads
         rotated = 2 * tokens * (width + kv) if attention.rotary else 0
         self.beside("attention", (rotated, rotated), forwards, backwards)
