@@ -172,6 +172,10 @@ def _of_fsdp(layout: MemoryLayout) -> Iterator[_Change]:
         keys = {"fsdp_config.reshard_after_forward": True}
         yield keys, replace(layout, shape=replace(shape, reshard=True)), "weights are gathered again for the backward"
     served = math.prod((*(layout.data or {}).values(), layout.context.size)) > 1
+    if served and shape.micro_batches > 1 and not shape.sync_each_batch:
+        meaning = "gradients are summed after every micro-batch; no whole ones are kept between them"
+        keys = {"fsdp_config.sync_each_batch": True}
+        yield keys, replace(layout, shape=replace(shape, sync_each_batch=True)), meaning
     if served and not layout.offload:
         keys = {"fsdp_config.offload_params": True}
         yield keys, replace(layout, offload=True), "the update runs on the host"

@@ -69,10 +69,12 @@ def traced_memory(
 ) -> TracedMemory:
     """The peak of one step as the rank of `parallel.mesh`; the arguments are those of `plan.peak.peak_bytes`.
 
-    More than two micro-batches hold no more than two. Raises RuntimeError in a process that is a rank of a real world.
+    More than two micro-batches hold no more than two; where weights are kept, more than three no more than three.
+    Raises RuntimeError in a process that is a rank of a real world.
     """
-    if shape.micro_batches > 2:
-        shape = replace(shape, micro_batches=2, documents=shape.documents[:2])
+    most = 2 if shape.reshard else 3
+    if shape.micro_batches > most:
+        shape = replace(shape, micro_batches=most, documents=shape.documents[:most])
     depths = _depths(model)
     traces = [_trace(replace(model, num_layers=depth), shape, parallel, offload, optimizer) for depth in depths]
     last = traces[-1]
