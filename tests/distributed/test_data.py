@@ -50,8 +50,16 @@ def test_a_model_equals_one_process(layout, model):
 
 @pytest.mark.parametrize(
     "asked",
-    [Fsdp(reshard=False), Fsdp(prefetch=True), Fsdp(offload=True), Fsdp(by_layer=False)],
-    ids=["weights kept", "prefetch", "offload", "one unit"],
+    [
+        Fsdp(reshard=False),
+        Fsdp(prefetch=True),
+        Fsdp(offload=True),
+        Fsdp(by_layer=False),
+        Fsdp(sync_each_batch=True),
+        pytest.param(Fsdp(reshard=False, sync_each_batch=True), marks=pytest.mark.slow),
+        pytest.param(Fsdp(offload=True, sync_each_batch=True), marks=pytest.mark.slow),
+    ],
+    ids=["weights kept", "prefetch", "offload", "one unit", "each batch", "kept, each batch", "offload, each batch"],
 )
 @pytest.mark.parametrize("layout", [pytest.param("hsdp 2×2", marks=pytest.mark.slow), "fsdp 2 × tp 2"])
 def test_switches_change_no_number(layout, asked):

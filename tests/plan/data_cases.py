@@ -38,5 +38,5 @@ def data_traffic(
     with Recorder() as recorder:
         step(batches, 0, 1e-3)
     shape = StepShape(ROWS // mesh.size(DATA_AXES), LENGTH, micro_batches, recompute)
-    shape = replace(shape, reshard=asked.reshard, by_layer=asked.by_layer)
+    shape = replace(shape, reshard=asked.reshard, by_layer=asked.by_layer, sync_each_batch=asked.sync_each_batch)
     return counted(recorder.records), totals(step_transfers(model.config, shape, parallel))

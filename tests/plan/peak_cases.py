@@ -48,6 +48,11 @@ class PeakCase:
     compute: torch.dtype
     offload: bool = False
 
+    @property
+    def served(self) -> bool:
+        """Whether FSDP2 has the parameters in its hands."""
+        return bool({"replicate", "shard", "ring", "ulysses"} & set(self.sizes))
+
     def parallel(self, mesh: Mesh) -> Parallel:
         dtypes = self.dtype, self.compute
         return parallel_of(
@@ -64,6 +69,7 @@ class PeakCase:
         words += ["pure"] * (self.dtype == self.compute) + ["recompute"] * shape.recompute
         words += ["tied"] * model.tied + ["documents"] * bool(shape.documents) + ["qk-norm"] * model.qk_norm
         words += ["windows"] * (len(model.layer_kinds) > 1) + ["offload"] * self.offload
+        words += ["each batch"] * (shape.sync_each_batch and shape.micro_batches > 1 and self.served)
         words += ["kept weights"] * (not shape.reshard) + ["all at once"] * (not shape.by_layer)
         words += [f"{self.context.mode} in {self.context.chunks}"] if self.context.size > 1 else []
         return " ".join([*words, str(shape.savers) if shape.savers != Savers() else ""])
@@ -75,6 +81,8 @@ def random_case(seed: int) -> PeakCase:
     while True:
         case = _drawn(dice)
         if case is not None:
+            if dice.random() < 0.3:  # which means something to FSDP2 with several micro-batches alone
+                case = replace(case, shape=replace(case.shape, sync_each_batch=True))
             return replace(case, model=replace(case.model, vocab_size=4096)) if seed % 2 else case
 
 
@@ -105,8 +113,8 @@ def _drawn(dice: random.Random) -> PeakCase | None:
     sizes = {axis: n for axis, n in (data | context.sizes | mesh).items() if n > 1}
     shape = _shape(dice, model)
     dtype, compute = dice.choice(DTYPES)
-    served = bool({"replicate", "shard", "ring", "ulysses"} & set(sizes))
-    case = PeakCase(model, shape, tensor, sizes, context, dtype, compute, served and dice.random() < 0.15)
+    case = PeakCase(model, shape, tensor, sizes, context, dtype, compute)
+    case = replace(case, offload=case.served and dice.random() < 0.15)
     return case if _fits(case) else None
 
 
@@ -193,7 +201,7 @@ def peak_of_real_rank(case: PeakCase) -> int:
     mesh, shape = shared_mesh(case.sizes), case.shape
     parallel = case.parallel(mesh)
     with PeakMemory() as memory:
-        fsdp = Fsdp(shape.reshard, by_layer=shape.by_layer)
+        fsdp = Fsdp(shape.reshard, by_layer=shape.by_layer, sync_each_batch=shape.sync_each_batch)
         decoder = build_decoder(case.model, parallel, fsdp, gradient_checkpointing=shape.recompute, savers=shape.savers)
         decoder.initialize(seed=5)
         optimizer = build_optimizer(decoder, "adamw_torch_fused", (0.9, 0.95), 1e-8, 0.1)

@@ -54,3 +54,15 @@ def test_accumulation_repeats_gathers_alone_and_none_where_weights_are_kept(layo
             if axis in data:
                 times = gathers if kind == "all_gather" else 1
                 assert three[axis, kind] == (times * calls, times * received), (asked, axis, kind)
+
+
+@pytest.mark.parametrize("layout", ["hsdp 2×2", pytest.param("fsdp 2 × 2d 2×2", marks=pytest.mark.slow)])
+def test_sums_after_each_micro_batch_repeat_with_them(layout):
+    data = {axis for axis, _ in traffic(layout)} - {"col"}
+    one, three = (traffic(layout, asked=Fsdp(sync_each_batch=True), micro_batches=count) for count in (1, 3))
+    for (axis, kind), (calls, received) in one.items():
+        if axis in data and kind != "all_reduce":
+            assert three[axis, kind] == (3 * calls, 3 * received), (axis, kind)
+    once = traffic(layout, micro_batches=3)
+    scattered = [key for key in once if key[0] in data and key[1] == "reduce_scatter"]
+    assert scattered and all(three[key][1] == 3 * once[key][1] for key in scattered)

@@ -22,7 +22,7 @@ from tessera.plan.fit import checked_peak, fits, memory_remedies, most_that_fits
 from tessera.plan.host import host_bytes
 from tessera.plan.ledger import KINDS, Ledger
 from tessera.plan.many import ManyMeshes
-from tessera.plan.memory import kept_by_layers, staying_bytes
+from tessera.plan.memory import kept_by_layers, state_bytes, staying_bytes
 from tessera.plan.peak import peak_bytes
 from tessera.plan.trace import plot_timeline, traced_memory
 from tessera.sizes.context import WHOLE, ContextParallel
@@ -155,6 +155,7 @@ REAL = {
     "alone": real({}),
     "1d": real({"col": 2}, tensor=TensorParallel(size=2)),
     "FSDP2": real({"shard": 2}),
+    "FSDP2, each batch": real({"shard": 2}, replace(SHORT, micro_batches=2, sync_each_batch=True)),
     "1d of 4, recomputed": real({"col": 4}, AGAIN, TensorParallel(size=4)),
     "2d": real({"row": 2, "col": 2}, tensor=D2),
     "summa": real({"row": 2, "col": 2}, tensor=replace(D2, schedule="summa")),
@@ -261,6 +262,20 @@ def test_each_remedy_saves_what_the_formula_says():
     assert halved == {"micro_batch_size": 1, "gradient_accumulation_steps": 2}
     wider = keys["context_parallel_size"].keys
     assert wider == {"context_parallel_size": 2, "dp_shard_size": 1, "gradient_accumulation_steps": 2}
+
+
+def test_whole_gradients_between_micro_batches_are_told():
+    several = replace(PLANNED, micro_batches=2)
+    keys = {"fsdp_config.sync_each_batch": True}
+    (remedy,) = (each for each in memory_remedies(LARGE, several, ROWS) if each.keys == keys)
+    summed = replace(several, sync_each_batch=True)
+    assert remedy.saved == checked_peak(LARGE, several, ROWS) - checked_peak(LARGE, summed, ROWS)
+    # of the whole gradients of a rank that share them by two half are left
+    weights = state_bytes(LARGE, PLANNED.parallel(LARGE, ROWS)) // 4 * 2
+    assert 0.4 * weights < remedy.saved < weights
+    assert all(
+        each.keys != keys for each in (*memory_remedies(LARGE, PLANNED, ROWS), *memory_remedies(LARGE, summed, ROWS))
+    )
 
 
 def test_what_cannot_be_is_no_remedy():

@@ -2,7 +2,7 @@
 
     axes              parameters                       gradients
     inner · col       DTensors, cut as specs say      as the products and the gradient rule sum them
-    shard · row       dim 0 cut again by FSDP2         reduce-scatter, at the end of a step's last backward
+    shard · row       dim 0 cut again by FSDP2         reduce-scatter, in a step's last backward, or in each
     replicate · depth repeated                         one all-reduce of what that left
 
 `row` cuts tokens, as `shard` does: its weights are gathered the same way, so FSDP2 serves both at once (`fsdp` of
@@ -51,16 +51,18 @@ def build_decoder(
     return decoder
 
 
-def gradients_travel(decoder: Decoder, travel: bool) -> None:
-    """Whether the next backward sums gradients over the data axes: only a step's last one does, for all of them.
+def gradients_travel(decoder: Decoder, last: bool) -> None:
+    """Whether the next backward sums gradients over the data axes: a step's last one does, for all of them.
 
-    Where weights are kept after the forward, they stay until then too.
+    With `sync_each_batch` each does, and adds to this rank's shards, which are all that is kept between them. Where
+    weights are kept after the forward, they stay until the last one either way.
     """
     if isinstance(decoder, FSDPModule):
+        travel = last or decoder.sums_each_batch
         decoder.set_requires_gradient_sync(travel)
         decoder.set_is_last_backward(travel)
         if decoder.keeps_gathered:
-            decoder.set_reshard_after_backward(travel)
+            decoder.set_reshard_after_backward(last)
 
 
 def _shard(decoder: Decoder, fsdp: Fsdp) -> None:
@@ -95,7 +97,7 @@ def _shard(decoder: Decoder, fsdp: Fsdp) -> None:
         for layer, following in itertools.pairwise(layers):
             layer.set_modules_to_forward_prefetch([following])
     decoder.register_forward_hook(_cut_again)
-    decoder.keeps_gathered = not fsdp.reshard
+    decoder.keeps_gathered, decoder.sums_each_batch = not fsdp.reshard, fsdp.sync_each_batch
     decoder.to_empty(device="cpu" if fsdp.offload else mesh.device)
 
 

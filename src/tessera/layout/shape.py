@@ -26,13 +26,15 @@ class Fsdp:
 
     `reshard`: a layer's weights are dropped after its forward and gathered again for its backward, else kept for it;
     `prefetch`: the next layer's are gathered before this one's forward has been issued; `offload`: parameters,
-    gradients and optimizer live in host memory; `by_layer`: each decoder layer is gathered by itself, else all at once.
+    gradients and optimizer live in host memory; `by_layer`: each decoder layer is gathered by itself, else all at once;
+    `sync_each_batch`: gradients are summed after every micro-batch: no whole ones are kept until the step's last.
     """
 
     reshard: bool = True
     prefetch: bool = False
     offload: bool = False
     by_layer: bool = True
+    sync_each_batch: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,9 @@ class Savers:
 class StepShape:
     """What one optimizer step runs on a data rank: `micro_batches` of `batch` sequences of `sequence` tokens (padded).
 
-    `reshard` and `by_layer` are those of `Fsdp`; `recompute`: each layer runs again in its backward. `documents` has of
-    each micro-batch the tokens, counted row after row, at which documents begin; empty: every row is one.
+    `reshard`, `by_layer` and `sync_each_batch` are those of `Fsdp`; `recompute`: each layer runs again in its backward.
+    `documents` has of each micro-batch the tokens, counted row after row, at which documents begin; empty: every row is
+    one.
     """
 
     batch: int
@@ -65,6 +68,7 @@ class StepShape:
     chunk_tokens: int = 1024  # of the loss, see nn/loss.py
     reshard: bool = True
     by_layer: bool = True
+    sync_each_batch: bool = False
     savers: Savers = Savers()
     documents: tuple[tuple[int, ...], ...] = ()
 

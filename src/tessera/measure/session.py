@@ -30,7 +30,16 @@ from tessera.launch.scratch import scratch
 from tessera.launch.workers import Restarts, run_workers
 from tessera.measure import compute, links
 from tessera.measure.profile import here, lines, profile_of
-from tessera.measure.steps import SmallStep, brought, powers_to, read_seconds, small_steps, timed_steps, written_seconds
+from tessera.measure.steps import (
+    SmallStep,
+    brought,
+    lower_quartiles,
+    powers_to,
+    read_seconds,
+    small_steps,
+    timed_steps,
+    written_seconds,
+)
 from tessera.measure.timing import QUICK, Effort, Timer
 from tessera.plan.cluster import profiles_folder
 from tessera.plan.machine import Profile, read_profile, written_profile
@@ -132,7 +141,7 @@ def _run_rank(asked: Asked) -> None:
         mesh = Mesh({"shard": dist.get_world_size()}, device)
         steps = [] if asked.quick else small_steps(mesh.world, device.type == "cuda")
         if asked.steps:
-            seconds = timed_steps(steps, mesh, ROUNDS)
+            seconds = lower_quartiles(timed_steps(steps, mesh, ROUNDS))
             if mesh.rank == 0:
                 _leave(written_seconds(seconds), asked.result)
             return
@@ -140,7 +149,7 @@ def _run_rank(asked: Asked) -> None:
         if mesh.rank == 0:
             terminal.say(*told)
         if asked.result is None:
-            seconds = timed_steps(steps, mesh, ROUNDS)
+            seconds = lower_quartiles(timed_steps(steps, mesh, ROUNDS))
             if mesh.rank == 0:
                 _finish(profile, list(zip(steps, seconds, strict=True)), asked.output)
         elif mesh.rank == 0:

@@ -7,10 +7,10 @@ the profile is brought to them (plan/calibrate.py).
 
 import gc
 import json
-import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -86,6 +86,10 @@ ON_GPU = (
 )
 
 
+WARM = 2
+"""Rounds before those that count: what is made once is made in them."""
+
+
 def small_steps(ranks: int, gpu: bool, models: Sequence[Size] | None = None) -> list[SmallStep]:
     """The steps that are timed with so many ranks, of `models` or the usual ones."""
     dtype = "bfloat16" if gpu else "float32"
@@ -114,24 +118,29 @@ def _meshes(ranks: int) -> Iterator[tuple[Mapping[str, int], str]]:
         yield {"depth": 2, "col": ranks // 2}, "false"
 
 
-def timed_steps(steps: Sequence[SmallStep], mesh: Mesh, rounds: int) -> list[float]:
-    """Seconds of each step, the median of its rounds, of which each takes as long as the slowest rank; all ranks call.
+def timed_steps(steps: Sequence[SmallStep], mesh: Mesh, rounds: int) -> list[list[float]]:
+    """Seconds of each step's rounds, of which each takes as long as the slowest rank; all ranks of `mesh` call.
 
-    On CPUs the steps take turns, so that what else the machine does meets all alike; on GPUs, where memory is scarce
-    and nobody else computes, each by itself. `mesh` has all ranks.
+    On CPUs the steps of a model take turns, so that what else the machine does meets all alike; on GPUs, where memory
+    is scarce and nobody else computes, each runs by itself.
     """
     gpu = mesh.device.type == "cuda"
-    found: list[float] = []
-    for together in [[step] for step in steps] if gpu else [list(steps)]:
+    found: list[list[float]] = []
+    alike = ([step] for step in steps) if gpu else (list(own) for _, own in groupby(steps, lambda step: step.model))
+    for together in alike:
         running = [_Running(step, mesh) for step in together]
-        took = [[each.once(turn) for each in running] for turn in range(1 + rounds)][1:]  # what is made once is made
-        medians = [statistics.median(times) for times in zip(*took, strict=True)]
-        found += medians
+        took = [[each.once(turn) for each in running] for turn in range(WARM + rounds)][WARM:]
+        found += map(list, zip(*took, strict=True))
         del running
         gc.collect()  # layers and the order of their weights refer to one another
         if gpu:
             torch.cuda.empty_cache()
     return found
+
+
+def lower_quartiles(rounds: Sequence[Sequence[float]]) -> list[float]:
+    """Of each step's rounds, as of all that is measured: what else the machine does makes some slow and none fast."""
+    return [sorted(times)[len(times) // 4] for times in rounds]
 
 
 class _Running:

@@ -147,6 +147,8 @@ class Decoder(nn.Module):
 
     keeps_gathered = False
     """Whether FSDP2 keeps gathered weights from the forward until gradients are summed (engine/fsdp.py)."""
+    sums_each_batch = False
+    """Whether FSDP2 sums gradients after every micro-batch, not after a step's last one alone."""
 
     def __init__(
         self,

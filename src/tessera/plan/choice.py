@@ -64,7 +64,8 @@ class Layout:
     """Sizes of the axes (those left out are 1), rows of a micro-batch and micro-batches of a step, and switches.
 
     `recompute` is the value of gradient_checkpointing; `offload`: what layers keep lies in host memory;
-    `tiles`: of an MLP, None: as many as its tokens ask for; `offload_params`: the states lie in host memory.
+    `tiles`: of an MLP, None: as many as its tokens ask for; `offload_params`: the states lie in host memory;
+    `sync_each_batch`: gradients are summed after every micro-batch.
     """
 
     sizes: Mapping[str, int] = field(hash=False)
@@ -77,6 +78,7 @@ class Layout:
     offload: bool = False
     tiles: int | None = 1
     offload_params: bool = False
+    sync_each_batch: bool = False
     beside: Beside = Beside()
 
     @property
@@ -141,6 +143,7 @@ class Layout:
             recompute=self.recompute != "false",
             label_smoothing=self.beside.label_smoothing,
             reshard=self.reshard,
+            sync_each_batch=self.sync_each_batch,
             by_layer=self.beside.by_layer,
             savers=savers,
         )
@@ -168,6 +171,7 @@ class Layout:
         made["gradient_checkpointing"] = again
         fsdp = {} if self.reshard or not data else {"reshard_after_forward": False}
         fsdp |= {"offload_params": True} if self.offload_params else {}
+        fsdp |= {"sync_each_batch": True} if self.sync_each_batch else {}
         if fsdp:
             made["fsdp_config"] = fsdp
         if self.offload and again != "offload":
@@ -190,4 +194,5 @@ class Layout:
         words += ["weights kept"] * (not self.reshard and self.size(*DATA_AXES, *SEQUENCE_AXES) > 1)
         words += ["activations on the host"] * self.offload + ["MLP in tiles"] * (self.tiles != 1)
         words += ["states on the host"] * self.offload_params
+        words += ["gradients summed every micro-batch"] * self.sync_each_batch
         return ", ".join(words)

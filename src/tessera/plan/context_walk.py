@@ -70,9 +70,8 @@ def shared_backward(
             if groups > 1:
                 _in_groups(ledger, q, kv, q_part, kv_part, wide, rounds, parallel)
             else:
-                traded = where(parallel.mesh.sizes["ulysses"] > 1, 1, 0)
-                ledger.touch(q * traded)  # copied before it is traded
-                ledger.hold(q * traded)
+                # the gradient of the result is copied and traded; what came takes its place
+                ledger.touch(2 * q * where(parallel.mesh.sizes["ulysses"] > 1, 1, 0))
                 _pass(ledger, q, kv_traded, wide, rounds, parallel)
     made = ledger.hold(q + kv_traded)
     ledger.touch(2 * kv_traded * where(parallel.mesh.sizes["ulysses"] > 1, 1, 0))

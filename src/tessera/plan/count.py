@@ -110,7 +110,7 @@ def built(model: ModelConfig, shape: StepShape, parallel: Parallel, memory: Memo
 
     FSDP2 arranges ranks before, with real ones.
     """
-    asked = Fsdp(reshard=shape.reshard, by_layer=shape.by_layer)
+    asked = Fsdp(shape.reshard, by_layer=shape.by_layer, sync_each_batch=shape.sync_each_batch)
     again, savers = shape.recompute, shape.savers
     build = partial(build_decoder, model, parallel, asked, gradient_checkpointing=again, savers=savers)
     decoder = None

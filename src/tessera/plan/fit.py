@@ -145,7 +145,11 @@ def _of_fsdp(layout: Layout) -> Iterator[_Change]:
     if not layout.reshard:
         keys = {"fsdp_config.reshard_after_forward": True}
         yield keys, replace(layout, reshard=True), "weights are gathered again for the backward"
-    if layout.size(*DATA_AXES, *SEQUENCE_AXES) > 1 and not layout.offload_params:
+    served = layout.size(*DATA_AXES, *SEQUENCE_AXES) > 1
+    if served and layout.micro_batches > 1 and not layout.sync_each_batch:
+        meaning = "gradients are summed after every micro-batch; no whole ones are kept between them"
+        yield {"fsdp_config.sync_each_batch": True}, replace(layout, sync_each_batch=True), meaning
+    if served and not layout.offload_params:
         keys = {"fsdp_config.offload_params": True}
         yield keys, replace(layout, offload_params=True), "the update runs on the host"
 

@@ -77,7 +77,7 @@ def layer_backward(walk: Walk, layer: Layer, following: Early) -> None:
     products = [[sizes_of(product, shape, parallel) for product in block.products] for block in layer]
     in_order = [p for block in products for p in block]
     if shape.recompute:
-        _forward_again(walk, layer, saved, products)
+        _forward(walk, layer, saved, products)
     s = in_order[0].s
     before = [p.early if walk.early else Early() for p in in_order]
     for number in reversed(range(len(layer))):
@@ -166,29 +166,51 @@ def norm_backward(ledger: Ledger, norm: Norm, s: Any, widening: Any) -> None:
     ledger.touch((tensors * widening + (copied if not norm.centred else 0)) * s)
 
 
-def _forward_again(walk: Walk, layer: Layer, saved: list[BlockSaved], products: list[list[ProductSizes]]) -> None:
-    """What the layer saves comes, but for what is there: its input, and the result of attention that is kept."""
+def layer_forward(walk: Walk, layer: Layer) -> None:
+    """The walk of a layer's first forward; what it saves is held as activations from then on."""
+    saved = [saved_by_block(block, walk.shape, walk.parallel, tiled=walk.tiled) for block in layer]
+    products = [[sizes_of(product, walk.shape, walk.parallel) for product in block.products] for block in layer]
+    walk.ledger.hold(saved[0].stream, "activations")
+    _forward(walk, layer, saved, products)
+
+
+def _forward(walk: Walk, layer: Layer, saved: list[BlockSaved], products: list[list[ProductSizes]]) -> None:
+    """What the layer saves comes, but for what is there: its input, and the result of attention that is kept.
+
+    With copies kept a product's input is this rank's shard until it has run, and then what it has gathered.
+    """
     ledger, parallel, attended = walk.ledger, walk.parallel, 0
     for number, (block, held, (column, row)) in enumerate(zip(layer, saved, products, strict=True)):
         if number:  # the layer's forward holds what attention gave until it ends
             attended = ledger.hold(column.s)
             ledger.hold(held.stream, "activations")
         ledger.touch(column.s * (2 * walk.widening))
-        ledger.hold(held.column_input + held.statistics + held.column_weights, "activations")
+        ledger.hold(held.statistics, "activations")
         if block.attention is None and walk.tiled:
+            ledger.hold(held.column_input + held.column_weights, "activations")
             return ledger.drop(attended)
-        forward(ledger, column, parallel, row.early if walk.early else Early())
+        _product(walk, column, column.s, held.column_input, held.column_weights, row)
         kept = result_bytes(block.attention, walk.shape, parallel) if block.attention is not None else 0
         kept = kept if walk.shape.savers.attention_once else 0
         if block.attention is not None and block.attention.scores:
             explicit_forward(ledger, block.attention, walk.shape, parallel)
-        ledger.hold(held.inside + held.row_input - kept, "activations")
+        ledger.hold(held.inside - kept, "activations")
         if block.attention is not None:
             ledger.touch(column.hidden + row.hidden)
-        ledger.hold(held.row_weights, "activations")
         following = products[number + 1][0] if number + 1 < len(layer) else row
-        forward(ledger, row, parallel, following.early if walk.early else Early())
+        _product(walk, row, row.hidden, held.row_input, held.row_weights, following)
     ledger.drop(attended)
+
+
+def _product(walk: Walk, p: ProductSizes, own: Any, inputs: Any, weights: Any, following: ProductSizes) -> None:
+    """A product's forward, `own` being the bytes of its input on this rank; it saves `inputs` and `weights`."""
+    ledger, keep = walk.ledger, walk.parallel.schedule.keep
+    cast = where(p.w_moves > 0, p.shards * p.cast, weights) if keep else weights
+    before = own + cast if keep else inputs + cast
+    ledger.hold(before, "activations")
+    forward(ledger, p, walk.parallel, following.early if walk.early else Early())
+    ledger.drop(before, "activations")
+    ledger.hold(inputs + weights, "activations")
 
 
 def _tiles_backward(walk: Walk, block: Block, held: BlockSaved, column: ProductSizes, row: ProductSizes) -> None:

@@ -16,6 +16,7 @@ Not counted: the context of the device's driver (about half a GiB), buffers of N
 what libraries take inside one operator.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +27,7 @@ from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape
 from tessera.models.anatomy import anatomy_of
 from tessera.models.config import ModelConfig
-from tessera.plan.layer_walk import Walk, layer_backward, norm_backward
+from tessera.plan.layer_walk import Walk, layer_backward, layer_forward, norm_backward
 from tessera.plan.product_walk import Early, ProductSizes, sizes_of
 from tessera.plan.step_sizes import StepSizes
 from tessera.plan.tiles import largest_tile, tiled
@@ -80,25 +81,52 @@ class _Step(StepSizes):
 
     def walk(self, in_tiles: bool) -> Peak:
         """The whole step."""
-        self.first()
-        self.loss()
         last = len(self.layers) - 1
-        places = {max(i for i in range(last + 1) if self.layers[i] == kind) for kind in set(self.layers)}
-        places |= {min(i for i in range(last + 1) if self.layers[i] == kind) for kind in set(self.layers)}
+        latest = {kind: index for index, kind in enumerate(self.layers)}.values()
+        places = {*latest, *(self.layers.index(kind) for kind in self.layers)}
         places |= {min(1, last), max(0, last - 1)}  # between them FSDP2 sums one layer's and gathers another's
-        for index in sorted(places, reverse=True):
-            self.layer(index, in_tiles)
-        self.embedding()
-        self.sums()
+        self.first()
+        for index in latest:
+            self.forward(index, in_tiles)
+        self.loss()
+        self.backward(places, in_tiles)
+        if self.parallel.fsdp is not None and not self.shape.reshard and np.any(self.repeats):
+            self.before_last = True
+            self.backward(places, in_tiles)
+            self.before_last = False
         self.update()
         most = {kind: size if isinstance(size, np.ndarray) else int(size) for kind, size in self.ledger.most.items()}
         return Peak(**most, moment=self.ledger.moment)
 
+    def backward(self, places: Collection[int], in_tiles: bool) -> None:
+        """The backward of one micro-batch, of its layers those at `places`."""
+        for index in sorted(places, reverse=True):
+            self.layer(index, in_tiles)
+        self.embedding()
+        self.sums()
+
     def begin(self, phase: str, done: int, activations: Any, gathered: Any, outside: Any = 1, working: Any = 0) -> None:
         """Go to a place where so many layers' gradients are there."""
-        states = self.fixed + self.gradients(done, outside)
-        working = working + self.accumulated(done)
-        self.ledger.begin(phase, states=states, activations=activations, gathered=gathered, working=working)
+        held = {
+            "states": self.fixed + self.gradients(done, outside),
+            "activations": activations,
+            "gathered": gathered,
+            "working": working + self.accumulated(done),
+        }
+        there = self.repeats if self.before_last else 1  # of candidates some have no micro-batch before the last
+        self.ledger.begin(phase, **{kind: size * there for kind, size in held.items()})
+
+    def forward(self, index: int, in_tiles: bool) -> None:
+        """The forward of one layer, where it does not run again: beside what is saved all that goes at its end."""
+        if self.shape.recompute:
+            return
+        parallel, shape, gathered = self.parallel, self.shape, 0
+        if parallel.fsdp is not None:  # of a layer that has just come its buffer too
+            there = self.layers[index if shape.reshard else 0 : index + 1] if shape.by_layer else self.layers
+            came = where(self.stored_over > 1, 1, 0) * (1 if shape.reshard else 1 - self.repeats) * shape.by_layer
+            gathered = self.units[-1] + self.of(self.units, there) + self.units[self.layers[index]] * came
+        self.begin(f"forward of layer {index}", 0, self.saved_until(index), gathered * self.element, outside=0)
+        layer_forward(Walk(self.ledger, shape, parallel, self.several, in_tiles), self.anatomy.layers[index])
 
     def loss(self) -> None:
         """The forward of the loss, in which its gradients are formed (nn/loss.py)."""
@@ -163,7 +191,7 @@ class _Step(StepSizes):
             self._fsdp_gradients(index)
         following = self._following(index).early if self._early else Early()
         layer_backward(Walk(ledger, shape, parallel, self.several, in_tiles, self.streams), layer, following)
-        if parallel.fsdp is not None and shape.by_layer:
+        if parallel.fsdp is not None and shape.by_layer and self.sums_now:
             self._fsdp_sum(self.units[kind], index)
 
     def _following(self, index: int) -> ProductSizes:
@@ -176,7 +204,7 @@ class _Step(StepSizes):
         if not self.shape.by_layer:
             done = sum(self.units[kind] for kind in self.layers[index + 1 :])
             self.ledger.hold(done * self.element * (1 - self.adds_at_once))
-        elif index + 1 < len(self.layers):
+        elif index + 1 < len(self.layers) and self.sums_now:
             self.ledger.hold(self.units[self.layers[index + 1]] * self.stored)
 
     def _fsdp_sum(self, unit: Any, index: int) -> None:
@@ -184,7 +212,7 @@ class _Step(StepSizes):
         ledger = self.ledger
         if index + 1 < len(self.layers):
             ledger.drop(self.units[self.layers[index + 1]] * self.stored)
-        ledger.drop(unit * self.element, "gathered")
+        ledger.drop(unit * self.element * (not self.before_last), "gathered")
         if self.element != self.stored:  # added to those of earlier micro-batches
             ledger.drop(unit * self.element * self.several)
         ledger.hold(unit * self.stored)
@@ -197,18 +225,34 @@ class _Step(StepSizes):
         table, served = head.rows * self.head_shard, parallel.fsdp is not None
         every, by_layer = len(self.layers), self.shape.by_layer
         whole = self.units[-1] * self.element if served else 0
-        waiting = self.head_waits + self.positions * (self.element * (1 - self.adds_at_once) if served else 0)
-        if served and by_layer:
+        waiting = self.head_waits
+        if served and by_layer and self.sums_now:
             waiting = waiting + self.units[self.layers[0]] * self.stored
         if served and not by_layer:
             layers = sum(self.units[kind] for kind in self.layers) * self.element
             whole, waiting, every = whole + layers, waiting + layers * (1 - self.adds_at_once), 0
+        if served and self.before_last:
+            whole = self.gathered(0)
         self.begin("backward of the embedding", every, 0, whole, working=head.s + waiting)
-        if not served:
-            ledger.hold(self.positions * self.stored * (1 - self.several), "states")
-        came = ledger.hold(head.whole_r * head.r_moves)
+        # of learned positions first, summed in their own dtype; of FSDP2 handed over in that of compute
+        positions = ledger.hold(self.positions * self.stored)
+        if served:
+            ledger.touch(self.positions * self.element * (self.element != self.stored))
+            ledger.drop(positions)
+            ledger.hold(self.positions * self.element * (1 - self.adds_at_once))
+        else:
+            ledger.drop(positions * self.several)
+        came = head.s + ledger.hold(head.whole_r * head.r_moves)
+        if self.mesh.present(("col",)):  # of tokens whose words lie elsewhere it is 0
+            ledger.hold(head.whole_r)
+            ledger.drop(came)
+            came = head.whole_r
+        if self.element != self.stored:
+            wide = ledger.hold(head.whole_r // self.element * self.stored)
+            ledger.drop(came)
+            came = wide
         whole_gradient = ledger.hold(table * self.stored)
-        ledger.drop(came + head.s)
+        ledger.drop(came)
         # summed along row: turned for it, then this rank's shard, which is turned back
         ledger.touch((table + self.head_shard) * self.stored * head.w_moves)
         ledger.touch(self.head_shard * self.stored * head.w_moves * 2)
@@ -226,7 +270,7 @@ class _Step(StepSizes):
             return
         moves, done = where(self.stored_over > 1, 1, 0), 0
         if not self.shape.reshard:
-            moves = moves * (1 - self.several)
+            moves = moves * (1 - self.repeats)
         outside = self.units[-1]
         if not self.shape.by_layer:
             outside = outside + sum(self.units[kind] for kind in self.layers)
@@ -240,13 +284,14 @@ class _Step(StepSizes):
 
     def sums(self) -> None:
         """FSDP2's sum of the gradients of what is in no layer, or of all."""
-        if self.parallel.fsdp is None:
+        if self.parallel.fsdp is None or not self.sums_now:
             return
         every, unit = len(self.layers), self.units[-1]
         if not self.shape.by_layer:
             unit = unit + sum(self.units[kind] for kind in self.layers)
             every = 0
-        self.begin("sum of gradients", every, 0, 0)
+        kept = self.gathered(0) - self.units[-1] * self.element if self.before_last and self.shape.by_layer else 0
+        self.begin("sum of gradients", every, 0, kept)
         ledger = self.ledger
         formed = where(self.several > 0, unit * self.stored, unit * self.element)
         ledger.hold(formed * (1 - self.several))

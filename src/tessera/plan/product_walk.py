@@ -12,7 +12,7 @@ In panels each operand that moves has two panels there and a third on its way, e
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from tessera.core.arrays import smaller, where
+from tessera.core.arrays import larger, smaller, where
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape
 from tessera.models.anatomy import Product
@@ -194,33 +194,43 @@ def _comes(p: ProductSizes, parallel: Parallel) -> Any:
     return where(p.r_moves + sliced > 0, 1, 0)
 
 
-def _incoming(panel: Any, count: Any, moves: Any, parallel: Parallel) -> Any:
-    """Bytes of an operand while a panel of it multiplies: that one and the next; of a loop one is the rank's own."""
+def _incoming(panel: Any, count: Any, moves: Any, parallel: Parallel) -> tuple[Any, Any]:
+    """Bytes of an operand while a panel of it multiplies, that one and the next; and of one more, which is asked for
+    before the last one is let go. Of a loop one is the rank's own."""
     own = 0 if parallel.schedule.name == "gather" else 1
-    return panel * smaller(2, count - own) * moves
+    there = panel * smaller(2, count - own) * moves
+    return there, panel * smaller(3, count - own) * moves - there
 
 
-def _outgoing(panel: Any, shard: Any, count: Any, moves: Any, parallel: Parallel) -> Any:
-    """Bytes of a sum that leaves, while a panel is added: in slices the whole shard, that panel and the last one's."""
+def _outgoing(panel: Any, shard: Any, count: Any, moves: Any, parallel: Parallel, across: Any = 0) -> tuple[Any, Any]:
+    """Bytes of a sum that leaves panel by panel: what is held of it between two panels, and more while one is added.
+
+    In slices the whole shard and the last panel's sum are held; a panel comes, and its sum, beside the last one's where
+    the next operands come too. `across`: it is cut along its columns, and copied to be summed. In loops a panel comes
+    beside two: the last one on its way, and what has come of it or was this rank's own.
+    """
     if parallel.schedule.name == "gather":
-        return shard + panel + shard // parallel.schedule.slices
+        slices = parallel.schedule.slices
+        return shard + shard // slices, panel * (1 + across) + shard // slices * moves * (slices > 2)
     if parallel.schedule.name == "cannon":
-        return panel * smaller(3, count + 1) * moves + panel * (1 - moves)
-    return panel * smaller(3, count)
+        total, held = panel * smaller(3, count + 1) * moves + panel * (1 - moves), panel * (1 + moves)
+    else:
+        total, held = panel * smaller(3, count), panel * smaller(2, count)
+    return held, total - held
 
 
 def _forward_in_panels(ledger: Ledger, p: ProductSizes, parallel: Parallel) -> None:
     r, r_count, w, w_count = _panels(p, parallel)
     r_comes = _comes(p, parallel)
     joined = p.shards if len(p.w) > 1 else 0
-    held = ledger.hold(joined + _incoming(w, w_count, p.w_moves, parallel), "gathered")
+    held = ledger.hold(joined + _incoming(w, w_count, p.w_moves, parallel)[0], "gathered")
     if p.column:
-        held = held + ledger.hold(_incoming(r, r_count, r_comes, parallel), "gathered")
+        held = held + ledger.hold(_incoming(r, r_count, r_comes, parallel)[0], "gathered")
         y = ledger.hold(p.whole_h)
         ledger.touch(p.hidden * p.h_moves + p.by_features * p.whole_h * p.h_moves)
     else:
         held = held + ledger.hold(p.whole_h * p.h_moves, "gathered")
-        y = ledger.hold(_outgoing(r, p.s, r_count, p.r_moves, parallel))
+        y = ledger.hold(sum(_outgoing(r, p.s, r_count, p.r_moves, parallel)))
     ledger.drop(y)
     ledger.drop(held, "gathered")
 
@@ -228,8 +238,8 @@ def _forward_in_panels(ledger: Ledger, p: ProductSizes, parallel: Parallel) -> N
 def _backward_in_panels(ledger: Ledger, p: ProductSizes, parallel: Parallel) -> None:
     r, r_count, w, w_count = _panels(p, parallel)
     keep, several, r_comes = parallel.schedule.keep, len(p.w) > 1, _comes(p, parallel)
-    comes_w = 0 if keep else _incoming(w, w_count, p.w_moves, parallel)
-    out_w = _outgoing(w, p.shards, w_count, p.w_moves, parallel)
+    comes_w, next_w = (0, 0) if keep else _incoming(w, w_count, p.w_moves, parallel)
+    out_w, added_w = _outgoing(w, p.shards, w_count, p.w_moves, parallel, across=p.column * p.w_moves)
     if p.column:
         # dH joined from several, or gathered of these; the weights joined
         ledger.touch(several * p.hidden + p.whole_h * p.h_moves)
@@ -237,17 +247,19 @@ def _backward_in_panels(ledger: Ledger, p: ProductSizes, parallel: Parallel) -> 
         held = ledger.hold(joined + p.whole_h * p.h_moves + several * p.shards, "gathered")
         # a place for dW is made as large as the weights are, joined once more for that
         ledger.touch(several * p.shards + p.shards * (parallel.schedule.name == "gather"))
-        comes_r = 0 if keep else _incoming(r, r_count, r_comes, parallel)
+        comes_r, next_r = (0, 0) if keep else _incoming(r, r_count, r_comes, parallel)
         held = held + ledger.hold(comes_w + comes_r, "gathered")
-        out_r = ledger.hold(_outgoing(r, p.s, r_count, p.r_moves, parallel))
-        ledger.touch(out_w)
+        out_r, added_r = _outgoing(r, p.s, r_count, p.r_moves, parallel)
+        ledger.hold(out_r)
+        ledger.touch(out_w + larger(larger(added_r, added_w), next_r + next_w))
         ledger.drop(out_r)
         ledger.hold(p.s)
     else:
         came = 0 if keep else p.whole_h * p.h_moves
-        held = ledger.hold(came + comes_w + _incoming(r, r_count, r_comes, parallel), "gathered")
+        comes_r, next_r = _incoming(r, r_count, r_comes, parallel)
+        held = ledger.hold(came + comes_w + comes_r, "gathered")
         dh = ledger.hold(p.whole_h)
-        ledger.touch(out_w)
+        ledger.touch(out_w + larger(added_w, next_r + next_w))
         ledger.hold(p.hidden * p.h_moves)
         ledger.drop(dh * p.h_moves)
     ledger.hold(p.shards)

@@ -28,7 +28,11 @@ from tessera.plan.update import Update, shard_elements
 
 
 class StepSizes:
-    """Of the step of a rank, as the arguments of `plan.peak.peak_bytes` name it."""
+    """Of the step of a rank, as the arguments of `plan.peak.peak_bytes` name it.
+
+    They are those of its last micro-batch, or of the one before, where `before_last` is set: there FSDP2 keeps the
+    weights that are not resharded, however far the backward is.
+    """
 
     def __init__(self, model: ModelConfig, shape: StepShape, parallel: Parallel, offload: bool, update: Update) -> None:
         self.model, self.shape, self.parallel, self.anatomy = model, shape, parallel, anatomy_of(model)
@@ -36,7 +40,8 @@ class StepSizes:
         self.element, self.stored = parallel.compute.itemsize, parallel.dtype.itemsize
         self.wide = torch.promote_types(parallel.compute, torch.float32).itemsize
         self.offload, self.optimizer = offload, update
-        self.several = where(shape.micro_batches > 1, 1, 0)
+        self.repeats, self.before_last = where(shape.micro_batches > 1, 1, 0), False
+        self.summed = parallel.fsdp is not None and shape.sync_each_batch
         self.head = sizes_of(self.anatomy.head, shape, parallel)
         vocabulary = local_slice(model.vocab_size, ("col",), self.mesh)
         self.vocabulary = vocabulary.stop - vocabulary.start
@@ -45,6 +50,21 @@ class StepSizes:
         self.layers = [self.anatomy.kinds.index(kind) for kind in self._kinds_in_order()]
         self.units = [size for size, _ in gathered_units(model, parallel)] if parallel.fsdp else []
         self.stored_over = self.mesh.size(parallel.fsdp) if parallel.fsdp else 1
+
+    @property
+    def follows(self) -> Any:
+        """Whether a micro-batch came before this one, 0 or 1."""
+        return where(self.shape.micro_batches > 2, 1, 0) if self.before_last else self.repeats
+
+    @property
+    def several(self) -> Any:
+        """Whether its whole gradients are there, 0 or 1: FSDP2's are not when it sums those of each micro-batch."""
+        return 0 if self.summed else self.follows
+
+    @property
+    def sums_now(self) -> bool:
+        """Whether FSDP2 sums gradients in this micro-batch."""
+        return self.summed or not self.before_last
 
     def _kinds_in_order(self) -> list[tuple[Layer, int]]:
         counts = dict(self.anatomy.kinds)
@@ -71,7 +91,10 @@ class StepSizes:
         formed = self.of(self.shards, self.layers[len(self.layers) - done :])
         every = self.of(self.shards, self.layers)
         if self.parallel.fsdp is not None:
-            return formed * self.stored if self.shape.by_layer else 0  # else they are summed together at the end
+            if self.summed:
+                return where(self.follows > 0, every + self.shards[-1], formed * self.shape.by_layer) * self.stored
+            # without layers they are summed together at the end
+            return formed * self.stored if self.shape.by_layer and self.sums_now else 0
         return where(self.several > 0, every + self.shards[-1], formed + outside * self.head_shard) * self.stored
 
     @cached_property
@@ -94,8 +117,12 @@ class StepSizes:
 
     def accumulated(self, done: int) -> Any:
         """Bytes of whole gradients that FSDP2 holds, of earlier micro-batches and of what is outside of the layers."""
-        if self.parallel.fsdp is None:
+        if self.parallel.fsdp is None or self.summed:
             return 0
+        if self.before_last:
+            formed = self.of(self.units, self.layers[len(self.layers) - done :]) * self.shape.by_layer
+            every = self.of(self.units, self.layers) + self.units[-1]
+            return where(self.several > 0, every, formed) * self.stored
         waiting = self.of(self.units, self.layers[: len(self.layers) - done])
         return self.several * (waiting + self.units[-1]) * self.stored
 
@@ -137,9 +164,11 @@ class StepSizes:
             return 0
         shape, outside, moves = self.shape, self.units[-1], where(self.stored_over > 1, 1, 0)
         if not shape.reshard:  # a later micro-batch finds them
-            moves = moves * (1 - self.several)
+            moves = moves * (1 - self.repeats)
+        every = outside + self.of(self.units, self.layers)
+        if self.before_last:
+            return every * self.element
         if not shape.by_layer:
-            every = outside + self.of(self.units, self.layers)
             return (every + every * moves * (index == len(self.layers))) * self.element
         if not shape.reshard:
             held = outside + self.of(self.units, self.layers[: index + 1])

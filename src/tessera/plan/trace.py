@@ -70,15 +70,17 @@ def traced_memory(
 ) -> TracedMemory:
     """The peak of one step as the rank of `parallel.mesh`; the arguments are those of `plan.peak.peak_bytes`.
 
-    More than two micro-batches hold no more than two. Raises RuntimeError in a process that is a rank of a real world.
+    More than two micro-batches hold no more than two; where weights are kept, more than three no more than three.
+    Raises RuntimeError in a process that is a rank of a real world.
     """
     if update.name in (*TORCHAO, *BITSANDBYTES):  # whose kernels take no tensors without data
         traced = traced_memory(model, shape, parallel, offload=offload)
         other = 0 if offload else update.moment_bytes(model, parallel) - ADAMW.moment_bytes(model, parallel)
         peak = replace(traced.peak, states=traced.peak.states + int(other))
         return replace(traced, peak=peak, timeline=[_with_states(moment, int(other)) for moment in traced.timeline])
-    if shape.micro_batches > 2:
-        shape = replace(shape, micro_batches=2, documents=shape.documents[:2])
+    most = 2 if shape.reshard else 3
+    if shape.micro_batches > most:
+        shape = replace(shape, micro_batches=most, documents=shape.documents[:most])
     depths = _depths(model)
     traces = [_trace(replace(model, num_layers=depth), shape, parallel, offload, update) for depth in depths]
     last = traces[-1]

@@ -324,7 +324,7 @@ class _Step:
         """What FSDP2 moves: the weights of each layer together, those of the rest together, padded to equal shards.
 
         Gathered for every forward, a layer again for its backward unless kept, which holds for all micro-batches; their
-        gradients once a step.
+        gradients once a step, or after every micro-batch with `sync_each_batch`.
         """
         parallel, shape = self.parallel, self.shape
         assert parallel.fsdp is not None
@@ -336,13 +336,14 @@ class _Step:
         if not shape.by_layer:
             sites = [(OUTSIDE, sum(shard * times for shard, times in shards), 1)]
         forwards = shape.micro_batches if shape.reshard else 1
+        sent = shape.micro_batches if shape.sync_each_batch else 1
         for site, shard, times in sites:
             again = forwards * times if shape.reshard and site == LAYERS else 0
             weights, sums = shard * ranks * self.element, shard * ranks * self.stored
             self.one(site, "forward", "W", parallel.fsdp, forwards * times, "all_gather", weights)
             self.one(site, "backward", "W", parallel.fsdp, again, "all_gather", weights)
-            self.one(site, "backward", "dW", parallel.fsdp, times, "reduce_scatter", sums)
-            self.one(site, "backward", "dW", copies, times, "all_reduce", shard * self.stored)
+            self.one(site, "backward", "dW", parallel.fsdp, sent * times, "reduce_scatter", sums)
+            self.one(site, "backward", "dW", copies, sent * times, "all_reduce", shard * self.stored)
 
 
 def padded_shard(parameter: Parameter, mesh: Mesh) -> int:

@@ -82,6 +82,7 @@ def layout_of(config: TrainConfig, model: ModelConfig, cluster: Cluster) -> tupl
         savers.offload,
         savers.mlp_tiles,
         fsdp.offload,
+        fsdp.sync_each_batch,
         Beside(tensor, config.context_parallel, fsdp.by_layer, config.label_smoothing_factor > 0),
     )
     rows = layout.micro_batch * layout.micro_batches * layout.size(*DATA_AXES)

@@ -110,7 +110,7 @@ def fsdp_of(config: TrainConfig) -> Fsdp:
     """What the config's fsdp_config asks of FSDP2."""
     keys = config.fsdp_config
     by_layer = keys.auto_wrap_policy == "TRANSFORMER_BASED_WRAP"
-    return Fsdp(keys.reshard_after_forward, keys.forward_prefetch, keys.offload_params, by_layer)
+    return Fsdp(keys.reshard_after_forward, keys.forward_prefetch, keys.offload_params, by_layer, keys.sync_each_batch)
 
 
 def savers_of(config: TrainConfig) -> Savers:
@@ -130,6 +130,7 @@ def row_shape(config: TrainConfig) -> StepShape:
         label_smoothing=config.label_smoothing_factor > 0,
         reshard=fsdp.reshard,
         by_layer=fsdp.by_layer,
+        sync_each_batch=fsdp.sync_each_batch,
         savers=savers_of(config),
     )
 

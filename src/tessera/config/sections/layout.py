@@ -59,6 +59,11 @@ class FsdpConfig(Section):
         description="Keep parameters, gradients and optimizer state in host memory; a layer's weights are copied to "
         "the device when they are needed.",
     )
+    sync_each_batch: bool = Field(
+        False,
+        description="With gradient accumulation, sum gradients over the data devices after every micro-batch, not once "
+        "a step: less memory, more communication.",
+    )
     auto_wrap_policy: Annotated[Literal["TRANSFORMER_BASED_WRAP", "NO_WRAP"], BeforeValidator(_upper)] = Field(
         "TRANSFORMER_BASED_WRAP",
         description="What FSDP2 gathers at a time: one decoder layer (TRANSFORMER_BASED_WRAP), or the whole model "
