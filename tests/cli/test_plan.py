@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 import tessera
 from tessera.cli.main import app
 from tessera.cli.plan import number_of_tokens
+from tessera.config.load import load_config
 from tessera.core.errors import UserError
 from tessera.core.mesh import Mesh
 from tessera.models.shapes import shape_of
@@ -153,13 +154,57 @@ def test_a_file_s_other_keys_are_kept_and_what_was_planned_stands(folder, tmp_pa
     given = tmp_path / "given.yaml"
     given.write_text("base_model: gpt2\nsequence_len: 64\nbf16: false\nlearning_rate: 1.0e-4\ndp_shard_size: 16\n")
     out = str(tmp_path / "w.yaml")
-    said(folder, "--cluster", "2xH100", *SHAPE, "--config", str(given), "--output", out)
+    asked = (folder, "--cluster", "2xH100", *SHAPE, "--config", str(given), "--output", out)
+    said(*asked)
+    assert yaml.safe_load((tmp_path / "w.yaml").read_text())["bf16"] is False, "the option was not given"
+    said(*asked, "--dtype", "bfloat16")
     keys = yaml.safe_load((tmp_path / "w.yaml").read_text())
     assert (keys["base_model"], keys["sequence_len"], keys["bf16"], keys["learning_rate"]) == (folder, 512, True, 1e-4)
     assert keys.get("dp_shard_size", 1) <= 2
-    given.write_text("sequence_len: 4k\n")
-    with pytest.raises(UserError, match="whole number"):
-        said(folder, "--cluster", "2xH100", "--config", str(given), "--global-batch", "8", "--trace", "0")
+
+
+def test_a_step_of_the_file_is_planned(folder, tmp_path):
+    """Its rows on all its data ranks, the dtype of its states, and what it asks of FSDP2 beside a layout."""
+    given, out = tmp_path / "given.yaml", tmp_path / "w.yaml"
+    keys = {"micro_batch_size": 2, "gradient_accumulation_steps": 4, "dp_shard_size": 2, "bf16": "full"}
+    keys |= {"sequence_len": 256, "fsdp_config": {"forward_prefetch": True, "reshard_after_forward": False}}
+    given.write_text(yaml.safe_dump(keys))
+    said(folder, "--cluster", "4xH100", "--config", str(given), "--output", str(out), "--trace", "0")
+    made = yaml.safe_load(out.read_text())
+    ranks = made.get("dp_shard_size", 1) * made.get("dp_replicate_size", 1)
+    assert made["micro_batch_size"] * made["gradient_accumulation_steps"] * ranks == 16
+    assert made["bf16"] == "full" and made["fsdp_config"]["forward_prefetch"] is True
+    assert load_config(out)[0].full_bf16
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("a: [\n", "is not YAML"),
+        ("sequence_len: 4k\n", "sequence_len"),
+        ("sequence_len: 0\n", "at least 1"),
+        ("micro_batch_size: 3.5\n", "micro_batch_size"),
+        ("full_bf16: true\n", "not a known key"),
+        ("optimizer: muon\noptim_args: {ns_steps: abc}\n", "ns_steps"),
+        ("- 1\n", "no mapping"),
+    ],
+)
+def test_a_file_that_train_refuses_is_refused(folder, tmp_path, text, told):
+    (tmp_path / "given.yaml").write_text(text)
+    with pytest.raises(UserError, match=told):
+        said(folder, "--cluster", "2xH100", "--config", str(tmp_path / "given.yaml"), "--trace", "0")
+
+
+def test_what_the_host_has_no_room_for_does_not_fit(tmp_path):
+    """405B's states on the hosts of eight GPUs: 756 GiB of the 256 that a GPU's part of its host is."""
+    config = {"base_model": "405B", "datasets": [{"path": "x"}], "sequence_len": 512, "dp_shard_size": 8}
+    config |= {"micro_batch_size": 1, "gradient_checkpointing": True}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config | {"fsdp_config": {"offload_params": True}}))
+    out = said(str(tmp_path / "c.yaml"), "--cluster", "8xH100")
+    assert "does not fit" in out and "four fifths" in out
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    out = said(str(tmp_path / "c.yaml"), "--cluster", "8xH100")
+    assert "offload_params" not in out and "none of these alone is enough" in out
 
 
 def test_float32_is_slower_by_the_peaks(folder):

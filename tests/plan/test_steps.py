@@ -8,13 +8,16 @@ import pytest
 
 from plan.measure_cases import tiny_steps
 from support.pool import pool
+from tessera.config.load import make_config
 from tessera.core.errors import UserError
 from tessera.measure.runs import LEAST, WARM, fit_runs, step_seconds
 from tessera.measure.session import Asked, measure
 from tessera.measure.steps import brought, powers_to, small_steps
-from tessera.plan.cluster import kept_profiles
+from tessera.models.shapes import shape_of
+from tessera.plan.cluster import cluster_of, kept_profiles
 from tessera.plan.machine import _NOISE, LIKE, Residuals, _alike, read_profile, shipped_profiles, written_profile
 from tessera.plan.time import step_time
+from tessera.train.foresee import run_of
 
 SHARED = {what: {1: 1.0, 2: 1.8, 4: 3.0} for what in ("product", "memory", "attention", "dispatch")}
 CPU = replace(shipped_profiles()["CPU"], devices_per_machine=4, shared=SHARED)
@@ -103,6 +106,23 @@ def test_a_profile_is_brought_to_runs(tmp_path, monkeypatch, capsys):
     (kept,) = kept_profiles()
     assert kept.measured and len(kept.residuals.logs) == 2 and kept.name.endswith("2-runs")
     assert "runs" in kept.sources["residuals"]
+
+
+def test_a_run_is_taken_as_it_computed():
+    """The optimizer's work and what travels to the host are in it; a slower dtype than the profile's is refused."""
+    keys = {"base_model": "1B", "datasets": [{"path": "x"}], "sequence_len": 1024, "dp_shard_size": 2}
+    model, cluster = shape_of("1B"), cluster_of("8xH100")
+
+    def work(**more):
+        config, _ = make_config(keys | more)
+        assert run_of(config, model, cluster, 1.0).seconds == 1.0
+        return run_of(config, model, cluster, 1.0).work
+
+    usual = work()
+    assert work(optimizer="sgd").optimizer < usual.optimizer and work(optimizer="muon").optimizer_flops > 0
+    assert work(fsdp_config={"offload_params": True}).optimizer_on_host == usual.optimizer
+    with pytest.raises(UserError, match="float32"):
+        work(bf16=False)
 
 
 def test_folders_that_are_no_runs_are_refused(tmp_path, monkeypatch):

@@ -1,16 +1,19 @@
 """`tessera plan`: which layout, does it fit, how fast, why."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.table import Table
 
 from tessera.cli.quoted import tables
 from tessera.cli.scaling import scaling
+from tessera.cli.subject import NO_DATA
+from tessera.config.load import make_config
+from tessera.config.reader import parse_yaml
 from tessera.core import terminal
 from tessera.core.errors import UserError, as_yaml
 from tessera.core.files import check_target, read_text
@@ -19,11 +22,11 @@ from tessera.engine.optimizer import NAMES
 from tessera.plan.choice import Training
 from tessera.plan.cluster import cluster_of, profile_named
 from tessera.plan.fit import Remedy, memory_remedies, most_that_fits
+from tessera.plan.host import room_on_host
 from tessera.plan.machine import Cluster
 from tessera.plan.one_product import cuts_of
 from tessera.plan.recommend import Judged, Plan, plan, smallest
 from tessera.plan.trace import plot_timeline
-from tessera.plan.update import ADAMW
 from tessera.sizes import bounds
 from tessera.sizes.numbers import either
 
@@ -35,7 +38,7 @@ class Asked:
     cluster: str
     sequence_len: int | None
     global_batch: int | None
-    dtype: str
+    dtype: str | None
     optimizer: str | None
     config: Path | None
     top: int
@@ -74,9 +77,7 @@ def plan_command(subject: str | None, asked: Asked) -> None:
     if subject.endswith((".yaml", ".yml")):
         _judge(Path(subject), asked, cluster)
         return
-    base = _read(asked.config)
-    length = asked.sequence_len or _whole(base, "sequence_len", 4096)
-    training = Training(length, asked.global_batch or _rows(base), asked.dtype, **_optimizer(asked, base))
+    base, training = _asked_training(subject, asked)
     if asked.scaling is not None:
         scaling(subject, cluster, training, asked.scaling, asked.output)
         return
@@ -165,41 +166,41 @@ def _judge(path: Path, asked: Asked, cluster: Cluster) -> None:
         more = judged.bytes - most_that_fits(judged.cluster.profile.memory_bytes, judged.buffers)
         said = f"{judged.verdict}, {gib(more)} GiB too much to fit surely; to lower the peak, in this order:"
         console.print(said, soft_wrap=True)
-        for line in remedy_lines(memory_remedies(model, *layout_of(config, model, cluster))):
+        remedies = memory_remedies(model, *layout_of(config, model, cluster), cluster.profile)
+        told = remedy_lines(remedies)
+        if more > max((each.saved for each in remedies), default=0):
+            told.append("none of these alone is enough: several together, a smaller model, or more devices")
+        for line in told:
             console.print(line, soft_wrap=True)
 
 
-def _read(path: Path | None) -> dict[str, Any]:
-    if path is None:
-        return {}
-    keys = yaml.safe_load(read_text(path, "--config"))
-    if not isinstance(keys, dict):
-        raise UserError("--config", path, "is no mapping of keys", "a YAML file as tessera train takes")
-    return keys
+def _asked_training(subject: str, asked: Asked) -> tuple[dict[str, Any], Training]:
+    """The keys of --config, and what is trained: as the options say, else as that file does, else as is usual.
 
+    Raises UserError, or ConfigError with every problem of the file.
+    """
+    from tessera.train.settings import check_optim_args
 
-def _optimizer(asked: Asked, base: dict[str, Any]) -> dict[str, Any]:
-    """The optimizer that is asked for, else that of the file with its options."""
-    name = asked.optimizer or base.get("optimizer", ADAMW.name)
-    if name not in NAMES:
-        raise UserError("--optimizer" if asked.optimizer else "optimizer", name, "is no optimizer", either(NAMES))
-    options = {} if asked.optimizer not in (None, base.get("optimizer")) else base.get("optim_args") or {}
-    if not isinstance(options, dict):
-        raise UserError("optim_args", options, "is no mapping of options", "for example {momentum: 0.9}")
-    return {"optimizer": name, "optim_args": options}
-
-
-def _rows(base: dict[str, Any]) -> int:
-    """Rows of a step that a file's keys say on one device, or 256."""
-    return _whole(base, "micro_batch_size", 0) * _whole(base, "gradient_accumulation_steps", 1) or 256
-
-
-def _whole(base: dict[str, Any], key: str, default: int) -> int:
-    """A whole number of the file. Raises UserError for what is none."""
-    value = base.get(key, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise UserError(key, value, "is no whole number", f"for example {key}: {default or 1}")
-    return value
+    keys: dict[str, Any] = {}
+    if asked.config is not None:
+        keys = parse_yaml(read_text(asked.config, "--config"), str(asked.config))
+        if not isinstance(keys, dict):
+            raise UserError("--config", asked.config, "is no mapping of keys", "a YAML file as tessera train takes")
+    config, _ = make_config({"base_model": subject, "datasets": [{"path": NO_DATA}]} | keys, str(asked.config))
+    check_optim_args(config)
+    if asked.optimizer is not None and asked.optimizer not in NAMES:
+        raise UserError("--optimizer", asked.optimizer, "is no optimizer", either(NAMES))
+    rows = config.micro_batch_size * config.gradient_accumulation_steps * math.prod(config.data_sizes.values())
+    own = asked.optimizer in (None, config.optimizer)
+    training = Training(
+        asked.sequence_len or (config.sequence_len if "sequence_len" in keys else 4096),
+        asked.global_batch or (rows if "micro_batch_size" in keys else 256),
+        asked.dtype or ("float32" if config.bf16 is False else "bfloat16"),
+        "bfloat16" if config.full_bf16 else "float32",
+        asked.optimizer or config.optimizer,
+        (config.optim_args or {}) if own else {},
+    )
+    return keys, training
 
 
 def _growing(cluster: Cluster) -> list[int]:
@@ -246,7 +247,7 @@ def explained(judged: Judged) -> list[str]:
         lines.append(f"  {'NCCL, beside the peak':28}{gib(judged.buffers):>12} GiB, by published figures, not measured")
     profile = judged.cluster.profile
     if judged.host_bytes:
-        more = ", which is more than there is" if judged.host_bytes > profile.host_memory_bytes else ""
+        more = ", which is more than four fifths of it" if judged.host_bytes > room_on_host(profile) else ""
         of_host = f"GiB of a device's {gib(profile.host_memory_bytes)}{more}"
         lines.append(f"  {'in host memory':28}{gib(judged.host_bytes):>12} {of_host}")
     source = "measured" if profile.measured else "published figures; tessera measure takes those of your machine"
@@ -270,7 +271,7 @@ def _unfitting(made: Plan) -> list[str]:
     ]
     layout = judged.layout
     assert layout is not None
-    return lines + remedy_lines(memory_remedies(made.model, layout, made.training)[:3])
+    return lines + remedy_lines(memory_remedies(made.model, layout, made.training, made.cluster.profile)[:3])
 
 
 def remedy_lines(remedies: Sequence[Remedy]) -> list[str]:

@@ -59,7 +59,9 @@ def plan(
     ] = "this",
     sequence_len: Annotated[int | None, typer.Option(min=1, max=bounds.TOKENS, help="Tokens of a row.")] = None,
     global_batch: Annotated[int | None, typer.Option(min=1, max=bounds.ROWS, help="Rows of a step.")] = None,
-    dtype: Annotated[str, typer.Option(help="What products run in: bfloat16, float16 or float32.")] = "bfloat16",
+    dtype: Annotated[
+        str | None, typer.Option(help="What products run in: bfloat16 or float32; unset: as in --config, or bfloat16.")
+    ] = None,
     optimizer: Annotated[
         str | None, typer.Option(help="As in a config; unset: as in --config, or adamw_torch_fused.")
     ] = None,

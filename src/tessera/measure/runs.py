@@ -1,5 +1,6 @@
 """Runs that were trained, as steps that a profile is brought to: what `tessera measure --fit` reads."""
 
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -60,5 +61,5 @@ def fit_runs(folders: Sequence[Path], output: Path | None) -> None:
     cluster = cluster_of("this")
     runs = {str(folder): trained_run(folder, cluster) for folder in folders}
     profile, told = brought(cluster.profile, runs, "runs")
-    profile = replace(profile, name=f"{profile.name}-{len(runs)}-runs", date=today())
+    profile = replace(profile, name=f"{re.sub('-[0-9]+-runs$', '', profile.name)}-{len(runs)}-runs", date=today())
     terminal.say(*told, "", *written(profile, output))

@@ -21,6 +21,7 @@ from tessera.models.config import ModelConfig
 from tessera.plan.machine import Curve, Profile, Residuals
 from tessera.plan.time import ONE_STAGE, Pipeline, StepTime, step_time
 from tessera.plan.traffic import Transfer
+from tessera.plan.update import ADAMW, Update
 from tessera.plan.work import Moved, Multiplied, Work, step_work
 
 BEND = 0.03
@@ -41,10 +42,21 @@ class Run:
     pipeline: Pipeline = ONE_STAGE
 
     @classmethod
-    def of(cls, model: ModelConfig, shape: StepShape, parallel: Parallel, per_machine: int, seconds: float) -> "Run":
+    def of(
+        cls,
+        model: ModelConfig,
+        shape: StepShape,
+        parallel: Parallel,
+        per_machine: int,
+        seconds: float,
+        *,
+        offload: bool = False,
+        update: Update = ADAMW,
+    ) -> "Run":
         """A step of `parallel`'s ranks, `per_machine` of them on each machine, that took so many seconds."""
         (place,) = place_of(model, shape, parallel)
-        return cls(step_work(model, shape, parallel, per_machine), tuple(map(float, place)), seconds)
+        work = step_work(model, shape, parallel, per_machine, offload=offload, update=update)
+        return cls(work, tuple(map(float, place)), seconds)
 
 
 def calibrated(profile: Profile, runs: Sequence[Run], name: str, only: Collection[str] | None = None) -> Profile:

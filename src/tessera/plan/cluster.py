@@ -230,7 +230,9 @@ def _this(profile: Profile | None) -> Cluster:
         shipped = shipped_for(hardware, gpu=gpus > 0)
         if shipped is None:
             raise UserError(KEY, "this", f"no profile of {hardware} is shipped", "run tessera measure once, here")
-        memory = shipped.memory_bytes if gpus else devices.host_memory_bytes() // devices.cores_here()
-        found = replace(shipped, device=hardware, memory_bytes=memory)
+        found = replace(shipped, device=hardware)
+        if not gpus:
+            memory = devices.host_memory_bytes() // devices.cores_here()
+            found = replace(found, memory_bytes=memory, host_memory_bytes=memory)
     ranks = gpus or (found.devices_per_machine if found.measured else devices.cores_here())
     return Cluster(1, min(ranks, found.devices_per_machine), found)

@@ -25,6 +25,8 @@ from tessera.layout.streams import joins_rows
 from tessera.models.config import ModelConfig
 from tessera.nn.context.heads import kv_heads_of
 from tessera.plan.choice import Layout, Training
+from tessera.plan.host import host_bytes, room_on_host
+from tessera.plan.machine import Profile
 from tessera.plan.peak import RESERVED, peak_bytes
 from tessera.sizes.context import Surroundings, fitted
 from tessera.sizes.rules import TensorParallel
@@ -54,10 +56,13 @@ class Remedy(NamedTuple):
     meaning: str
 
 
-def memory_remedies(model: ModelConfig, layout: Layout, training: Training) -> list[Remedy]:
+def memory_remedies(
+    model: ModelConfig, layout: Layout, training: Training, profile: Profile | None = None
+) -> list[Remedy]:
     """What lowers the peak of `layout`, the greatest saving first: each change by itself, by the closed form.
 
-    Left out is what does not fit the model or the mesh, and what saves nothing. The global batch stays as it is.
+    Left out is what does not fit the model or the mesh, what saves nothing, and what the host of a device of `profile`
+    has no room for. The global batch stays as it is.
     """
     now, found = checked_peak(model, layout, training), []
     for keys, other, meaning in _changes(layout):
@@ -65,9 +70,17 @@ def memory_remedies(model: ModelConfig, layout: Layout, training: Training) -> l
             saved = now - checked_peak(model, other, training)
         except UserError:
             continue
+        if profile is not None and _on_host(model, other, training) > room_on_host(profile):
+            continue
         if saved > 0:
             found.append(Remedy(keys, saved, meaning))
     return sorted(found, key=lambda remedy: -remedy.saved)
+
+
+def _on_host(model: ModelConfig, layout: Layout, training: Training) -> int:
+    parallel = layout.parallel(model, training)
+    shape = layout.shape(training, parallel)
+    return int(host_bytes(model, shape, parallel, offload=layout.offload_params, update=training.update))
 
 
 def checked_peak(model: ModelConfig, layout: Layout, training: Training) -> int:

@@ -5,11 +5,17 @@ from typing import Any
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape
 from tessera.models.config import ModelConfig
+from tessera.plan.machine import Profile
 from tessera.plan.memory import offloaded_by_layers
 from tessera.plan.update import ADAMW, Update, shard_elements
 
 USED = 0.8
 """The share of the host's memory that may be taken: the system, the data and saves need the rest."""
+
+
+def room_on_host(profile: Profile) -> int:
+    """Bytes of a device's part of host memory that may be taken."""
+    return int(USED * profile.host_memory_bytes)
 
 
 def host_bytes(

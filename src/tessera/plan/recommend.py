@@ -23,10 +23,10 @@ from tessera.plan.calibrate import corrected, place_of
 from tessera.plan.candidates import Found, buildable
 from tessera.plan.choice import Layout, Training
 from tessera.plan.cluster import cluster_of
-from tessera.plan.fit import fits
+from tessera.plan.fit import Verdict, fits
 from tessera.plan.flops import step_flops
-from tessera.plan.host import host_bytes
-from tessera.plan.machine import Cluster
+from tessera.plan.host import host_bytes, room_on_host
+from tessera.plan.machine import Cluster, Profile
 from tessera.plan.peak import Peak, peak_bytes
 from tessera.plan.search import fastest_too_large, search
 from tessera.plan.time import StepTime, step_time
@@ -118,9 +118,14 @@ def judge_step(
     time = step_time(work, cluster.profile)
     time = _scalars(corrected(time, place_of(model, shape, parallel), cluster.profile))
     flops = step_flops(model, [training.sequence_len]) * training.global_batch
-    verdict = fits(int(peak.total), cluster.profile.memory_bytes, buffers)
     host = int(host_bytes(model, shape, parallel, offload=offload, update=training.update))
+    verdict = _verdict(int(peak.total), buffers, host, cluster.profile)
     return Judged(name, mesh.world, training, cluster, peak, time, flops, verdict, buffers=buffers, host_bytes=host)
+
+
+def _verdict(peak: int, buffers: int, host: int, profile: Profile) -> Verdict:
+    """Whether a step fits its device, and what it keeps on the host the host."""
+    return fits(peak, profile.memory_bytes, buffers) if host <= room_on_host(profile) else "does not fit"
 
 
 def traced(model: ModelConfig, judged: Judged) -> Judged:
@@ -133,7 +138,7 @@ def traced(model: ModelConfig, judged: Judged) -> Judged:
     shape = judged.layout.shape(judged.training, parallel)
     offload, update = judged.layout.offload_params, judged.training.update
     memory = traced_memory(model, shape, parallel, offload=offload, update=update)
-    verdict = fits(int(memory.peak.total), judged.cluster.profile.memory_bytes, judged.buffers)
+    verdict = _verdict(int(memory.peak.total), judged.buffers, judged.host_bytes, judged.cluster.profile)
     return replace(judged, traced=memory, verdict=verdict)
 
 
@@ -175,10 +180,21 @@ class Plan:
         """The keys of a config that trains the best layout."""
         placeholder = {"datasets": [{"path": "./data.jsonl", "type": "completion"}], "output_dir": "./outputs"}
         planned = {"base_model": base_model_of(self.name), "sequence_len": self.training.sequence_len}
-        planned |= {"bf16": self.training.dtype == "bfloat16"} | self._optimizer
+        bf16 = self.training.dtype == "bfloat16"
+        planned |= {"bf16": "full" if bf16 and self.training.stored == "bfloat16" else bf16} | self._optimizer
         given = {key: value for key, value in self.config.items() if key not in _LAYOUT_KEYS}
         assert self.best.layout is not None
-        return placeholder | given | planned | self.best.layout.keys
+        keys = placeholder | given | planned | self.best.layout.keys
+        if kept := self._of_fsdp:
+            keys["fsdp_config"] = kept | keys.get("fsdp_config", {})
+        return keys
+
+    @property
+    def _of_fsdp(self) -> dict[str, Any]:
+        """What the file asks of FSDP2 beside what a layout says of it."""
+        given, said = self.config.get("fsdp_config"), ("reshard_after_forward", "offload_params", "sync_each_batch")
+        kept = given.items() if isinstance(given, dict) else ()
+        return {key: value for key, value in kept if key.removeprefix("fsdp_") not in said}
 
     @property
     def _optimizer(self) -> dict[str, Any]:
@@ -307,7 +323,7 @@ def why_slower(other: Judged, best: Judged) -> str:
     name, share = max(more.items(), key=lambda item: item[1])
     memory = (other.bytes - best.bytes) / 2**30
     said = [f"+{share:.1%} {name}"] if share >= DIFFERENCE else []
-    said += [f"+{memory:.1f} GiB"] if memory >= 1 else []
+    said += [f"{memory:+.1f} GiB"] if abs(memory) >= 1 else []
     return ", ".join(said) or "as fast"
 
 

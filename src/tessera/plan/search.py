@@ -33,7 +33,7 @@ from tessera.plan.buffers import library_bytes
 from tessera.plan.calibrate import corrected, place_of
 from tessera.plan.candidates import NEVER, Found, Numbers, Switches, attention_of, joined, meshes, untimed
 from tessera.plan.choice import RECOMPUTES, Training
-from tessera.plan.host import USED, host_bytes
+from tessera.plan.host import host_bytes, room_on_host
 from tessera.plan.machine import Cluster
 from tessera.plan.many import ManyMeshes
 from tessera.plan.peak import peak_bytes
@@ -223,7 +223,7 @@ def _able(
         able = size < tokens
     if way.offload or way.offload_params:
         host = host_bytes(model, shape, parallel, offload=way.offload_params, update=update)
-        able = able & (host <= USED * cluster.profile.host_memory_bytes)
+        able = able & (host <= room_on_host(cluster.profile))
     return able
 
 

@@ -9,6 +9,7 @@ import torch
 from tessera.config.schema import TrainConfig
 from tessera.core import device as devices
 from tessera.core.axes import DATA_AXES
+from tessera.core.errors import UserError
 from tessera.core.mesh import Mesh
 from tessera.layout.parallel import Parallel
 from tessera.models.config import ModelConfig
@@ -18,7 +19,16 @@ from tessera.plan.choice import Beside, Layout, Training
 from tessera.plan.cluster import cluster_of, kept_profiles, profile_for
 from tessera.plan.machine import Cluster
 from tessera.plan.recommend import Judged, judge_step
-from tessera.train.settings import compute_dtype, fitting_layout, fsdp_of, parallel_for, savers_of, step_shape
+from tessera.plan.update import Update
+from tessera.train.settings import (
+    check_optim_args,
+    compute_dtype,
+    fitting_layout,
+    fsdp_of,
+    parallel_for,
+    savers_of,
+    step_shape,
+)
 
 
 def foresee(config: TrainConfig, model: ModelConfig, cluster: Cluster) -> Judged:
@@ -26,21 +36,33 @@ def foresee(config: TrainConfig, model: ModelConfig, cluster: Cluster) -> Judged
 
     Raises UserError where sizes do not fit the model.
     """
-    config = fitting_layout(config, model, cluster.per_machine)
-    mesh = Mesh(config.mesh_sizes, device="meta", rank=0)
-    parallel = parallel_for(config, model, mesh, compute=_compute(config, cluster))
-    return _judged(config, model, parallel, cluster.of(mesh.world))
+    config, parallel = _laid_out(config, model, cluster)
+    return _judged(config, model, parallel, cluster.of(parallel.mesh.world))
 
 
 def run_of(config: TrainConfig, model: ModelConfig, cluster: Cluster, seconds: float) -> Run:
     """A step of a run with `config` on machines of `cluster` that took so many seconds: what a profile is brought to.
 
-    Raises UserError where sizes do not fit the model.
+    Raises UserError where sizes do not fit the model, or where products ran in another dtype than the profile has the
+    rates of.
     """
+    config, parallel = _laid_out(config, model, cluster)
+    profile, dtype = cluster.profile, devices.dtype_name(parallel.compute)
+    if profile.in_dtype(dtype) is not profile:
+        reason = f"computed in {dtype}, and the rates of {profile.name} are those of a faster dtype"
+        raise UserError("bf16", config.bf16, reason, "a run with bf16: true")
+    shape, offload = step_shape(config, parallel), config.fsdp_config.offload_params
+    update = Update(config.optimizer, config.optim_args or {})
+    per_machine = cluster.of(parallel.mesh.world).per_machine
+    return Run.of(model, shape, parallel, per_machine, seconds, offload=offload, update=update)
+
+
+def _laid_out(config: TrainConfig, model: ModelConfig, cluster: Cluster) -> tuple[TrainConfig, Parallel]:
+    """The config with every size, and the layouts of its ranks on machines of `cluster`."""
+    check_optim_args(config)
     config = fitting_layout(config, model, cluster.per_machine)
     mesh = Mesh(config.mesh_sizes, device="meta", rank=0)
-    parallel = parallel_for(config, model, mesh, compute=_compute(config, cluster))
-    return Run.of(model, step_shape(config, parallel), parallel, cluster.of(mesh.world).per_machine, seconds)
+    return config, parallel_for(config, model, mesh, compute=_compute(config, cluster))
 
 
 def foresee_run(config: TrainConfig, model: ModelConfig, parallel: Parallel) -> Prediction:
@@ -91,7 +113,7 @@ def layout_of(config: TrainConfig, model: ModelConfig, cluster: Cluster) -> tupl
 
 def _training(config: TrainConfig, sequence: int, rows: int, compute: torch.dtype) -> Training:
     stored = "bfloat16" if config.full_bf16 else "float32"
-    dtype = str(compute).removeprefix("torch.")
+    dtype = devices.dtype_name(compute)
     return Training(sequence, rows, dtype, stored, config.optimizer, config.optim_args or {})
 
 

@@ -170,10 +170,16 @@ def update_of(config: TrainConfig) -> Update:
 
 def check_optimizer(config: TrainConfig) -> None:
     """Raise UserError where the optimizer needs a package that is not there, or does not take its options."""
-    name, options = config.optimizer, config.optim_args or {}
+    name = config.optimizer
     if package := missing_package(name):
         hint = f"pip install {package}, or write optimizer: adamw_torch_fused"
         raise UserError("optimizer", name, f"needs the package {package}, which is not installed", hint)
+    check_optim_args(config)
+
+
+def check_optim_args(config: TrainConfig) -> None:
+    """Raise UserError where the optimizer does not take its options, whether or not its package is there."""
+    name, options = config.optimizer, config.optim_args or {}
     try:
         check_options(name, options)
     except ValueError as error:
