@@ -18,7 +18,8 @@ CONFIG = "base_model: m\ndatasets: [{path: a.txt}]\n"
 STAND_INS = """
 import json, os, sys, types
 class Run:
-    def __init__(self, content): self.content, self.config = content, types.SimpleNamespace(output_dir="output")
+    def __init__(self, content):
+        self.content, self.config, self.model = content, types.SimpleNamespace(output_dir="output"), None
     def going_on_from(self, checkpoint): return self
     def to_json(self): return json.dumps(self.content)
     @classmethod
