@@ -109,7 +109,7 @@ def public_model(name: str, key: str = "base_model") -> PublicModel | None:
     if size in by_size:
         return by_size[size]
     near = sorted(sorted(by_size, key=lambda other: abs(math.log(other / size)))[:NEAREST])
-    named = ", ".join(f"{by_size[other].sizes[0]} ({by_size[other].name})" for other in near)
+    named = ", ".join(dict.fromkeys(f"{by_size[other].sizes[0]} ({by_size[other].name})" for other in near))
     raise UserError(key, name, "no model of the table is named by this size, and none is made up", f"nearest: {named}")
 
 

@@ -159,6 +159,8 @@ def _shared_out(devices: int, profile: Profile, text: str, name: str) -> tuple[i
     most = profile.devices_per_machine
     if devices <= most:
         return 1, devices
+    if devices > RANKS:
+        raise UserError(KEY, text, f"at most {RANKS:,} devices are possible", EXAMPLES)
     if devices % most:
         below = devices // most * most
         hint = (
