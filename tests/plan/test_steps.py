@@ -12,7 +12,8 @@ from tessera.config.load import make_config
 from tessera.core.errors import UserError
 from tessera.measure.runs import LEAST, WARM, fit_runs, step_seconds
 from tessera.measure.session import Asked, measure
-from tessera.measure.steps import brought, powers_to, small_steps
+from tessera.measure.steps import brought, small_steps
+from tessera.measure.timing import powers_to
 from tessera.models.shapes import shape_of
 from tessera.plan.cluster import cluster_of, kept_profiles
 from tessera.plan.machine import _NOISE, LIKE, Residuals, _alike, read_profile, shipped_profiles, written_profile

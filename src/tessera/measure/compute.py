@@ -20,7 +20,7 @@ from tessera.data.batch import MicroBatch
 from tessera.engine.step import Step
 from tessera.layout.resolve import parallel_of
 from tessera.layout.shape import StepShape
-from tessera.measure.timing import Timed, Timer
+from tessera.measure.timing import Timed, Timer, powers_to
 from tessera.models.config import ModelConfig
 from tessera.models.decoder import Decoder
 from tessera.nn.attend import attend
@@ -115,7 +115,7 @@ def measured_compute(timer: Timer, sizes: Sizes, here: int, threads: int | None)
     efficiency = 5 * sizes.activation * dtype.itemsize / alone["memory"].seconds / bandwidth
     attended = {shape: time(work.attention(shape), 1) for shape in sizes.attention}
     shared: dict[str, dict[int, float]] = {}
-    for ranks in () if gpu else (1, *_powers(here)):
+    for ranks in () if gpu else powers_to(here):
         for kind in ("product", "memory", "attention", "dispatch"):
             took = alone[kind] if ranks == 1 else time(kinds[kind], ranks)
             shared.setdefault(kind, {})[ranks] = took.seconds / alone[kind].seconds
@@ -227,11 +227,6 @@ class _TinyStep:
         """How many operators the planner counts in one run."""
         work = step_work(self.MODEL, StepShape(1, 16, 1, False), self.step.model.parallel, 1)
         return int(sum(work.operators.values()))
-
-
-def _powers(most: int) -> list[int]:
-    """2, 4, 8 … up to `most`, and `most`, without 1."""
-    return sorted({2**power for power in range(1, most.bit_length()) if 2**power <= most} | ({most} - {1}))
 
 
 @contextmanager

@@ -34,13 +34,12 @@ from tessera.measure.steps import (
     SmallStep,
     brought,
     lower_quartiles,
-    powers_to,
     read_seconds,
     small_steps,
     timed_steps,
     written_seconds,
 )
-from tessera.measure.timing import QUICK, Effort, Timer
+from tessera.measure.timing import QUICK, Effort, Timer, powers_to
 from tessera.plan.cluster import profiles_folder
 from tessera.plan.machine import Profile, read_profile, written_profile
 from tessera.sizes.bounds import RANKS_HERE, at_most

@@ -173,11 +173,6 @@ class _Running:
         return float(largest(own, self.group)[0])
 
 
-def powers_to(ranks: int) -> list[int]:
-    """1, 2, 4 … below `ranks`, and `ranks`: with how many ranks steps are timed."""
-    return sorted({2**power for power in range(ranks.bit_length()) if 2**power < ranks} | {ranks})
-
-
 def brought(profile: Profile, runs: Mapping[str, Run], kind: str) -> tuple[Profile, list[str]]:
     """The profile brought to steps of this `kind`, by name; and a table of what it said of them before, and says now.
 

@@ -101,5 +101,10 @@ class Timer:
         return [max(1e-9, value) for value in largest(own, self.group).tolist()]
 
 
+def powers_to(ranks: int) -> list[int]:
+    """1, 2, 4 … below `ranks`, and `ranks`: numbers of ranks that compute at once."""
+    return sorted({2**power for power in range(ranks.bit_length()) if 2**power < ranks} | {ranks})
+
+
 def _nothing() -> None:
     pass

@@ -19,7 +19,6 @@ from tessera.plan.choice import Beside, Layout, Training
 from tessera.plan.cluster import cluster_of, kept_profiles, profile_for
 from tessera.plan.machine import Cluster
 from tessera.plan.recommend import Judged, judge_step
-from tessera.plan.update import Update
 from tessera.train.settings import (
     check_optim_args,
     compute_dtype,
@@ -28,6 +27,7 @@ from tessera.train.settings import (
     parallel_for,
     savers_of,
     step_shape,
+    update_of,
 )
 
 
@@ -52,9 +52,8 @@ def run_of(config: TrainConfig, model: ModelConfig, cluster: Cluster, seconds: f
         reason = f"computed in {dtype}, and the rates of {profile.name} are those of a faster dtype"
         raise UserError("bf16", config.bf16, reason, "a run with bf16: true")
     shape, offload = step_shape(config, parallel), config.fsdp_config.offload_params
-    update = Update(config.optimizer, config.optim_args or {})
     per_machine = cluster.of(parallel.mesh.world).per_machine
-    return Run.of(model, shape, parallel, per_machine, seconds, offload=offload, update=update)
+    return Run.of(model, shape, parallel, per_machine, seconds, offload=offload, update=update_of(config))
 
 
 def _laid_out(config: TrainConfig, model: ModelConfig, cluster: Cluster) -> tuple[TrainConfig, Parallel]:
