@@ -54,6 +54,7 @@ def planned(case, folder):
 @pytest.mark.parametrize(
     "case", [case if case in ("4 gpt2 one row", "8") else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
 )
+@pytest.mark.usefixtures("small_buffers")
 def test_the_winner_trains_and_is_verified(case, tmp_path):
     made = planned(case, tmp_path)
     keys = yaml.safe_load(made.to_yaml())
@@ -61,7 +62,7 @@ def test_the_winner_trains_and_is_verified(case, tmp_path):
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == 2 and all(map(isfinite, losses))
     if case == "4 states on the host":
-        assert keys["fsdp_config"]["offload_params"]
+        assert keys["fsdp_config"]["offload_params"] and keys["fsdp_config"]["sync_each_batch"]
     (tmp_path / "run.yaml").write_text(made.to_yaml())
     ended = tessera("verify", str(tmp_path / "run.yaml"), ranks=made.cluster.devices)
     assert not any(ended.codes), (made.best.name, ended.err[0], ended.out[0][-1500:])

@@ -34,6 +34,7 @@ class Switches(NamedTuple):
     offload: bool = False
     tiles: int | None = 1
     offload_params: bool = False
+    sync_each_batch: bool = False
 
 
 @dataclass(frozen=True)

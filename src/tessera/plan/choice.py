@@ -95,7 +95,7 @@ class Layout:
         tensor = sum(self.size(axis) > 1 for axis in MODEL_AXES) + 2 * (self.size("inner", "depth") > 1)
         context = 2 * sum(self.size(axis) > 1 for axis in SEQUENCE_AXES)
         moved = (self.schedule != "gather") + (self.slices > 1)
-        saved = self.offload + (self.tiles != 1) + self.offload_params
+        saved = self.offload + (self.tiles != 1) + self.offload_params + self.sync_each_batch
         return tensor + context + moved + saved + (self.size("replicate") > 1)
 
     @property

@@ -4,7 +4,8 @@
                model; ulysses is of the context's ranks what `sizes.context` takes
     batches    every micro-batch that divides a data rank's rows
     switches   recompute, weights kept after the forward, schedules of the products
-    savers     what layers keep in host memory, MLPs in tiles, states in host memory, and all of these together
+    savers     gradients summed after every micro-batch, what layers keep in host memory, MLPs in tiles, states in host
+               memory, and every set of these together
 
 Candidates that share every switch and every rule are one group: closed forms of plan/ take its sizes as arrays. What
 is left out is never the best, which tests/plan/test_search.py holds against all of it on small spaces:
@@ -49,10 +50,10 @@ SCHEDULES = (("gather", 2), ("gather", 4), ("gather", 8), ("summa", 1), ("cannon
 KEPT = 300
 
 
-SAVERS: dict[str, Any] = {"offload": True, "tiles": None, "offload_params": True}
+SAVERS: dict[str, Any] = {"sync_each_batch": True, "offload": True, "tiles": None, "offload_params": True}
 """The switches that save memory at the cost of time alone, as they are when they are on."""
 PLAIN = [Switches(recompute, reshard) for recompute in RECOMPUTES for reshard in (False, True)]
-COMBINED = [names for count in (1, 2, 3) for names in combinations(SAVERS, count)]
+COMBINED = [names for count in (1, 2, 3, 4) for names in combinations(SAVERS, count)]
 """Every set of savers but none, the small ones first."""
 
 
@@ -208,7 +209,7 @@ def _costs(model: ModelConfig, cluster: Cluster, found: Found) -> Found:
                 continue
             shape, parallel = _group(model, places, found, way)
         peaks[places] = peak_bytes(model, shape, parallel, offload=way.offload_params, update=update).total
-    if not way.reshard or way.offload_params:  # of FSDP2, which serves these axes alone
+    if not way.reshard or way.offload_params or way.sync_each_batch:  # of FSDP2, which serves these axes alone
         peaks[np.prod([found.sizes[axis] for axis in (*DATA_AXES, *SEQUENCE_AXES)], axis=0) == 1] = NEVER
     return replace(found, peak=peaks)
 
@@ -216,8 +217,9 @@ def _costs(model: ModelConfig, cluster: Cluster, found: Found) -> Found:
 def _able(
     model: ModelConfig, cluster: Cluster, shape: StepShape, parallel: Parallel, way: Switches, update: Update
 ) -> Any:
-    """Which candidates have several tiles, where `way` asks for tiles, and room on the host for what goes there."""
-    able: Any = True
+    """Which candidates have several micro-batches, where `way` sums the gradients of each, several tiles, where it asks
+    for tiles, and room on the host for what goes there."""
+    able: Any = shape.micro_batches > 1 if way.sync_each_batch else True
     if way.tiles != 1:
         size, tokens = largest_tile(anatomy_of(model).layers[0][1], shape, parallel)
         able = size < tokens
