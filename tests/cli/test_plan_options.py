@@ -57,6 +57,8 @@ def test_what_needs_another_option_says_so():
     for words in (PLAN, JUDGE, TARGET):
         error = refusal(*words, "--price", "2")
         assert (error.key, error.hint) == ("--price", "add --tokens 1T")
+        for price in ("inf", "1e300"):
+            assert refusal(*words, "--tokens", "1T", "--price", price).key == "--price"
     error = refusal(*PLAN, "--plot", "p.png", "--trace", "0")
     assert error.key == "--plot" and "--trace 1" in error.hint
 

@@ -8,7 +8,7 @@ import torch
 from plan.measure_cases import profile_here, received_by_each_kind, what_slows_is_seen
 from support.forked import python
 from support.pool import pool
-from tessera.core.errors import UserError
+from tessera.core.errors import RunFailed, UserError
 from tessera.measure.compute import Computed
 from tessera.measure.links import KINDS, Linked
 from tessera.measure.profile import Here, lines, profile_of
@@ -93,6 +93,19 @@ def test_a_place_that_takes_no_file_is_refused_before_anything_is_measured(tmp_p
 
     with pytest.raises(UserError, match="--output"):
         measure(Asked(Path(tmp_path)), 2)
+
+
+@pytest.mark.parametrize(("code", "told"), [(130, "stopped before everything was measured"), (1, "rank 1 failed")])
+def test_a_stop_says_what_was_not_written(monkeypatch, code, told):
+    from tessera.measure.session import Asked, measure
+
+    def failing(*asked, **options):
+        raise RunFailed("rank 1 failed", code)
+
+    monkeypatch.setattr("tessera.measure.session.run_workers", failing)
+    with pytest.raises(RunFailed, match=told) as ended:
+        measure(Asked(quick=True), 2)
+    assert ended.value.exit_code == code
 
 
 @pytest.mark.parametrize(("text", "threads"), [("", None), ("3", 3)])

@@ -69,6 +69,8 @@ def plan_command(subject: str | None, asked: Asked) -> None:
         raise UserError("MODEL", None, "is what to plan", "for example 8B, a folder, run.yaml; or --matmul M,N,K")
     if asked.tokens is not None:
         number_of_tokens(asked.tokens)  # refused before the search
+    if asked.price is not None and not asked.price < 1e15:
+        raise UserError("--price", asked.price, "is no price of an hour", "for example 2.5")
     for key, path in (("--output", asked.output), ("--plot", asked.plot)):
         if path is not None and asked.scaling is None:
             check_target(path, key)

@@ -42,8 +42,8 @@ def page(made: Sequence[QuotedTable]) -> str:
         f"Devices: {cluster}; rates: {known} (profile {profile.name}), half of a prediction's band "
         f"{profile.error:.0%}. Two layouts of a table share the errors of the rates, so their order is surer than "
         "their times. Products in bfloat16; AdamW's states in float32, but where bfloat16 is said. Pipelines are by "
-        "formula: no schedule of them is implemented. Nothing lies in host memory, and MLPs are whole: `tessera plan` "
-        "tries these memory savers too, and with them more fits.",
+        "formula: no schedule of them is implemented. Nothing lies in host memory, MLPs are whole, and gradients are "
+        "summed once a step: `tessera plan` tries these memory savers too, and with them more fits.",
         "Made by `tessera plan --tables --output docs/quoted-tables.md`.",
     ]
     for table in made:

@@ -114,7 +114,14 @@ def _left_by_ranks(asked: Asked, ranks: int) -> Path:
     """Start so many ranks; where they have left what they measured."""
     assert asked.result is not None
     text = _ASKED.dump_json(asked).decode()
-    run_workers(["-P", "-m", "tessera", "measure"], ranks, restarts=Restarts(handed=lambda _: text))
+    try:
+        run_workers(["-P", "-m", "tessera", "measure"], ranks, restarts=Restarts(handed=lambda _: text))
+    except RunFailed as failure:
+        if failure.exit_code > 128:  # by a signal
+            raise RunFailed(
+                "stopped before everything was measured; no profile was written", failure.exit_code
+            ) from None
+        raise
     return asked.result
 
 
