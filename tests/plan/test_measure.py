@@ -9,11 +9,12 @@ from plan.measure_cases import profile_here, received_by_each_kind, what_slows_i
 from support.forked import python
 from support.pool import pool
 from tessera.core.errors import RunFailed, UserError
+from tessera.core.mesh import Mesh
 from tessera.measure.compute import Computed
 from tessera.measure.links import KINDS, Linked
 from tessera.measure.profile import Here, lines, profile_of
 from tessera.measure.session import threads_asked
-from tessera.measure.timing import Timed
+from tessera.measure.timing import Effort, Timed, Timer
 from tessera.plan.cluster import kept_profiles
 from tessera.plan.fitted import Fitted
 from tessera.plan.machine import read_profile
@@ -86,6 +87,14 @@ def test_a_busy_machine_widens_the_band():
         profile = profile_of(computed, Linked(), None, where)
         assert profile.error == error
         assert any("measure again" in line for line in lines(profile, computed, Linked(), None)) == told
+
+
+def test_rounds_of_calls_take_turns():
+    """What slows the machine for a moment is then not all that one of them has."""
+    order = list[str]()
+    timer = Timer(Mesh({}), Effort(0.0, 3))
+    timed = timer.each([lambda: order.append("a"), None, lambda: order.append("b")])
+    assert order == [*"aabb", *"ababab"] and len(timed) == 3
 
 
 def test_a_place_that_takes_no_file_is_refused_before_anything_is_measured(tmp_path):

@@ -6,9 +6,10 @@ with as many threads as a run of so many ranks gives it.
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from tessera.plan.fitted import Attended, Fitted, Multiplied, fitted_attention, 
 from tessera.plan.work import step_work
 from tessera.sizes.rules import TensorParallel
 
+T = TypeVar("T")
 Shape = tuple[int, int, int]
 """Tokens, outputs and inputs of a linear layer."""
 
@@ -100,25 +102,25 @@ def measured_compute(timer: Timer, sizes: Sizes, here: int, threads: int | None)
     dtype = torch.bfloat16 if gpu else torch.float32
     work = _Work(mesh.device, dtype, sizes)
 
-    def time(call: Callable[[], object], ranks: int) -> Timed:
+    def each(calls: Mapping[T, Callable[[], object]], ranks: int = 1) -> dict[T, Timed]:
         """On the first `ranks` of each machine while the others wait; GPUs share nothing, so all compute."""
-        if gpu:
-            return timer.time(call)
-        with _threads(threads or max(1, cores_here() // ranks)):
-            return timer.time(call if mesh.rank % here < ranks else None)
+        computes = gpu or mesh.rank % here < ranks
+        with nullcontext() if gpu else _threads(threads or max(1, cores_here() // ranks)):
+            return dict(zip(calls, timer.each([call if computes else None for call in calls.values()]), strict=True))
 
-    products = {shape: time(_product(mesh.device, dtype, shape), 1) for shape in sizes.products}
+    products = each({shape: _product(mesh.device, dtype, shape) for shape in sizes.products})
     kinds = work.kinds()
-    alone = {kind: time(call, 1) for kind, call in kinds.items()}
+    alone = each(kinds)
     fitted = fitted_product([Multiplied(shape, timed.seconds) for shape, timed in products.items()])
     bandwidth = 3 * sizes.long * dtype.itemsize / alone["long"].seconds
     efficiency = 5 * sizes.activation * dtype.itemsize / alone["memory"].seconds / bandwidth
-    attended = {shape: time(work.attention(shape), 1) for shape in sizes.attention}
+    attended = each({shape: work.attention(shape) for shape in sizes.attention})
     shared: dict[str, dict[int, float]] = {}
+    together = {kind: kinds[kind] for kind in ("product", "memory", "attention", "dispatch")}
     for ranks in () if gpu else powers_to(here):
-        for kind in ("product", "memory", "attention", "dispatch"):
-            took = alone[kind] if ranks == 1 else time(kinds[kind], ranks)
-            shared.setdefault(kind, {})[ranks] = took.seconds / alone[kind].seconds
+        took = alone if ranks == 1 else each(together, ranks)
+        for kind in together:
+            shared.setdefault(kind, {})[ranks] = took[kind].seconds / alone[kind].seconds
     return Computed(
         dtype,
         products,

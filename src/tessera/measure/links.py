@@ -70,9 +70,9 @@ def measured_links(timer: Timer, blocks: Sequence[int], here: int, product: Call
         return Linked()
     for level, group in groups:
         for kind in KINDS:
-            for block in blocks:
-                call, received = _call(kind, group, block // 4, mesh.device)
-                calls.append(Call(level, kind, group.size, received, timer.time(call)))
+            made = [_call(kind, group, block // 4, mesh.device) for block in blocks]
+            for (_, received), timed in zip(made, timer.each([call for call, _ in made]), strict=True):
+                calls.append(Call(level, kind, group.size, received, timed))
     curves: dict[str, dict[str, Fitted[Curve]]] = {}
     for level in dict.fromkeys(level for level, _ in groups):
         for kind in KINDS:
@@ -136,8 +136,8 @@ def _shared(timer: Timer, groups: Sequence[Group], block: int) -> dict[int, floa
     for group in groups:
         if group.size < mesh.world:
             call, _ = _call("all_gather", group, block // 4, mesh.device)
-            alone = timer.time(call if mesh.rank < group.size else None)
-            found[group.size] = alone.seconds / timer.time(call).seconds
+            alone, beside = timer.each([call if mesh.rank < group.size else None, call])
+            found[group.size] = alone.seconds / beside.seconds
     return found
 
 

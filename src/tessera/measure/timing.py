@@ -4,7 +4,7 @@ Every rank decides alike how often a call is repeated, from times that all of th
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,19 +38,33 @@ MOST_CALLS = 2000
 
 
 class Timer:
-    """Times calls on the ranks of `mesh`. Every rank calls `time` for the same things in the same order."""
+    """Times calls on the ranks of `mesh`. Every rank asks for the same things in the same order, and gets the same.
+
+    A rank that gives None for a call waits for the others.
+    """
 
     def __init__(self, mesh: Mesh, effort: Effort) -> None:
         self.mesh, self.effort = mesh, effort
         self.group = mesh.group(mesh.present(mesh.numbering))
 
     def time(self, call: Callable[[], object] | None) -> Timed:
-        """Seconds of one `call`; a rank that gives None waits for the others. Every rank gets the same."""
-        call = call or _nothing
+        """Seconds of one `call`."""
+        return self.each([call])[0]
+
+    def each(self, calls: Sequence[Callable[[], object] | None]) -> list[Timed]:
+        """Seconds of each of `calls`, whose rounds take turns: what else the machine does for a moment meets all."""
+        work = [(call or _nothing) for call in calls]
+        counts = [self._calls_of_a_round(call) for call in work]
+        rounds = [list(map(self._round, work, counts)) for _ in range(self.effort.rounds)]
+        return [self._timed(list(own)) for own in zip(*rounds, strict=True)]
+
+    def _calls_of_a_round(self, call: Callable[[], object]) -> int:
         self._round(call, 1)  # what is made once is made here
         (first,) = self._slowest([self._round(call, 1)])
-        calls = max(1, min(MOST_CALLS, int(self.effort.seconds / self.effort.rounds / max(first, 1e-7))))
-        seconds = sorted(self._slowest([self._round(call, calls) for _ in range(self.effort.rounds)]))
+        return max(1, min(MOST_CALLS, int(self.effort.seconds / self.effort.rounds / max(first, 1e-7))))
+
+    def _timed(self, rounds: list[float]) -> Timed:
+        seconds = sorted(self._slowest(rounds))
         low, high = seconds[len(seconds) // 4], seconds[-1 - len(seconds) // 4]
         return Timed(low, (high - low) / low)
 
