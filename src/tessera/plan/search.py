@@ -222,7 +222,7 @@ def _able(
     able: Any = shape.micro_batches > 1 if way.sync_each_batch else True
     if way.tiles != 1:
         size, tokens = largest_tile(anatomy_of(model).layers[0][1], shape, parallel)
-        able = size < tokens
+        able = able & (size < tokens)
     if way.offload or way.offload_params:
         host = host_bytes(model, shape, parallel, offload=way.offload_params, update=update)
         able = able & (host <= room_on_host(cluster.profile))
