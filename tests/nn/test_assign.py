@@ -110,14 +110,19 @@ def test_reads_of_any_owners_equal_counting_token_by_token(seed):
     check_by_tokens(owned, bounds, windows)
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_swaps_keep_count_of_work_and_traffic(seed):
+def case_in_blocks(seed):
+    """A random case whose tokens divide by its owners, and its blocks."""
     bounds, owners, windows = random_case(Random(seed))
     owners += 1
     bounds = [owners * bound for bound in bounds]
     before = _Area(bounds, windows)
     edges = _edges(before, owners)
-    blocks = _Blocks(before, owners, edges)
+    return bounds, owners, windows, edges, _Blocks(before, owners, edges)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_swaps_keep_count_of_work_and_traffic(seed):
+    bounds, owners, windows, edges, blocks = case_in_blocks(seed)
     swaps = _Swaps(blocks, _zigzag(owners, blocks.each), 101 * sum(blocks.work) // (100 * owners))
     swaps.relieve()
     swaps.join()
@@ -135,11 +140,7 @@ def test_swaps_keep_count_of_work_and_traffic(seed):
 @pytest.mark.parametrize("seed", range(20))
 def test_the_block_given_for_a_neighbour_is_the_first_that_lowers_the_cost(seed):
     """Beside the cost of the plan with each pair of blocks swapped, counted anew."""
-    bounds, owners, windows = random_case(Random(seed))
-    owners += 1
-    bounds = [owners * bound for bound in bounds]
-    before = _Area(bounds, windows)
-    blocks = _Blocks(before, owners, _edges(before, owners))
+    _, owners, _, _, blocks = case_in_blocks(seed)
     deal = [owner for owner in range(owners) for _ in range(blocks.each)]
     Random(seed).shuffle(deal)
     swaps = _Swaps(blocks, deal, 101 * sum(blocks.work) // (100 * owners))

@@ -16,10 +16,10 @@ from pydantic import TypeAdapter
 from tessera.config.load import load_config
 from tessera.config.schema import TrainConfig
 from tessera.core import device as devices
-from tessera.core.errors import RunFailed, UserError
+from tessera.core.errors import UserError
 from tessera.core.files import check_target
 from tessera.launch.rank import as_rank, handed, is_rank
-from tessera.launch.workers import Restarts, run_workers
+from tessera.launch.workers import Restarts, run_workers, stopped_as
 from tessera.models.config import ModelConfig
 from tessera.sizes.bounds import RANKS_HERE, at_most
 from tessera.train.run import model_of
@@ -67,12 +67,8 @@ def verify(config_path: Path, asked: Asked) -> None:
     world = _work(*subject).world
     devices.stay_on_cpu_without_gpus(world)
     text, command = _SUBJECT.dump_json(subject, exclude_unset=True).decode(), ["-P", "-m", "tessera", "verify"]
-    try:
+    with stopped_as("stopped before everything was verified"):
         run_workers([*command, str(config_path)], world, restarts=Restarts(handed=lambda _: text))
-    except RunFailed as failure:
-        if failure.exit_code > 128:  # by a signal
-            raise RunFailed("stopped before everything was verified", failure.exit_code) from None
-        raise
 
 
 def _read(config_path: Path, asked: Asked) -> Subject:

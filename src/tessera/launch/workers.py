@@ -73,6 +73,17 @@ def run_workers(
             attempt += 1
 
 
+@contextmanager
+def stopped_as(text: str) -> Iterator[None]:
+    """A stop by a signal says this, where ranks train nothing and no checkpoint is lost."""
+    try:
+        yield
+    except RunFailed as failure:
+        if failure.exit_code > 128:  # by a signal
+            raise RunFailed(text, failure.exit_code) from None
+        raise
+
+
 def _attempt(
     args: Sequence[str],
     machines: Machines,

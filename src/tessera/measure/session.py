@@ -27,7 +27,7 @@ from tessera.doctor.examine import MOST_RANKS
 from tessera.doctor.pairs import measure_pairs
 from tessera.launch.rank import as_rank, handed, is_rank
 from tessera.launch.scratch import scratch
-from tessera.launch.workers import Restarts, run_workers
+from tessera.launch.workers import Restarts, run_workers, stopped_as
 from tessera.measure import compute, links
 from tessera.measure.profile import here, lines, profile_of
 from tessera.measure.steps import (
@@ -114,14 +114,8 @@ def _left_by_ranks(asked: Asked, ranks: int) -> Path:
     """Start so many ranks; where they have left what they measured."""
     assert asked.result is not None
     text = _ASKED.dump_json(asked).decode()
-    try:
+    with stopped_as("stopped before everything was measured; no profile was written"):
         run_workers(["-P", "-m", "tessera", "measure"], ranks, restarts=Restarts(handed=lambda _: text))
-    except RunFailed as failure:
-        if failure.exit_code > 128:  # by a signal
-            raise RunFailed(
-                "stopped before everything was measured; no profile was written", failure.exit_code
-            ) from None
-        raise
     return asked.result
 
 
