@@ -1,5 +1,6 @@
 """What lies in host memory, and what travels there and back, where memory savers keep things on the host."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from tessera.layout.parallel import Parallel
@@ -31,13 +32,33 @@ def host_bytes(
     return kept + 2 * shard_elements(model, parallel) * parallel.dtype.itemsize + update.moment_bytes(model, parallel)
 
 
-def travelling(model: ModelConfig, shape: StepShape, parallel: Parallel, offload: bool) -> tuple[Any, Any]:
-    """Bytes between the device and host memory in the forward and in the backward of a step.
+@dataclass(frozen=True)
+class HostTraffic:
+    """Bytes between the device and host memory in a step.
 
-    What layers keep leaves and comes back. With `offload` shards come for each gather of FSDP2: for every forward, and
-    for a layer's backward unless its weights are kept, which holds for all micro-batches; gradients leave once a step.
+    `layers`: what layers keep, which leaves in the forward and comes back in the backward. `forward` and `backward`:
+    shards of parameters before FSDP2 gathers them, and of gradients once they are reduced, beside which the device may
+    compute. `waited`: gradients for which it waits.
+    """
+
+    layers: Any = 0
+    forward: Any = 0
+    backward: Any = 0
+    waited: Any = 0
+
+
+def travelling(model: ModelConfig, shape: StepShape, parallel: Parallel, offload: bool) -> HostTraffic:
+    """What travels in a step of the rank of `parallel.mesh`; `offload`: its states lie in host memory.
+
+    Shards come for each gather: for every forward, and for a layer's backward unless its weights are kept, which holds
+    for all micro-batches. Gradients leave when they are reduced. From the second time on the host adds them to those
+    that it has, for which FSDP2 waits (foreach_reduce).
     """
     kept = offloaded_by_layers(model, shape, parallel) * shape.micro_batches if shape.savers.offload else 0
-    shards = shard_elements(model, parallel) * parallel.dtype.itemsize if offload else 0
+    if not offload:
+        return HostTraffic(kept)
+    shards = shard_elements(model, parallel) * parallel.dtype.itemsize
     gathers = shape.micro_batches if shape.reshard else 1
-    return kept + gathers * shards, kept + (gathers if shape.reshard else 0) * shards + shards
+    again = gathers if shape.reshard else 0
+    waited = (shape.micro_batches - 1) * shards if shape.sync_each_batch else 0
+    return HostTraffic(kept, gathers * shards, (again + 1) * shards, waited)

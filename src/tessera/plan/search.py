@@ -3,16 +3,18 @@
     meshes     every way to cut the devices over replicate, shard, context, inner, depth, row and col that fits the
                model; ulysses is of the context's ranks what `sizes.context` takes
     batches    every micro-batch that divides a data rank's rows
-    switches   recompute, weights kept after the forward, schedules of the products
-    savers     gradients summed after every micro-batch, what layers keep in host memory, MLPs in tiles, states in host
-               memory, and every set of these together
+    switches   recompute, weights kept after the forward, MLPs in tiles, schedules of the products
+    savers     gradients summed after every micro-batch, what layers keep in host memory, states in host memory, MLPs in
+               tiles where nothing else is computed again, and every set of these together
 
 Candidates that share every switch and every rule are one group: closed forms of plan/ take its sizes as arrays. What
 is left out is never the best, which tests/plan/test_search.py holds against all of it on small spaces:
 
     sequence_parallel: false, which moves as much and holds more
     of two candidates that fit and differ in recompute alone, the one that computes more
-    of two that fit and differ in savers alone, the one with more: a saver takes time, and gives none back
+    of two that fit and differ in savers alone, the one with more: a saver takes time, and gives none back. But tiles
+    do where layers run again, for they compute no more and their weights come once less (there they are no saver),
+    and where what layers keep travels, for that is less
     savers beside a candidate that without them is no faster than the best of those that fit
     of schedules other than gather, those of meshes that with gather are not among the best `KEPT`
 """
@@ -52,7 +54,12 @@ KEPT = 300
 
 SAVERS: dict[str, Any] = {"sync_each_batch": True, "offload": True, "tiles": None, "offload_params": True}
 """The switches that save memory at the cost of time alone, as they are when they are on."""
-PLAIN = [Switches(recompute, reshard) for recompute in RECOMPUTES for reshard in (False, True)]
+PLAIN = [
+    Switches(recompute, reshard, tiles=tiles)
+    for recompute in RECOMPUTES
+    for tiles in ((1,) if recompute == "false" else (1, None))
+    for reshard in (False, True)
+]
 COMBINED = [names for count in (1, 2, 3, 4) for names in combinations(SAVERS, count)]
 """Every set of savers but none, the small ones first."""
 
@@ -67,10 +74,14 @@ def search(
     """
     sizes, batch = meshes(model, cluster.devices, training)
     sets = COMBINED if savers else []
-    every = [*PLAIN, *(_saving(plain, names) for names in sets for plain in PLAIN)] if exhaustive else PLAIN
+    plain = PLAIN if savers else [way for way in PLAIN if way.tiles == 1]
+    every = [*plain, *(_saving(way, names) for names in sets for way in plain if _adds(way, names))]
     # of all: what is computed again, or lies elsewhere, moves along no other axes
-    buffers = _buffers(model, cluster, untimed(sizes, batch, PLAIN[0], training))
-    costs = [_costs(model, cluster, untimed(sizes, batch, switches, training, buffers)) for switches in every]
+    buffers = _buffers(model, cluster, untimed(sizes, batch, plain[0], training))
+    costs = [
+        _costs(model, cluster, untimed(sizes, batch, switches, training, buffers))
+        for switches in (every if exhaustive else plain)
+    ]
     found = joined(costs, training)
     if exhaustive:
         found = _timed(model, cluster, found, np.full(len(found), True))
@@ -90,10 +101,29 @@ def _saving(switches: Switches, names: Iterable[str]) -> Switches:
     return switches._replace(**{name: SAVERS[name] for name in names})
 
 
+def _adds(way: Switches, names: Iterable[str]) -> bool:
+    """Whether these savers are none that a plain candidate has, or may have beside them."""
+    return way.recompute == "false" or "tiles" not in names
+
+
+def _surely_slower(names: Sequence[str], others: Sequence[str]) -> bool:
+    """Whether savers are more than others, and give none of their time back: in tiles less travels to the host."""
+    return set(others) < set(names) and not ("tiles" in names and "tiles" not in others and "offload" in others)
+
+
+def _no_slower(one: Switches, other: Switches) -> bool:
+    """Whether a candidate is no slower with `one` of the plain ways than with the `other`, for it computes less again.
+
+    A run of layers that tiles save costs what these do, so tiles are never faster than layers that run once.
+    """
+    less = RECOMPUTES.index(one.recompute) <= RECOMPUTES.index(other.recompute)
+    return less and (one.tiles == other.tiles or one.recompute == "false")
+
+
 def _within(
     model: ModelConfig, cluster: Cluster, found: Found, count: int, surely: bool, sets: Sequence[tuple[str, ...]]
 ) -> Found:
-    """The plain candidates `found`, `count` of each of PLAIN, and those with `sets` of savers that may be the best of
+    """The plain candidates `found`, `count` of each way, and those with `sets` of savers that may be the best of
     what `surely` fits, or of what may fit, timed."""
     worth, tight = _worth_timing(found, found.fitting(cluster, surely=surely), count)
     found = _timed(model, cluster, found, worth)
@@ -137,10 +167,11 @@ def _without_savers(
     To compute less again, or to keep weights, takes no longer.
     """
     seconds = np.full(len(found), np.inf)
-    per_way = len(found) // len(PLAIN)
-    least = np.zeros((len(PLAIN), per_way))
-    for place, way in enumerate(PLAIN):
-        before = [at for at, other in enumerate(PLAIN[:place]) if other.reshard <= way.reshard]
+    per_way = len(found) // len(found.switches)
+    least = np.zeros((len(found.switches), per_way))
+    for place, way in enumerate(found.switches):
+        others = enumerate(found.switches[:place])
+        before = [at for at, other in others if other.reshard <= way.reshard and _no_slower(other, way)]
         least[place] = least[before].max(axis=0, initial=0.0)
         own = place * per_way + np.flatnonzero(tight.reshape(least.shape)[place] & (least[place] < best))
         chosen = np.full(len(found), False)
@@ -158,10 +189,10 @@ def _saved(
         return
     plain = found.switches[int(found.which[places[0]])]
     enough: dict[tuple[str, ...], NDArray[np.bool_]] = {}
-    for names in sets:
+    for names in (names for names in sets if _adds(plain, names)):
         done = np.full(len(places), False)
         for smaller, fits in enough.items():
-            if set(smaller) < set(names):
+            if _surely_slower(names, smaller):
                 done |= fits
         enough[names] = np.full(len(places), False)
         own = places[~done]
@@ -244,14 +275,13 @@ def _worth_timing(found: Found, fitting: NDArray[np.bool_], count: int) -> tuple
 
     Then those that do not fit, but for those that another one beats likewise: what savers may be worth a try beside.
     """
-    fits = fitting.reshape(len(PLAIN), count)
+    fits = fitting.reshape(len(found.switches), count)
     worth, tight = fits.copy(), (~fits & (found.peak < NEVER).reshape(fits.shape))
-    for reshard in (False, True):
-        chain = [place for place, switches in enumerate(PLAIN) if switches.reshard == reshard]
-        for at, place in enumerate(chain):
-            beaten = fits[chain[:at]].any(axis=0)
-            worth[place] &= ~beaten
-            tight[place] &= ~beaten
+    for place, way in enumerate(found.switches):
+        others = enumerate(found.switches[:place])
+        beaten = fits[[at for at, other in others if other.reshard == way.reshard and _no_slower(other, way)]].any(0)
+        worth[place] &= ~beaten
+        tight[place] &= ~beaten
     return worth.reshape(-1), tight.reshape(-1)
 
 

@@ -8,6 +8,7 @@ from tessera.core.arrays import common_divisor, larger, rounded_up, smaller
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape
 from tessera.models.anatomy import Block
+from tessera.models.config import ModelConfig
 from tessera.nn.mlp_tiles import tile_sizes
 
 
@@ -27,6 +28,14 @@ def counted_tiles(block: Block, shape: StepShape, parallel: Parallel) -> list[tu
     """The tokens of the two sizes of tiles, and how many there are of each; sizes may be arrays of candidates."""
     units, tiles, tokens = _divided(block, shape, parallel)
     return [((units // tiles + 1) * tokens, units % tiles), (units // tiles * tokens, tiles - units % tiles)]
+
+
+def tile_forwards(model: ModelConfig, shape: StepShape) -> int:
+    """How often a micro-batch runs each tile forward: once, and once more in the backward (nn/mlp_tiles.py).
+
+    In a layer that runs again that run ends before them, unless dropout follows, which saves its mask.
+    """
+    return 3 if shape.recompute and model.residual_dropout > 0 else 2
 
 
 def largest_tile(block: Block, shape: StepShape, parallel: Parallel) -> tuple[Any, Any]:

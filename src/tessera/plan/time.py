@@ -7,8 +7,10 @@
     exposed       of each axis: seconds of its collectives, less what overlaps: of those that may, what exceeds the
                   share `overlap` of the compute beside them
     contention    compute is slower while collectives run beside it
-    host          bytes to host memory and back at the rate of that link, less what overlaps: the share `overlap` of the
-                  compute, where the device does not wait for the host
+    host          bytes to host memory and back at the rate of that link, less what overlaps: with the collectives that
+                  may it has the share `overlap` of the compute, for a gather waits for its shards, and a shard of
+                  gradients for its reduce-scatter; what layers keep travels beside these. The device waits for all
+                  gradients that are added up on the host, where two numbers are read and one is written
     bubble        stages of a pipeline wait (p − 1) times for a micro-batch, and for the stage with the logits
     optimizer     bytes at the memory bandwidth, of the device or of the host; products of muon
     step          what every step takes
@@ -26,6 +28,7 @@ import numpy as np
 
 from tessera.core.arrays import larger, smaller
 from tessera.models.anatomy import HEAD
+from tessera.plan.host import HostTraffic
 from tessera.plan.machine import Profile
 from tessera.plan.numbering import Links, received_along
 from tessera.plan.traffic import Transfer
@@ -105,9 +108,10 @@ def step_time(work: Work, profile: Profile, pipeline: Pipeline = ONE_STAGE) -> S
     }
     device = {phase: products[phase] + attention[phase] + elementwise[phase] for phase in PHASES}
     host = {phase: work.operators[phase] * rates.dispatch for phase in PHASES}
-    collectives, exposed, beside = _communication(work.moved, device, attention, rates)
+    collectives, exposed, hidden, beside = _communication(work.moved, device, attention, rates)
     of_axes = {phase: sum(seconds for (at, _), seconds in exposed.items() if at == phase) for phase in PHASES}
-    busy = {phase: device[phase] + of_axes[phase] if profile.asynchronous else 0.0 for phase in PHASES}
+    copies = _exposed_copies(work.host, device, hidden, rates)
+    busy = {phase: device[phase] + of_axes[phase] + copies[phase] if profile.asynchronous else 0.0 for phase in PHASES}
     waits = {phase: larger(host[phase] - busy[phase], 0.0) for phase in PHASES}
     of_head = sum(rates.product(each) for each in work.products if each.site == HEAD)
     along: defaultdict[str, Any] = defaultdict(float)
@@ -120,7 +124,7 @@ def step_time(work: Work, profile: Profile, pipeline: Pipeline = ONE_STAGE) -> S
         sum(elementwise.values()),
         sum(waits.values()),
         (profile.contention - 1) * beside,
-        sum(_exposed_host(work.host[phase], device[phase], rates) for phase in PHASES),
+        sum(copies.values()) + work.host.waited / rates.host + 3 * work.host.waited / rates.host_memory,
         _bubble(work, profile, pipeline, in_layers, of_head),
         work.optimizer / bandwidth + work.optimizer_on_host / rates.host_memory + work.optimizer_flops / rates.multiply,
         profile.step_seconds,
@@ -163,17 +167,29 @@ class _AtOnce:
         return product.flops / (self.multiply * least / (least + self.profile.product_half))
 
 
-def _exposed_host(moved: Any, device: Any, rates: _AtOnce) -> Any:
-    """Seconds of copies to host memory and back that no compute hides: on a CPU all of them, where nothing runs beside
-    it."""
-    room = rates.profile.overlap * device if rates.profile.asynchronous else 0.0
-    return larger(moved / rates.host - room, 0.0)
+def _exposed_copies(
+    host: HostTraffic, device: Mapping[Phase, Any], hidden: Mapping[Phase, Any], rates: _AtOnce
+) -> dict[Phase, Any]:
+    """Seconds of copies to host memory and back that no compute hides, beside the `hidden` collectives of each phase;
+    on a CPU all of them, where nothing runs beside it.
+    """
+    exposed, layers = {}, host.layers / rates.host
+    for phase, moved in zip(PHASES, (host.forward, host.backward), strict=True):
+        shards = moved / rates.host
+        if not rates.profile.asynchronous:
+            exposed[phase] = layers + shards
+            continue
+        room, collectives = rates.profile.overlap * device[phase], hidden[phase]
+        together = shards + larger(collectives, layers)
+        exposed[phase] = larger(together - room, 0.0) - larger(collectives - room, 0.0)
+    return exposed
 
 
 def _communication(
     moved: Sequence[Moved], device: Mapping[Phase, Any], attention: Mapping[Phase, Any], rates: _AtOnce
-) -> tuple[dict[str, Any], dict[tuple[str, str], Any], Any]:
-    """Seconds of collectives by axis, those of them that are exposed, and seconds of compute beside some."""
+) -> tuple[dict[str, Any], dict[tuple[str, str], Any], dict[Phase, Any], Any]:
+    """Seconds of collectives by axis, those of them that are exposed, those of each phase that may overlap with all of
+    its compute, and seconds of compute beside some."""
     collectives: defaultdict[str, Any] = defaultdict(float)
     exposed: defaultdict[tuple[str, str], Any] = defaultdict(float)
     pools: defaultdict[tuple[str, str], dict[str, Any]] = defaultdict(dict)
@@ -195,7 +211,8 @@ def _communication(
         beside = beside + hides
         for axis, seconds in pool.items():
             exposed[phase, axis] += seconds * (1 - hides / np.maximum(whole, 1e-12))
-    return dict(collectives), dict(exposed), beside
+    with_compute = {phase: sum(pools["compute", phase].values()) for phase in PHASES}
+    return dict(collectives), dict(exposed), with_compute, beside
 
 
 def _bubble(work: Work, profile: Profile, pipeline: Pipeline, in_layers: Any, of_head: Any) -> Any:

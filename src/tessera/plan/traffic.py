@@ -42,7 +42,7 @@ from tessera.models.config import ModelConfig
 from tessera.nn.context.cut import streams_of
 from tessera.plan.many import ManyMeshes
 from tessera.plan.sequences import attention_moves, whole_row_moves
-from tessera.plan.tiles import counted_tiles, tiled
+from tessera.plan.tiles import counted_tiles, tile_forwards, tiled
 from tessera.sizes.schedule import GATHER, Schedule
 
 
@@ -138,8 +138,8 @@ class _Step:
     """Collects the transfers of a step. Sizes are this rank's: what it multiplies, after what moves has come in."""
 
     def __init__(self, model: ModelConfig, shape: StepShape, parallel: Parallel) -> None:
-        self.anatomy, self.shape, self.parallel, self.mesh = anatomy_of(model), shape, parallel, parallel.mesh
-        self.windows, self.dropout = model.windows, model.residual_dropout > 0
+        self.model, self.anatomy, self.shape = model, anatomy_of(model), shape
+        self.parallel, self.mesh = parallel, parallel.mesh
         self.element, self.stored = parallel.compute.itemsize, parallel.dtype.itemsize
         self.statistic = torch.promote_types(parallel.compute, torch.float32).itemsize
         self.tokens = shape.tokens_on(self.mesh, parallel.streams.ids)
@@ -188,21 +188,17 @@ class _Step:
         return _MovedOperand(what, ("inner",), self.mesh.sizes["inner"], whole, pieces=pieces)
 
     def tiled(self, block: Block, backwards: Any) -> None:
-        """The products of an MLP in tiles, which runs once more in the backward (nn/mlp_tiles.py).
-
-        In a layer that runs again that run ends before them, unless dropout follows, which saves its mask. Weights move
-        once in each pass, unless they come in panels.
-        """
-        again = self.shape.recompute and self.dropout
+        """The products of an MLP in tiles. Weights move once in each pass over these, unless they come in panels."""
+        forwards = tile_forwards(self.model, self.shape)
         in_panels, whole = self.parallel.schedule.in_panels, self.tokens
         for tokens, count in counted_tiles(block, self.shape, self.parallel):
             self.tokens = tokens
             for product in block.products:
-                self.product(product, count * backwards * (3 if again else 2), count * backwards, weights=in_panels)
+                self.product(product, count * backwards * forwards, count * backwards, weights=in_panels)
         self.tokens = whole
         for product in () if in_panels else block.products:
             W = self.weight(product.features // self.mesh.sizes["col"], self.element, self.parallel.schedule)
-            self.add(product.site, "forward", W.what, W.axes, backwards * (2 if again else 1), W.into())
+            self.add(product.site, "forward", W.what, W.axes, backwards * (forwards - 1), W.into())
             self.add(product.site, "backward", W.what, W.axes, backwards, W.into())
             self.add(product.site, "backward", f"d{W.what}", W.axes, backwards, W.out())
 
@@ -269,7 +265,7 @@ class _Step:
         if not parallel.cuts_sequences:
             return
         for starts, batches in Counter(self.shape.document_starts).items():
-            streams = streams_of(starts, self.shape.tokens, parallel, self.windows)
+            streams = streams_of(starts, self.shape.tokens, parallel, self.model.windows)
             own = streams[self.mesh.index(parallel.attention.tokens) if len(streams) > 1 else 0]
             times = {"forward": forwards, "backward": backwards}
             for phase, what, kind, axes, calls, received in attention_moves(attention, own, tokens, parallel):

@@ -17,7 +17,7 @@ and what the update moves is in update.py. Sizes of a mesh and of a step may be 
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -29,10 +29,10 @@ from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape
 from tessera.models.anatomy import HEAD, Attention, Block, Product, anatomy_of
 from tessera.models.config import ModelConfig
-from tessera.plan.host import travelling
+from tessera.plan.host import HostTraffic, travelling
 from tessera.plan.numbering import sizes_inside
 from tessera.plan.sequences import query_heads_on
-from tessera.plan.tiles import tiled
+from tessera.plan.tiles import counted_tiles, tile_forwards, tiled
 from tessera.plan.traffic import LAYERS, OUTSIDE, Transfer, step_transfers
 from tessera.plan.update import ADAMW, Update
 
@@ -80,8 +80,7 @@ class Work:
     `attention`: FLOPs, `per_key` those for each key that a query sees; `scores`: how many pairs of a query and a key
     there are, forward and backward; `optimizer`: bytes that the update moves in the device's memory,
     `optimizer_on_host` in the host's, and `optimizer_flops` what it multiplies; `on_machine`: how many ranks of its
-    machine compute at once, of which `inside` says how many lie along each axis. `host`: bytes between the device and
-    host memory.
+    machine compute at once, of which `inside` says how many lie along each axis.
     """
 
     products: Sequence[Multiplied]
@@ -95,7 +94,7 @@ class Work:
     micro_batches: Any
     on_machine: Any
     inside: Mapping[str, Any]
-    host: Mapping[Phase, Any]
+    host: HostTraffic
     optimizer_on_host: Any
     optimizer_flops: Any
 
@@ -126,10 +125,9 @@ def step_work(
     transfers = [*step_transfers(model, shape, parallel), *update.transfers(model, parallel)]
     mesh = parallel.mesh
     moved = [
-        Moved(
-            each, mesh.size(each.axes), machines_of(each.axes, mesh, per_machine), hidden_under(each, shape, parallel)
-        )
+        Moved(part, mesh.size(each.axes), machines_of(each.axes, mesh, per_machine), hidden)
         for each in transfers
+        for part, hidden in _by_overlap(each, shape, parallel, offload)
     ]
     optimizer = update.moved_bytes(model, parallel)
     return Work(
@@ -144,7 +142,7 @@ def step_work(
         shape.micro_batches,
         smaller(mesh.size(AXES), per_machine),
         sizes_inside(mesh.sizes, per_machine),
-        dict(zip(PHASES, travelling(model, shape, parallel, offload), strict=True)),
+        travelling(model, shape, parallel, offload),
         optimizer if offload else 0,
         update.flops(model, parallel),
     )
@@ -170,7 +168,7 @@ class _Made:
         schedule = self.parallel.schedule
         return schedule.slices if schedule.name == "gather" else self.mesh.sizes["col"]
 
-    def multiply(self, product: Product, forwards: Any, backwards: Any) -> None:
+    def multiply(self, product: Product, tokens: Any, forwards: Any, backwards: Any) -> None:
         local, inside = product.features // self.mesh.sizes["col"], product.width // self.mesh.sizes["inner"]
         n, k = (local, inside) if product.column else (inside, local)
         panels = self.panels
@@ -178,8 +176,8 @@ class _Made:
             k, forwards, backwards = k // panels, forwards * panels, backwards * panels
         else:
             n, forwards, backwards = n // panels, forwards * panels, backwards * panels
-        self.products.append(Multiplied(product.site, "forward", self.tokens, n, k, forwards))
-        self.products.append(Multiplied(product.site, "backward", self.tokens, n, k, 2 * backwards))
+        self.products.append(Multiplied(product.site, "forward", tokens, n, k, forwards))
+        self.products.append(Multiplied(product.site, "backward", tokens, n, k, 2 * backwards))
 
     def beside(self, what: str, elements: tuple[Any, Any], forwards: Any, backwards: Any) -> None:
         """Elements that an operator moves forward and backward."""
@@ -195,12 +193,14 @@ class _Made:
         stream = self.stream * width
         self.beside("norm", (2 * stream, 4 * stream), forwards, backwards)
         self.beside("add", (3 * stream, 2 * stream), forwards, backwards)
-        again = forwards
+        runs = [(self.tokens, forwards, backwards)]
         if tiled(block, self.shape, self.parallel):
-            again = backwards * (3 if self.shape.recompute else 2)
-        for product in block.products:
-            self.multiply(product, again, backwards)
-            self.beside("product", (0, 0), forwards, backwards)
+            sizes, again = counted_tiles(block, self.shape, self.parallel), tile_forwards(self.model, self.shape)
+            runs = [(tokens, again * count * backwards, count * backwards) for tokens, count in sizes]
+        for tokens, *times in runs:
+            for product in block.products:
+                self.multiply(product, tokens, *times)
+                self.beside("product", (0, 0), *times)
         if block.attention is not None:
             once = backwards if self.shape.savers.attention_once else forwards
             self.attend(block.attention, once, backwards)
@@ -210,7 +210,9 @@ class _Made:
         elements = self.shape.tokens_on(self.mesh, hidden.tokens) * features
         gated = len(block.column.linears) > 1
         moves = (3, 5) if gated else (2, 3)
-        self.beside("activation", (moves[0] * elements, moves[1] * elements), again, backwards)
+        for tokens, *times in runs:
+            part = elements * tokens // self.tokens
+            self.beside("activation", (moves[0] * part, moves[1] * part), *times)
 
     def attend(self, attention: Attention, forwards: Any, backwards: Any) -> None:
         """Attention of this rank: two products of queries and keys forward, five backward; causal ones are half."""
@@ -282,6 +284,17 @@ def machines_of(axes: Sequence[str], mesh: Mesh, per_machine: int) -> Any:
         stride = stride * size
     machines = rounded_up(mesh.size(axes), beside)
     return where(straddles > 0, larger(machines, 2), larger(1, machines))
+
+
+def _by_overlap(
+    transfer: Transfer, shape: StepShape, parallel: Parallel, offload: bool
+) -> list[tuple[Transfer, Literal["", "compute", "attention"]]]:
+    """A transfer with what it can overlap with; gradients that the host adds up are waited for (plan/host.py)."""
+    hidden = hidden_under(transfer, shape, parallel)
+    if not (offload and shape.sync_each_batch and transfer.site in (LAYERS, OUTSIDE) and transfer.what == "dW"):
+        return [(transfer, hidden)]
+    first = transfer.times // shape.micro_batches
+    return [(replace(transfer, times=first), hidden), (replace(transfer, times=transfer.times - first), "")]
 
 
 def hidden_under(transfer: Transfer, shape: StepShape, parallel: Parallel) -> Literal["", "compute", "attention"]:
