@@ -1,5 +1,6 @@
 """`tessera plan` as a shell sees it."""
 
+import inspect
 import json
 from dataclasses import replace
 
@@ -107,6 +108,7 @@ def test_a_config_is_judged_and_what_does_not_fit_is_told_what_to_turn(tmp_path)
         (("8B", "--cluster", "8x8xH100", "--sequence-len", "1", "--global-batch", "1"), "--cluster"),
         (("405B", "--cluster", "1xL40S", *SHAPE), "--cluster"),
         (("8B", "--cluster", "8xH100", *SHAPE, "--tokens", "many"), "--tokens"),
+        *((("8B", *SHAPE, "--tokens", "1T", "--price", price), "--price") for price in ("-1", "nan", "inf")),
         (("8B", "--cluster", "8xH100", *SHAPE, "--dtype", "int8"), "--dtype"),
         (("8B", "--cluster", "Nx8xH100", *SHAPE), "--cluster"),
         (("8B", "--cluster", "8xH100", *SHAPE, "--target-tokens-per-second", "-5"), "--target-tokens-per-second"),
@@ -146,8 +148,54 @@ def test_the_classic_estimate_is_one_row_of_the_general_one():
     apart = estimate_communication_time("all_reduce", operand, 8, machines=8, profile=profile)
     assert apart.seconds_per_collective > 5 * by_curve.seconds_per_collective
     assert estimate_communication_time("all_gather", operand, 1, profile=profile).seconds_per_block == 0
-    with pytest.raises(ValueError):
-        estimate_communication_time("all_reduce", operand, 8)
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({}, "bytes_per_second"),
+        ({"kind": "foo"}, "kind"),
+        ({"ranks": 0}, "ranks"),
+        ({"machines": 16}, "machines"),
+        ({"operand_bytes": -1}, "operand_bytes"),
+        ({"operand_bytes": 1.5}, "operand_bytes"),
+        ({"collectives_per_block": -4}, "collectives_per_block"),
+        ({"bytes_per_second": float("nan")}, "bytes_per_second"),
+        ({"bytes_per_second": 0}, "bytes_per_second"),
+    ],
+    ids=str,
+)
+def test_an_estimate_of_no_collective_is_refused(values, key):
+    usual = {"kind": "all_reduce", "operand_bytes": 2**20, "ranks": 8, "bytes_per_second": 300e9 if values else None}
+    with pytest.raises(UserError) as error:
+        estimate_communication_time(**usual | values)
+    assert error.value.key == key and error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"sequence_len": 0}, "sequence_len"),
+        ({"sequence_len": 4096.5}, "sequence_len"),
+        ({"sequence_len": 2**40}, "sequence_len"),
+        ({"global_batch": -1}, "global_batch"),
+        ({"global_batch": True}, "global_batch"),
+        ({"global_batch": 2**21}, "global_batch"),
+        ({"dtype": "int8"}, "dtype"),
+        ({"dtype": "float16"}, "dtype"),
+        ({"stored": "int8"}, "stored"),
+        ({"optimizer": "nope"}, "optimizer"),
+        ({"top": 0}, "top"),
+        ({"trace": -1}, "trace"),
+    ],
+    ids=str,
+)
+def test_from_python_what_cannot_be_planned_is_refused_too(values, key):
+    asked = {"sequence_len": 4096, "global_batch": 8} | values
+    options = {name: asked.pop(name) for name in ("top", "trace") if name in asked}
+    with pytest.raises(UserError) as error:
+        tessera.plan("1B", "1xA100-80", tessera.Training(**asked), **options)
+    assert error.value.key == key and error.value.hint
 
 
 def test_a_file_s_other_keys_are_kept_and_what_was_planned_stands(folder, tmp_path):
@@ -204,7 +252,8 @@ def test_what_the_host_has_no_room_for_does_not_fit(tmp_path):
     assert "does not fit" in out and "four fifths" in out
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
     out = said(str(tmp_path / "c.yaml"), "--cluster", "8xH100")
-    assert "offload_params" not in out and "none of these alone is enough" in out
+    assert "offload_params: true cannot be: 756.0 GiB in host memory" in out
+    assert "nothing on these devices is enough" in out
 
 
 def test_float32_is_slower_by_the_peaks(folder):
@@ -260,3 +309,6 @@ def test_the_function_has_the_name_of_the_folder(folder):
     from tessera.plan import traffic
 
     assert traffic.step_transfers and callable(tessera.plan)
+    assert list(inspect.signature(tessera.plan).parameters) == [
+        *("model", "cluster", "training", "top", "trace", "config")
+    ]

@@ -17,13 +17,14 @@ from tessera.layout.shape import Savers, StepShape
 from tessera.models.anatomy import anatomy_of
 from tessera.models.config import LayerKind
 from tessera.plan.choice import Beside, Layout, Training
+from tessera.plan.cluster import cluster_of
 from tessera.plan.count import counted_step
-from tessera.plan.fit import checked_peak, fits, memory_remedies, most_that_fits
+from tessera.plan.fit import checked_peak, fits, memory_remedies, most_that_fits, remedies_together
 from tessera.plan.host import host_bytes
 from tessera.plan.ledger import KINDS, Ledger
 from tessera.plan.many import ManyMeshes
 from tessera.plan.memory import kept_by_layers, state_bytes, staying_bytes
-from tessera.plan.peak import peak_bytes
+from tessera.plan.peak import RESERVED, peak_bytes
 from tessera.plan.trace import plot_timeline, traced_memory
 from tessera.sizes.context import WHOLE, ContextParallel
 from tessera.sizes.rules import TensorParallel
@@ -251,7 +252,7 @@ PLANNED, ROWS = Layout({"shard": 2, "col": 4}, 2, 1, reshard=False), Training(20
 
 
 def test_each_remedy_saves_what_the_formula_says():
-    remedies = memory_remedies(LARGE, PLANNED, ROWS)
+    remedies = [each for each in memory_remedies(LARGE, PLANNED, ROWS) if not each.refused]
     keys = {key: remedy for remedy in remedies for key in remedy.keys}
     assert [r.saved for r in remedies] == sorted((r.saved for r in remedies), reverse=True) and remedies[-1].saved > 0
     assert {"gradient_checkpointing", "fsdp_config.reshard_after_forward", "tiled_mlp", "micro_batch_size"} <= set(keys)
@@ -280,13 +281,49 @@ def test_whole_gradients_between_micro_batches_are_told():
 
 def test_what_cannot_be_is_no_remedy():
     """12 heads do not divide by 8; a micro-batch of one row has no half; what is on is not told."""
-    assert not any("tensor_parallel_size" in remedy.keys for remedy in memory_remedies(LARGE, PLANNED, ROWS))
+    every = memory_remedies(LARGE, PLANNED, ROWS)
+    assert not any("tensor_parallel_size" in remedy.keys for remedy in every if not remedy.refused)
     single = replace(PLANNED, micro_batch=1, recompute="true", reshard=True)
     keys = [remedy.keys for remedy in memory_remedies(LARGE, single, ROWS)]
     assert not any("micro_batch_size" in k or "fsdp_config.reshard_after_forward" in k for k in keys)
     assert {"gradient_checkpointing": True} not in keys
     with pytest.raises(UserError, match="(?s)tensor_parallel_mesh.*12 of the model 8 ways"):
         checked_peak(LARGE, replace(PLANNED, sizes={"shard": 2, "col": 8}), ROWS)
+
+
+def test_copies_of_states_are_told_to_be_shards():
+    """Where they are copied, cutting them further; and a wider tensor axis takes its devices from the copies too."""
+    copied = replace(PLANNED, sizes={"replicate": 2, "shard": 2, "col": 2})
+    every = memory_remedies(LARGE, copied, ROWS)
+    (told,) = (each for each in every if each.keys == {"dp_replicate_size": 1, "dp_shard_size": 4})
+    sharded = replace(copied, sizes={"shard": 4, "col": 2})
+    assert told.saved == checked_peak(LARGE, copied, ROWS) - checked_peak(LARGE, sharded, ROWS) > 0
+    assert {"tensor_parallel_size": 4, "dp_replicate_size": 1, "gradient_accumulation_steps": 2} in [
+        each.keys for each in every
+    ]
+
+
+def test_a_remedy_that_cannot_be_says_why():
+    profile = replace(cluster_of("8xA100-80").profile, host_memory_bytes=2**20)
+    every = memory_remedies(LARGE, PLANNED, ROWS, profile)
+    refused = {key: each.refused for each in every if each.refused for key in each.keys}
+    assert "in host memory" in refused["fsdp_config.offload_params"]
+    assert "12 of the model 8 ways" in refused["tensor_parallel_size"]
+    assert all(each.saved == 0 for each in every if each.refused)
+    assert [bool(each.refused) for each in every] == sorted(bool(each.refused) for each in every)
+
+
+def test_several_remedies_together_fit_where_none_alone_does():
+    profile = cluster_of("8xA100-80").profile
+    small = replace(profile, memory_bytes=RESERVED + checked_peak(LARGE, PLANNED, ROWS) // 4)
+    most = most_that_fits(small.memory_bytes)
+    assert max(each.saved for each in memory_remedies(LARGE, PLANNED, ROWS)) < checked_peak(LARGE, PLANNED, ROWS) - most
+    keys, peak = remedies_together(LARGE, PLANNED, ROWS, small)
+    assert peak <= most and len(keys) > 1
+    tiny = replace(profile, memory_bytes=RESERVED)
+    everything, least = remedies_together(LARGE, PLANNED, ROWS, tiny)
+    assert keys.keys() <= everything.keys() and 0 < least <= peak
+    assert remedies_together(LARGE, PLANNED, ROWS, profile)[0] == {}
 
 
 def test_a_tensor_size_is_told_where_the_size_alone_names_the_axes():

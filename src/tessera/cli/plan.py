@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,11 @@ from tessera.core.text import counted
 from tessera.engine.optimizer import NAMES
 from tessera.plan.choice import Training
 from tessera.plan.cluster import cluster_of, profile_named
-from tessera.plan.fit import Remedy, memory_remedies, most_that_fits
+from tessera.plan.fit import Remedy, fits, memory_remedies, most_that_fits, remedies_together
 from tessera.plan.host import room_on_host
 from tessera.plan.machine import Cluster
 from tessera.plan.one_product import cuts_of
-from tessera.plan.recommend import Judged, Plan, plan, smallest
+from tessera.plan.recommend import Judged, Plan, check_dtype, plan, smallest
 from tessera.plan.trace import plot_timeline
 from tessera.sizes import bounds
 from tessera.sizes.numbers import either
@@ -69,7 +69,7 @@ def plan_command(subject: str | None, asked: Asked) -> None:
         raise UserError("MODEL", None, "is what to plan", "for example 8B, a folder, run.yaml; or --matmul M,N,K")
     if asked.tokens is not None:
         number_of_tokens(asked.tokens)  # refused before the search
-    if asked.price is not None and not asked.price < 1e15:
+    if asked.price is not None and not 0 <= asked.price < 1e15:
         raise UserError("--price", asked.price, "is no price of an hour", "for example 2.5")
     for key, path in (("--output", asked.output), ("--plot", asked.plot)):
         if path is not None and asked.scaling is None:
@@ -168,10 +168,11 @@ def _judge(path: Path, asked: Asked, cluster: Cluster) -> None:
         more = judged.bytes - most_that_fits(judged.cluster.profile.memory_bytes, judged.buffers)
         said = f"{judged.verdict}, {gib(more)} GiB too much to fit surely; to lower the peak, in this order:"
         console.print(said, soft_wrap=True)
-        remedies = memory_remedies(model, *layout_of(config, model, cluster), cluster.profile)
+        layout, training = layout_of(config, model, cluster)
+        remedies = memory_remedies(model, layout, training, cluster.profile)
         told = remedy_lines(remedies)
         if more > max((each.saved for each in remedies), default=0):
-            told.append("none of these alone is enough: several together, a smaller model, or more devices")
+            told += _together(*remedies_together(model, layout, training, cluster.profile, judged.buffers), judged)
         for line in told:
             console.print(line, soft_wrap=True)
 
@@ -192,6 +193,8 @@ def _asked_training(subject: str, asked: Asked) -> tuple[dict[str, Any], Trainin
     check_optim_args(config)
     if asked.optimizer is not None and asked.optimizer not in NAMES:
         raise UserError("--optimizer", asked.optimizer, "is no optimizer", either(NAMES))
+    if asked.dtype is not None:
+        check_dtype("--dtype", asked.dtype)
     rows = config.micro_batch_size * config.gradient_accumulation_steps * math.prod(config.data_sizes.values())
     own = asked.optimizer in (None, config.optimizer)
     training = Training(
@@ -273,16 +276,34 @@ def _unfitting(made: Plan) -> list[str]:
     ]
     layout = judged.layout
     assert layout is not None
-    return lines + remedy_lines(memory_remedies(made.model, layout, made.training, made.cluster.profile)[:3])
+    remedies = memory_remedies(made.model, layout, made.training, made.cluster.profile)
+    return lines + remedy_lines([each for each in remedies if not each.refused][:3])
 
 
 def remedy_lines(remedies: Sequence[Remedy]) -> list[str]:
     """What lowers the peak, a line each."""
     return [
-        f"  {', '.join(f'{key}: {as_yaml(value)}' for key, value in each.keys.items())} saves {gib(each.saved)} GiB "
-        f"({each.meaning})"
+        f"  {_as_keys(each.keys)} saves {gib(each.saved)} GiB ({each.meaning})"
+        if not each.refused
+        else f"  {_as_keys(each.keys)} cannot be: {each.refused}"
         for each in remedies
     ]
+
+
+_MORE = "a smaller model, shorter rows, or more devices"
+
+
+def _together(keys: Mapping[str, Any], peak: int, judged: Judged) -> list[str]:
+    """What several changes leave of the peak, where none alone is enough."""
+    if not keys:
+        return [f"nothing on these devices is enough: {_MORE}"]
+    enough = fits(peak, judged.cluster.profile.memory_bytes, judged.buffers) == "fits"
+    end = "which fits" if enough else f"still too much: {_MORE}"
+    return [f"none of these alone is enough; {_as_keys(keys)} together leave {gib(peak)} GiB, {end}"]
+
+
+def _as_keys(keys: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}: {as_yaml(value)}" for key, value in keys.items())
 
 
 def _lasting(judged: Judged, asked: Asked) -> dict[str, float]:

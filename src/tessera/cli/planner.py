@@ -79,7 +79,7 @@ def plan(
         typer.Option("--target-tokens-per-second", help="Find the smallest cluster of such devices that reaches it."),
     ] = None,
     tokens: Annotated[str | None, typer.Option(help="Say how long so many tokens take, e.g. 1T.")] = None,
-    price: Annotated[float | None, typer.Option(min=0, help="Of a device hour, in any currency.")] = None,
+    price: Annotated[float | None, typer.Option(help="Of a device hour, in any currency.")] = None,
     profile: Annotated[str | None, typer.Option(help="A profile of the device, by name or as a file.")] = None,
     output: Annotated[Path | None, typer.Option(help="Write the winner's config here.")] = None,
     matmul: Annotated[

@@ -1,6 +1,7 @@
 """What a layout costs and which one to take. The folder is a function too: `tessera.plan(model, cluster, training)`."""
 
 import sys
+from inspect import Signature, signature
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +14,13 @@ class _Called(ModuleType):
         from tessera.plan.recommend import plan
 
         return plan(*args, **keys)
+
+    @property
+    def __signature__(self) -> Signature:
+        """That of the function, for `inspect.signature` and editors."""
+        from tessera.plan.recommend import plan
+
+        return signature(plan)
 
 
 sys.modules[__name__].__class__ = _Called

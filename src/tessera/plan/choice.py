@@ -9,13 +9,17 @@ from typing import Any
 import torch
 
 from tessera.core.axes import DATA_AXES, MODEL_AXES, SEQUENCE_AXES
+from tessera.core.errors import UserError
 from tessera.core.mesh import Mesh
+from tessera.engine.optimizer import NAMES
 from tessera.layout.parallel import Parallel
 from tessera.layout.resolve import parallel_of
 from tessera.layout.shape import Savers, StepShape, padded_length
 from tessera.models.config import ModelConfig
 from tessera.plan.update import ADAMW, Update
+from tessera.sizes.bounds import TOKENS, at_most, whole_number
 from tessera.sizes.context import ContextParallel
+from tessera.sizes.numbers import either
 from tessera.sizes.rules import TensorParallel, modes_with
 
 RECOMPUTES = ("false", "selective", "true")
@@ -28,7 +32,7 @@ class Training:
     """What is trained, whatever the layout: rows of `sequence_len` tokens, `global_batch` of them in a step.
 
     Products run in `dtype`; parameters and gradients are held in `stored`, the moments of `optimizer` as it holds them
-    (plan/update.py); `optim_args` are its options, as a config has them.
+    (plan/update.py); `optim_args` are its options, as a config has them. Raises UserError for what nothing trains with.
     """
 
     sequence_len: int
@@ -37,6 +41,15 @@ class Training:
     stored: str = "float32"
     optimizer: str = ADAMW.name
     optim_args: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        """Raise UserError for a value that nothing can be trained with."""
+        for name in ("sequence_len", "global_batch"):
+            whole_number(name, getattr(self, name), 1)
+        at_most("sequence_len", self.sequence_len, TOKENS, "tokens of a row")
+        for name, known in (("dtype", DTYPES), ("stored", DTYPES), ("optimizer", NAMES)):
+            if getattr(self, name) not in known:
+                raise UserError(name, getattr(self, name), "is none that Tessera knows", either(known))
 
     @property
     def update(self) -> Update:

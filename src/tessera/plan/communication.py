@@ -1,9 +1,13 @@
 """How long a collective takes, and those of a transformer block: one function for people who estimate by hand."""
 
-from typing import Literal, NamedTuple
+import math
+from typing import Literal, NamedTuple, get_args
 
+from tessera.core.errors import UserError
 from tessera.plan.machine import Profile
 from tessera.plan.traffic import ring
+from tessera.sizes.bounds import whole_number
+from tessera.sizes.numbers import either
 
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "reduce", "receive"]
 
@@ -32,13 +36,20 @@ def estimate_communication_time(
     `bytes_per_second` of one link instead, by the textbook formula of a ring (Patarasuk & Yuan 2009): an all-reduce
     receives 2 (n − 1) / n of the operand, a gather or scatter half of that. So the classic estimate of a Megatron block
     is one row: `estimate_communication_time("all_reduce", batch * length * width * 2, ranks, collectives_per_block=4,
-    bytes_per_second=300e9)`; bandwidth in bytes, not bits, and of one direction. Raises ValueError without exactly one
-    of the two, or for fewer than one rank.
+    bytes_per_second=300e9)`; bandwidth in bytes, not bits, and of one direction. Raises UserError, a ValueError,
+    without exactly one of the two, or for values that no collective has.
     """
     if (profile is None) == (bytes_per_second is None):
-        raise ValueError("give either a profile or bytes_per_second")
-    if ranks < 1 or machines < 1 or operand_bytes < 0 or (bytes_per_second is not None and bytes_per_second <= 0):
-        raise ValueError("ranks, machines and bytes_per_second are above 0, and bytes are not below 0")
+        raise UserError("bytes_per_second", bytes_per_second, "is in place of a profile", "give one of the two")
+    if kind not in get_args(Kind):
+        raise UserError("kind", kind, "is no collective", either(get_args(Kind)))
+    for key, value, least in (("ranks", ranks, 1), ("machines", machines, 1), ("operand_bytes", operand_bytes, 0)):
+        whole_number(key, value, least)
+    whole_number("collectives_per_block", collectives_per_block, 0)
+    if machines > ranks:
+        raise UserError("machines", machines, f"are more than {ranks} ranks", f"at most {ranks}")
+    if bytes_per_second is not None and not 0 < bytes_per_second < math.inf:
+        raise UserError("bytes_per_second", bytes_per_second, "is no rate of a link", "for example 300e9")
     whole = operand_bytes * (ranks > 1)
     received = whole if kind in ("receive", "broadcast", "reduce") else ring(kind, whole, ranks)
     if profile is None:

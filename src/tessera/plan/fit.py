@@ -49,11 +49,15 @@ def most_that_fits(device_bytes: int, buffers: Any = 0) -> Any:
 
 
 class Remedy(NamedTuple):
-    """Keys of the YAML with other values, the bytes that a rank's peak falls by, and what else they mean."""
+    """Keys of the YAML with other values, the bytes that a rank's peak falls by, and what else they mean.
+
+    `refused`: why these keys cannot be had; they save nothing then.
+    """
 
     keys: dict[str, Any]
     saved: int
     meaning: str
+    refused: str = ""
 
 
 def memory_remedies(
@@ -61,20 +65,49 @@ def memory_remedies(
 ) -> list[Remedy]:
     """What lowers the peak of `layout`, the greatest saving first: each change by itself, by the closed form.
 
-    Left out is what does not fit the model or the mesh, what saves nothing, and what the host of a device of `profile`
-    has no room for. The global batch stays as it is.
+    Left out is what saves nothing. Last come those that are refused: by the model or the mesh, or because the host of a
+    device of `profile` has no room. The global batch stays as it is.
     """
-    now, found = checked_peak(model, layout, training), []
+    found = [remedy for remedy, _ in _weighed(model, layout, training, profile)]
+    return sorted(found, key=lambda remedy: (remedy.refused != "", -remedy.saved))
+
+
+def remedies_together(
+    model: ModelConfig, layout: Layout, training: Training, profile: Profile, buffers: int = 0
+) -> tuple[dict[str, Any], int]:
+    """The keys of several changes on the same devices, and the peak in bytes with all of them.
+
+    They are taken one after the other, always that which saves most, until the step surely fits a device of `profile`
+    beside `buffers`, or nothing is left that saves any.
+    """
+    keys: dict[str, Any] = {}
+    peak = checked_peak(model, layout, training)
+    while peak > most_that_fits(profile.memory_bytes, buffers):
+        every = _weighed(model, layout, training, profile)
+        own = [(remedy, other) for remedy, other in every if not remedy.refused and other.devices == layout.devices]
+        if not own:
+            break
+        remedy, layout = max(own, key=lambda each: each[0].saved)
+        keys, peak = keys | remedy.keys, peak - remedy.saved
+    return keys, peak
+
+
+def _weighed(
+    model: ModelConfig, layout: Layout, training: Training, profile: Profile | None
+) -> Iterator[tuple[Remedy, Layout]]:
+    """Each change that saves memory or is refused, with the layout that it makes."""
+    now = checked_peak(model, layout, training)
     for keys, other, meaning in _changes(layout):
         try:
-            saved = now - checked_peak(model, other, training)
-        except UserError:
-            continue
-        if profile is not None and _on_host(model, other, training) > room_on_host(profile):
-            continue
-        if saved > 0:
-            found.append(Remedy(keys, saved, meaning))
-    return sorted(found, key=lambda remedy: -remedy.saved)
+            saved, refused = now - checked_peak(model, other, training), ""
+        except UserError as error:
+            saved, refused = 0, error.reason
+        if not refused and profile is not None:
+            on_host, room = _on_host(model, other, training), room_on_host(profile)
+            if on_host > room:
+                refused = f"{on_host / 2**30:.1f} GiB in host memory, and {room / 2**30:.1f} of a device may be taken"
+        if refused or saved > 0:
+            yield Remedy(keys, 0 if refused else saved, meaning, refused), other
 
 
 def _on_host(model: ModelConfig, layout: Layout, training: Training) -> int:
@@ -113,7 +146,8 @@ def _changes(layout: Layout) -> Iterator[_Change]:
         rows = layout.micro_batch * layout.micro_batches
         keys = {"micro_batch_size": rows, "gradient_accumulation_steps": 1}
         whole = replace(layout, micro_batch=rows, micro_batches=1)
-        yield keys, whole, "the numbers stay; FSDP2 keeps no whole gradients between micro-batches"
+        kept = "FSDP2 keeps no whole gradients between micro-batches"
+        yield keys, whole, f"the numbers stay; {'larger products' if layout.sync_each_batch else kept}"
     if layout.micro_batch % 2 == 0:
         times = 2 * layout.micro_batches
         keys = {"micro_batch_size": layout.micro_batch // 2, "gradient_accumulation_steps": times}
@@ -141,20 +175,25 @@ def _twice_the_tensor_axes(layout: Layout) -> dict[str, int] | None:
 
 
 def _wider(keys: dict[str, Any], layout: Layout, axes: dict[str, int]) -> Iterator[_Change]:
-    """With these axes: on the same devices, taken from the data axes, with more micro-batches; or on twice as many."""
-    sizes = {**layout.sizes, **axes}
-    for axis in reversed(DATA_AXES):
-        if layout.size(axis) % 2 == 0:
-            sizes[axis] = layout.size(axis) // 2
-            times = 2 * layout.micro_batches
-            key = {"replicate": "dp_replicate_size", "shard": "dp_shard_size"}[axis]
-            keys = {**keys, key: sizes[axis], "gradient_accumulation_steps": times}
-            yield keys, replace(layout, sizes=sizes, micro_batches=times), "on the same devices; the numbers stay"
-            return
-    yield keys, replace(layout, sizes=sizes), "on twice as many devices"
+    """With these axes: on the same devices, taken from a data axis, with more micro-batches; or on twice as many."""
+    halved = [axis for axis in DATA_AXES if layout.size(axis) % 2 == 0]
+    for axis in halved:
+        size, times = layout.size(axis) // 2, 2 * layout.micro_batches
+        own = keys | {_KEYS[axis]: size, "gradient_accumulation_steps": times}
+        other = replace(layout, sizes={**layout.sizes, **axes, axis: size}, micro_batches=times)
+        yield own, other, "on the same devices; the numbers stay"
+    if not halved:
+        yield keys, replace(layout, sizes={**layout.sizes, **axes}), "on twice as many devices"
+
+
+_KEYS = {"replicate": "dp_replicate_size", "shard": "dp_shard_size"}
 
 
 def _of_fsdp(layout: Layout) -> Iterator[_Change]:
+    if layout.size("replicate") % 2 == 0:
+        sizes = {"replicate": layout.size("replicate") // 2, "shard": 2 * layout.size("shard")}
+        keys = {_KEYS[axis]: size for axis, size in sizes.items()}
+        yield keys, replace(layout, sizes={**layout.sizes, **sizes}), "states are cut over twice as many devices"
     if not layout.reshard:
         keys = {"fsdp_config.reshard_after_forward": True}
         yield keys, replace(layout, reshard=True), "weights are gathered again for the backward"

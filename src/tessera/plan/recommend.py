@@ -23,7 +23,7 @@ from tessera.plan.calibrate import corrected, place_of
 from tessera.plan.candidates import Found, buildable
 from tessera.plan.choice import Layout, Training
 from tessera.plan.cluster import cluster_of
-from tessera.plan.fit import Verdict, fits
+from tessera.plan.fit import Verdict, fits, most_that_fits
 from tessera.plan.flops import step_flops
 from tessera.plan.host import host_bytes, room_on_host
 from tessera.plan.machine import Cluster, Profile
@@ -33,6 +33,7 @@ from tessera.plan.time import StepTime, step_time
 from tessera.plan.trace import TracedMemory, traced_memory
 from tessera.plan.update import ADAMW
 from tessera.plan.work import step_work
+from tessera.sizes.bounds import ROWS, at_most, whole_number
 from tessera.sizes.numbers import either
 
 TOP = 5
@@ -244,7 +245,15 @@ def plan(
     keys of a file, which `Plan.to_yaml` keeps. The memory of the first `trace` layouts is that of a traced step; one
     that does not fit then is left out. Raises UserError where nothing can be built, with the nearest that can.
     """
+    whole_number("top", top, 1)
+    whole_number("trace", trace, 0)
     return _verified(_compared(model, cluster, training, top, config), trace)
+
+
+def check_dtype(key: str, dtype: str) -> None:
+    """Raise UserError for a dtype of products that the trainer does not compute in."""
+    if dtype not in TRAINED:
+        raise UserError(key, dtype, "is none that the trainer computes in", either(TRAINED))
 
 
 def _compared(
@@ -253,9 +262,8 @@ def _compared(
     """The plan by closed forms."""
     name, model = (model, shape_of(model)) if isinstance(model, str) else (model.family, model)
     cluster = cluster_of(cluster) if isinstance(cluster, str) else cluster
-    if training.dtype not in TRAINED:
-        reason = "is none that the trainer computes in"
-        raise UserError("--dtype", training.dtype, reason, either(TRAINED))
+    check_dtype("dtype", training.dtype)
+    at_most("global_batch", training.global_batch, ROWS, "rows of a step")
     if cluster.devices < 1:
         raise UserError("--cluster", str(cluster), "names no number of machines", "2x8xH100, or --scaling 8,16,32")
     found = search(model, cluster.in_dtype(training.dtype), training)
@@ -322,9 +330,10 @@ def why_slower(other: Judged, best: Judged) -> str:
     more = {name: (seconds - base.get(name, 0.0)) / best.seconds for name, seconds in terms.items()}
     name, share = max(more.items(), key=lambda item: item[1])
     memory = (other.bytes - best.bytes) / 2**30
-    said = [f"+{share:.1%} {name}"] if share >= DIFFERENCE else []
+    slower = other.seconds >= best.seconds * (1 + DIFFERENCE)
+    said = [f"+{share:.1%} {name}"] if slower and share >= DIFFERENCE else ["as fast"]
     said += [f"{memory:+.1f} GiB"] if abs(memory) >= 1 else []
-    return ", ".join(said) or "as fast"
+    return ", ".join(said)
 
 
 def _no_layout(model: ModelConfig, cluster: Cluster, training: Training) -> UserError:
@@ -341,7 +350,8 @@ def _too_large(least: Judged, which: str) -> UserError:
     device = least.cluster.profile.memory_bytes
     needed, has = least.bytes / 2**30, device / 2**30
     reason = f"nothing fits: {which} needs {needed:.1f} GiB of {has:.1f} on a device ({least.name})"
-    need = -(-least.bytes * least.devices // device)
+    room = max(1, most_that_fits(device, least.buffers))
+    need = -(-least.bytes * least.devices // room)
     hint = f"about {need} such devices, or a shorter --sequence-len"
     return UserError("--cluster", str(least.cluster), reason, hint)
 

@@ -5,6 +5,7 @@ soon, so that what takes sizes from outside checks them here and nowhere else.
 """
 
 from collections.abc import Mapping
+from numbers import Integral
 
 from tessera.core.errors import UserError
 
@@ -83,3 +84,9 @@ def at_most(key: str, value: int, most: int, what: str) -> None:
     """Raise UserError for a `value` of `key` above `most`; `what` says of what there are so many."""
     if value > most:
         raise UserError(key, value, f"{what}: at most {most:,} are possible", f"at most {most}")
+
+
+def whole_number(key: str, value: object, least: int) -> None:
+    """Raise UserError for a `value` of `key`, given from Python, that is no whole number or below `least`."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise UserError(key, value, f"is no whole number of at least {least}", f"{key}={least} is the least")
