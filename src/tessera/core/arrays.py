@@ -36,5 +36,5 @@ def where(condition: Any, a: Any, b: Any) -> Any:
     return np.where(condition, a, b) if _many(condition, a, b) else (a if condition else b)
 
 
-def _many(*values: Any) -> bool:
-    return any(isinstance(value, np.ndarray) for value in values)
+def _many(a: Any, b: Any, c: Any = None) -> bool:
+    return isinstance(a, np.ndarray) or isinstance(b, np.ndarray) or isinstance(c, np.ndarray)

@@ -176,6 +176,12 @@ class Anatomy:
         """Every layer that differs from the others, and how many there are of it: what readers sum over."""
         return list(Counter(self.layers).items())
 
+    @cached_property
+    def kind_numbers(self) -> list[int]:
+        """Of each layer in order the place of its kind in `kinds`."""
+        places = {layer: place for place, (layer, _) in enumerate(self.kinds)}
+        return [places[layer] for layer in self.layers]
+
     @property
     def products(self) -> list[tuple[Product, int]]:
         """The products of every kind of layer, each with the number of such layers."""

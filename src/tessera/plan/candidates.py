@@ -1,7 +1,7 @@
 """The candidates of a search: every mesh and micro-batch that fits a model and a batch, as arrays, and their costs."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -21,6 +21,8 @@ from tessera.sizes.rules import every_rank_has_a_row
 CUT = ("replicate", "shard", "context", "inner", "depth", "row", "col")
 NEVER = 2**62
 """The bytes of a candidate that is another one in other words."""
+SLOWER = NEVER - 1
+"""The bytes of one that was left out, for it takes longer than another one that fits."""
 Numbers = NDArray[np.int64]
 
 
@@ -66,6 +68,12 @@ class Found:
         """The candidates at `places` with these switches, whose costs are not known but for the buffers."""
         sizes = {axis: n[places] for axis, n in self.sizes.items()}
         return untimed(sizes, self.micro_batch[places], switches, self.training, self.buffers[places])
+
+    def only(self, kept: NDArray[np.bool_]) -> "Found":
+        """The candidates that are `kept`."""
+        sizes = {axis: n[kept] for axis, n in self.sizes.items()}
+        names = ("micro_batch", "which", "peak", "buffers", "seconds")
+        return replace(self, sizes=sizes, **{name: getattr(self, name)[kept] for name in names})
 
     def layout(self, place: int) -> Layout:
         """The candidate at `place`."""

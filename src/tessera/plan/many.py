@@ -22,6 +22,7 @@ class ManyMeshes:
     def __init__(self, sizes: Mapping[str, Any]) -> None:
         self.sizes: dict[str, Any] = {axis: _plain_one(sizes.get(axis, 1)) for axis in AXES}
         self.coordinates = dict.fromkeys(AXES, 0)
+        self._products: dict[tuple[str, ...], Any] = {}
         self.world = self.size(AXES)
 
     def present(self, axes: Iterable[str]) -> tuple[str, ...]:
@@ -30,8 +31,15 @@ class ManyMeshes:
         return tuple(axis for axis in AXES if axis in wanted and not _is_one(self.sizes[axis]))
 
     def size(self, axes: Iterable[str]) -> Any:
-        """How many ranks lie along `axes` together."""
-        return math.prod((self.sizes[axis] for axis in axes), start=1)
+        """How many ranks lie along `axes` together; an array of them is kept, and may not be written to."""
+        axes = tuple(axes)
+        if axes not in self._products:
+            made = math.prod((self.sizes[axis] for axis in axes), start=1)
+            if isinstance(made, np.ndarray):
+                made = made.view()
+                made.flags.writeable = False
+            self._products[axes] = made
+        return self._products[axes]
 
     def index(self, axes: Iterable[str]) -> int:
         """Rank 0's place."""

@@ -15,7 +15,8 @@ is left out is never the best, which tests/plan/test_search.py holds against all
     of two that fit and differ in savers alone, the one with more: a saver takes time, and gives none back. But tiles
     do where layers run again, for they compute no more and their weights come once less (there they are no saver),
     and where what layers keep travels, for that is less
-    savers beside a candidate that without them is no faster than the best of those that fit
+    savers beside a candidate that without them is no faster than the best of those that fit, and more savers beside
+    what with fewer takes a tenth longer than that one
     of schedules other than gather, those of meshes that with gather are not among the best `KEPT`
 """
 
@@ -34,7 +35,7 @@ from tessera.models.anatomy import anatomy_of
 from tessera.models.config import ModelConfig
 from tessera.plan.buffers import library_bytes
 from tessera.plan.calibrate import corrected, place_of
-from tessera.plan.candidates import NEVER, Found, Numbers, Switches, attention_of, joined, meshes, untimed
+from tessera.plan.candidates import NEVER, SLOWER, Found, Numbers, Switches, attention_of, joined, meshes, untimed
 from tessera.plan.choice import RECOMPUTES, Training
 from tessera.plan.host import host_bytes, room_on_host
 from tessera.plan.machine import Cluster
@@ -50,6 +51,8 @@ from tessera.sizes.schedule import LOOPS
 SCHEDULES = (("gather", 2), ("gather", 4), ("gather", 8), ("summa", 1), ("cannon", 1))
 """Beside gather in one piece."""
 KEPT = 300
+RUNNER_UP = 1.1
+"""Of candidates with savers those are kept whose step takes at most so many times as long as the fastest."""
 
 
 SAVERS: dict[str, Any] = {"sync_each_batch": True, "offload": True, "tiles": None, "offload_params": True}
@@ -93,7 +96,8 @@ def search(
             break
     best = np.argsort(within.seconds)[:KEPT]
     best = best[np.isfinite(within.seconds[best])]
-    return joined([within, *_with_schedules(model, cluster, within, best, surely)], training)
+    found = joined([within, *_with_schedules(model, cluster, within, best, surely)], training)
+    return found.only(found.peak < NEVER)
 
 
 def _saving(switches: Switches, names: Iterable[str]) -> Switches:
@@ -153,7 +157,7 @@ def _with_savers(
         taken = taken[without[taken] < best]
         for which in np.unique(found.which[taken]):
             own = taken[(found.which[taken] == which) & (without[taken] < best)]
-            for part in _saved(model, cluster, found, own, surely, sets):
+            for part in _saved(model, cluster, found, own, surely, sets, best):
                 best = min(best, float(part.seconds.min(initial=np.inf)))
                 yield part
         first, many = first + many, 4 * many
@@ -182,25 +186,35 @@ def _without_savers(
 
 
 def _saved(
-    model: ModelConfig, cluster: Cluster, found: Found, places: Numbers, surely: bool, sets: Sequence[tuple[str, ...]]
+    model: ModelConfig,
+    cluster: Cluster,
+    found: Found,
+    places: Numbers,
+    surely: bool,
+    sets: Sequence[tuple[str, ...]],
+    best: float,
 ) -> Iterator[Found]:
-    """Candidates that share switches with every set of savers, but where a part of the set is enough."""
+    """Candidates that share switches with every set of savers, but where a part of the set is enough, or takes longer
+    than a runner-up of the `best` seconds may."""
     if not len(places):
         return
     plain = found.switches[int(found.which[places[0]])]
-    enough: dict[tuple[str, ...], NDArray[np.bool_]] = {}
+    settled: dict[tuple[str, ...], NDArray[np.bool_]] = {}
     for names in (names for names in sets if _adds(plain, names)):
         done = np.full(len(places), False)
-        for smaller, fits in enough.items():
+        for smaller, by_these in settled.items():
             if _surely_slower(names, smaller):
-                done |= fits
-        enough[names] = np.full(len(places), False)
+                done |= by_these
+        settled[names] = np.full(len(places), False)
         own = places[~done]
         if not len(own):
             continue
-        costs = _costs(model, cluster, found.at(own, _saving(plain, names)))
-        enough[names][~done] = fitting = costs.fitting(cluster, surely=surely)
-        yield _timed(model, cluster, costs, fitting)
+        part = _costs(model, cluster, found.at(own, _saving(plain, names)), below=RUNNER_UP * best)
+        fitting = part.fitting(cluster, surely=surely)
+        settled[names][~done] = fitting | (part.peak == SLOWER)
+        part = replace(part, seconds=np.where(fitting, part.seconds, np.inf))
+        best = min(best, float(part.seconds.min()))
+        yield part
 
 
 def _groups(model: ModelConfig, sizes: dict[str, Numbers], batch: Numbers) -> Iterator[NDArray[np.int64]]:
@@ -225,32 +239,37 @@ def _group(model: ModelConfig, places: Numbers, found: Found, switches: Switches
     return every.shape(training, parallel), parallel
 
 
-def _costs(model: ModelConfig, cluster: Cluster, found: Found) -> Found:
+def _costs(model: ModelConfig, cluster: Cluster, found: Found, below: float | None = None) -> Found:
     """With the memory of every candidate; all of them have the same switches.
 
-    NEVER is that of one whose switches mean nothing, or whose host has no room for what they bring there.
+    With `below` they are timed before, and what takes so many seconds or more has the bytes SLOWER. NEVER is that of
+    one whose switches mean nothing, or whose host has no room for what they bring there.
     """
-    (way,), peaks, update = found.switches, np.full(len(found), NEVER), found.training.update
+    (way,), peaks, seconds = found.switches, np.full(len(found), NEVER), found.seconds.copy()
+    training = found.training
     for places in _groups(model, found.sizes, found.micro_batch):
         shape, parallel = _group(model, places, found, way)
-        able = _able(model, cluster, shape, parallel, way, update)
-        if not np.all(able):  # the others cost nothing further
-            places = places[np.broadcast_to(able, places.shape)]
-            if not len(places):
-                continue
+        places = places[np.broadcast_to(_able(model, cluster, shape, parallel, way, training.update), places.shape)]
+        if below is not None and len(places):
             shape, parallel = _group(model, places, found, way)
-        peaks[places] = peak_bytes(model, shape, parallel, offload=way.offload_params, update=update).total
-    if not way.reshard or way.offload_params or way.sync_each_batch:  # of FSDP2, which serves these axes alone
-        peaks[np.prod([found.sizes[axis] for axis in (*DATA_AXES, *SEQUENCE_AXES)], axis=0) == 1] = NEVER
-    return replace(found, peak=peaks)
+            seconds[places] = _time(model, cluster, shape, parallel, training, way.offload_params).total
+            peaks[places] = SLOWER
+            places = places[seconds[places] < below]
+        if len(places):  # the others cost nothing further
+            shape, parallel = _group(model, places, found, way)
+            offload, update = way.offload_params, training.update
+            peaks[places] = peak_bytes(model, shape, parallel, offload=offload, update=update).total
+    return replace(found, peak=peaks, seconds=seconds)
 
 
 def _able(
     model: ModelConfig, cluster: Cluster, shape: StepShape, parallel: Parallel, way: Switches, update: Update
 ) -> Any:
     """Which candidates have several micro-batches, where `way` sums the gradients of each, several tiles, where it asks
-    for tiles, and room on the host for what goes there."""
+    for tiles, room on the host for what goes there, and FSDP2 where it asks for something of it."""
     able: Any = shape.micro_batches > 1 if way.sync_each_batch else True
+    if not way.reshard or way.offload_params or way.sync_each_batch:
+        able = able & (parallel.mesh.size((*DATA_AXES, *SEQUENCE_AXES)) > 1)
     if way.tiles != 1:
         size, tokens = largest_tile(anatomy_of(model).layers[0][1], shape, parallel)
         able = able & (size < tokens)
@@ -336,7 +355,7 @@ def _allowed(model: ModelConfig, found: Found, places: NDArray[np.int64], name: 
 
 def fastest_too_large(model: ModelConfig, cluster: Cluster, found: Found) -> int | None:
     """The place of the fastest of the candidates that hardly do not fit; None where all fit."""
-    too_large = np.flatnonzero(~found.fitting(cluster) & (found.peak < NEVER))
+    too_large = np.flatnonzero(~found.fitting(cluster) & (found.peak < SLOWER))
     if not len(too_large):
         return None
     chosen = np.full(len(found), False)

@@ -17,7 +17,7 @@ from tessera.data.batch import Stream
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape
 from tessera.layout.spec import local_slice
-from tessera.models.anatomy import Layer, anatomy_of
+from tessera.models.anatomy import anatomy_of
 from tessera.models.config import ModelConfig
 from tessera.nn.context.cut import streams_of
 from tessera.plan.ledger import Ledger
@@ -47,7 +47,7 @@ class StepSizes:
         self.vocabulary = vocabulary.stop - vocabulary.start
         units = self.anatomy.units(parallel)
         self.shards = [sum(prod(p.spec.stored_shape(self.mesh)) for p in unit) for unit, _ in units]
-        self.layers = [self.anatomy.kinds.index(kind) for kind in self._kinds_in_order()]
+        self.layers = self.anatomy.kind_numbers
         self.units = [size for size, _ in gathered_units(model, parallel)] if parallel.fsdp else []
         self.stored_over = self.mesh.size(parallel.fsdp) if parallel.fsdp else 1
 
@@ -65,10 +65,6 @@ class StepSizes:
     def sums_now(self) -> bool:
         """Whether FSDP2 sums gradients in this micro-batch."""
         return self.summed or not self.before_last
-
-    def _kinds_in_order(self) -> list[tuple[Layer, int]]:
-        counts = dict(self.anatomy.kinds)
-        return [(layer, counts[layer]) for layer in self.anatomy.layers]
 
     def of(self, sizes: Sequence[Any], layers: Sequence[int]) -> Any:
         """The sum of a size of each of `layers`, which are numbers of kinds."""
