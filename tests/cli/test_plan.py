@@ -3,7 +3,9 @@
 import inspect
 import json
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -18,7 +20,7 @@ from tessera.models.shapes import shape_of
 from tessera.plan.choice import Layout
 from tessera.plan.cluster import cluster_of
 from tessera.plan.communication import estimate_communication_time
-from tessera.plan.machine import shipped_profiles
+from tessera.plan.machine import shipped_profiles, written_profile
 from tessera.plan.one_product import cuts_of, received_elements
 from tessera.plan.recommend import judge, traced
 from tessera.plan.work import machines_of
@@ -162,6 +164,9 @@ def test_the_classic_estimate_is_one_row_of_the_general_one():
         ({"collectives_per_block": -4}, "collectives_per_block"),
         ({"bytes_per_second": float("nan")}, "bytes_per_second"),
         ({"bytes_per_second": 0}, "bytes_per_second"),
+        ({"bytes_per_second": "fast"}, "bytes_per_second"),
+        ({"bytes_per_second": None, "profile": "H100"}, "profile"),
+        ({"operand_bytes": 10**400}, "operand_bytes"),
     ],
     ids=str,
 )
@@ -170,6 +175,19 @@ def test_an_estimate_of_no_collective_is_refused(values, key):
     with pytest.raises(UserError) as error:
         estimate_communication_time(**usual | values)
     assert error.value.key == key and error.value.hint
+
+
+@pytest.mark.parametrize(("key", "value"), [("model", None), ("cluster", 8), ("training", {}), ("config", "x")])
+def test_what_is_no_model_cluster_or_training_is_refused(key, value):
+    asked = {"model": "1B", "cluster": "1xA100-80", "training": tessera.Training(512, 8)} | {key: value}
+    with pytest.raises(UserError) as error:
+        tessera.plan(**asked)
+    assert error.value.key == key and error.value.hint
+
+
+def test_a_folder_may_be_a_path_and_sizes_numpy_s(folder):
+    made = tessera.plan(Path(folder), "1xA100-80", tessera.Training(np.int64(64), np.int32(4)))
+    assert yaml.safe_load(made.to_yaml())["sequence_len"] == 64
 
 
 @pytest.mark.parametrize(
@@ -184,6 +202,12 @@ def test_an_estimate_of_no_collective_is_refused(values, key):
         ({"dtype": "int8"}, "dtype"),
         ({"dtype": "float16"}, "dtype"),
         ({"stored": "int8"}, "stored"),
+        ({"stored": "float16"}, "stored"),
+        ({"dtype": "float32", "stored": "bfloat16"}, "stored"),
+        ({"dtype": ["bfloat16"]}, "dtype"),
+        ({"optim_args": {"foo": 1}}, "optim_args"),
+        ({"optim_args": "none"}, "optim_args"),
+        ({"optimizer": "muon", "optim_args": {"ns_steps": "five"}}, "optim_args"),
         ({"optimizer": "nope"}, "optimizer"),
         ({"top": 0}, "top"),
         ({"trace": -1}, "trace"),
@@ -253,7 +277,22 @@ def test_what_the_host_has_no_room_for_does_not_fit(tmp_path):
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
     out = said(str(tmp_path / "c.yaml"), "--cluster", "8xH100")
     assert "offload_params: true cannot be: 756.0 GiB in host memory" in out
-    assert "nothing on these devices is enough" in out
+    assert "no change of these keys is enough" in out
+
+
+def test_json_has_the_advice_too_and_a_full_host_is_said(tmp_path):
+    config = {"base_model": "8B", "datasets": [{"path": "x"}], "sequence_len": 8192, "dp_shard_size": 8}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    found = json.loads(said(str(tmp_path / "c.yaml"), "--cluster", "8xRTX4090", "--json"))
+    advice = found["advice"]
+    assert advice["device_bytes_too_many"] > 0 and advice["host_bytes_too_many"] == 0
+    assert any(each["saved"] > 0 and each["keys"] for each in advice["remedies"])
+    assert "advice" not in json.loads(said(str(tmp_path / "c.yaml"), "--cluster", "8xB200", "--json"))
+    small = replace(shipped_profiles()["H200"], host_memory_bytes=2**30)
+    (tmp_path / "small.json").write_text(written_profile(small))
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config | {"fsdp_config": {"offload_params": True}}))
+    out = said(str(tmp_path / "c.yaml"), "--cluster", "8xH200", "--profile", str(tmp_path / "small.json"))
+    assert "GiB too much for the host" in out and "too much to fit surely" not in out
 
 
 def test_float32_is_slower_by_the_peaks(folder):

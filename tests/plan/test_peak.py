@@ -16,6 +16,7 @@ from tessera.layout.resolve import parallel_of
 from tessera.layout.shape import Savers, StepShape
 from tessera.models.anatomy import anatomy_of
 from tessera.models.config import LayerKind
+from tessera.models.sharing import surroundings
 from tessera.plan.choice import Beside, Layout, Training
 from tessera.plan.cluster import cluster_of
 from tessera.plan.count import counted_step
@@ -26,7 +27,7 @@ from tessera.plan.many import ManyMeshes
 from tessera.plan.memory import kept_by_layers, state_bytes, staying_bytes
 from tessera.plan.peak import RESERVED, peak_bytes
 from tessera.plan.trace import plot_timeline, traced_memory
-from tessera.sizes.context import WHOLE, ContextParallel
+from tessera.sizes.context import WHOLE, ContextParallel, fitted
 from tessera.sizes.rules import TensorParallel
 
 LAYOUTS = 200
@@ -301,6 +302,17 @@ def test_copies_of_states_are_told_to_be_shards():
     assert {"tensor_parallel_size": 4, "dp_replicate_size": 1, "gradient_accumulation_steps": 2} in [
         each.keys for each in every
     ]
+
+
+def test_ranks_that_share_sequences_do_so_as_the_config_asks():
+    """By ulysses alone, and with both left open, where more rows of a micro-batch may choose another degree."""
+    for asked in (ContextParallel(2, "ulysses"), ContextParallel(2)):
+        shared = Layout({"shard": 2, "ulysses": 2}, 2, 2, beside=Beside(context=asked))
+        (wider,) = (r for r in memory_remedies(LARGE, shared, ROWS) if r.keys.get("context_parallel_size") == 4)
+        sizes = fitted(replace(asked, size=4), surroundings(LARGE, shared.tensor.axes, 2)).sizes
+        assert asked.mode == "auto" or sizes == {"ring": 1, "ulysses": 4}
+        other = replace(shared, sizes=sizes, micro_batches=4)
+        assert wider.saved == checked_peak(LARGE, shared, ROWS) - checked_peak(LARGE, other, ROWS)
 
 
 def test_a_remedy_that_cannot_be_says_why():

@@ -12,7 +12,7 @@ from tessera.models.shapes import shape_of
 from tessera.plan.candidates import NEVER
 from tessera.plan.choice import RECOMPUTES, Layout, Training
 from tessera.plan.cluster import cluster_of
-from tessera.plan.fit import most_that_fits
+from tessera.plan.fit import checked_peak, most_that_fits
 from tessera.plan.peak import RESERVED
 from tessera.plan.recommend import judge
 from tessera.plan.search import search
@@ -65,6 +65,22 @@ def test_what_is_left_out_is_never_the_best(name, training, mebibytes, savers, m
     case, chosen = (name, training, mebibytes), pruned.layout(int(np.argmin(pruned.seconds)))
     assert saves(chosen) or case not in SAVED
     assert chosen.sync_each_batch or case != SUMMED
+
+
+@pytest.mark.usefixtures("small_buffers")
+def test_a_schedule_is_tried_where_only_it_fits():
+    """Slices hold less of what is gathered."""
+    training, alone = Training(256, 8, stored="bfloat16"), Layout({"row": 2}, micro_batch=8, micro_batches=1)
+    sliced = replace(alone, slices=2)
+    peaks = {layout: checked_peak(SMALL, layout, training) for layout in (sliced, alone)}
+    assert peaks[sliced] < peaks[alone]
+    cluster = cluster_of("2xA100-80")
+    between = RESERVED + int((peaks[sliced] + peaks[alone]) / 2 * 1.03 / 0.85)
+    cluster = replace(cluster, profile=replace(cluster.profile, memory_bytes=between))
+    pruned, whole = (search(SMALL, cluster, training, exhaustive=every) for every in (False, True))
+    fitting = whole.fitting(cluster)
+    assert np.isclose(pruned.seconds.min(), whole.seconds[fitting].min(), rtol=1e-12)
+    assert pruned.layout(int(np.argmin(pruned.seconds))) == sliced
 
 
 def surely_no_slower(layout):

@@ -11,13 +11,13 @@ import torch
 from tessera.core.axes import DATA_AXES, MODEL_AXES, SEQUENCE_AXES
 from tessera.core.errors import UserError
 from tessera.core.mesh import Mesh
-from tessera.engine.optimizer import NAMES
+from tessera.engine.optimizer import NAMES, OPTIONS, check_options
 from tessera.layout.parallel import Parallel
 from tessera.layout.resolve import parallel_of
 from tessera.layout.shape import Savers, StepShape, padded_length
 from tessera.models.config import ModelConfig
 from tessera.plan.update import ADAMW, Update
-from tessera.sizes.bounds import TOKENS, at_most, whole_number
+from tessera.sizes.bounds import TOKENS, at_most, of_kind, whole_number
 from tessera.sizes.context import ContextParallel
 from tessera.sizes.numbers import either
 from tessera.sizes.rules import TensorParallel, modes_with
@@ -45,11 +45,18 @@ class Training:
     def __post_init__(self) -> None:
         """Raise UserError for a value that nothing can be trained with."""
         for name in ("sequence_len", "global_batch"):
-            whole_number(name, getattr(self, name), 1)
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), 1))
         at_most("sequence_len", self.sequence_len, TOKENS, "tokens of a row")
-        for name, known in (("dtype", DTYPES), ("stored", DTYPES), ("optimizer", NAMES)):
-            if getattr(self, name) not in known:
-                raise UserError(name, getattr(self, name), "is none that Tessera knows", either(known))
+        stored = ("float32", "bfloat16") if self.dtype == "bfloat16" else ("float32",)
+        for name, values in (("dtype", tuple(DTYPES)), ("stored", stored), ("optimizer", NAMES)):
+            if getattr(self, name) not in values:
+                raise UserError(name, repr(getattr(self, name)), "is none that trains", either(values))
+        of_kind("optim_args", self.optim_args, (Mapping,), "options by name, as a config has them")
+        try:
+            check_options(self.optimizer, self.optim_args)
+        except ValueError as error:
+            options = ", ".join(OPTIONS.get(self.optimizer, {})) or "leave optim_args out"
+            raise UserError("optim_args", self.optim_args, str(error), options) from error
 
     @property
     def update(self) -> Update:

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple, get_args
 from tessera.core.errors import UserError
 from tessera.plan.machine import Profile
 from tessera.plan.traffic import ring
-from tessera.sizes.bounds import whole_number
+from tessera.sizes.bounds import at_most, of_kind, whole_number
 from tessera.sizes.numbers import either
 
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "reduce", "receive"]
@@ -40,21 +40,27 @@ def estimate_communication_time(
     without exactly one of the two, or for values that no collective has.
     """
     if (profile is None) == (bytes_per_second is None):
-        raise UserError("bytes_per_second", bytes_per_second, "is in place of a profile", "give one of the two")
+        given = "neither is given" if profile is None else "both are given"
+        raise UserError("bytes_per_second", None, f"is in place of a profile: {given}", "give one of the two")
     if kind not in get_args(Kind):
-        raise UserError("kind", kind, "is no collective", either(get_args(Kind)))
-    for key, value, least in (("ranks", ranks, 1), ("machines", machines, 1), ("operand_bytes", operand_bytes, 0)):
-        whole_number(key, value, least)
-    whole_number("collectives_per_block", collectives_per_block, 0)
+        raise UserError("kind", repr(kind), "is no collective", either(get_args(Kind)))
+    if profile is not None:
+        of_kind("profile", profile, (Profile,), "tessera.plan.cluster.profile_named gives one by its name")
+    if bytes_per_second is not None:
+        of_kind("bytes_per_second", bytes_per_second, (int, float), "for example 300e9")
+    ranks, machines = whole_number("ranks", ranks, 1), whole_number("machines", machines, 1)
+    operand_bytes = whole_number("operand_bytes", operand_bytes, 0)
+    at_most("operand_bytes", operand_bytes, 2**62, "bytes of an operand")
+    collectives_per_block = whole_number("collectives_per_block", collectives_per_block, 0)
     if machines > ranks:
         raise UserError("machines", machines, f"are more than {ranks} ranks", f"at most {ranks}")
     if bytes_per_second is not None and not 0 < bytes_per_second < math.inf:
-        raise UserError("bytes_per_second", bytes_per_second, "is no rate of a link", "for example 300e9")
+        raise UserError("bytes_per_second", repr(bytes_per_second), "is no rate of a link", "for example 300e9")
     whole = operand_bytes * (ranks > 1)
     received = whole if kind in ("receive", "broadcast", "reduce") else ring(kind, whole, ranks)
     if profile is None:
         assert bytes_per_second is not None
-        seconds = received / bytes_per_second
+        seconds = received / float(bytes_per_second)
     else:
         seconds = float(profile.collective_seconds(kind, received, ranks, machines))
     return CommunicationTime(received, seconds, seconds * collectives_per_block)

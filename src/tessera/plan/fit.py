@@ -19,16 +19,15 @@ import numpy as np
 
 from tessera.core.axes import DATA_AXES, MODEL_AXES, SEQUENCE_AXES
 from tessera.core.errors import UserError
-from tessera.layout.parallel import Parallel
 from tessera.layout.resolve import check_layout
 from tessera.layout.streams import joins_rows
 from tessera.models.config import ModelConfig
-from tessera.nn.context.heads import kv_heads_of
+from tessera.models.sharing import surroundings
 from tessera.plan.choice import Layout, Training
 from tessera.plan.host import host_bytes, room_on_host
 from tessera.plan.machine import Profile
 from tessera.plan.peak import RESERVED, peak_bytes
-from tessera.sizes.context import Surroundings, fitted
+from tessera.sizes.context import fitted
 from tessera.sizes.rules import TensorParallel
 
 MARGIN, USED = 1.03, 0.85
@@ -99,6 +98,7 @@ def _weighed(
     now = checked_peak(model, layout, training)
     for keys, other, meaning in _changes(layout):
         try:
+            other = _sharing_as_asked(model, other)
             saved, refused = now - checked_peak(model, other, training), ""
         except UserError as error:
             saved, refused = 0, error.reason
@@ -108,6 +108,15 @@ def _weighed(
                 refused = f"{on_host / 2**30:.1f} GiB in host memory, and {room / 2**30:.1f} of a device may be taken"
         if refused or saved > 0:
             yield Remedy(keys, 0 if refused else saved, meaning, refused), other
+
+
+def _sharing_as_asked(model: ModelConfig, layout: Layout) -> Layout:
+    """With the ring and ulysses that a config of its sizes takes: where it leaves them open, they follow the sizes."""
+    if layout.context.size == 1:
+        return layout
+    around = surroundings(model, layout.tensor.axes, layout.micro_batch)
+    context = fitted(replace(layout.beside.context, size=layout.context.size), around)
+    return replace(layout, sizes={**layout.sizes, **context.sizes})
 
 
 def _on_host(model: ModelConfig, layout: Layout, training: Training) -> int:
@@ -122,18 +131,16 @@ def checked_peak(model: ModelConfig, layout: Layout, training: Training) -> int:
     check_layout(layout.tensor, data, model.dimensions, layout.micro_batch)
     parallel = layout.parallel(model, training)
     if layout.context.size > 1 or joins_rows(layout.tensor.axes, layout.micro_batch, model.dimensions):
-        _check_shared(model, layout, parallel)
+        _check_shared(model, layout)
     shape = layout.shape(training, parallel)
     return int(peak_bytes(model, shape, parallel, offload=layout.offload_params, update=training.update).total)
 
 
-def _check_shared(model: ModelConfig, layout: Layout, parallel: Parallel) -> None:
+def _check_shared(model: ModelConfig, layout: Layout) -> None:
     if model.attention_dropout:
         reason = "shares sequences between ranks, and the model drops attention probabilities"
         raise UserError("context_parallel_size", layout.context.size, reason, "attention_dropout 0 in config.json")
-    heads = model.num_heads // parallel.mesh.size(parallel.attention.features)
-    read = len(kv_heads_of(range(heads), model.num_heads, model.num_kv_heads))
-    fitted(layout.context, Surroundings(heads, read, model.head_dim))
+    fitted(layout.context, surroundings(model, layout.tensor.axes, layout.micro_batch))
 
 
 _Change = tuple[dict[str, Any], Layout, str]
@@ -146,8 +153,9 @@ def _changes(layout: Layout) -> Iterator[_Change]:
         rows = layout.micro_batch * layout.micro_batches
         keys = {"micro_batch_size": rows, "gradient_accumulation_steps": 1}
         whole = replace(layout, micro_batch=rows, micro_batches=1)
-        kept = "FSDP2 keeps no whole gradients between micro-batches"
-        yield keys, whole, f"the numbers stay; {'larger products' if layout.sync_each_batch else kept}"
+        kept = _served(layout) and not layout.sync_each_batch
+        more = "FSDP2 keeps no whole gradients between micro-batches" if kept else "larger products"
+        yield keys, whole, f"the numbers stay; {more}"
     if layout.micro_batch % 2 == 0:
         times = 2 * layout.micro_batches
         keys = {"micro_batch_size": layout.micro_batch // 2, "gradient_accumulation_steps": times}
@@ -197,13 +205,18 @@ def _of_fsdp(layout: Layout) -> Iterator[_Change]:
     if not layout.reshard:
         keys = {"fsdp_config.reshard_after_forward": True}
         yield keys, replace(layout, reshard=True), "weights are gathered again for the backward"
-    served = layout.size(*DATA_AXES, *SEQUENCE_AXES) > 1
+    served = _served(layout)
     if served and layout.micro_batches > 1 and not layout.sync_each_batch:
         meaning = "gradients are summed after every micro-batch; no whole ones are kept between them"
         yield {"fsdp_config.sync_each_batch": True}, replace(layout, sync_each_batch=True), meaning
     if served and not layout.offload_params:
         keys = {"fsdp_config.offload_params": True}
         yield keys, replace(layout, offload_params=True), "the update runs on the host"
+
+
+def _served(layout: Layout) -> bool:
+    """Whether FSDP2 holds the states."""
+    return layout.size(*DATA_AXES, *SEQUENCE_AXES) > 1
 
 
 def _of_layers(layout: Layout) -> Iterator[_Change]:

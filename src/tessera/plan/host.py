@@ -1,10 +1,12 @@
 """What lies in host memory, and what travels there and back, where memory savers keep things on the host."""
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import StepShape
+from tessera.models.anatomy import anatomy_of
 from tessera.models.config import ModelConfig
 from tessera.plan.machine import Profile
 from tessera.plan.memory import offloaded_by_layers
@@ -52,13 +54,16 @@ def travelling(model: ModelConfig, shape: StepShape, parallel: Parallel, offload
 
     Shards come for each gather: for every forward, and for a layer's backward unless its weights are kept, which holds
     for all micro-batches. Gradients leave when they are reduced. From the second time on the host adds them to those
-    that it has, for which FSDP2 waits (foreach_reduce).
+    that it has, for which FSDP2 waits (foreach_reduce); they go to pageable memory then, which no profile has a rate
+    of: the link's is an upper bound.
     """
     kept = offloaded_by_layers(model, shape, parallel) * shape.micro_batches if shape.savers.offload else 0
     if not offload:
         return HostTraffic(kept)
-    shards = shard_elements(model, parallel) * parallel.dtype.itemsize
+    units = anatomy_of(model).units(parallel)
+    sizes = [times * sum(prod(p.spec.stored_shape(parallel.mesh)) for p in unit) for unit, times in units]
+    of_layers, shards = (elements * parallel.dtype.itemsize for elements in (sum(sizes[:-1]), sum(sizes)))
     gathers = shape.micro_batches if shape.reshard else 1
-    again = gathers if shape.reshard else 0
+    again = gathers * of_layers if shape.reshard and shape.by_layer else 0
     waited = (shape.micro_batches - 1) * shards if shape.sync_each_batch else 0
-    return HostTraffic(kept, gathers * shards, (again + 1) * shards, waited)
+    return HostTraffic(kept, gathers * shards, again + shards, waited)

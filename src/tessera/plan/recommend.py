@@ -8,6 +8,7 @@ smallest   the smallest cluster that reaches so many tokens a second
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ from tessera.plan.time import StepTime, step_time
 from tessera.plan.trace import TracedMemory, traced_memory
 from tessera.plan.update import ADAMW
 from tessera.plan.work import step_work
-from tessera.sizes.bounds import ROWS, at_most, whole_number
+from tessera.sizes.bounds import ROWS, at_most, of_kind, whole_number
 from tessera.sizes.numbers import either
 
 TOP = 5
@@ -195,7 +196,7 @@ class Plan:
         """What the file asks of FSDP2 beside what a layout says of it."""
         given, said = self.config.get("fsdp_config"), ("reshard_after_forward", "offload_params", "sync_each_batch")
         kept = given.items() if isinstance(given, dict) else ()
-        return {key: value for key, value in kept if key.removeprefix("fsdp_") not in said}
+        return {key: value for key, value in kept if str(key).removeprefix("fsdp_") not in said}
 
     @property
     def _optimizer(self) -> dict[str, Any]:
@@ -231,7 +232,7 @@ _LAYOUT_KEYS = (
 
 
 def plan(
-    model: str | ModelConfig,
+    model: str | Path | ModelConfig,
     cluster: str | Cluster,
     training: Training,
     *,
@@ -245,9 +246,13 @@ def plan(
     keys of a file, which `Plan.to_yaml` keeps. The memory of the first `trace` layouts is that of a traced step; one
     that does not fit then is left out. Raises UserError where nothing can be built, with the nearest that can.
     """
-    whole_number("top", top, 1)
-    whole_number("trace", trace, 0)
-    return _verified(_compared(model, cluster, training, top, config), trace)
+    of_kind("model", model, (str, Path, ModelConfig), 'a name, a size such as "70B", or a folder')
+    of_kind("cluster", cluster, (str, Cluster), "for example 2x8xH100")
+    of_kind("training", training, (Training,), "for example Training(4096, 256)")
+    of_kind("config", {} if config is None else config, (Mapping,), "the keys of a file")
+    top, trace = whole_number("top", top, 1), whole_number("trace", trace, 0)
+    name = str(model) if isinstance(model, Path) else model
+    return _verified(_compared(name, cluster, training, top, config), trace)
 
 
 def check_dtype(key: str, dtype: str) -> None:

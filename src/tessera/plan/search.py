@@ -17,7 +17,8 @@ is left out is never the best, which tests/plan/test_search.py holds against all
     and where what layers keep travels, for that is less
     savers beside a candidate that without them is no faster than the best of those that fit, and more savers beside
     what with fewer takes a tenth longer than that one
-    of schedules other than gather, those of meshes that with gather are not among the best `KEPT`
+    of schedules other than gather, those that take a tenth longer than the best, and beside savers those of layouts
+    that with gather are not among the best `KEPT`
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -94,10 +95,7 @@ def search(
         within = _within(model, cluster, found, len(batch), surely, sets)
         if np.isfinite(within.seconds).any():
             break
-    best = np.argsort(within.seconds)[:KEPT]
-    best = best[np.isfinite(within.seconds[best])]
-    found = joined([within, *_with_schedules(model, cluster, within, best, surely)], training)
-    return found.only(found.peak < NEVER)
+    return within.only(within.peak < NEVER)
 
 
 def _saving(switches: Switches, names: Iterable[str]) -> Switches:
@@ -127,14 +125,19 @@ def _no_slower(one: Switches, other: Switches) -> bool:
 def _within(
     model: ModelConfig, cluster: Cluster, found: Found, count: int, surely: bool, sets: Sequence[tuple[str, ...]]
 ) -> Found:
-    """The plain candidates `found`, `count` of each way, and those with `sets` of savers that may be the best of
-    what `surely` fits, or of what may fit, timed."""
+    """The plain candidates `found`, `count` of each way, and those with `sets` of savers or another schedule that may
+    be the best of what `surely` fits, or of what may fit, timed."""
     worth, tight = _worth_timing(found, found.fitting(cluster, surely=surely), count)
     found = _timed(model, cluster, found, worth)
-    if not sets or not tight.any():
-        return found
-    with_savers = _with_savers(model, cluster, found, tight, surely, sets)
-    return joined([found, *with_savers], found.training)
+    saved = list(_with_savers(model, cluster, found, tight, surely, sets)) if sets and tight.any() else []
+    best = min(float(part.seconds.min(initial=np.inf)) for part in (found, *saved))
+    scheduled = list(_with_schedules(model, cluster, found, np.flatnonzero(worth | tight), surely, best))
+    if saved:
+        with_savers = joined(saved, found.training)
+        fastest = np.argsort(with_savers.seconds)[:KEPT]
+        fastest = fastest[np.isfinite(with_savers.seconds[fastest])]
+        scheduled += _with_schedules(model, cluster, with_savers, fastest, surely)
+    return joined([found, *saved, *scheduled], found.training)
 
 
 def _with_savers(
@@ -328,17 +331,23 @@ def _time(
 
 
 def _with_schedules(
-    model: ModelConfig, cluster: Cluster, found: Found, best: NDArray[np.int64], surely: bool
+    model: ModelConfig, cluster: Cluster, found: Found, places: Numbers, surely: bool, best: float | None = None
 ) -> Iterator[Found]:
-    """The best candidates with the schedules that their meshes allow."""
+    """The candidates at `places` with the schedules that their meshes allow, which may take less memory too; without
+    those that take longer than a runner-up of the `best` seconds may, where these are given."""
     for name, slices in SCHEDULES:
-        allowed = best[_allowed(model, found, best, name, slices)]
+        allowed = places[_allowed(model, found, places, name, slices)]
         for which in np.unique(found.which[allowed]):
             own = allowed[found.which[allowed] == which]
-            switches = found.switches[int(which)]._replace(schedule=name, slices=slices)
-            same = found.at(own, switches)
-            costs = _costs(model, cluster, replace(same, buffers=_buffers(model, cluster, same)))
-            yield _timed(model, cluster, costs, costs.fitting(cluster, surely=surely))
+            same = found.at(own, found.switches[int(which)]._replace(schedule=name, slices=slices))
+            part = _costs(model, cluster, same, below=np.inf if best is None else RUNNER_UP * best)
+            known, buffers = part.peak < SLOWER, part.buffers.copy()
+            buffers[known] = _buffers(model, cluster, same.only(known))
+            part = replace(part, buffers=buffers)
+            fitting = part.fitting(cluster, surely=surely)
+            part = replace(part, seconds=np.where(fitting, part.seconds, np.inf))
+            best = None if best is None else min(best, float(part.seconds.min(initial=np.inf)))
+            yield part
 
 
 def _allowed(model: ModelConfig, found: Found, places: NDArray[np.int64], name: str, slices: int) -> NDArray[np.bool_]:

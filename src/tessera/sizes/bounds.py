@@ -86,7 +86,14 @@ def at_most(key: str, value: int, most: int, what: str) -> None:
         raise UserError(key, value, f"{what}: at most {most:,} are possible", f"at most {most}")
 
 
-def whole_number(key: str, value: object, least: int) -> None:
-    """Raise UserError for a `value` of `key`, given from Python, that is no whole number or below `least`."""
+def whole_number(key: str, value: object, least: int) -> int:
+    """A `value` of `key`, given from Python. Raises UserError for no whole number, and for one below `least`."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise UserError(key, value, f"is no whole number of at least {least}", f"{key}={least} is the least")
+        raise UserError(key, repr(value), f"is no whole number of at least {least}", f"{key}={least} is the least")
+    return int(value)
+
+
+def of_kind(key: str, value: object, kinds: tuple[type, ...], hint: str) -> None:
+    """Raise UserError for a `value` of `key`, given from Python, that is of none of these kinds."""
+    if not isinstance(value, kinds):
+        raise UserError(key, repr(value), f"is no {' or '.join(kind.__name__ for kind in kinds)}", hint)

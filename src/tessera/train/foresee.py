@@ -89,6 +89,7 @@ def _judged(config: TrainConfig, model: ModelConfig, parallel: Parallel, cluster
 
 def layout_of(config: TrainConfig, model: ModelConfig, cluster: Cluster) -> tuple[Layout, Training]:
     """The same config as what `plan.fit.memory_remedies` turns."""
+    asked = config.context_parallel
     config = fitting_layout(config, model, cluster.per_machine)
     tensor, fsdp, savers = config.tensor_parallel, fsdp_of(config), savers_of(config)
     again = "selective" if savers.attention_once else "true" if config.recompute else "false"
@@ -104,7 +105,7 @@ def layout_of(config: TrainConfig, model: ModelConfig, cluster: Cluster) -> tupl
         savers.mlp_tiles,
         fsdp.offload,
         fsdp.sync_each_batch,
-        Beside(tensor, config.context_parallel, fsdp.by_layer, config.label_smoothing_factor > 0),
+        Beside(tensor, asked, fsdp.by_layer, config.label_smoothing_factor > 0),
     )
     rows = layout.micro_batch * layout.micro_batches * layout.size(*DATA_AXES)
     return layout, _training(config, config.sequence_len, rows, _compute(config, cluster))

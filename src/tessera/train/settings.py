@@ -15,11 +15,11 @@ from tessera.engine.rates import learning_rates, options_of
 from tessera.layout import resolve
 from tessera.layout.parallel import Parallel
 from tessera.layout.shape import Fsdp, Savers, StepShape, padded_length
-from tessera.layout.streams import HIDDEN_BY_HEADS, attention_layout, joins_rows
+from tessera.layout.streams import attention_layout, joins_rows
 from tessera.models.config import ModelConfig
-from tessera.nn.context.heads import kv_heads_of
+from tessera.models.sharing import surroundings
 from tessera.plan.update import Update
-from tessera.sizes.context import Surroundings, fitted, in_words, query_heads
+from tessera.sizes.context import Surroundings, fitted, in_words
 from tessera.sizes.numbers import nearest
 from tessera.sizes.schedule import Schedule
 
@@ -56,18 +56,7 @@ def context_line(config: TrainConfig, model: ModelConfig, inside: int | None = N
 
 def _around(config: TrainConfig, model: ModelConfig, inside: int | None) -> Surroundings:
     """What the sequence axes meet on machines of so many ranks."""
-    axes, batch = config.axes, config.micro_batch_size
-    layout, joined = attention_layout(axes, batch, model.dimensions), joins_rows(axes, batch, model.dimensions)
-    heads = query_heads(model.num_heads, axes, layout == HIDDEN_BY_HEADS)
-    parts = math.prod(axes[axis] for axis in layout.tokens)
-    return Surroundings(
-        heads,
-        len(kv_heads_of(range(heads), model.num_heads, model.num_kv_heads)),
-        model.head_dim,
-        None if inside is None else max(1, inside // math.prod(axes.values())),
-        rows=batch if joined else batch // parts,
-        joined=parts if joined else 1,
-    )
+    return surroundings(model, config.axes, config.micro_batch_size, inside)
 
 
 def _check_shared_sequences(config: TrainConfig, model: ModelConfig) -> None:
