@@ -104,19 +104,22 @@ def _saving(switches: Switches, names: Iterable[str]) -> Switches:
 
 
 def _adds(way: Switches, names: Iterable[str]) -> bool:
-    """Whether these savers are none that a plain candidate has, or may have beside them."""
+    """Whether these savers are tried beside `way`: tiles are not where layers run again, for there they are a way."""
     return way.recompute == "false" or "tiles" not in names
 
 
 def _surely_slower(names: Sequence[str], others: Sequence[str]) -> bool:
-    """Whether savers are more than others, and give none of their time back: in tiles less travels to the host."""
+    """Whether `names` are `others` and more, and so no faster.
+
+    Tiles beside offloaded activations may be: then less travels to the host.
+    """
     return set(others) < set(names) and not ("tiles" in names and "tiles" not in others and "offload" in others)
 
 
 def _no_slower(one: Switches, other: Switches) -> bool:
     """Whether a candidate is no slower with `one` of the plain ways than with the `other`, for it computes less again.
 
-    A run of layers that tiles save costs what these do, so tiles are never faster than layers that run once.
+    Tiles run once more themselves, so they are never faster than layers that run once.
     """
     less = RECOMPUTES.index(one.recompute) <= RECOMPUTES.index(other.recompute)
     return less and (one.tiles == other.tiles or one.recompute == "false")
