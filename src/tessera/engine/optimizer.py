@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tessera.core.errors import UserError
 from tessera.engine.adamw import AdamW as AdamW
 from tessera.engine.muon import Muon
 from tessera.engine.on_shards import SGD, Bitsandbytes, OnShards, Parameters, Torchao
@@ -41,6 +42,16 @@ def missing_package(name: str) -> str:
     """The package that the optimizer `name` needs and that is not installed; empty where there is none."""
     package = "torchao" if name in TORCHAO else "bitsandbytes" if name in BITSANDBYTES else ""
     return package if package and importlib.util.find_spec(package) is None else ""
+
+
+def refuse_options(name: str, options: Mapping[str, Any]) -> None:
+    """Raise UserError, with those it knows, for options that the optimizer `name` does not take."""
+    try:
+        check_options(name, options)
+    except ValueError as error:
+        known = ", ".join(OPTIONS.get(name, {}))
+        hint = f"options of {name}: {known}" if known else "leave optim_args out"
+        raise UserError("optim_args", options, str(error), hint) from error
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ import torch
 from tessera.core.axes import DATA_AXES, MODEL_AXES, SEQUENCE_AXES
 from tessera.core.errors import UserError
 from tessera.core.mesh import Mesh
-from tessera.engine.optimizer import NAMES, OPTIONS, check_options
+from tessera.engine.optimizer import NAMES, refuse_options
 from tessera.layout.parallel import Parallel
 from tessera.layout.resolve import parallel_of
 from tessera.layout.shape import Savers, StepShape, padded_length
@@ -52,11 +52,7 @@ class Training:
             if getattr(self, name) not in values:
                 raise UserError(name, repr(getattr(self, name)), "is none that trains", either(values))
         of_kind("optim_args", self.optim_args, (Mapping,), "options by name, as a config has them")
-        try:
-            check_options(self.optimizer, self.optim_args)
-        except ValueError as error:
-            options = ", ".join(OPTIONS.get(self.optimizer, {})) or "leave optim_args out"
-            raise UserError("optim_args", self.optim_args, str(error), options) from error
+        refuse_options(self.optimizer, self.optim_args)
 
     @property
     def update(self) -> Update:

@@ -24,11 +24,12 @@ from tessera.plan.calibrate import corrected, place_of
 from tessera.plan.candidates import Found, buildable
 from tessera.plan.choice import Layout, Training
 from tessera.plan.cluster import cluster_of
-from tessera.plan.fit import Verdict, fits, most_that_fits
+from tessera.plan.fit import Verdict, fits
 from tessera.plan.flops import step_flops
 from tessera.plan.host import host_bytes, room_on_host
 from tessera.plan.machine import Cluster, Profile
 from tessera.plan.peak import Peak, peak_bytes
+from tessera.plan.refusals import no_layout, too_large_for
 from tessera.plan.search import fastest_too_large, search
 from tessera.plan.time import StepTime, step_time
 from tessera.plan.trace import TracedMemory, traced_memory
@@ -273,11 +274,11 @@ def _compared(
         raise UserError("--cluster", str(cluster), "names no number of machines", "2x8xH100, or --scaling 8,16,32")
     found = search(model, cluster.in_dtype(training.dtype), training)
     if not len(found):
-        raise _no_layout(model, cluster, training)
+        raise no_layout(model, cluster, training)
     chosen = _distinct(model, found, cluster, training, top)
     if not chosen:
         least = judge(model, found.layout(int(np.argmin(found.peak))), cluster, training)
-        raise _too_large(least, f"the smallest of {len(found):,} layouts")
+        raise too_large_for(least, f"the smallest of {len(found):,} layouts")
     too_large, place = None, fastest_too_large(model, cluster, found)
     if place is not None:
         judged = judge(model, found.layout(place), cluster, training)
@@ -291,7 +292,7 @@ def _verified(made: Plan, trace: int) -> Plan:
     verified = [traced(made.model, judged) for judged in made.choices[:trace]]
     left = [judged for judged in [*verified, *made.choices[trace:]] if judged.verdict != "does not fit"]
     if not left:
-        raise _too_large(min(verified, key=lambda judged: judged.bytes), f"traced, the smallest of {len(verified)}")
+        raise too_large_for(min(verified, key=lambda judged: judged.bytes), f"traced, the smallest of {len(verified)}")
     return replace(made, choices=_explained(left))
 
 
@@ -339,26 +340,6 @@ def why_slower(other: Judged, best: Judged) -> str:
     said = [f"+{share:.1%} {name}"] if slower and share >= DIFFERENCE else ["as fast"]
     said += [f"{memory:+.1f} GiB"] if abs(memory) >= 1 else []
     return ", ".join(said)
-
-
-def _no_layout(model: ModelConfig, cluster: Cluster, training: Training) -> UserError:
-    """That no layout of all devices divides the model and the batch, with numbers of devices that do."""
-    near = [n for n in range(cluster.devices - 1, 0, -1) if buildable(model, n, training)][:1]
-    reason = (
-        f"no mesh of {cluster.devices} devices divides the model's widths and heads and {training.global_batch} rows"
-    )
-    hint = f"{near[0]} devices, or a --global-batch that divides by {cluster.devices}" if near else "fewer devices"
-    return UserError("--cluster", str(cluster), reason, hint)
-
-
-def _too_large(least: Judged, which: str) -> UserError:
-    device = least.cluster.profile.memory_bytes
-    needed, has = least.bytes / 2**30, device / 2**30
-    reason = f"nothing fits: {which} needs {needed:.1f} GiB of {has:.1f} on a device ({least.name})"
-    room = max(1, most_that_fits(device, least.buffers))
-    need = -(-least.bytes * least.devices // room)
-    hint = f"about {need} such devices, or a shorter --sequence-len"
-    return UserError("--cluster", str(least.cluster), reason, hint)
 
 
 def smallest(

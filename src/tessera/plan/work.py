@@ -80,7 +80,7 @@ class Work:
     `attention`: FLOPs, `per_key` those for each key that a query sees; `scores`: how many pairs of a query and a key
     there are, forward and backward; `optimizer`: bytes that the update moves in the device's memory,
     `optimizer_on_host` in the host's, and `optimizer_flops` what it multiplies; `on_machine`: how many ranks of its
-    machine compute at once, of which `inside` says how many lie along each axis.
+    machine compute at once, of which `inside` says how many lie along each axis; `host`: what travels to the host's.
     """
 
     products: Sequence[Multiplied]

@@ -10,7 +10,7 @@ from tessera.config.schema import TrainConfig
 from tessera.core.device import has_bf16
 from tessera.core.errors import UserError
 from tessera.core.mesh import Mesh
-from tessera.engine.optimizer import OPTIONS, check_options, missing_package
+from tessera.engine.optimizer import missing_package, refuse_options
 from tessera.engine.rates import learning_rates, options_of
 from tessera.layout import resolve
 from tessera.layout.parallel import Parallel
@@ -168,14 +168,7 @@ def check_optimizer(config: TrainConfig) -> None:
 
 def check_optim_args(config: TrainConfig) -> None:
     """Raise UserError where the optimizer does not take its options, whether or not its package is there."""
-    name, options = config.optimizer, config.optim_args or {}
-    try:
-        check_options(name, options)
-    except ValueError as error:
-        known = ", ".join(OPTIONS.get(name, {}))
-        raise UserError(
-            "optim_args", options, str(error), f"options of {name}: {known}" if known else "leave optim_args out"
-        ) from error
+    refuse_options(config.optimizer, config.optim_args or {})
 
 
 def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
