@@ -278,7 +278,8 @@ def _compared(
     chosen = _distinct(model, found, cluster, training, top)
     if not chosen:
         least = judge(model, found.layout(int(np.argmin(found.peak))), cluster, training)
-        raise too_large_for(least, f"the smallest of {len(found):,} layouts")
+        which = f"the smallest of {len(found):,} layouts"
+        raise too_large_for(least.cluster, least.bytes, least.buffers, which, least.name)
     too_large, place = None, fastest_too_large(model, cluster, found)
     if place is not None:
         judged = judge(model, found.layout(place), cluster, training)
@@ -292,7 +293,9 @@ def _verified(made: Plan, trace: int) -> Plan:
     verified = [traced(made.model, judged) for judged in made.choices[:trace]]
     left = [judged for judged in [*verified, *made.choices[trace:]] if judged.verdict != "does not fit"]
     if not left:
-        raise too_large_for(min(verified, key=lambda judged: judged.bytes), f"traced, the smallest of {len(verified)}")
+        least = min(verified, key=lambda judged: judged.bytes)
+        which = f"traced, the smallest of {len(verified)}"
+        raise too_large_for(least.cluster, least.bytes, least.buffers, which, least.name)
     return replace(made, choices=_explained(left))
 
 

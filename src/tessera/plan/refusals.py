@@ -1,16 +1,11 @@
 """What a plan that cannot be is refused with: the reason, and the nearest that can."""
 
-from typing import TYPE_CHECKING
-
 from tessera.core.errors import UserError
 from tessera.models.config import ModelConfig
 from tessera.plan.candidates import buildable
 from tessera.plan.choice import Training
 from tessera.plan.fit import most_that_fits
 from tessera.plan.machine import Cluster
-
-if TYPE_CHECKING:
-    from tessera.plan.recommend import Judged
 
 
 def no_layout(model: ModelConfig, cluster: Cluster, training: Training) -> UserError:
@@ -23,12 +18,15 @@ def no_layout(model: ModelConfig, cluster: Cluster, training: Training) -> UserE
     return UserError("--cluster", str(cluster), reason, hint)
 
 
-def too_large_for(least: "Judged", which: str) -> UserError:
-    """That nothing fits, not even `least`, which is the smallest of `which`."""
-    device = least.cluster.profile.memory_bytes
-    needed, has = least.bytes / 2**30, device / 2**30
-    reason = f"nothing fits: {which} needs {needed:.1f} GiB of {has:.1f} on a device ({least.name})"
-    room = max(1, most_that_fits(device, least.buffers))
-    need = -(-least.bytes * least.devices // room)
+def too_large_for(cluster: Cluster, peak: int, buffers: int, which: str, name: str) -> UserError:
+    """That nothing fits: the smallest layout, called `name`, has a `peak` of so many bytes.
+
+    `which`: of how many it is the smallest; `buffers`: bytes of the communication library beside it.
+    """
+    device = cluster.profile.memory_bytes
+    needed, has = peak / 2**30, device / 2**30
+    reason = f"nothing fits: {which} needs {needed:.1f} GiB of {has:.1f} on a device ({name})"
+    room = max(1, most_that_fits(device, buffers))
+    need = -(-peak * cluster.devices // room)
     hint = f"about {need} such devices, or a shorter --sequence-len"
-    return UserError("--cluster", str(least.cluster), reason, hint)
+    return UserError("--cluster", str(cluster), reason, hint)
